@@ -1,0 +1,55 @@
+//! The crate's one error type.
+
+use std::path::PathBuf;
+
+/// What can go wrong in `moe-models`.
+#[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum Error {
+    /// A tensor operation failed.
+    #[error(transparent)]
+    Candle(#[from] candle_core::Error),
+    /// An MoE layer refused its configuration or input.
+    #[error(transparent)]
+    Moe(#[from] moe_core::Error),
+    /// A configuration value is missing, unknown or impossible; the text names it and the fix.
+    #[error("{0}")]
+    Config(String),
+    /// A file could not be read or written.
+    #[error("{}: {source}", path.display())]
+    Io {
+        /// The file or folder.
+        path: PathBuf,
+        /// The system's reason.
+        source: std::io::Error,
+    },
+    /// A file was read but its content is not what it should be.
+    #[error("{}: {reason}", path.display())]
+    Format {
+        /// The file.
+        path: PathBuf,
+        /// What was expected and what came.
+        reason: String,
+    },
+    /// The tokenizer could not be trained, loaded or applied.
+    #[error("tokenizer: {0}")]
+    Tokenizer(String),
+    /// An argument of a call is out of range; the text names it and the fix.
+    #[error("{0}")]
+    Argument(String),
+}
+
+impl Error {
+    /// An [`Error::Io`] at `path`.
+    pub fn io(path: impl Into<PathBuf>, source: std::io::Error) -> Self {
+        Self::Io { path: path.into(), source }
+    }
+
+    /// An [`Error::Format`] at `path`.
+    pub fn format(path: impl Into<PathBuf>, reason: impl Into<String>) -> Self {
+        Self::Format { path: path.into(), reason: reason.into() }
+    }
+}
+
+/// The crate's result.
+pub type Result<T> = std::result::Result<T, Error>;

@@ -1,0 +1,8 @@
+//! Mixture-of-experts language models: the PR-MoE GPT family of DeepSpeed-MoE, checkpoints the Hugging Face way, and
+//! the trainer.
+
+mod causal_lm;
+mod error;
+
+pub use causal_lm::{CausalLm, KvCache, LayerExperts, StepOutput};
+pub use error::{Error, Result};
