@@ -1,0 +1,148 @@
+//! From routing to rows and back: the token-to-row table, the [`Dispatcher`] trait and its single-rank implementation.
+
+use crate::ops::{MoeOps, default_ops};
+use crate::{DROPPED, Result, Routing};
+use candle_core::Tensor;
+use std::sync::Arc;
+
+/// Which row carries which token's copy to which expert: the table that replaces the one-hot masks of the original code.
+///
+/// Rows are grouped by expert, and in slot order inside an expert:
+///
+/// ```text
+/// token order   t0:e1  t1:e0  t2:e1  t3:dropped
+/// row order     e0: t1 | e1: t0 t2            expert_offsets = [0, 1, 3]
+/// ```
+///
+/// # Source
+/// Paper section 5.4: the dense token-to-expert table built with a prefix sum.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct DispatchTable {
+    /// Tokens routed.
+    pub num_tokens: usize,
+    /// Choices per token.
+    pub top_k: usize,
+    /// Token of each row, `[rows]`.
+    pub row_tokens: Vec<u32>,
+    /// `token * top_k + choice` of each row, `[rows]`.
+    pub row_choices: Vec<u32>,
+    /// Row of each choice, `[tokens, top_k]`; [`DROPPED`] where there is none.
+    pub choice_rows: Vec<u32>,
+    /// First row of each expert, and the number of rows: `[experts + 1]`.
+    pub expert_offsets: Vec<usize>,
+}
+
+impl DispatchTable {
+    /// Builds the table by counting sort: counts, exclusive prefix sum, then each choice to `offset + slot`.
+    ///
+    /// Slots must be a permutation of `0..count` inside each expert, as every router of this crate gives them.
+    pub fn new(routing: &Routing) -> Self {
+        let mut counts = vec![0usize; routing.num_experts];
+        for &expert in routing.expert_ids.iter().filter(|&&e| e != DROPPED) {
+            counts[expert as usize] += 1;
+        }
+        let mut expert_offsets = Vec::with_capacity(counts.len() + 1);
+        expert_offsets.push(0);
+        for count in &counts {
+            expert_offsets.push(expert_offsets[expert_offsets.len() - 1] + count);
+        }
+        let num_rows = expert_offsets[counts.len()];
+        let mut table = Self {
+            num_tokens: routing.num_tokens,
+            top_k: routing.top_k,
+            row_tokens: vec![0; num_rows],
+            row_choices: vec![0; num_rows],
+            choice_rows: vec![DROPPED; routing.expert_ids.len()],
+            expert_offsets,
+        };
+        for (choice, (&expert, &slot)) in routing.expert_ids.iter().zip(&routing.slots).enumerate() {
+            if expert == DROPPED {
+                continue;
+            }
+            let row = table.expert_offsets[expert as usize] + slot as usize;
+            debug_assert!(row < table.expert_offsets[expert as usize + 1], "slots must be dense inside an expert");
+            table.row_tokens[row] = (choice / routing.top_k) as u32;
+            table.row_choices[row] = choice as u32;
+            table.choice_rows[choice] = row as u32;
+        }
+        table
+    }
+
+    /// Rows in all.
+    pub fn num_rows(&self) -> usize {
+        self.row_tokens.len()
+    }
+}
+
+/// Rows grouped by expert.
+#[derive(Debug, Clone)]
+pub struct ExpertRows {
+    /// `[rows, d_model]`
+    pub rows: Tensor,
+    /// First row of each expert, and the number of rows: `[experts + 1]`.
+    pub offsets: Vec<usize>,
+}
+
+/// Takes tokens to their experts and back.
+pub trait Dispatcher {
+    /// What `combine` needs to undo one `dispatch`. Taken by value, so each dispatch is combined at most once.
+    type Receipt;
+
+    /// Groups copies of the tokens by expert.
+    ///
+    /// # Shapes
+    /// - `tokens`: `[tokens, d_model]`
+    ///
+    /// # Errors
+    /// If `tokens` and `routing` disagree.
+    fn dispatch(&self, tokens: &Tensor, routing: &Routing) -> Result<(ExpertRows, Self::Receipt)>;
+
+    /// Sums the experts' results per token, scaled by the combine weights.
+    ///
+    /// # Shapes
+    /// - returns: `[tokens, d_model]`
+    ///
+    /// # Errors
+    /// If `rows` is not the shape that `dispatch` gave.
+    fn combine(&self, rows: ExpertRows, receipt: Self::Receipt) -> Result<Tensor>;
+}
+
+/// All experts on this rank, rows moved by table.
+#[derive(Debug, Clone, Default)]
+pub struct LocalDispatcher {
+    ops: Option<Arc<dyn MoeOps>>,
+}
+
+impl LocalDispatcher {
+    /// With the given operations instead of [`default_ops`].
+    pub fn with_ops(ops: Arc<dyn MoeOps>) -> Self {
+        Self { ops: Some(ops) }
+    }
+
+    fn ops(&self, like: &Tensor) -> Arc<dyn MoeOps> {
+        self.ops.clone().unwrap_or_else(|| default_ops(like))
+    }
+}
+
+/// The table and the weights of one dispatch.
+#[derive(Debug)]
+pub struct LocalReceipt {
+    table: Arc<DispatchTable>,
+    combine_weights: Tensor,
+}
+
+impl Dispatcher for LocalDispatcher {
+    type Receipt = LocalReceipt;
+
+    fn dispatch(&self, tokens: &Tensor, routing: &Routing) -> Result<(ExpertRows, LocalReceipt)> {
+        let table = Arc::new(DispatchTable::new(routing));
+        let rows = self.ops(tokens).permute(tokens, &table)?;
+        let offsets = table.expert_offsets.clone();
+        Ok((ExpertRows { rows, offsets }, LocalReceipt { table, combine_weights: routing.combine_weights.clone() }))
+    }
+
+    fn combine(&self, rows: ExpertRows, receipt: LocalReceipt) -> Result<Tensor> {
+        let weights = receipt.combine_weights.to_dtype(rows.rows.dtype())?;
+        self.ops(&rows.rows).unpermute(&rows.rows, &weights, &receipt.table)
+    }
+}

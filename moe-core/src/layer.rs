@@ -1,0 +1,157 @@
+//! [`MoeLayer`]: route, dispatch, experts, combine; and its companions with a fixed branch beside the experts.
+
+use crate::ops::host::expect_shape;
+use crate::ops::linear;
+use crate::{Dispatcher, Error, ExpertLoad, Experts, Mlp, Result, RouteContext, Router, RouterLosses, Routing};
+use candle_core::Tensor;
+
+/// What an MoE layer returns.
+#[derive(Debug, Clone)]
+pub struct MoeOutput {
+    /// `[tokens, d_model]`
+    pub hidden: Tensor,
+    /// Auxiliary losses, unscaled.
+    pub losses: RouterLosses,
+    /// Demand and drops.
+    pub load: ExpertLoad,
+    /// The decision itself.
+    pub routing: Routing,
+}
+
+/// A mixture-of-experts layer over any router, dispatcher and experts.
+#[derive(Debug, Clone)]
+pub struct MoeLayer<R, D, E> {
+    router: R,
+    dispatcher: D,
+    experts: E,
+}
+
+impl<R: Router, D: Dispatcher, E: Experts> MoeLayer<R, D, E> {
+    /// A layer of these parts.
+    ///
+    /// # Errors
+    /// [`Error::Config`] if router and experts disagree on the number of experts.
+    pub fn new(router: R, dispatcher: D, experts: E) -> Result<Self> {
+        if router.num_experts() != experts.num_experts() {
+            return Err(Error::Config(format!(
+                "the router chooses among {} experts, but {} are given",
+                router.num_experts(),
+                experts.num_experts()
+            )));
+        }
+        Ok(Self { router, dispatcher, experts })
+    }
+
+    /// Sends each token through its experts.
+    ///
+    /// # Shapes
+    /// - `tokens`: `[tokens, d_model]`
+    ///
+    /// # Errors
+    /// If a part refuses the input.
+    ///
+    /// # Source
+    /// Paper section 3 (MoE layer); a token without expert gets zeros.
+    pub fn forward(&self, tokens: &Tensor, context: &RouteContext<'_>) -> Result<MoeOutput> {
+        let routing = self.router.route(tokens, context)?;
+        let (rows, receipt) = self.dispatcher.dispatch(tokens, &routing)?;
+        let rows = self.experts.forward(rows)?;
+        let hidden = self.dispatcher.combine(rows, receipt)?;
+        Ok(MoeOutput { hidden, losses: routing.losses.clone(), load: routing.load.clone(), routing })
+    }
+
+    /// The router.
+    pub fn router(&self) -> &R {
+        &self.router
+    }
+}
+
+/// Residual MoE: a fixed network and the routed experts, mixed by a learned softmax per token.
+///
+/// # Source
+/// Paper section 4.1.1 (Residual-MoE); DeepSpeed `MoE.forward` with `use_residual`: the first coefficient is the
+/// experts', the second the fixed branch's. The paper writes a plain sum; the released code, and we, learn the mix.
+#[derive(Debug, Clone)]
+pub struct ResidualMoe<R, D, E> {
+    moe: MoeLayer<R, D, E>,
+    residual_mlp: Mlp,
+    coefficient: Tensor,
+    coefficient_bias: Tensor,
+}
+
+impl<R: Router, D: Dispatcher, E: Experts> ResidualMoe<R, D, E> {
+    /// A layer mixing `moe` and `residual_mlp` by `coefficient` `[2, d_model]` and `coefficient_bias` `[2]`.
+    ///
+    /// # Errors
+    /// [`Error::Input`] if a coefficient has another shape.
+    pub fn new(
+        moe: MoeLayer<R, D, E>,
+        residual_mlp: Mlp,
+        coefficient: Tensor,
+        coefficient_bias: Tensor,
+    ) -> Result<Self> {
+        let d_model = coefficient.dim(1)?;
+        expect_shape("coefficient", &coefficient, &[2, d_model])?;
+        expect_shape("coefficient_bias", &coefficient_bias, &[2])?;
+        Ok(Self { moe, residual_mlp, coefficient, coefficient_bias })
+    }
+
+    /// Sends each token through its experts and the fixed branch.
+    ///
+    /// # Shapes
+    /// - `tokens`: `[tokens, d_model]`
+    ///
+    /// # Errors
+    /// If a part refuses the input.
+    pub fn forward(&self, tokens: &Tensor, context: &RouteContext<'_>) -> Result<MoeOutput> {
+        let routed = self.moe.forward(tokens, context)?;
+        let fixed = self.residual_mlp.forward(tokens)?;
+        let logits = linear(tokens, &self.coefficient, Some(&self.coefficient_bias))?;
+        let exp = logits.broadcast_sub(&logits.detach().max_keepdim(1)?)?.exp()?;
+        let mix = exp.broadcast_div(&exp.sum_keepdim(1)?)?;
+        let experts_part = routed.hidden.broadcast_mul(&mix.narrow(1, 0, 1)?)?;
+        let hidden = (experts_part + fixed.broadcast_mul(&mix.narrow(1, 1, 1)?)?)?;
+        Ok(MoeOutput { hidden, ..routed })
+    }
+}
+
+/// Routed experts plus a network that sees every token, optionally scaled by a sigmoid gate.
+///
+/// # Source
+/// DeepSeekMoE (2401.06066) without gate; Qwen2-MoE with gate.
+#[derive(Debug, Clone)]
+pub struct SharedExpertMoe<R, D, E> {
+    moe: MoeLayer<R, D, E>,
+    shared_expert: Mlp,
+    shared_expert_gate: Option<Tensor>,
+}
+
+impl<R: Router, D: Dispatcher, E: Experts> SharedExpertMoe<R, D, E> {
+    /// A layer adding `shared_expert`, scaled by `sigmoid(tokens gate^T)` where a gate `[1, d_model]` is given.
+    ///
+    /// # Errors
+    /// [`Error::Input`] if the gate has another shape.
+    pub fn new(moe: MoeLayer<R, D, E>, shared_expert: Mlp, shared_expert_gate: Option<Tensor>) -> Result<Self> {
+        if let Some(gate) = &shared_expert_gate {
+            expect_shape("shared_expert_gate", gate, &[1, gate.dim(1)?])?;
+        }
+        Ok(Self { moe, shared_expert, shared_expert_gate })
+    }
+
+    /// Sends each token through its experts and the shared one.
+    ///
+    /// # Shapes
+    /// - `tokens`: `[tokens, d_model]`
+    ///
+    /// # Errors
+    /// If a part refuses the input.
+    pub fn forward(&self, tokens: &Tensor, context: &RouteContext<'_>) -> Result<MoeOutput> {
+        let routed = self.moe.forward(tokens, context)?;
+        let mut shared = self.shared_expert.forward(tokens)?;
+        if let Some(gate) = &self.shared_expert_gate {
+            let open = (linear(tokens, gate, None)?.neg()?.exp()? + 1.0)?.recip()?;
+            shared = shared.broadcast_mul(&open)?;
+        }
+        Ok(MoeOutput { hidden: (&routed.hidden + shared)?, ..routed })
+    }
+}

@@ -1,0 +1,52 @@
+//! The linear map inside a router.
+
+use crate::ops::host::expect_shape;
+use crate::{Error, Result, ops};
+use candle_core::{DType, Tensor};
+
+/// The gate: router logits `tokens W^T`, in f32 (or f64 if the weight is f64) whatever the tokens' type.
+#[derive(Debug, Clone)]
+pub struct Gate {
+    weight: Tensor,
+}
+
+impl Gate {
+    /// A gate with weight `[num_experts, d_model]`, without bias.
+    ///
+    /// # Errors
+    /// [`Error::Config`] if the weight is not two-dimensional or has no expert.
+    pub fn new(weight: Tensor) -> Result<Self> {
+        match weight.dims() {
+            [experts, width] if *experts > 0 && *width > 0 => Ok(Self { weight }),
+            dims => Err(Error::Config(format!(
+                "gate weight must be [num_experts, d_model] with num_experts of at least 1, got {dims:?}"
+            ))),
+        }
+    }
+
+    /// Experts to choose from.
+    pub fn num_experts(&self) -> usize {
+        self.weight.dims()[0]
+    }
+
+    /// Router logits.
+    ///
+    /// # Shapes
+    /// `[tokens, d_model]` to `[tokens, num_experts]`
+    ///
+    /// # Errors
+    /// [`Error::Input`] if the width differs from the weight's.
+    pub fn logits(&self, tokens: &Tensor) -> Result<Tensor> {
+        let (num_tokens, _) = tokens.dims2()?;
+        expect_shape("tokens", tokens, &[num_tokens, self.weight.dims()[1]])?;
+        let dtype = if self.weight.dtype() == DType::F64 { DType::F64 } else { DType::F32 };
+        ops::linear(&tokens.to_dtype(dtype)?, &self.weight.to_dtype(dtype)?, None)
+    }
+}
+
+/// Softmax over the last dimension in ordinary operations, with its gradient.
+pub(super) fn softmax(logits: &Tensor) -> Result<Tensor> {
+    let max = logits.detach().max_keepdim(candle_core::D::Minus1)?;
+    let exp = logits.broadcast_sub(&max)?.exp()?;
+    Ok(exp.broadcast_div(&exp.sum_keepdim(candle_core::D::Minus1)?)?)
+}

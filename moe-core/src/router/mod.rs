@@ -1,0 +1,111 @@
+//! Routers: the policies that send tokens to experts. Each returns a [`Routing`] value and keeps nothing.
+//!
+//! Choices are made on the host from f32 probabilities by plain functions; the combine weights and losses are tensors
+//! with gradients. Ties go to the lower expert id and to the earlier token.
+
+mod dropless;
+mod expert_choice;
+mod gate;
+mod hash;
+mod noise;
+mod select;
+#[cfg(test)]
+mod tests;
+mod top1;
+mod top2;
+mod top_k;
+
+pub use dropless::{DroplessConfig, DroplessRouter, GroupScore, ScoreFunction};
+pub use expert_choice::{ExpertChoiceConfig, ExpertChoiceRouter};
+pub use gate::Gate;
+pub use hash::HashRouter;
+pub use noise::{NoiseSource, SeededNoise};
+pub use top_k::{DropPolicy, TopKConfig, TopKRouter};
+pub use top1::{NoisyGate, Top1Config, Top1Router};
+pub use top2::{Top2Config, Top2Router};
+
+use crate::{Result, Routing};
+use candle_core::Tensor;
+use std::fmt::Debug;
+
+/// Sends tokens to experts.
+pub trait Router: Debug + Send + Sync {
+    /// Experts to choose from.
+    fn num_experts(&self) -> usize;
+
+    /// Most experts one token is sent to.
+    fn top_k(&self) -> usize;
+
+    /// Decides for every token.
+    ///
+    /// # Shapes
+    /// - `tokens`: `[tokens, d_model]`
+    ///
+    /// # Errors
+    /// [`crate::Error::Input`] if `tokens` or the context does not fit the policy.
+    fn route(&self, tokens: &Tensor, context: &RouteContext<'_>) -> Result<Routing>;
+}
+
+impl<R: Router + ?Sized> Router for Box<R> {
+    fn num_experts(&self) -> usize {
+        (**self).num_experts()
+    }
+    fn top_k(&self) -> usize {
+        (**self).top_k()
+    }
+    fn route(&self, tokens: &Tensor, context: &RouteContext<'_>) -> Result<Routing> {
+        (**self).route(tokens, context)
+    }
+}
+
+/// Whether a pass trains (noise, training capacity) or evaluates.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Mode {
+    /// Training: noise policies apply, the training capacity factor is used.
+    Train,
+    /// Evaluation and serving.
+    Eval,
+}
+
+/// What a routing decision may depend on besides the tokens.
+#[derive(Debug, Clone, Copy)]
+pub struct RouteContext<'a> {
+    /// Training or evaluation.
+    pub mode: Mode,
+    /// Where random draws come from.
+    pub noise: &'a dyn NoiseSource,
+    /// Which tokens count (padding does not), `[tokens]`; all if `None`.
+    pub used_tokens: Option<&'a [bool]>,
+    /// Vocabulary ids of the tokens, `[tokens]`: needed by [`HashRouter`] only.
+    pub token_ids: Option<&'a [u32]>,
+    /// Tokens per sequence: needed by the per-sequence load-balance loss only.
+    pub seq_len: Option<usize>,
+}
+
+impl<'a> RouteContext<'a> {
+    /// A context with this mode and noise and nothing else.
+    pub fn new(mode: Mode, noise: &'a dyn NoiseSource) -> Self {
+        Self { mode, noise, used_tokens: None, token_ids: None, seq_len: None }
+    }
+
+    fn is_train(&self) -> bool {
+        self.mode == Mode::Train
+    }
+
+    fn check(&self, num_tokens: usize) -> Result<()> {
+        for (name, len) in
+            [("used_tokens", self.used_tokens.map(<[_]>::len)), ("token_ids", self.token_ids.map(<[_]>::len))]
+        {
+            if len.is_some_and(|len| len != num_tokens) {
+                return Err(crate::Error::Input(format!(
+                    "{name} must have one entry per token: {num_tokens}, got {len:?}"
+                )));
+            }
+        }
+        Ok(())
+    }
+
+    fn is_used(&self, token: usize) -> bool {
+        self.used_tokens.is_none_or(|used| used[token])
+    }
+}
