@@ -9,7 +9,7 @@ use super::data::DataPosition;
 use super::data::packed::Fingerprint;
 use super::export::write_model_files;
 use super::files::{TEMPORARY_PREFIX, crc32c, create_dir, create_dir_atomically, replace_file, write_synced};
-use super::model::TrainModel;
+use super::model::{TrainModel, decay_flags};
 use super::optimizer::{AdamW, Moments};
 use crate::{Error, Result};
 use candle_core::{DType, Var};
@@ -288,11 +288,12 @@ pub fn verify(folder: &Path, state: &TrainerState) -> Result<()> {
     Ok(())
 }
 
-/// Restores the optimizer of a checkpoint for `params`.
+/// Restores the optimizer of a checkpoint for `model`.
 ///
 /// # Errors
 /// [`Error::Io`] or [`Error::Format`] if the file cannot be read, is cut, or does not match the parameters.
-pub fn load_optimizer(folder: &Path, state: &TrainerState, params: &[(String, Var)]) -> Result<AdamW> {
+pub fn load_optimizer<M: TrainModel>(folder: &Path, state: &TrainerState, model: &M) -> Result<AdamW> {
+    let params = model.params();
     let path = folder.join(OPTIMIZER_FILE);
     let bytes = std::fs::read(&path).map_err(|e| Error::io(&path, e))?;
     let tensors = SafeTensors::deserialize(&bytes).map_err(|e| Error::format(&path, format!("damaged: {e}")))?;
@@ -307,7 +308,13 @@ pub fn load_optimizer(folder: &Path, state: &TrainerState, params: &[(String, Va
         let exp_avg_sq = read(format!("exp_avg_sq.{name}"), var)?;
         moments.push(Moments { exp_avg, exp_avg_sq });
     }
-    AdamW::from_parts(state.config.adamw(), moments, state.optimizer_updates, state.skipped_in_a_row)
+    AdamW::from_parts(
+        state.config.adamw(),
+        moments,
+        decay_flags(model),
+        state.optimizer_updates,
+        state.skipped_in_a_row,
+    )
 }
 
 fn moment(tensors: &SafeTensors, name: &str, var: &Var) -> std::result::Result<Vec<f32>, String> {

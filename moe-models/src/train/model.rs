@@ -16,6 +16,10 @@ pub trait TrainModel: Sync {
     fn max_seq_len(&self) -> usize;
     /// Name and value (f32) of each trainable parameter, in an order that never changes.
     fn params(&self) -> &[(String, Var)];
+    /// Whether a parameter is decayed. By default those of two or more dimensions are: biases and norms are not.
+    fn has_weight_decay(&self, _name: &str, shape: &[usize]) -> bool {
+        shape.len() >= 2
+    }
     /// The loss of one micro-batch.
     ///
     /// # Errors
@@ -28,15 +32,23 @@ pub trait TrainModel: Sync {
     fn save(&self, dir: &Path, dtype: candle_core::DType) -> Result<()>;
 }
 
+/// The decay flag of each parameter of `model`.
+pub(crate) fn decay_flags<M: TrainModel>(model: &M) -> Vec<bool> {
+    model.params().iter().map(|(name, var)| model.has_weight_decay(name, var.dims())).collect()
+}
+
 impl TrainModel for crate::gpt::Gpt {
     fn vocab_size(&self) -> usize {
         self.config().vocab_size
     }
     fn max_seq_len(&self) -> usize {
-        self.config().max_position_embeddings
+        self.config().max_seq_len
     }
     fn params(&self) -> &[(String, Var)] {
         self.params()
+    }
+    fn has_weight_decay(&self, name: &str, shape: &[usize]) -> bool {
+        crate::gpt::has_weight_decay(name, shape)
     }
     fn loss(&self, batch: &TokenBatch, pass: Pass) -> Result<LossOutput> {
         self.loss(batch, pass)

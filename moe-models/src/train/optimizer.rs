@@ -18,7 +18,7 @@ pub struct AdamWConfig {
     pub beta2: f64,
     /// Added to the root of the second moment.
     pub eps: f64,
-    /// Decoupled weight decay, on parameters of two or more dimensions only (not on biases and norms).
+    /// Decoupled weight decay, on the parameters that decay (not on biases and norms).
     pub weight_decay: f64,
     /// Largest global gradient norm; larger gradients are scaled down to it. 0 turns clipping off.
     pub clip_grad: f64,
@@ -85,26 +85,34 @@ pub struct AdamW {
     updates: u64,
     skipped_in_a_row: u64,
     moments: Vec<Moments>,
+    /// Whether each parameter decays.
+    decays: Vec<bool>,
 }
 
 impl AdamW {
-    /// Zero moments for `params`.
+    /// Zero moments for `params`; `decays` tells for each whether it is decayed.
     ///
     /// # Errors
     /// [`Error::Config`] for settings out of range.
-    pub fn new(config: AdamWConfig, params: &[(String, Var)]) -> Result<Self> {
+    pub fn new(config: AdamWConfig, params: &[(String, Var)], decays: Vec<bool>) -> Result<Self> {
         let zeros = |var: &Var| vec![0.0; var.elem_count()];
         let moments = params.iter().map(|(_, var)| Moments { exp_avg: zeros(var), exp_avg_sq: zeros(var) }).collect();
-        Self::from_parts(config, moments, 0, 0)
+        Self::from_parts(config, moments, decays, 0, 0)
     }
 
     /// An optimizer with restored state; `moments` in the order of the parameters.
     ///
     /// # Errors
     /// [`Error::Config`] for settings out of range.
-    pub fn from_parts(config: AdamWConfig, moments: Vec<Moments>, updates: u64, skipped_in_a_row: u64) -> Result<Self> {
+    pub fn from_parts(
+        config: AdamWConfig,
+        moments: Vec<Moments>,
+        decays: Vec<bool>,
+        updates: u64,
+        skipped_in_a_row: u64,
+    ) -> Result<Self> {
         config.validate()?;
-        Ok(Self { config, updates, skipped_in_a_row, moments })
+        Ok(Self { config, updates, skipped_in_a_row, moments, decays })
     }
 
     /// Moments, in the order of the parameters.
@@ -151,8 +159,8 @@ impl AdamW {
         // 1e-6 as in PyTorch's `clip_grad_norm_`.
         let clip_factor = if clip > 0.0 { (clip / (grad_norm + 1e-6)).min(1.0) } else { 1.0 };
         let scale = (grad_scale * clip_factor) as f32;
-        for ((moments, (_, var)), grad) in self.moments.iter_mut().zip(params).zip(grads) {
-            let decay = if var.rank() >= 2 { self.config.weight_decay } else { 0.0 };
+        for (((moments, (_, var)), grad), decays) in self.moments.iter_mut().zip(params).zip(grads).zip(&self.decays) {
+            let decay = if *decays { self.config.weight_decay } else { 0.0 };
             let factors = Factors::new(&self.config, self.updates, lr, decay, scale);
             update_var(var, &factors, moments, grad)?;
         }
@@ -171,7 +179,7 @@ impl AdamW {
 
     fn check_shapes(&self, params: &[(String, Var)], grads: &[Vec<f32>]) -> Result<()> {
         let (want, got) = (self.moments.len(), grads.len());
-        if want != params.len() || want != got {
+        if want != params.len() || want != got || want != self.decays.len() {
             let have = params.len();
             return Err(Error::Argument(format!(
                 "the optimizer holds {want} parameters, given {have} and {got} gradients"

@@ -7,6 +7,10 @@ fn var(values: &[f32], shape: &[usize]) -> Var {
     Var::from_tensor(&Tensor::from_slice(values, shape, &Device::Cpu).unwrap()).unwrap()
 }
 
+fn decays(params: &[(String, Var)]) -> Vec<bool> {
+    params.iter().map(|(_, var)| var.rank() >= 2).collect()
+}
+
 fn values(var: &Var) -> Vec<f32> {
     var.flatten_all().unwrap().to_vec1().unwrap()
 }
@@ -41,7 +45,7 @@ fn three_steps_follow_the_formula_with_and_without_clipping() {
     let grads = [[0.1f32, -0.4, 1.5, 0.0], [-0.3, 0.2, 0.7, 1e-4], [2.0, -3.0, 0.5, -1e-4]];
     for clip in [0.0, 0.5, 1e9] {
         let params = [("w".to_owned(), var(&start, &[2, 2])), ("b".to_owned(), var(&start, &[4]))];
-        let mut optimizer = AdamW::new(config(clip), &params).unwrap();
+        let mut optimizer = AdamW::new(config(clip), &params, decays(&params)).unwrap();
         let oracle = |&p: &f32| Oracle { p: f64::from(p), m: 0.0, v: 0.0, t: 0 };
         let mut oracles: Vec<Vec<Oracle>> = (0..2).map(|_| start.iter().map(oracle).collect()).collect();
         for (step, grad) in grads.iter().enumerate() {
@@ -66,7 +70,10 @@ fn three_steps_follow_the_formula_with_and_without_clipping() {
 #[test]
 fn decay_acts_on_matrices_only_and_without_a_gradient() {
     let params = [("w".to_owned(), var(&[1.0], &[1, 1])), ("b".to_owned(), var(&[1.0], &[1]))];
-    AdamW::new(config(1.0), &params).unwrap().step(&params, &[vec![0.0], vec![0.0]], 1.0, 0.5).unwrap();
+    AdamW::new(config(1.0), &params, decays(&params))
+        .unwrap()
+        .step(&params, &[vec![0.0], vec![0.0]], 1.0, 0.5)
+        .unwrap();
     assert_eq!(values(&params[0].1), [0.95]);
     assert_eq!(values(&params[1].1), [1.0]);
 }
@@ -75,7 +82,7 @@ fn decay_acts_on_matrices_only_and_without_a_gradient() {
 fn it_finds_the_minimum_of_a_parabola() {
     let target = [3.0f32, -2.0, 0.5];
     let params = [("x".to_owned(), var(&[0.0; 3], &[3]))];
-    let mut optimizer = AdamW::new(config(0.0), &params).unwrap();
+    let mut optimizer = AdamW::new(config(0.0), &params, decays(&params)).unwrap();
     for step in 0..1500 {
         let grad = values(&params[0].1).iter().zip(target).map(|(x, t)| 2.0 * (x - t)).collect();
         optimizer.step(&params, &[grad], 1.0, 0.05 * (1.0 - step as f64 / 1500.0)).unwrap();
@@ -88,7 +95,7 @@ fn it_finds_the_minimum_of_a_parabola() {
 #[test]
 fn non_finite_gradients_are_skipped_then_refused() {
     let params = [("w".to_owned(), var(&[1.0, 2.0], &[2]))];
-    let mut optimizer = AdamW::new(config(1.0), &params).unwrap();
+    let mut optimizer = AdamW::new(config(1.0), &params, decays(&params)).unwrap();
     optimizer.step(&params, &[vec![0.1, 0.2]], 1.0, 0.01).unwrap();
     let (before, state) = (values(&params[0].1), optimizer.clone());
     for bad in [f32::NAN, f32::INFINITY] {
@@ -113,7 +120,7 @@ fn any_number_of_threads_gives_the_same_bits() {
         let pool = rayon::ThreadPoolBuilder::new().num_threads(threads).build().unwrap();
         pool.install(|| {
             let params = [("w".to_owned(), var(&wave(1), &[1, size])), ("b".to_owned(), var(&wave(2), &[size]))];
-            let mut optimizer = AdamW::new(config(1.0), &params).unwrap();
+            let mut optimizer = AdamW::new(config(1.0), &params, decays(&params)).unwrap();
             let norms: Vec<u64> = (0..4)
                 .map(|i| optimizer.step(&params, &[wave(i + 3), wave(i + 9)], 0.25, 0.01).unwrap().grad_norm.to_bits())
                 .collect();
@@ -128,7 +135,7 @@ fn any_number_of_threads_gives_the_same_bits() {
 #[test]
 fn mismatches_are_named() {
     let params = [("w".to_owned(), var(&[1.0, 2.0], &[2]))];
-    let mut optimizer = AdamW::new(config(1.0), &params).unwrap();
+    let mut optimizer = AdamW::new(config(1.0), &params, decays(&params)).unwrap();
     assert!(optimizer.step(&params, &[vec![0.1]], 1.0, 0.1).unwrap_err().to_string().contains('w'));
     assert!(optimizer.step(&params, &[], 1.0, 0.1).is_err());
     for (bad, word) in [
@@ -137,6 +144,6 @@ fn mismatches_are_named() {
         (AdamWConfig { weight_decay: f64::NAN, ..config(1.0) }, "weight_decay"),
         (AdamWConfig { clip_grad: -1.0, ..config(1.0) }, "clip_grad"),
     ] {
-        assert!(AdamW::new(bad, &params).unwrap_err().to_string().contains(word));
+        assert!(AdamW::new(bad, &params, decays(&params)).unwrap_err().to_string().contains(word));
     }
 }

@@ -166,11 +166,7 @@ pub fn add_loads(sum: &mut Vec<LayerLoad>, loads: &[LayerLoad]) {
         return;
     }
     for (sum, load) in sum.iter_mut().zip(loads) {
-        for (total, count) in sum.tokens_per_expert.iter_mut().zip(&load.tokens_per_expert) {
-            *total += count;
-        }
-        sum.routes += load.routes;
-        sum.dropped += load.dropped;
+        sum.load.add(&load.load);
     }
 }
 

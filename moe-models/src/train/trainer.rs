@@ -6,7 +6,7 @@ use super::data::packed::Fingerprint;
 use super::data::{PackedSource, SequenceSampler, ValidSource};
 use super::evaluate::{Evaluation, evaluate};
 use super::metrics::{self, MetricsWriter, Record};
-use super::model::{TokenBatch, TrainModel};
+use super::model::{TokenBatch, TrainModel, decay_flags};
 use super::observer::{Event, Observer};
 use super::optimizer::{AdamW, StepReport};
 use super::step::{BatchSums, accumulate};
@@ -91,7 +91,7 @@ impl<M: TrainModel> Trainer<M> {
                 out.display()
             )));
         }
-        let optimizer = AdamW::new(config.adamw(), model.params())?;
+        let optimizer = AdamW::new(config.adamw(), model.params(), decay_flags(&model))?;
         Self::assemble(model, config, corpus, tokenizer_json, out, Start { optimizer, store, step: 0, best: None })
     }
 
@@ -113,7 +113,7 @@ impl<M: TrainModel> Trainer<M> {
         verify(folder, &state)?;
         config.check_continues(&state.config)?;
         check_same_data(&corpus, &state)?;
-        let optimizer = load_optimizer(folder, &state, model.params())?;
+        let optimizer = load_optimizer(folder, &state, &model)?;
         corpus.sampler.seek(state.data_position)?;
         let start = Start { optimizer, store, step: state.step, best: state.best };
         Self::assemble(model, config, corpus, tokenizer_json, out, start)
@@ -152,6 +152,11 @@ impl<M: TrainModel> Trainer<M> {
     /// Training tokens seen.
     pub fn tokens(&self) -> u64 {
         self.step * self.config.tokens_per_step()
+    }
+
+    /// The tokenizer, as the text of a `tokenizer.json`.
+    pub fn tokenizer_json(&self) -> &str {
+        &self.tokenizer_json
     }
 
     /// The best checkpoint's folder, if validation ran.

@@ -2,5 +2,7 @@
 
 mod toy;
 mod train_checkpoint;
+mod train_cli;
+mod train_gpt;
 mod train_metrics;
 mod train_resume;

@@ -2,7 +2,7 @@
 //! wrong seed after a resume shows in the weights.
 
 use candle_core::{DType, Device, Tensor, Var};
-use moe_core::CounterRng;
+use moe_core::{CounterRng, ExpertLoad};
 use moe_models::train::data::{Documents, Packer};
 use moe_models::train::model::{LayerLoad, LossOutput, Pass, TokenBatch};
 use moe_models::train::tokenizer::{to_json, train_bpe};
@@ -12,21 +12,21 @@ use std::collections::HashMap;
 use std::path::Path;
 use std::sync::atomic::{AtomicBool, Ordering};
 
-pub const VOCAB: usize = 270;
-pub const WIDTH: usize = 6;
-pub const MAX_SEQ: usize = 16;
+pub(crate) const VOCAB: usize = 270;
+pub(crate) const WIDTH: usize = 6;
+pub(crate) const MAX_SEQ: usize = 16;
 
 #[derive(Debug)]
-pub struct Toy {
+pub(crate) struct Toy {
     params: Vec<(String, Var)>,
     /// When raised, `save` writes half a file and fails as a full disk would.
-    pub disk_full: AtomicBool,
+    pub(crate) disk_full: AtomicBool,
     /// When raised, losses are not a number.
-    pub broken: AtomicBool,
+    pub(crate) broken: AtomicBool,
 }
 
 impl Toy {
-    pub fn new(seed: u64) -> Self {
+    pub(crate) fn new(seed: u64) -> Self {
         let mut rng = CounterRng::new(seed, 1);
         let mut var = |name: &str, shape: &[usize]| {
             let values: Vec<f32> = (0..shape.iter().product()).map(|_| rng.normal_f64() as f32 * 0.1).collect();
@@ -36,14 +36,14 @@ impl Toy {
         Self { params, disk_full: AtomicBool::new(false), broken: AtomicBool::new(false) }
     }
 
-    pub fn load(dir: &Path) -> Self {
+    pub(crate) fn load(dir: &Path) -> Self {
         let tensors = candle_core::safetensors::load(dir.join("model.safetensors"), &Device::Cpu).unwrap();
         let toy = Self::new(0);
         toy.params.iter().for_each(|(name, var)| var.set(&tensors[name]).unwrap());
         toy
     }
 
-    pub fn bits(&self) -> Vec<Vec<u32>> {
+    pub(crate) fn bits(&self) -> Vec<Vec<u32>> {
         let bits =
             |var: &Var| var.flatten_all().unwrap().to_vec1::<f32>().unwrap().iter().map(|x| x.to_bits()).collect();
         self.params.iter().map(|(_, var)| bits(var)).collect()
@@ -76,9 +76,8 @@ impl TrainModel for Toy {
         let lm_loss = f64::from(lm.to_scalar::<f32>()?);
         let first_half = batch.input_ids.iter().filter(|id| (**id as usize) < VOCAB / 2).count() as u32;
         let total = batch.input_ids.len() as u32;
-        let load =
-            LayerLoad { layer: 1, tokens_per_expert: vec![first_half, total - first_half], routes: total, dropped: 1 };
-        Ok(LossOutput { loss: (lm * scale)?, lm_loss, aux_loss: 0.0, layers: vec![load] })
+        let load = ExpertLoad { tokens_per_expert: vec![first_half, total - first_half], dropped: 1 };
+        Ok(LossOutput { loss: (lm * scale)?, lm_loss, aux_loss: 0.0, layers: vec![LayerLoad { layer: 1, load }] })
     }
     fn save(&self, dir: &Path, dtype: DType) -> Result<()> {
         let path = dir.join("model.safetensors");
@@ -100,7 +99,7 @@ fn documents(name: &str, salt: usize) -> Documents {
 }
 
 /// Two sources of different content, and their tokenizer.
-pub fn corpus(config: &TrainConfig) -> (Corpus, String) {
+pub(crate) fn corpus(config: &TrainConfig) -> (Corpus, String) {
     let documents = [documents("one", 1), documents("two", 5)];
     let tokenizer = train_bpe(&documents, VOCAB).unwrap();
     let packer = Packer::new(&tokenizer, 0, VOCAB).unwrap();
@@ -109,7 +108,7 @@ pub fn corpus(config: &TrainConfig) -> (Corpus, String) {
 }
 
 /// Twelve steps of three micro-batches.
-pub fn config() -> TrainConfig {
+pub(crate) fn config() -> TrainConfig {
     let config = TrainConfig {
         seq_length: Some(8),
         micro_batch_size: 2,

@@ -3,7 +3,7 @@
 use crate::toy::{Toy, config, corpus};
 use moe_models::train::checkpoint::{CheckpointStore, load_optimizer, read_state, verify};
 use moe_models::train::export::export;
-use moe_models::train::{Event, Silent, TrainConfig, TrainModel, Trainer};
+use moe_models::train::{Event, Silent, TrainConfig, Trainer};
 use std::path::Path;
 use std::sync::atomic::{AtomicBool, Ordering};
 
@@ -42,7 +42,7 @@ fn a_checkpoint_holds_what_it_should_and_reads_back() {
     verify(&folder, &state).unwrap();
     assert_eq!((state.step, state.tokens), (12, 576));
     assert_eq!(state.data_position.drawn.iter().sum::<u64>(), 72);
-    let optimizer = load_optimizer(&folder, &state, trainer.model().params()).unwrap();
+    let optimizer = load_optimizer(&folder, &state, trainer.model()).unwrap();
     assert_eq!(&optimizer, trainer.optimizer());
     assert_eq!(Toy::load(&folder).bits(), trainer.model().bits());
 }

@@ -11,7 +11,7 @@ use std::path::Path;
 pub const TRAIN_LOSS: &str = "train/loss";
 /// Tag of the language-model loss of a training step, nats per token.
 pub const TRAIN_LM_LOSS: &str = "train/lm_loss";
-/// Tag of the unscaled auxiliary loss of a training step.
+/// Tag of the auxiliary losses of a training step, scaled as they enter the total.
 pub const TRAIN_AUX_LOSS: &str = "train/aux_loss";
 /// Tag of the learning rate.
 pub const TRAIN_LR: &str = "train/lr";
@@ -48,8 +48,7 @@ impl Record {
 
     /// Adds imbalance (max / mean), drop rate and tokens per expert of each MoE layer.
     pub fn push_loads(&mut self, loads: &[LayerLoad]) {
-        for load in loads {
-            let layer = load.layer;
+        for LayerLoad { layer, load } in loads {
             self.push(format!("moe/layer_{layer}/imbalance"), load.imbalance());
             self.push(format!("moe/layer_{layer}/drop_rate"), load.drop_rate());
             for (expert, &tokens) in load.tokens_per_expert.iter().enumerate() {
