@@ -3,8 +3,8 @@
 
 mod args;
 mod model_args;
+mod process;
 mod progress;
-mod threads;
 
 use anyhow::{Context, Result};
 use args::Args;
@@ -28,7 +28,10 @@ fn main() -> Result<()> {
     let checkpoint = if args.resume { find_checkpoint(&args.out)? } else { None };
     let base = base_config(&args, checkpoint.as_ref())?;
     let config = args.apply_to(base);
-    threads::set_up(config.workers)?;
+    process::set_up(config.workers)?;
+    if args.resume && checkpoint.is_none() {
+        eprintln!("no checkpoint in {}; starting a new run", args.out.display());
+    }
 
     let stop = stop_on_signal()?;
     let mut progress = Progress::new(config.log_interval);
@@ -49,10 +52,7 @@ fn main() -> Result<()> {
 
 /// The checkpoint to resume, with its state. Without any, the run starts anew.
 fn find_checkpoint(out: &Path) -> Result<Option<(PathBuf, TrainerState)>> {
-    let Some(folder) = CheckpointStore::open(out, 1)?.latest()? else {
-        eprintln!("no checkpoint in {}; starting a new run", out.display());
-        return Ok(None);
-    };
+    let Some(folder) = CheckpointStore::open(out, 1)?.latest()? else { return Ok(None) };
     let state = read_state(&folder)?;
     verify(&folder, &state)?;
     Ok(Some((folder, state)))
