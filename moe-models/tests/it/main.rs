@@ -4,6 +4,8 @@ mod golden;
 mod toy;
 mod train_checkpoint;
 mod train_cli;
+mod train_evaluate;
 mod train_gpt;
 mod train_metrics;
 mod train_resume;
+mod train_step;
