@@ -1,0 +1,8 @@
+//! A real server on a free port, driven over TCP as any client would.
+
+mod bad_requests;
+mod chat;
+mod completions;
+mod lifecycle;
+mod metrics;
+mod support;
