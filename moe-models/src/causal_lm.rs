@@ -8,7 +8,7 @@ use candle_core::{Device, Tensor};
 /// Created by [`CausalLm::new_cache`]; grows by the tokens of every [`CausalLm::forward`].
 #[derive(Debug, Clone)]
 pub struct KvCache {
-    /// Per layer: keys and values `[heads, len, head_dim]` each; empty before the first token.
+    /// Per layer: keys and values `[len, d_model]` each; empty before the first token.
     pub(crate) layers: Vec<Option<(Tensor, Tensor)>>,
     /// Tokens held.
     pub(crate) len: usize,

@@ -1,8 +1,11 @@
 //! Mixture-of-experts language models: the PR-MoE GPT family of DeepSpeed-MoE, checkpoints the Hugging Face way, and
 //! the trainer.
 
+pub mod blocks;
 mod causal_lm;
 mod error;
+pub mod gpt;
+pub mod hf;
 
 pub use causal_lm::{CausalLm, KvCache, LayerExperts, StepOutput};
 pub use error::{Error, Result};

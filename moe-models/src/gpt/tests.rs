@@ -1,0 +1,260 @@
+//! Sizes against the paper's table, gradients of every parameter, decoding against the whole pass.
+
+use super::*;
+use moe_core::testing::{assert_close, values};
+use moe_core::{Capacity, NoisyGate};
+
+/// The derived column of the paper's model table, in billions as printed, and of its ablation models.
+#[test]
+fn parameter_counts_of_the_papers_models() {
+    for (name, printed, digits) in [
+        ("350m", 0.356, 3),
+        ("1.3b", 1.316, 3),
+        ("6.7b", 6.659, 3),
+        ("125m-moe-64", 1.911, 3),
+        ("350m-moe-128", 13.15, 2),
+        ("1.3b-moe-128", 52.47, 2),
+        ("350m-pr-moe-32-64", 4.12, 2),
+        ("1.3b-pr-moe-64-128", 31.39, 2),
+        ("350m-pr-moe-32-64-mos", 3.54, 2),
+        ("1.3b-pr-moe-64-128-mos", 26.94, 2),
+        ("350m-moe-32", 3.48, 2),
+        ("350m-pyramid-moe-32-64", 4.02, 2),
+        ("350m-residual-moe-32", 3.58, 2),
+    ] {
+        let config = GptConfig::preset(name).unwrap();
+        config.validate().unwrap();
+        let total = config.parameter_count().total as f64 / 1e9;
+        assert_eq!(format!("{total:.digits$}"), format!("{printed:.digits$}"), "{name}: {total}");
+    }
+}
+
+/// The printed formula, to the last parameter: dense `L(12h^2+13h) + 2h + (V+P)h`, `8h^2+5h` an expert.
+#[test]
+fn parameter_counts_equal_the_formula_and_the_tensors() {
+    for name in GptConfig::preset_names() {
+        let config = GptConfig::preset(name).unwrap();
+        let (h, layers) = (config.d_model, config.num_layers);
+        let mut want = layers * (12 * h * h + 13 * h) + 2 * h + (config.vocab_size + config.max_seq_len) * h;
+        for (_, experts) in config.moe_layers() {
+            let residual = config.moe.as_ref().unwrap().residual;
+            want += (experts - usize::from(!residual)) * (8 * h * h + 5 * h) + h * experts;
+            want += if residual { 2 * h + 2 } else { 0 };
+        }
+        assert_eq!(config.parameter_count().total, want, "{name}");
+        let specs: usize = param_specs(&config).iter().map(|s| s.shape.iter().product::<usize>()).sum();
+        assert_eq!(specs, want, "{name}: built tensors");
+    }
+    let dense = GptConfig::preset("tiny-dense").unwrap();
+    assert_eq!(dense.parameter_count().active, dense.parameter_count().total);
+    let moe = GptConfig::preset("tiny-moe").unwrap();
+    let gates = 3 * 8 * 128;
+    assert_eq!(moe.parameter_count().active, dense.parameter_count().total + gates);
+}
+
+fn small(kind: &str, change: impl FnOnce(&mut GptConfig)) -> GptConfig {
+    let mut config = GptConfig::preset(kind).unwrap();
+    (config.vocab_size, config.max_seq_len, config.d_model, config.num_heads, config.d_ff) = (37, 24, 16, 2, 32);
+    config.init_std = 0.2;
+    change(&mut config);
+    config
+}
+
+fn with_moe(kind: &str, change: impl FnOnce(&mut GptMoeConfig)) -> GptConfig {
+    small(kind, |c| change(c.moe.as_mut().unwrap()))
+}
+
+/// Every kind and every routing policy of the family.
+fn family() -> Vec<(&'static str, GptConfig)> {
+    vec![
+        ("dense", small("tiny-dense", |_| ())),
+        ("moe", small("tiny-moe", |_| ())),
+        ("pyramid", small("tiny-pyramid-moe", |_| ())),
+        ("residual", small("tiny-residual-moe", |_| ())),
+        ("pr-moe", small("tiny-pr-moe", |_| ())),
+        ("rsample", with_moe("tiny-pr-moe", |m| m.noisy_gate = Some(NoisyGate::RSample))),
+        (
+            "jitter, every layer",
+            with_moe("tiny-moe", |m| {
+                m.noisy_gate = Some(NoisyGate::Jitter);
+                m.expert_interval = 1;
+                m.num_experts = vec![4; 6];
+            }),
+        ),
+        ("top-2", with_moe("tiny-moe", |m| m.top_k = 2)),
+        (
+            "top-3, z-loss",
+            with_moe("tiny-moe", |m| {
+                m.top_k = 3;
+                m.z_loss_coef = 0.01;
+            }),
+        ),
+    ]
+}
+
+fn batch(config: &GptConfig, batch: usize, seq_len: usize) -> TokenBatch {
+    let mut rng = moe_core::CounterRng::new(5, 0);
+    let mut ids = || (0..batch * seq_len).map(|_| rng.below(config.vocab_size as u32)).collect();
+    TokenBatch { input_ids: ids(), target_ids: ids(), batch, seq_len }
+}
+
+/// No parameter is silently frozen: each gets a gradient, and not one of zeros (an idle expert's rows aside).
+#[test]
+fn every_parameter_of_every_model_gets_a_gradient() {
+    for (kind, config) in family() {
+        let model = Gpt::new(config, 1, &Device::Cpu).unwrap();
+        let output = model.loss(&batch(model.config(), 4, 24), Pass::Train { seed: 3 }).unwrap();
+        let grads = output.loss.backward().unwrap();
+        for (name, var) in model.params() {
+            let grad = grads.get(var).unwrap_or_else(|| panic!("{kind}: {name} has no gradient"));
+            assert_eq!(grad.dims(), var.dims(), "{kind}: {name}");
+            let moved = values(grad).iter().any(|g| *g != 0.0);
+            assert!(moved, "{kind}: the gradient of {name} is zero everywhere");
+        }
+        assert!(output.lm_loss > 1.0 && output.loss.to_scalar::<f32>().unwrap().is_finite());
+        assert_eq!(output.aux_loss > 0.0, model.config().moe.is_some(), "{kind}: auxiliary loss {}", output.aux_loss);
+        assert_eq!(output.layers.len(), model.config().moe_layers().len());
+    }
+}
+
+/// The gradient of the whole model by central differences along a random direction, in f32.
+#[test]
+fn whole_model_gradient_along_a_direction() {
+    for (kind, config) in family() {
+        // A step across the border of a routing decision would not be a derivative; drop nothing and keep noise fixed.
+        let mut config = config;
+        if let Some(moe) = &mut config.moe {
+            moe.capacity = Capacity::UNLIMITED;
+        }
+        let model = Gpt::new(config, 2, &Device::Cpu).unwrap();
+        let batch = batch(model.config(), 1, 12);
+        let loss = || model.loss(&batch, Pass::Train { seed: 1 }).unwrap().loss;
+        let grads = loss().backward().unwrap();
+        let mut slope = 0.0;
+        let directions: Vec<Tensor> = model
+            .params()
+            .iter()
+            .enumerate()
+            .map(|(i, (_, var))| {
+                let direction = moe_core::testing::random(i as u64, var.dims(), 0.2, DType::F32);
+                let product = (grads.get(var).unwrap() * &direction).unwrap();
+                slope += values(&product).iter().sum::<f64>();
+                direction
+            })
+            .collect();
+        let shift = |step: f64| {
+            for ((_, var), direction) in model.params().iter().zip(&directions) {
+                var.set(&(var.as_tensor().detach() + (direction * step).unwrap()).unwrap()).unwrap();
+            }
+        };
+        const STEP: f64 = 2e-4; // small enough that no token changes its expert
+        shift(STEP);
+        let up = loss().to_scalar::<f32>().unwrap();
+        shift(-2.0 * STEP);
+        let down = loss().to_scalar::<f32>().unwrap();
+        let numeric = f64::from(up - down) / (2.0 * STEP);
+        assert!(
+            (numeric - slope).abs() < 0.02 * slope.abs() + 0.02,
+            "{kind}: slope {slope}, central difference {numeric}"
+        );
+    }
+}
+
+/// Token by token, in pieces, or all at once: the same logits and the same experts.
+#[test]
+fn cached_decoding_equals_the_whole_pass() {
+    for (kind, config) in family() {
+        let mut config = config;
+        if let Some(moe) = &mut config.moe {
+            moe.sample_second_expert = false;
+        }
+        let model = Gpt::new(config, 3, &Device::Cpu).unwrap();
+        let ids = batch(model.config(), 1, 20).input_ids;
+        let whole = model.forward(&ids, &mut model.new_cache()).unwrap();
+        for pieces in [vec![1; 20], vec![7, 1, 1, 11], vec![19, 1]] {
+            let mut cache = model.new_cache();
+            let mut start = 0;
+            for len in pieces {
+                let step = model.forward(&ids[start..start + len], &mut cache).unwrap();
+                let want = whole.logits.narrow(0, start, len).unwrap();
+                assert_close(&step.logits, &want, 2e-5, &format!("{kind} at {start}"));
+                for (got, want) in step.experts.iter().zip(&whole.experts) {
+                    let k = want.top_k;
+                    assert_eq!(got.expert_ids, want.expert_ids[start * k..(start + len) * k], "{kind} at {start}");
+                }
+                start += len;
+            }
+            assert_eq!(cache.len(), 20);
+        }
+        let eval =
+            model.loss(&TokenBatch { target_ids: ids.clone(), input_ids: ids, batch: 1, seq_len: 20 }, Pass::Eval);
+        assert!(eval.unwrap().lm_loss.is_finite());
+    }
+}
+
+#[test]
+fn training_draws_follow_the_seed() {
+    let config = with_moe("tiny-moe", |m| m.noisy_gate = Some(NoisyGate::RSample));
+    let model = Gpt::new(config, 1, &Device::Cpu).unwrap();
+    let batch = batch(model.config(), 2, 24);
+    let load = |seed| model.loss(&batch, Pass::Train { seed }).unwrap();
+    assert_eq!(load(1).loss.to_scalar::<f32>().unwrap().to_bits(), load(1).loss.to_scalar::<f32>().unwrap().to_bits());
+    assert_ne!(load(1).layers, load(2).layers);
+}
+
+#[test]
+fn initial_values_follow_the_paper() {
+    let config = GptConfig::preset("tiny-pr-moe").unwrap();
+    let model = Gpt::new(config, 7, &Device::Cpu).unwrap();
+    let std = |name: &str| {
+        let (_, var) = model.params().iter().find(|(n, _)| n == name).unwrap();
+        let v = values(var);
+        (v.iter().map(|x| x * x).sum::<f64>() / v.len() as f64).sqrt()
+    };
+    let near =
+        |name: &str, want: f64| assert!((std(name) / want - 1.0).abs() < 0.05, "{name}: {} want {want}", std(name));
+    near("model.embed_tokens.weight", 0.02);
+    near("model.layers.0.self_attn.qkv_proj.weight", 0.02);
+    near("model.layers.0.self_attn.o_proj.weight", 0.02 / 12f64.sqrt());
+    near("model.layers.5.mlp.experts.fc_out.weight", 0.02 / 12f64.sqrt());
+    near("model.layers.1.mlp.gate.weight", 1.0 / 128f64.sqrt() / 3f64.sqrt());
+    assert_eq!(std("model.layers.1.mlp.experts.fc_in.bias"), 0.0);
+    let (_, experts) = model.params().iter().find(|(n, _)| n == "model.layers.1.mlp.experts.fc_in.weight").unwrap();
+    assert_ne!(values(&experts.get(0).unwrap()), values(&experts.get(1).unwrap()), "experts start apart");
+}
+
+#[test]
+fn impossible_configurations_are_refused() {
+    let refuse = |config: GptConfig, part: &str| {
+        let text = config.validate().unwrap_err().to_string();
+        assert!(text.contains(part), "{text:?} should name {part:?}");
+        assert!(Gpt::new(config, 1, &Device::Cpu).is_err());
+    };
+    refuse(with_moe("tiny-moe", |m| m.num_experts = vec![0, 8, 8]), "num_experts must be between 1");
+    refuse(with_moe("tiny-moe", |m| m.top_k = 9), "num_experts_per_tok must be between 1 and the 8 experts, got 9");
+    refuse(with_moe("tiny-moe", |m| m.num_experts = vec![8, 8]), "one entry for each of the 3 MoE layers");
+    refuse(with_moe("tiny-moe", |m| m.expert_interval = 0), "expert_interval");
+    refuse(with_moe("tiny-moe", |m| m.capacity.train_factor = Some(0.0)), "capacity factor");
+    refuse(with_moe("tiny-moe", |m| m.aux_loss_coef = f64::NAN), "router_aux_loss_coef");
+    refuse(small("tiny-dense", |c| c.num_heads = 3), "num_attention_heads 3 must divide hidden_size 16");
+    refuse(small("tiny-dense", |c| c.vocab_size = 0), "vocab_size");
+    refuse(small("tiny-dense", |c| c.eos_token_id = Some(37)), "eos_token_id");
+}
+
+#[test]
+fn impossible_inputs_are_refused_and_leave_the_cache() {
+    let model = Gpt::new(small("tiny-moe", |_| ()), 1, &Device::Cpu).unwrap();
+    let mut cache = model.new_cache();
+    model.forward(&[1, 2], &mut cache).unwrap();
+    for (ids, part) in
+        [(vec![], "at least one token"), (vec![37], "token id 37"), (vec![0; 23], "longest sequence of 24")]
+    {
+        let text = model.forward(&ids, &mut cache).unwrap_err().to_string();
+        assert!(text.contains(part), "{text}");
+        assert_eq!(cache.len(), 2);
+    }
+    assert!(model.forward(&[1], &mut KvCache::new(2)).is_err());
+    let mut bad = batch(model.config(), 2, 8);
+    bad.target_ids.pop();
+    assert!(model.loss(&bad, Pass::Eval).unwrap_err().to_string().contains("15 targets"));
+}

@@ -1,0 +1,27 @@
+//! Writing files so that a reader never sees half of one.
+
+use crate::{Error, Result};
+use std::fs::File;
+use std::io::{BufWriter, Write};
+use std::path::Path;
+
+/// Writes `path` whole: into a temporary file beside it, synced, then renamed over it.
+///
+/// # Errors
+/// [`Error::Io`] naming the file; the old content is then still there and the temporary file is gone.
+pub fn write_atomically(path: &Path, write: impl FnOnce(&mut dyn Write) -> std::io::Result<()>) -> Result<()> {
+    let mut name = path.file_name().unwrap_or_default().to_os_string();
+    name.push(format!(".{}.tmp", std::process::id()));
+    let temporary = path.with_file_name(name);
+    let result = (|| {
+        let mut out = BufWriter::new(File::create(&temporary)?);
+        write(&mut out)?;
+        out.into_inner().map_err(|e| e.into_error())?.sync_all()?;
+        std::fs::rename(&temporary, path)
+    })();
+    result.map_err(|source| {
+        // The write failed; a leftover that cannot be removed either is not worth a second error.
+        let _ = std::fs::remove_file(&temporary);
+        Error::io(path, source)
+    })
+}

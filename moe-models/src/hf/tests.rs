@@ -1,0 +1,126 @@
+//! Round trips, and each kind of damage a checkpoint can have.
+
+use super::*;
+use crate::gpt::{Gpt, GptConfig};
+use candle_core::{DType, Device};
+use moe_core::testing::values;
+use std::path::Path;
+
+fn model() -> Gpt {
+    let mut config = GptConfig::preset("tiny-pr-moe").unwrap();
+    (config.vocab_size, config.max_seq_len, config.d_model, config.num_heads, config.d_ff) = (37, 24, 16, 2, 32);
+    Gpt::new(config, 9, &Device::Cpu).unwrap()
+}
+
+fn same(a: &Gpt, b: &Gpt, round: bool) -> bool {
+    a.config() == b.config()
+        && a.params().iter().zip(b.params()).all(|((an, av), (bn, bv))| {
+            let want = if round { av.to_dtype(DType::BF16).unwrap() } else { av.as_tensor().clone() };
+            an == bn && values(&want) == values(bv)
+        })
+}
+
+#[test]
+fn round_trips_are_exact() {
+    let model = model();
+    for (dtype, shard_bytes) in [(DType::F32, usize::MAX), (DType::F32, 20_000), (DType::BF16, 20_000)] {
+        let dir = tempfile::tempdir().unwrap();
+        write::save_sharded(&model, dir.path(), dtype, shard_bytes).unwrap();
+        assert_eq!(dir.path().join("model.safetensors.index.json").exists(), shard_bytes == 20_000);
+        assert!(same(&model, &Gpt::load(dir.path(), &Device::Cpu).unwrap(), dtype == DType::BF16), "{dtype:?}");
+        let leftovers = std::fs::read_dir(dir.path())
+            .unwrap()
+            .filter(|f| f.as_ref().unwrap().path().extension().is_some_and(|e| e == "tmp"));
+        assert_eq!(leftovers.count(), 0);
+    }
+    assert!(
+        model
+            .save(Path::new("/nonexistent-folder"), DType::F32)
+            .unwrap_err()
+            .to_string()
+            .contains("/nonexistent-folder")
+    );
+    assert!(model.save(tempfile::tempdir().unwrap().path(), DType::U8).is_err());
+}
+
+#[test]
+fn files_hold_one_tensor_per_expert() {
+    let dir = tempfile::tempdir().unwrap();
+    model().save(dir.path(), DType::F32).unwrap();
+    let bytes = std::fs::read(dir.path().join("model.safetensors")).unwrap();
+    let file = safetensors::SafeTensors::deserialize(&bytes).unwrap();
+    assert_eq!(file.tensor("model.layers.5.mlp.experts.7.fc_in.weight").unwrap().shape(), [32, 16]);
+    assert_eq!(file.tensor("model.layers.1.mlp.experts.3.fc_out.bias").unwrap().shape(), [16]);
+    assert!(file.tensor("model.layers.1.mlp.experts.fc_in.weight").is_err());
+}
+
+/// Every prefix length of a file, and a header that promises more than there is: an error, never a panic.
+#[test]
+fn truncated_and_damaged_weights_are_refused() {
+    let dir = tempfile::tempdir().unwrap();
+    model().save(dir.path(), DType::F32).unwrap();
+    let config = std::fs::read(dir.path().join("config.json")).unwrap();
+    let bytes = std::fs::read(dir.path().join("model.safetensors")).unwrap();
+    let load = |weights: &[u8]| Gpt::from_bytes(&config, weights, &Device::Cpu).map(|_| ());
+    load(&bytes).unwrap();
+    for len in [0, 1, 7, 8, 9, 100, bytes.len() / 2, bytes.len() - 1] {
+        let text = load(&bytes[..len]).unwrap_err().to_string();
+        assert!(text.contains("truncated"), "{len}: {text}");
+    }
+    let mut huge = bytes.clone();
+    huge[..8].copy_from_slice(&u64::MAX.to_le_bytes());
+    assert!(load(&huge).is_err());
+}
+
+fn edited(find: &str, replace: &str) -> String {
+    let dir = tempfile::tempdir().unwrap();
+    model().save(dir.path(), DType::F32).unwrap();
+    let path = dir.path().join("config.json");
+    let json = std::fs::read_to_string(&path).unwrap();
+    assert!(json.contains(find), "{find} in {json}");
+    std::fs::write(&path, json.replacen(find, replace, 1)).unwrap();
+    Gpt::load(dir.path(), &Device::Cpu).unwrap_err().to_string()
+}
+
+#[test]
+fn wrong_configurations_are_named() {
+    for (find, replace, part) in [
+        ("\"hidden_size\": 16,", "", "missing field `hidden_size`"),
+        ("\"hidden_size\": 16,", "\"hidden_size\": 16, \"rope_theta\": 1e4,", "unknown field `rope_theta`"),
+        ("\"hidden_size\": 16", "\"hidden_size\": 32", "must have shape"),
+        ("\"hidden_size\": 16", "\"hidden_size\": -1", "invalid value"),
+        ("\"num_hidden_layers\": 6", "\"num_hidden_layers\": 7", "is missing"),
+        ("\"num_experts_per_tok\": 1", "\"num_experts_per_tok\": 5", "num_experts_per_tok must be between 1"),
+        ("\"expert_interval\": 2", "\"expert_interval\": 3", "one entry for each of the 2 MoE layers"),
+        ("\"mlp_type\": \"residual\"", "\"mlp_type\": \"standard\"", "does not belong"),
+        ("\"tie_word_embeddings\": true", "\"tie_word_embeddings\": false", "tie_word_embeddings"),
+        ("\"moe_gpt\"", "\"llama\"", "model_type must be \"moe_gpt\""),
+        ("{", "[", "config.json"),
+    ] {
+        let text = edited(find, replace);
+        assert!(text.contains(part), "{replace}: {text:?} should name {part:?}");
+        assert!(text.contains("config.json") || text.contains("model.safetensors"), "{text} names its file");
+    }
+}
+
+#[test]
+fn broken_indexes_are_refused() {
+    let dir = tempfile::tempdir().unwrap();
+    write::save_sharded(&model(), dir.path(), DType::F32, 20_000).unwrap();
+    let index = dir.path().join("model.safetensors.index.json");
+    let good = std::fs::read_to_string(&index).unwrap();
+    for (find, replace, part) in [
+        ("model-00001-of", "../model-00001-of", "not the name of a file"),
+        ("\"weight_map\"", "\"weights\"", "weight_map"),
+        ("model-00001-of", "model-99999-of", "model-99999"),
+    ] {
+        std::fs::write(&index, good.replace(find, replace)).unwrap();
+        let text = Gpt::load(dir.path(), &Device::Cpu).unwrap_err().to_string();
+        assert!(text.contains(part), "{text}");
+    }
+    std::fs::write(&index, &good).unwrap();
+    let shard = |f: &std::fs::DirEntry| f.file_name().to_string_lossy().starts_with("model-00002-of");
+    let second = std::fs::read_dir(dir.path()).unwrap().map(|f| f.unwrap()).find(shard).unwrap().path();
+    std::fs::remove_file(&second).unwrap();
+    assert!(Gpt::load(dir.path(), &Device::Cpu).unwrap_err().to_string().contains("model-00002-of"), "a shard is missing");
+}
