@@ -5,6 +5,7 @@
 //! Absent on purpose: batching (one request runs at a time) and TLS (a reverse proxy's job).
 
 pub mod api;
+pub mod cli;
 pub mod engine;
 mod error;
 mod generation_config;

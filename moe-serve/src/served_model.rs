@@ -4,9 +4,21 @@ use crate::engine::EngineConfig;
 use crate::generation_config::GenerationDefaults;
 use crate::text::{ChatMessage, ChatTemplate, TextTokenizer};
 use crate::{Error, Result};
+use candle_core::Device;
 use moe_models::CausalLm;
+use moe_models::gpt::Gpt;
 use std::path::Path;
 use std::sync::Arc;
+
+/// What clients call the built-in model.
+const EMBEDDED_NAME: &str = "moe-demo";
+
+/// The contents of the files beside the weights.
+struct TextFiles<'a> {
+    tokenizer: &'a [u8],
+    tokenizer_config: Option<&'a [u8]>,
+    generation_config: Option<&'a [u8]>,
+}
 
 /// Everything needed to answer requests with one model.
 pub struct ServedModel {
@@ -59,21 +71,48 @@ impl ServedModel {
         Ok(Self { name: name.into(), lm, tokenizer: Arc::new(tokenizer), chat, defaults })
     }
 
-    /// Reads the files beside the weights of `dir` and puts them around `lm`.
+    /// Loads `config.json`, `model.safetensors` and `tokenizer.json` of `dir`, and `generation_config.json` and
+    /// `tokenizer_config.json` where they exist. Without a `name` the folder's is taken.
     ///
     /// # Errors
-    /// [`Error::Io`] or [`Error::ModelFile`]; `generation_config.json` and `tokenizer_config.json` may be absent.
-    pub fn with_files(name: impl Into<String>, lm: Arc<dyn CausalLm>, dir: &Path) -> Result<Self> {
-        let tokenizer = TextTokenizer::from_bytes(&read(&dir.join("tokenizer.json"))?)?;
-        let chat = match read_if_there(&dir.join("tokenizer_config.json"))? {
-            Some(json) => ChatTemplate::from_tokenizer_config(&json)?,
-            None => ChatTemplate::dialogue()?,
+    /// What is wrong with which file.
+    pub fn from_dir(dir: &Path, name: Option<String>) -> Result<Self> {
+        let gpt = Gpt::load(dir, &Device::Cpu)?;
+        let tokenizer = read(&dir.join("tokenizer.json"))?;
+        let tokenizer_config = read_if_there(&dir.join("tokenizer_config.json"))?;
+        let generation_config = read_if_there(&dir.join("generation_config.json"))?;
+        let files = TextFiles {
+            tokenizer: &tokenizer,
+            tokenizer_config: tokenizer_config.as_deref(),
+            generation_config: generation_config.as_deref(),
         };
-        let defaults = match read_if_there(&dir.join("generation_config.json"))? {
-            Some(json) => GenerationDefaults::from_bytes(&json)?,
-            None => GenerationDefaults::default(),
+        let folder = || dir.file_name().map(|name| name.to_string_lossy().into_owned());
+        Self::from_files(name.or_else(folder).unwrap_or_else(|| "model".to_owned()), gpt, files)
+    }
+
+    /// The model inside this program, trained by this workspace's own trainer; `model/MODEL_CARD.md` describes it.
+    ///
+    /// # Errors
+    /// None in practice: a test loads it.
+    pub fn embedded(name: Option<String>) -> Result<Self> {
+        let config = include_bytes!("../model/config.json");
+        let gpt = Gpt::from_bytes(config, include_bytes!("../model/model.safetensors"), &Device::Cpu)?;
+        let files = TextFiles {
+            tokenizer: include_bytes!("../model/tokenizer.json"),
+            tokenizer_config: Some(include_bytes!("../model/tokenizer_config.json")),
+            generation_config: Some(include_bytes!("../model/generation_config.json")),
         };
-        Self::new(name, lm, tokenizer, chat, defaults)
+        Self::from_files(name.unwrap_or_else(|| EMBEDDED_NAME.to_owned()), gpt, files)
+    }
+
+    fn from_files(name: String, gpt: Gpt, files: TextFiles<'_>) -> Result<Self> {
+        let tokenizer = TextTokenizer::from_bytes(files.tokenizer)?;
+        let chat = files.tokenizer_config.map_or_else(ChatTemplate::dialogue, ChatTemplate::from_tokenizer_config)?;
+        let mut defaults = files.generation_config.map_or_else(|| Ok(Default::default()), GenerationDefaults::from_bytes)?;
+        if defaults.eos_token_ids.is_empty() {
+            defaults.eos_token_ids.extend(gpt.config().eos_token_id);
+        }
+        Self::new(name, Arc::new(gpt), tokenizer, chat, defaults)
     }
 
     /// What stands in for an empty prompt: the beginning-of-sequence token, or else the end of the text before.

@@ -8,11 +8,8 @@ use super::sampler::Sampler;
 use crate::{Error, Result};
 use candle_core::Tensor;
 use moe_core::CounterRng;
-use moe_models::{CausalLm, KvCache, LayerExperts, StepOutput};
+use moe_models::{CausalLm, KvCache, StepOutput};
 use std::time::Instant;
-
-/// A long prompt is read in pieces of so many tokens, so that a cancelled request ends soon.
-const PREFILL_TOKENS: usize = 256;
 
 /// Everything one job's run needs.
 pub(super) struct Generation<'a> {
@@ -60,46 +57,32 @@ impl Generation<'_> {
         Ok(step)
     }
 
+    /// Reads the whole prompt in one step: a capacity limit in the model counts the tokens of a step.
     fn prefill(&self, prompt_index: usize, prompt: &[u32], listener: &mut dyn Listener) -> Result<Prefilled> {
         let mut cache = self.lm.new_cache();
-        let mut output = PromptOutput::default();
-        let mut next_logits = Vec::new();
-        if self.job.prompt_logprobs.is_some() {
-            output.logprobs.push(None);
-        }
-        for (piece_index, piece) in prompt.chunks(PREFILL_TOKENS).enumerate() {
-            let step = self.forward(piece, &mut cache)?;
-            if let Some(num_top) = self.job.prompt_logprobs {
-                let start = piece_index * PREFILL_TOKENS;
-                let predicted = &prompt[start + 1..(start + piece.len() + 1).min(prompt.len())];
-                self.score(&step.logits, predicted, num_top, &mut output.logprobs)?;
-            }
-            if self.job.experts {
-                append_experts(&mut output.experts, step.experts);
-            }
-            next_logits = row(&step.logits, piece.len() - 1)?;
-        }
+        let step = self.forward(prompt, &mut cache)?;
+        let next_logits = row(&step.logits, prompt.len() - 1)?;
+        let logprobs = match self.job.prompt_logprobs {
+            Some(num_top) => self.score(&step.logits, prompt, num_top)?,
+            None => Vec::new(),
+        };
+        let experts = if self.job.experts { step.experts } else { Vec::new() };
         self.observer.prompt(prompt.len());
-        listener.prompt(prompt_index, output);
+        listener.prompt(prompt_index, PromptOutput { logprobs, experts });
         Ok(Prefilled { cache, next_logits })
     }
 
-    /// Appends the log-probability of `predicted[i]` under row `i` of `logits`.
-    fn score(
-        &self,
-        logits: &Tensor,
-        predicted: &[u32],
-        num_top: usize,
-        logprobs: &mut Vec<Option<TokenLogprobs>>,
-    ) -> Result<()> {
-        for (i, &token_id) in predicted.iter().enumerate() {
+    /// The log-probability of each prompt token under the logits of the one before it.
+    fn score(&self, logits: &Tensor, prompt: &[u32], num_top: usize) -> Result<Vec<Option<TokenLogprobs>>> {
+        let mut logprobs = vec![None];
+        for (i, &token_id) in prompt[1..].iter().enumerate() {
             let logits = row(logits, i)?;
             if logits.iter().any(|x| x.is_nan()) {
-                return Err(Error::LogitsNotFinite { position: logprobs.len() });
+                return Err(Error::LogitsNotFinite { position: i + 1 });
             }
             logprobs.push(Some(TokenLogprobs::of(&logits, token_id, num_top, self.config.num_tokens)));
         }
-        Ok(())
+        Ok(logprobs)
     }
 
     fn continue_prompt(
@@ -162,16 +145,4 @@ impl Generation<'_> {
 /// Row `index` of `[tokens, vocab_size]`.
 fn row(logits: &Tensor, index: usize) -> Result<Vec<f32>> {
     Ok(logits.get(index)?.to_vec1::<f32>()?)
-}
-
-/// Adds the rows of `more` to the same layers of `experts`.
-fn append_experts(experts: &mut Vec<LayerExperts>, more: Vec<LayerExperts>) {
-    if experts.is_empty() {
-        *experts = more;
-        return;
-    }
-    for (layer, more) in experts.iter_mut().zip(more) {
-        layer.expert_ids.extend(more.expert_ids);
-        layer.weights.extend(more.weights);
-    }
 }

@@ -11,7 +11,8 @@ const PATH: &str = "/v1/completions";
 const STEP: Duration = Duration::from_millis(20);
 
 fn slow_server(limits: Limits) -> TestServer {
-    TestServer::start(served(Arc::new(ScriptedLm::new("the cat").slow(STEP))), limits)
+    let script = "the cat sat on the mat. ".repeat(20);
+    TestServer::start(served(Arc::new(ScriptedLm::new(&script).slow(STEP))), limits)
 }
 
 /// About two seconds of work.

@@ -8,34 +8,34 @@ use std::time::Duration;
 const JSON: &str = "application/json";
 
 #[derive(Debug, Clone, Copy)]
-pub struct Client {
-    pub address: SocketAddr,
+pub(crate) struct Client {
+    pub(crate) address: SocketAddr,
 }
 
 /// A whole answer.
 #[derive(Debug)]
-pub struct Reply {
-    pub status: u16,
-    pub headers: String,
-    pub body: String,
+pub(crate) struct Reply {
+    pub(crate) status: u16,
+    pub(crate) headers: String,
+    pub(crate) body: String,
 }
 
 impl Reply {
     #[track_caller]
-    pub fn json(&self) -> Value {
+    pub(crate) fn json(&self) -> Value {
         serde_json::from_str(&self.body).unwrap_or_else(|e| panic!("{e}: {}", self.body))
     }
 
     /// The JSON of an answer that must be a 200.
     #[track_caller]
-    pub fn ok(&self) -> Value {
+    pub(crate) fn ok(&self) -> Value {
         assert_eq!(self.status, 200, "{}", self.body);
         self.json()
     }
 
     /// The payloads of a stream, which must be framed as `data: ...\n\n` and end with `[DONE]`.
     #[track_caller]
-    pub fn events(&self) -> Vec<Value> {
+    pub(crate) fn events(&self) -> Vec<Value> {
         assert_eq!(self.status, 200, "{}", self.body);
         assert!(self.headers.contains("content-type: text/event-stream"), "{}", self.headers);
         let mut frames: Vec<&str> = self.body.split("\n\n").collect();
@@ -47,29 +47,29 @@ impl Reply {
 }
 
 impl Client {
-    pub fn get(&self, path: &str) -> Reply {
+    pub(crate) fn get(&self, path: &str) -> Reply {
         self.send("GET", path, JSON, b"").whole()
     }
 
-    pub fn post(&self, path: &str, body: &Value) -> Reply {
+    pub(crate) fn post(&self, path: &str, body: &Value) -> Reply {
         self.post_raw(path, JSON, body.to_string().as_bytes())
     }
 
-    pub fn post_raw(&self, path: &str, content_type: &str, body: &[u8]) -> Reply {
+    pub(crate) fn post_raw(&self, path: &str, content_type: &str, body: &[u8]) -> Reply {
         self.send("POST", path, content_type, body).whole()
     }
 
-    pub fn request(&self, method: &str, path: &str) -> Reply {
+    pub(crate) fn request(&self, method: &str, path: &str) -> Reply {
         self.send(method, path, JSON, b"").whole()
     }
 
     /// Sends a request and returns once the answer's head is there.
-    pub fn open(&self, path: &str, body: &Value) -> Stream {
+    pub(crate) fn open(&self, path: &str, body: &Value) -> Stream {
         self.send("POST", path, JSON, body.to_string().as_bytes())
     }
 
     /// Sends a request without waiting for anything.
-    pub fn write_only(&self, path: &str, body: &Value) -> TcpStream {
+    pub(crate) fn write_only(&self, path: &str, body: &Value) -> TcpStream {
         let body = body.to_string();
         self.connect("POST", path, JSON, body.as_bytes())
     }
@@ -94,8 +94,8 @@ impl Client {
 }
 
 /// An answer that is read piece by piece.
-pub struct Stream {
-    pub status: u16,
+pub(crate) struct Stream {
+    pub(crate) status: u16,
     headers: String,
     reader: BufReader<TcpStream>,
 }
@@ -117,7 +117,7 @@ impl Stream {
     }
 
     /// The next chunk of a chunked body; empty at the end.
-    pub fn chunk(&mut self) -> Vec<u8> {
+    pub(crate) fn chunk(&mut self) -> Vec<u8> {
         let mut size = String::new();
         self.reader.read_line(&mut size).expect("a chunk's size");
         let size = usize::from_str_radix(size.trim(), 16).expect("a hexadecimal size");
@@ -127,7 +127,7 @@ impl Stream {
         chunk
     }
 
-    pub fn whole(mut self) -> Reply {
+    pub(crate) fn whole(mut self) -> Reply {
         let mut body = Vec::new();
         if self.headers.to_ascii_lowercase().contains("transfer-encoding: chunked") {
             loop {

@@ -3,8 +3,8 @@
 mod client;
 mod scripted;
 
-pub use client::{Client, Reply};
-pub use scripted::{NAN_TEXT, PANIC_TEXT, ScriptedLm};
+pub(crate) use client::{Client, Reply};
+pub(crate) use scripted::{NAN_TEXT, PANIC_TEXT, ScriptedLm};
 
 use moe_models::CausalLm;
 use moe_serve::api::{Limits, Server, ServerConfig};
@@ -19,10 +19,10 @@ use tokenizers::{AddedToken, Tokenizer};
 use tokio::sync::oneshot;
 
 /// The one name the test servers use.
-pub const MODEL: &str = "tiny";
+pub(crate) const MODEL: &str = "tiny";
 
 /// A byte-level BPE trained on a few sentences; token 0 is `<|endoftext|>`.
-pub fn tokenizer() -> Tokenizer {
+pub(crate) fn tokenizer() -> Tokenizer {
     let alphabet = ByteLevel::alphabet().into_iter().collect();
     let mut trainer: TrainerWrapper = BpeTrainer::builder()
         .vocab_size(300)
@@ -40,31 +40,31 @@ pub fn tokenizer() -> Tokenizer {
 }
 
 /// The token ids of a text.
-pub fn ids(text: &str) -> Vec<u32> {
+pub(crate) fn ids(text: &str) -> Vec<u32> {
     tokenizer().encode(text, false).expect("encodes").get_ids().to_vec()
 }
 
 /// `lm` with the test tokenizer, the dialogue format, and `<|endoftext|>` as its end.
-pub fn served(lm: Arc<dyn CausalLm>) -> ServedModel {
+pub(crate) fn served(lm: Arc<dyn CausalLm>) -> ServedModel {
     let defaults = GenerationDefaults { eos_token_ids: vec![0], bos_token_id: Some(0), ..Default::default() };
     let tokenizer = TextTokenizer::new(tokenizer()).expect("byte-level");
     ServedModel::new(MODEL, lm, tokenizer, ChatTemplate::dialogue().expect("compiles"), defaults).expect("fits")
 }
 
 /// A server on a free port; stops when dropped.
-pub struct TestServer {
-    pub client: Client,
+pub(crate) struct TestServer {
+    pub(crate) client: Client,
     shutdown: Option<oneshot::Sender<()>>,
     thread: Option<JoinHandle<std::io::Result<()>>>,
 }
 
 impl TestServer {
     /// Serves a model that continues every prompt as `script` says.
-    pub fn scripted(script: &str) -> Self {
+    pub(crate) fn scripted(script: &str) -> Self {
         Self::start(served(Arc::new(ScriptedLm::new(script))), Limits::default())
     }
 
-    pub fn start(model: ServedModel, limits: Limits) -> Self {
+    pub(crate) fn start(model: ServedModel, limits: Limits) -> Self {
         let server = Server::new(model, ServerConfig { limits, seed: Some(7) }).expect("starts");
         let runtime = tokio::runtime::Runtime::new().expect("a runtime");
         let listener = runtime.block_on(tokio::net::TcpListener::bind("127.0.0.1:0")).expect("a free port");
@@ -79,14 +79,14 @@ impl TestServer {
     }
 
     /// Asks the server to stop, without waiting for it.
-    pub fn ask_to_stop(&mut self) {
+    pub(crate) fn ask_to_stop(&mut self) {
         if let Some(shutdown) = self.shutdown.take() {
             shutdown.send(()).ok();
         }
     }
 
     /// Waits for the end of a server that was asked to stop.
-    pub fn wait(&mut self) {
+    pub(crate) fn wait(&mut self) {
         if let Some(thread) = self.thread.take() {
             thread.join().expect("no panic").expect("no error");
         }

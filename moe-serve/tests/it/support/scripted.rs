@@ -7,14 +7,14 @@ use std::sync::Mutex;
 use std::time::Duration;
 
 /// Reading this makes the model panic.
-pub const PANIC_TEXT: &str = "\u{1}";
+pub(crate) const PANIC_TEXT: &str = "\u{1}";
 /// Reading this makes the model return NaN.
-pub const NAN_TEXT: &str = "\u{2}";
+pub(crate) const NAN_TEXT: &str = "\u{2}";
 
 /// Tokens of padding after the tokenizer's, as in a model whose vocabulary was rounded up.
 const PADDING: usize = 20;
 
-pub struct ScriptedLm {
+pub(crate) struct ScriptedLm {
     script: Vec<u32>,
     vocab_size: usize,
     max_seq_len: usize,
@@ -27,7 +27,7 @@ pub struct ScriptedLm {
 
 impl ScriptedLm {
     /// After the script comes token 0, the end of text.
-    pub fn new(script: &str) -> Self {
+    pub(crate) fn new(script: &str) -> Self {
         Self {
             script: ids(script),
             vocab_size: tokenizer().get_vocab_size(true) + PADDING,
@@ -40,7 +40,7 @@ impl ScriptedLm {
     }
 
     /// Takes so long per step.
-    pub fn slow(self, step: Duration) -> Self {
+    pub(crate) fn slow(self, step: Duration) -> Self {
         Self { step, ..self }
     }
 
