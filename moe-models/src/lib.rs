@@ -6,6 +6,7 @@ mod causal_lm;
 mod error;
 pub mod gpt;
 pub mod hf;
+pub mod train;
 
 pub use causal_lm::{CausalLm, KvCache, LayerExperts, StepOutput};
 pub use error::{Error, Result};

@@ -1,0 +1,165 @@
+//! Command-line arguments, and how they override a [`TrainConfig`].
+
+use crate::model_args::ModelArgs;
+use candle_core::DType;
+use clap::{Parser, ValueEnum};
+use moe_models::train::{Blend, TrainConfig};
+use std::path::PathBuf;
+
+/// Train a dense, MoE, Pyramid, Residual or PR-MoE language model on text.
+///
+/// Without any argument it trains `tiny-pr-moe` on a small excerpt that is part of the program.
+#[derive(Debug, Parser)]
+#[command(version, about)]
+pub(crate) struct Args {
+    /// Training text: a .txt or .jsonl file (also .xz) or a folder of them, with an optional weight. Repeatable.
+    #[arg(long, value_name = "PATH[=WEIGHT]")]
+    data: Vec<String>,
+    /// Validation text, as --data. Without it the tail of each training source is held out.
+    #[arg(long, value_name = "PATH")]
+    valid: Vec<String>,
+    /// Share of each training source: equal (or its weight), or in proportion to its tokens.
+    #[arg(long, value_enum)]
+    blend: Option<BlendArg>,
+    /// Fraction of each training source held out when there is no --valid.
+    #[arg(long)]
+    valid_fraction: Option<f64>,
+    #[command(flatten)]
+    pub(crate) model: ModelArgs,
+    /// Settings file (.toml or .json) with the fields of the checkpoint's "config"; flags override it.
+    #[arg(long, value_name = "FILE")]
+    pub(crate) config: Option<PathBuf>,
+    /// Folder for checkpoints and metrics.
+    #[arg(long, value_name = "DIR", default_value = "runs/moe-train")]
+    pub(crate) out: PathBuf,
+    /// Continue from the newest checkpoint in --out, if there is one.
+    #[arg(long)]
+    pub(crate) resume: bool,
+    /// Tokens to train on.
+    #[arg(long)]
+    train_tokens: Option<u64>,
+    /// Tokens per sequence.
+    #[arg(long)]
+    seq_length: Option<usize>,
+    /// Sequences per forward and backward pass.
+    #[arg(long)]
+    micro_batch_size: Option<usize>,
+    /// Sequences per optimizer step; a multiple of --micro-batch-size.
+    #[arg(long)]
+    global_batch_size: Option<usize>,
+    /// Micro-batches run side by side; never changes the result.
+    #[arg(long)]
+    workers: Option<usize>,
+    /// Largest learning rate.
+    #[arg(long)]
+    lr: Option<f64>,
+    /// Final learning rate.
+    #[arg(long)]
+    min_lr: Option<f64>,
+    /// Tokens of linear warm-up.
+    #[arg(long)]
+    lr_warmup_tokens: Option<u64>,
+    /// Tokens at which the cosine decay ends.
+    #[arg(long)]
+    lr_decay_tokens: Option<u64>,
+    /// Decoupled weight decay, not on biases and norms.
+    #[arg(long)]
+    weight_decay: Option<f64>,
+    /// Largest global gradient norm; 0 turns clipping off.
+    #[arg(long)]
+    clip_grad: Option<f64>,
+    /// Seed of every random draw.
+    #[arg(long)]
+    seed: Option<u64>,
+    /// Steps between validations.
+    #[arg(long)]
+    eval_interval: Option<u64>,
+    /// Micro-batches evaluated per validation source; 0 evaluates all of it.
+    #[arg(long)]
+    eval_iters: Option<usize>,
+    /// Steps between checkpoints.
+    #[arg(long)]
+    save_interval: Option<u64>,
+    /// Newest checkpoints kept, besides the best.
+    #[arg(long)]
+    keep_last: Option<usize>,
+    /// Steps between metrics records.
+    #[arg(long)]
+    log_interval: Option<u64>,
+    /// When done, write a model folder for serving here.
+    #[arg(long, value_name = "DIR")]
+    pub(crate) export: Option<PathBuf>,
+    /// Number format of the exported weights.
+    #[arg(long, value_enum, default_value = "bf16", requires = "export")]
+    pub(crate) export_dtype: ExportDtype,
+    /// Export the best checkpoint instead of the last.
+    #[arg(long, requires = "export")]
+    pub(crate) export_best: bool,
+}
+
+#[derive(Debug, Clone, Copy, ValueEnum)]
+enum BlendArg {
+    Equal,
+    Tokens,
+}
+
+#[derive(Debug, Clone, Copy, ValueEnum)]
+pub(crate) enum ExportDtype {
+    F32,
+    Bf16,
+    F16,
+}
+
+impl From<ExportDtype> for DType {
+    fn from(dtype: ExportDtype) -> Self {
+        match dtype {
+            ExportDtype::F32 => Self::F32,
+            ExportDtype::Bf16 => Self::BF16,
+            ExportDtype::F16 => Self::F16,
+        }
+    }
+}
+
+fn set<T: Copy>(target: &mut T, given: Option<T>) {
+    if let Some(value) = given {
+        *target = value;
+    }
+}
+
+impl Args {
+    /// `config` with every given flag in place of its setting.
+    pub(crate) fn apply_to(&self, mut config: TrainConfig) -> TrainConfig {
+        if !self.data.is_empty() {
+            config.data.clone_from(&self.data);
+        }
+        if !self.valid.is_empty() {
+            config.valid.clone_from(&self.valid);
+        }
+        set(
+            &mut config.blend,
+            self.blend.map(|b| match b {
+                BlendArg::Equal => Blend::Equal,
+                BlendArg::Tokens => Blend::Tokens,
+            }),
+        );
+        config.seq_length = self.seq_length.or(config.seq_length);
+        config.min_lr = self.min_lr.or(config.min_lr);
+        config.lr_warmup_tokens = self.lr_warmup_tokens.or(config.lr_warmup_tokens);
+        config.lr_decay_tokens = self.lr_decay_tokens.or(config.lr_decay_tokens);
+        set(&mut config.valid_fraction, self.valid_fraction);
+        set(&mut config.train_tokens, self.train_tokens);
+        set(&mut config.micro_batch_size, self.micro_batch_size);
+        set(&mut config.global_batch_size, self.global_batch_size);
+        set(&mut config.workers, self.workers);
+        set(&mut config.lr, self.lr);
+        set(&mut config.weight_decay, self.weight_decay);
+        set(&mut config.clip_grad, self.clip_grad);
+        set(&mut config.seed, self.seed);
+        set(&mut config.eval_interval, self.eval_interval);
+        set(&mut config.eval_iters, self.eval_iters);
+        set(&mut config.save_interval, self.save_interval);
+        set(&mut config.keep_last, self.keep_last);
+        set(&mut config.log_interval, self.log_interval);
+        config
+    }
+}

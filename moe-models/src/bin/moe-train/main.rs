@@ -1,0 +1,149 @@
+//! `moe-train`: trains a model of the paper's GPT family on text files. Reads arguments and shows progress; everything
+//! else is `moe_models::train`.
+
+mod args;
+mod model_args;
+mod progress;
+mod threads;
+
+use anyhow::{Context, Result};
+use args::Args;
+use candle_core::Device;
+use clap::Parser;
+use moe_models::gpt::{Gpt, GptConfig};
+use moe_models::train::checkpoint::{CheckpointStore, TrainerState, read_state, verify};
+use moe_models::train::{Corpus, Outcome, RunText, TrainConfig, Trainer, export, tokenizer};
+use progress::Progress;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+use tokenizers::Tokenizer;
+
+fn main() -> Result<()> {
+    let args = Args::parse();
+    if let Some(target) = &args.export {
+        export::check_target(target)?;
+    }
+    let checkpoint = if args.resume { find_checkpoint(&args.out)? } else { None };
+    let base = base_config(&args, checkpoint.as_ref())?;
+    let config = args.apply_to(base);
+    threads::set_up(config.workers)?;
+
+    let stop = stop_on_signal()?;
+    let mut progress = Progress::new(config.log_interval);
+    let mut trainer = match checkpoint {
+        None => new_run(&args, config, &mut progress)?,
+        Some((folder, _)) => resumed_run(&args, config, &folder, &mut progress)?,
+    };
+    let outcome = trainer.run(&stop, &mut progress)?;
+    progress.finish();
+    match outcome {
+        Outcome::Finished => finish(&args, &trainer),
+        Outcome::Stopped => {
+            eprintln!("stopped after step {} and saved; continue with --resume", trainer.step());
+            Ok(())
+        }
+    }
+}
+
+/// The checkpoint to resume, with its state. Without any, the run starts anew.
+fn find_checkpoint(out: &Path) -> Result<Option<(PathBuf, TrainerState)>> {
+    let Some(folder) = CheckpointStore::open(out, 1)?.latest()? else {
+        eprintln!("no checkpoint in {}; starting a new run", out.display());
+        return Ok(None);
+    };
+    let state = read_state(&folder)?;
+    verify(&folder, &state)?;
+    Ok(Some((folder, state)))
+}
+
+/// Settings before the command line: the file's, or else the saved run's, or else the defaults.
+fn base_config(args: &Args, checkpoint: Option<&(PathBuf, TrainerState)>) -> Result<TrainConfig> {
+    match (&args.config, checkpoint) {
+        (Some(path), _) => Ok(TrainConfig::from_file(path)?),
+        (None, Some((_, state))) => Ok(state.config.clone()),
+        (None, None) => Ok(TrainConfig::default()),
+    }
+}
+
+fn new_run(args: &Args, config: TrainConfig, progress: &mut Progress) -> Result<Trainer<Gpt>> {
+    // Settings are checked before the text is read: a typing error should not cost a minute.
+    let mut shape = args.model.config(config.seq_length)?;
+    let config = config.resolved(shape.max_seq_len)?;
+    CheckpointStore::open(&args.out, config.keep_last)?;
+    let text = RunText::read(&config.data, &config.valid, progress)?;
+    let tokenizer = text.tokenizer(&args.model.tokenizer_choice(shape.vocab_size), progress)?;
+    args.model.fit_to(&mut shape, &tokenizer)?;
+    shape.validate()?;
+    let corpus = pack(text, &tokenizer, &shape, &config, progress)?;
+    let model = Gpt::new(shape, config.seed, &Device::Cpu)?;
+    describe(&model, &corpus, &config);
+    Ok(Trainer::new(model, config, corpus, tokenizer::to_json(&tokenizer)?, &args.out)?)
+}
+
+fn resumed_run(args: &Args, config: TrainConfig, folder: &Path, progress: &mut Progress) -> Result<Trainer<Gpt>> {
+    let model = Gpt::load(folder, &Device::Cpu)?;
+    let config = config.resolved(model.config().max_seq_len)?;
+    let tokenizer = tokenizer::load(&folder.join("tokenizer.json"))?;
+    if args.model.is_given() {
+        let mut asked = args.model.config(config.seq_length)?;
+        args.model.fit_to(&mut asked, &tokenizer)?;
+        let saved = model.config();
+        anyhow::ensure!(
+            asked == *saved,
+            "the model asked for differs from the saved one; drop the model flags or start a new run\nasked: {asked:?}\nsaved: {saved:?}"
+        );
+    }
+    let text = RunText::read(&config.data, &config.valid, progress)?;
+    let corpus = pack(text, &tokenizer, model.config(), &config, progress)?;
+    describe(&model, &corpus, &config);
+    eprintln!("resuming from {}", folder.display());
+    Ok(Trainer::resume(model, config, corpus, tokenizer::to_json(&tokenizer)?, &args.out, folder)?)
+}
+
+fn pack(
+    text: RunText,
+    tokenizer: &Tokenizer,
+    shape: &GptConfig,
+    config: &TrainConfig,
+    progress: &mut Progress,
+) -> Result<Corpus> {
+    let (train, valid) = text.pack(tokenizer, shape.vocab_size, progress)?;
+    Ok(Corpus::new(train, valid, config)?)
+}
+
+fn describe(model: &Gpt, corpus: &Corpus, config: &TrainConfig) {
+    let count = model.config().parameter_count();
+    eprintln!("model: {} parameters, {} per token", count.total, count.active);
+    for (source, share) in corpus.sampler.sources().iter().zip(corpus.sampler.shares()) {
+        eprintln!("  {}: {} tokens, {:.1} % of the blend", source.name, source.num_tokens(), share * 100.0);
+    }
+    let (steps, tokens) = (config.total_steps(), config.tokens_per_step());
+    eprintln!("run: {steps} steps of {tokens} tokens, seed {}", config.seed);
+}
+
+/// Raises a flag on Ctrl-C or termination; a second signal ends the program at once.
+fn stop_on_signal() -> Result<Arc<AtomicBool>> {
+    let stop = Arc::new(AtomicBool::new(false));
+    let raised = Arc::clone(&stop);
+    ctrlc::set_handler(move || {
+        if raised.swap(true, Ordering::Relaxed) {
+            std::process::exit(130);
+        }
+        eprintln!("\nsaving after this step; press Ctrl-C again to end at once");
+    })
+    .context("cannot listen for Ctrl-C")?;
+    Ok(stop)
+}
+
+fn finish(args: &Args, trainer: &Trainer<Gpt>) -> Result<()> {
+    eprintln!("done after step {}: {}", trainer.step(), args.out.display());
+    let Some(target) = &args.export else { return Ok(()) };
+    let tokenizer = trainer.tokenizer_json();
+    match trainer.best_checkpoint().filter(|_| args.export_best) {
+        Some(best) => export::export(&Gpt::load(&best, &Device::Cpu)?, tokenizer, target, args.export_dtype.into())?,
+        None => export::export(trainer.model(), tokenizer, target, args.export_dtype.into())?,
+    }
+    eprintln!("exported to {}", target.display());
+    Ok(())
+}

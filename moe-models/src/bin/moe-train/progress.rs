@@ -1,0 +1,99 @@
+//! Shows a run: a bar on a terminal, plain lines elsewhere.
+
+use indicatif::{ProgressBar, ProgressStyle};
+use moe_models::train::{Event, Observer};
+use std::io::IsTerminal;
+use std::time::{Duration, Instant};
+
+pub(crate) struct Progress {
+    bar: Option<ProgressBar>,
+    terminal: bool,
+    log_interval: u64,
+    started: Instant,
+    first_step: u64,
+    total_steps: u64,
+    tokens_per_step: u64,
+}
+
+impl Progress {
+    pub(crate) fn new(log_interval: u64) -> Self {
+        let terminal = std::io::stderr().is_terminal();
+        Self {
+            bar: None,
+            terminal,
+            log_interval: log_interval.max(1),
+            started: Instant::now(),
+            first_step: 0,
+            total_steps: 0,
+            tokens_per_step: 0,
+        }
+    }
+
+    /// Leaves the bar as it is and ends its line.
+    pub(crate) fn finish(&self) {
+        if let Some(bar) = &self.bar {
+            bar.abandon();
+        }
+    }
+
+    fn line(&self, text: &str) {
+        match &self.bar {
+            Some(bar) => bar.println(text),
+            None => eprintln!("{text}"),
+        }
+    }
+
+    fn start(&mut self, step: u64, total_steps: u64, tokens_per_step: u64) {
+        (self.first_step, self.total_steps, self.tokens_per_step) = (step, total_steps, tokens_per_step);
+        self.started = Instant::now();
+        if self.terminal {
+            let bar = ProgressBar::new(total_steps);
+            if let Ok(style) = ProgressStyle::with_template("{wide_bar} {pos}/{len} steps  {msg}") {
+                bar.set_style(style);
+            }
+            bar.set_position(step);
+            self.bar = Some(bar);
+        }
+    }
+
+    fn step(&self, step: u64, loss: f64, grad_norm: f64, lr: f64) {
+        let done = step - self.first_step;
+        let seconds = self.started.elapsed().as_secs_f64().max(1e-9);
+        let tokens_per_second = (done * self.tokens_per_step) as f64 / seconds;
+        let rest = (self.total_steps - step) as f64 * seconds / done.max(1) as f64;
+        let eta = indicatif::HumanDuration(Duration::try_from_secs_f64(rest).unwrap_or_default());
+        match &self.bar {
+            Some(bar) => {
+                bar.set_position(step);
+                bar.set_message(format!("loss {loss:.4}  {tokens_per_second:.0} tokens/s  ETA {eta:#}"));
+            }
+            None if step.is_multiple_of(self.log_interval) || step == self.total_steps => eprintln!(
+                "step {step}/{}  loss {loss:.4}  grad {grad_norm:.3}  lr {lr:.2e}  {tokens_per_second:.0} tokens/s  ETA {eta:#}",
+                self.total_steps
+            ),
+            None => {}
+        }
+    }
+}
+
+impl Observer for Progress {
+    fn event(&mut self, event: &Event) {
+        match event {
+            Event::Preparing { what } => self.line(&format!("{what} ...")),
+            Event::Started { step, total_steps, tokens_per_step } => self.start(*step, *total_steps, *tokens_per_step),
+            Event::Step { step, loss, grad_norm, lr, applied } => {
+                if !applied {
+                    self.line(&format!("step {step}: gradient norm {grad_norm}, update skipped"));
+                }
+                self.step(*step, *loss, *grad_norm, *lr);
+            }
+            Event::Validated { step, loss, bits_per_byte, by_source } => {
+                let parts: Vec<String> = by_source.iter().map(|(name, bits)| format!("{name} {bits:.3}")).collect();
+                let parts = if parts.len() > 1 { format!(" ({})", parts.join(", ")) } else { String::new() };
+                self.line(&format!("step {step}: valid loss {loss:.4}, {bits_per_byte:.4} bits per byte{parts}"));
+            }
+            Event::Saved { step, dir } => self.line(&format!("step {step}: saved {}", dir.display())),
+            _ => {}
+        }
+    }
+}

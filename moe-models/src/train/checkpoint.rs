@@ -1,0 +1,328 @@
+//! Checkpoints: folders `step-00001234` that are whole or absent, with the newest k and the best kept.
+//!
+//! A folder holds the model the Hugging Face way (f32), `optimizer.safetensors` and `trainer_state.json`, which is
+//! written last and lists size and checksum of every other file. `latest` and `best` beside the folders name one each.
+//! Knows nothing of the loop.
+
+use super::config::TrainConfig;
+use super::data::DataPosition;
+use super::data::packed::Fingerprint;
+use super::export::write_model_files;
+use super::files::{TEMPORARY_PREFIX, crc32c, create_dir, create_dir_atomically, replace_file, write_synced};
+use super::model::{TrainModel, decay_flags};
+use super::optimizer::{AdamW, Moments};
+use crate::{Error, Result};
+use candle_core::{DType, Var};
+use safetensors::SafeTensors;
+use safetensors::tensor::TensorView;
+use serde::{Deserialize, Serialize};
+use std::path::{Path, PathBuf};
+
+const STATE_FILE: &str = "trainer_state.json";
+const OPTIMIZER_FILE: &str = "optimizer.safetensors";
+const LATEST: &str = "latest";
+const BEST: &str = "best";
+const FOLDER_PREFIX: &str = "step-";
+
+/// A checkpoint's step with its validation loss.
+#[derive(Debug, Clone, Copy, PartialEq, Serialize, Deserialize)]
+pub struct BestCheckpoint {
+    /// Optimizer steps done.
+    pub step: u64,
+    /// Validation loss, nats per token.
+    pub valid_loss: f64,
+}
+
+/// Size and checksum of one file of a checkpoint.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct FileCheck {
+    /// Name inside the folder.
+    pub name: String,
+    /// Size.
+    pub bytes: u64,
+    /// CRC32C of the content.
+    pub crc32c: u32,
+}
+
+/// Everything a run needs to continue besides weights and moments.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct TrainerState {
+    /// Optimizer steps done.
+    pub step: u64,
+    /// Training tokens seen.
+    pub tokens: u64,
+    /// Where the data stream stands.
+    pub data_position: DataPosition,
+    /// The tokenised sources, to notice changed data.
+    pub data: Vec<Fingerprint>,
+    /// Each source's share of the blend.
+    pub shares: Vec<f64>,
+    /// Updates the optimizer applied.
+    pub optimizer_updates: u64,
+    /// Steps skipped in a row for non-finite gradients.
+    pub skipped_in_a_row: u64,
+    /// Validation loss at this step, if it was measured.
+    pub valid_loss: Option<f64>,
+    /// The best checkpoint so far, this one included.
+    pub best: Option<BestCheckpoint>,
+    /// The run's settings, derived ones filled in. All random draws follow from its seed, the step and the positions.
+    pub config: TrainConfig,
+    /// The other files of the folder.
+    #[serde(default)]
+    pub files: Vec<FileCheck>,
+}
+
+/// The checkpoints of one run.
+#[derive(Debug, Clone)]
+pub struct CheckpointStore {
+    dir: PathBuf,
+    keep_last: usize,
+}
+
+impl CheckpointStore {
+    /// The checkpoints in `dir`, which is created if absent. Remains of interrupted saves are removed.
+    ///
+    /// # Errors
+    /// [`Error::Io`] if the folder cannot be written to: better now than after hours of training.
+    pub fn open(dir: &Path, keep_last: usize) -> Result<Self> {
+        create_dir(dir)?;
+        for entry in std::fs::read_dir(dir).map_err(|e| Error::io(dir, e))? {
+            let path = entry.map_err(|e| Error::io(dir, e))?.path();
+            if name_of(&path).starts_with(TEMPORARY_PREFIX) {
+                remove(&path)?;
+            }
+        }
+        let probe = dir.join(format!("{TEMPORARY_PREFIX}probe"));
+        write_synced(&probe, b"writable")?;
+        remove(&probe)?;
+        Ok(Self { dir: dir.to_owned(), keep_last })
+    }
+
+    /// The folder of `step`.
+    pub fn folder(&self, step: u64) -> PathBuf {
+        self.dir.join(format!("{FOLDER_PREFIX}{step:08}"))
+    }
+
+    /// Steps of the present checkpoint folders, ascending.
+    ///
+    /// # Errors
+    /// [`Error::Io`] if the folder cannot be read.
+    pub fn steps(&self) -> Result<Vec<u64>> {
+        let mut steps = Vec::new();
+        for entry in std::fs::read_dir(&self.dir).map_err(|e| Error::io(&self.dir, e))? {
+            let path = entry.map_err(|e| Error::io(&self.dir, e))?.path();
+            steps.extend(name_of(&path).strip_prefix(FOLDER_PREFIX).and_then(|s| s.parse::<u64>().ok()));
+        }
+        steps.sort_unstable();
+        Ok(steps)
+    }
+
+    /// Writes a checkpoint, points `latest` (and `best`, if it is) at it, then removes what is no longer kept.
+    ///
+    /// # Errors
+    /// [`Error::Io`] and the model's errors if something cannot be written; earlier checkpoints are then untouched and
+    /// nothing is left of this one.
+    pub fn save<M: TrainModel>(
+        &self,
+        model: &M,
+        optimizer: &AdamW,
+        tokenizer_json: &str,
+        state: &TrainerState,
+    ) -> Result<PathBuf> {
+        let folder = self.folder(state.step);
+        let fill = |dir: &Path| write_files(model, optimizer, tokenizer_json, state, dir);
+        if folder.exists() {
+            self.replace(&folder, fill)?;
+        } else {
+            create_dir_atomically(&folder, fill)?;
+        }
+        replace_file(&self.dir.join(LATEST), name_of(&folder).as_bytes())?;
+        if let Some(best) = state.best {
+            replace_file(&self.dir.join(BEST), name_of(&self.folder(best.step)).as_bytes())?;
+        }
+        self.prune(state)?;
+        Ok(folder)
+    }
+
+    /// Moves the present folder aside while the new one is made, and back if that fails.
+    fn replace(&self, folder: &Path, fill: impl FnOnce(&Path) -> Result<()>) -> Result<()> {
+        let aside = self.dir.join(format!("{TEMPORARY_PREFIX}replaced-{}", name_of(folder)));
+        std::fs::rename(folder, &aside).map_err(|e| Error::io(folder, e))?;
+        match create_dir_atomically(folder, fill) {
+            Ok(()) => remove(&aside),
+            Err(e) => {
+                std::fs::rename(&aside, folder).map_err(|e| Error::io(folder, e))?;
+                Err(e)
+            }
+        }
+    }
+
+    fn prune(&self, state: &TrainerState) -> Result<()> {
+        let best = state.best.map(|b| b.step);
+        let older: Vec<u64> = self.steps()?.into_iter().filter(|&s| s <= state.step).collect();
+        let surplus = older.len().saturating_sub(self.keep_last);
+        for &step in older[..surplus].iter().filter(|&&step| Some(step) != best) {
+            let folder = self.folder(step);
+            // Renamed first: an interrupted removal must not leave a folder that looks whole.
+            let doomed = self.dir.join(format!("{TEMPORARY_PREFIX}removed-{}", name_of(&folder)));
+            std::fs::rename(&folder, &doomed).map_err(|e| Error::io(&folder, e))?;
+            remove(&doomed)?;
+        }
+        Ok(())
+    }
+
+    /// The folder to resume from: the one `latest` names, or else the newest complete one. `None` without any.
+    ///
+    /// # Errors
+    /// [`Error::Io`] if the folder cannot be read.
+    pub fn latest(&self) -> Result<Option<PathBuf>> {
+        if let Some(folder) = self.named_by(LATEST) {
+            return Ok(Some(folder));
+        }
+        let newest_first = self.steps()?.into_iter().rev().map(|step| self.folder(step));
+        Ok(newest_first.into_iter().find(|folder| is_complete(folder)))
+    }
+
+    /// The folder of the best checkpoint, if one was measured.
+    pub fn best(&self) -> Option<PathBuf> {
+        self.named_by(BEST)
+    }
+
+    fn named_by(&self, marker: &str) -> Option<PathBuf> {
+        let name = std::fs::read_to_string(self.dir.join(marker)).ok()?;
+        let folder = self.dir.join(name.trim());
+        (name.trim().starts_with(FOLDER_PREFIX) && is_complete(&folder)).then_some(folder)
+    }
+}
+
+fn name_of(path: &Path) -> String {
+    path.file_name().unwrap_or_default().to_string_lossy().into_owned()
+}
+
+fn remove(path: &Path) -> Result<()> {
+    let removed = if path.is_dir() { std::fs::remove_dir_all(path) } else { std::fs::remove_file(path) };
+    removed.map_err(|e| Error::io(path, e))
+}
+
+/// Whether every file that makes a checkpoint is there. Their content is checked when they are read.
+fn is_complete(folder: &Path) -> bool {
+    let Ok(state) = read_state(folder) else { return folder.join(STATE_FILE).exists() };
+    state.files.iter().all(|file| folder.join(&file.name).exists())
+}
+
+fn write_files<M: TrainModel>(
+    model: &M,
+    optimizer: &AdamW,
+    tokenizer_json: &str,
+    state: &TrainerState,
+    dir: &Path,
+) -> Result<()> {
+    write_model_files(model, tokenizer_json, dir, DType::F32)?;
+    write_synced(&dir.join(OPTIMIZER_FILE), &optimizer_bytes(optimizer, model.params())?)?;
+    let state = TrainerState { files: file_checks(dir)?, ..state.clone() };
+    let json = serde_json::to_string_pretty(&state)
+        .map_err(|e| Error::format(dir.join(STATE_FILE), format!("cannot be written: {e}")))?;
+    write_synced(&dir.join(STATE_FILE), json.as_bytes())
+}
+
+fn file_checks(dir: &Path) -> Result<Vec<FileCheck>> {
+    let mut checks = Vec::new();
+    for entry in std::fs::read_dir(dir).map_err(|e| Error::io(dir, e))? {
+        let path = entry.map_err(|e| Error::io(dir, e))?.path();
+        let content = std::fs::read(&path).map_err(|e| Error::io(&path, e))?;
+        checks.push(FileCheck { name: name_of(&path), bytes: content.len() as u64, crc32c: crc32c(&content) });
+    }
+    checks.sort_by(|a, b| a.name.cmp(&b.name));
+    Ok(checks)
+}
+
+fn optimizer_bytes(optimizer: &AdamW, params: &[(String, Var)]) -> Result<Vec<u8>> {
+    let mut blocks: Vec<(String, Vec<usize>, Vec<u8>)> = Vec::new();
+    for ((name, var), moments) in params.iter().zip(optimizer.moments()) {
+        for (kind, values) in [("exp_avg", &moments.exp_avg), ("exp_avg_sq", &moments.exp_avg_sq)] {
+            let bytes = values.iter().flat_map(|x| x.to_le_bytes()).collect();
+            blocks.push((format!("{kind}.{name}"), var.dims().to_vec(), bytes));
+        }
+    }
+    let mut views = Vec::new();
+    for (name, dims, bytes) in &blocks {
+        let view = TensorView::new(safetensors::Dtype::F32, dims.clone(), bytes).map_err(|e| tensor_error(name, &e))?;
+        views.push((name.as_str(), view));
+    }
+    safetensors::serialize(views, None).map_err(|e| tensor_error(OPTIMIZER_FILE, &e))
+}
+
+fn tensor_error(name: &str, e: &safetensors::SafeTensorError) -> Error {
+    Error::Argument(format!("{name} cannot be written as a safetensors entry: {e}"))
+}
+
+/// Reads `trainer_state.json` of a checkpoint folder.
+///
+/// # Errors
+/// [`Error::Io`] if it cannot be read, [`Error::Format`] if it is not a trainer state.
+pub fn read_state(folder: &Path) -> Result<TrainerState> {
+    let path = folder.join(STATE_FILE);
+    let text = std::fs::read_to_string(&path).map_err(|e| Error::io(&path, e))?;
+    serde_json::from_str(&text).map_err(|e| Error::format(path, format!("not a whole trainer state: {e}")))
+}
+
+/// Compares every file of a checkpoint with the sizes and checksums in its state.
+///
+/// # Errors
+/// [`Error::Io`] for a missing file, [`Error::Format`] for one that was cut or altered.
+pub fn verify(folder: &Path, state: &TrainerState) -> Result<()> {
+    for file in &state.files {
+        let path = folder.join(&file.name);
+        let content = std::fs::read(&path).map_err(|e| Error::io(&path, e))?;
+        let (want, got) = (file.bytes, content.len() as u64);
+        if want != got {
+            return Err(Error::format(
+                path,
+                format!("damaged: expected {want} bytes, found {got}; resume from an older checkpoint"),
+            ));
+        }
+        if crc32c(&content) != file.crc32c {
+            return Err(Error::format(path, "damaged: its checksum differs; resume from an older checkpoint"));
+        }
+    }
+    Ok(())
+}
+
+/// Restores the optimizer of a checkpoint for `model`.
+///
+/// # Errors
+/// [`Error::Io`] or [`Error::Format`] if the file cannot be read, is cut, or does not match the parameters.
+pub fn load_optimizer<M: TrainModel>(folder: &Path, state: &TrainerState, model: &M) -> Result<AdamW> {
+    let params = model.params();
+    let path = folder.join(OPTIMIZER_FILE);
+    let bytes = std::fs::read(&path).map_err(|e| Error::io(&path, e))?;
+    let tensors = SafeTensors::deserialize(&bytes).map_err(|e| Error::format(&path, format!("damaged: {e}")))?;
+    if tensors.len() != 2 * params.len() {
+        let (want, got) = (2 * params.len(), tensors.len());
+        return Err(Error::format(path, format!("expected {want} tensors for this model, found {got}")));
+    }
+    let read = |name: String, var: &Var| moment(&tensors, &name, var).map_err(|reason| Error::format(&path, reason));
+    let mut moments = Vec::with_capacity(params.len());
+    for (name, var) in params {
+        let exp_avg = read(format!("exp_avg.{name}"), var)?;
+        let exp_avg_sq = read(format!("exp_avg_sq.{name}"), var)?;
+        moments.push(Moments { exp_avg, exp_avg_sq });
+    }
+    AdamW::from_parts(
+        state.config.adamw(),
+        moments,
+        decay_flags(model),
+        state.optimizer_updates,
+        state.skipped_in_a_row,
+    )
+}
+
+fn moment(tensors: &SafeTensors, name: &str, var: &Var) -> std::result::Result<Vec<f32>, String> {
+    let view = tensors.tensor(name).map_err(|_| format!("{name} is missing"))?;
+    if view.dtype() != safetensors::Dtype::F32 || view.shape() != var.dims() {
+        let (dtype, shape) = (view.dtype(), view.shape());
+        return Err(format!("{name}: expected F32 {:?}, found {dtype:?} {shape:?}", var.dims()));
+    }
+    let (values, _) = view.data().as_chunks::<4>();
+    Ok(values.iter().map(|b| f32::from_le_bytes(*b)).collect())
+}

@@ -1,0 +1,54 @@
+//! Writes a model folder for serving: configuration, weights and tokenizer, the Hugging Face way.
+
+use super::files::{create_dir, create_dir_atomically, write_synced};
+use super::model::TrainModel;
+use super::tokenizer::END_OF_TEXT;
+use crate::{Error, Result};
+use candle_core::DType;
+use std::path::Path;
+
+/// Refuses a target that could not be written later, so that a long run does not end in vain.
+///
+/// # Errors
+/// [`Error::Argument`] if `dir` exists and is not an empty folder, [`Error::Io`] if its parent cannot be created.
+pub fn check_target(dir: &Path) -> Result<()> {
+    let empty_folder = || std::fs::read_dir(dir).is_ok_and(|mut entries| entries.next().is_none());
+    if dir.exists() && !empty_folder() {
+        return Err(Error::Argument(format!(
+            "{} exists and is not an empty folder; choose another export folder",
+            dir.display()
+        )));
+    }
+    dir.parent().filter(|p| !p.as_os_str().is_empty()).map_or(Ok(()), create_dir)
+}
+
+/// Writes the model as `dtype` with its tokenizer into the new folder `dir`: whole or not at all.
+///
+/// # Errors
+/// As [`check_target`]; [`Error::Io`] and the model's own errors if a file cannot be written.
+pub fn export<M: TrainModel>(model: &M, tokenizer_json: &str, dir: &Path, dtype: DType) -> Result<()> {
+    check_target(dir)?;
+    if dir.exists() {
+        std::fs::remove_dir(dir).map_err(|e| Error::io(dir, e))?;
+    }
+    create_dir_atomically(dir, |folder| write_model_files(model, tokenizer_json, folder, dtype))
+}
+
+/// The files of a model folder: what the model saves, and the tokenizer.
+pub(crate) fn write_model_files<M: TrainModel>(
+    model: &M,
+    tokenizer_json: &str,
+    dir: &Path,
+    dtype: DType,
+) -> Result<()> {
+    model.save(dir, dtype)?;
+    write_synced(&dir.join("tokenizer.json"), tokenizer_json.as_bytes())?;
+    let config = serde_json::json!({
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "bos_token": END_OF_TEXT,
+        "eos_token": END_OF_TEXT,
+        "model_max_length": model.max_seq_len(),
+        "clean_up_tokenization_spaces": false,
+    });
+    write_synced(&dir.join("tokenizer_config.json"), format!("{config:#}\n").as_bytes())
+}

@@ -1,0 +1,88 @@
+//! What a run reports: the same tags in `metrics.jsonl` and in TensorBoard event files.
+
+pub mod jsonl;
+pub mod tensorboard;
+
+use super::model::LayerLoad;
+use crate::Result;
+use std::path::Path;
+
+/// Tag of the total loss of a training step, nats per token.
+pub const TRAIN_LOSS: &str = "train/loss";
+/// Tag of the language-model loss of a training step, nats per token.
+pub const TRAIN_LM_LOSS: &str = "train/lm_loss";
+/// Tag of the auxiliary losses of a training step, scaled as they enter the total.
+pub const TRAIN_AUX_LOSS: &str = "train/aux_loss";
+/// Tag of the learning rate.
+pub const TRAIN_LR: &str = "train/lr";
+/// Tag of the global gradient norm before clipping.
+pub const TRAIN_GRAD_NORM: &str = "train/grad_norm";
+/// Tag of the training speed since the last record.
+pub const TRAIN_TOKENS_PER_SECOND: &str = "train/tokens_per_second";
+/// Tag of the validation loss, nats per token over all sources.
+pub const VALID_LOSS: &str = "valid/loss";
+/// Tag of the validation loss in bits per byte over all sources; `/SOURCE` is appended for each source.
+pub const VALID_BITS_PER_BYTE: &str = "valid/bits_per_byte";
+
+/// Values of one optimizer step.
+#[derive(Debug, Clone, PartialEq, Default)]
+pub struct Record {
+    /// Optimizer steps done.
+    pub step: u64,
+    /// Training tokens seen.
+    pub tokens: u64,
+    /// Tags and values, in order.
+    pub values: Vec<(String, f64)>,
+}
+
+impl Record {
+    /// An empty record.
+    pub fn new(step: u64, tokens: u64) -> Self {
+        Self { step, tokens, values: Vec::new() }
+    }
+
+    /// Adds a value.
+    pub fn push(&mut self, tag: impl Into<String>, value: f64) {
+        self.values.push((tag.into(), value));
+    }
+
+    /// Adds imbalance (max / mean), drop rate and tokens per expert of each MoE layer.
+    pub fn push_loads(&mut self, loads: &[LayerLoad]) {
+        for LayerLoad { layer, load } in loads {
+            self.push(format!("moe/layer_{layer}/imbalance"), load.imbalance());
+            self.push(format!("moe/layer_{layer}/drop_rate"), load.drop_rate());
+            for (expert, &tokens) in load.tokens_per_expert.iter().enumerate() {
+                self.push(format!("moe/layer_{layer}/tokens_per_expert/{expert}"), f64::from(tokens));
+            }
+        }
+    }
+}
+
+/// Writes every record to both files.
+#[derive(Debug)]
+pub struct MetricsWriter {
+    jsonl: jsonl::JsonlWriter,
+    events: tensorboard::EventWriter,
+}
+
+impl MetricsWriter {
+    /// Opens `dir/metrics.jsonl` and a new event file in `dir/tensorboard`. Records after `resume_step` are cut from
+    /// the first, and TensorBoard is told to forget them; 0 starts both anew.
+    ///
+    /// # Errors
+    /// [`crate::Error::Io`] if a file cannot be written, [`crate::Error::Format`] if the present file is not ours.
+    pub fn open(dir: &Path, resume_step: u64) -> Result<Self> {
+        let jsonl = jsonl::JsonlWriter::open(&dir.join("metrics.jsonl"), resume_step)?;
+        let purge_from = (resume_step > 0).then_some(resume_step + 1);
+        Ok(Self { jsonl, events: tensorboard::EventWriter::create(&dir.join("tensorboard"), purge_from)? })
+    }
+
+    /// Writes `record` and flushes it to the operating system.
+    ///
+    /// # Errors
+    /// [`crate::Error::Io`] if a file cannot be written.
+    pub fn write(&mut self, record: &Record) -> Result<()> {
+        self.jsonl.write(record)?;
+        self.events.write(record)
+    }
+}

@@ -1,0 +1,28 @@
+//! The training loop as a library: text in, checkpoints and metrics out.
+//!
+//! Each file has one job; [`Trainer`] puts them together. Nothing here prints or reads the environment: progress goes to
+//! an [`Observer`]. Every random draw is a function of `(seed, step, micro-batch)` or `(seed, source, epoch)`, so the
+//! whole state of a run is its weights, its optimizer moments and a few counters, and a resumed run is bit-identical.
+
+pub mod checkpoint;
+pub mod config;
+pub mod data;
+pub mod evaluate;
+pub mod excerpt;
+pub mod export;
+mod files;
+pub mod metrics;
+pub mod model;
+pub mod observer;
+pub mod optimizer;
+pub mod prepare;
+pub mod schedule;
+pub mod step;
+pub mod tokenizer;
+pub mod trainer;
+
+pub use config::{Blend, TrainConfig};
+pub use model::TrainModel;
+pub use observer::{Event, Observer, Silent};
+pub use prepare::{RunText, TokenizerChoice};
+pub use trainer::{Corpus, Outcome, Trainer};

@@ -1,0 +1,59 @@
+//! [`TrainModel`]: what the training loop needs of a model, and nothing else.
+
+use crate::Result;
+use candle_core::Var;
+use std::path::Path;
+
+pub use crate::gpt::{LayerLoad, LossOutput, Pass, TokenBatch};
+
+/// A model that can be trained: parameters, a loss with a graph, and a way to disk.
+///
+/// `loss` must be a pure function of the parameters, the batch and the pass: a run is bit-reproducible only then.
+pub trait TrainModel: Sync {
+    /// Entries of the vocabulary, padding included.
+    fn vocab_size(&self) -> usize;
+    /// Longest sequence, in tokens.
+    fn max_seq_len(&self) -> usize;
+    /// Name and value (f32) of each trainable parameter, in an order that never changes.
+    fn params(&self) -> &[(String, Var)];
+    /// Whether a parameter is decayed. By default those of two or more dimensions are: biases and norms are not.
+    fn has_weight_decay(&self, _name: &str, shape: &[usize]) -> bool {
+        shape.len() >= 2
+    }
+    /// The loss of one micro-batch.
+    ///
+    /// # Errors
+    /// If the batch does not fit the model or a tensor operation fails.
+    fn loss(&self, batch: &TokenBatch, pass: Pass) -> Result<LossOutput>;
+    /// Writes configuration and weights, the Hugging Face way, into the existing folder `dir`.
+    ///
+    /// # Errors
+    /// If a file cannot be written.
+    fn save(&self, dir: &Path, dtype: candle_core::DType) -> Result<()>;
+}
+
+/// The decay flag of each parameter of `model`.
+pub(crate) fn decay_flags<M: TrainModel>(model: &M) -> Vec<bool> {
+    model.params().iter().map(|(name, var)| model.has_weight_decay(name, var.dims())).collect()
+}
+
+impl TrainModel for crate::gpt::Gpt {
+    fn vocab_size(&self) -> usize {
+        self.config().vocab_size
+    }
+    fn max_seq_len(&self) -> usize {
+        self.config().max_seq_len
+    }
+    fn params(&self) -> &[(String, Var)] {
+        self.params()
+    }
+    fn has_weight_decay(&self, name: &str, shape: &[usize]) -> bool {
+        crate::gpt::has_weight_decay(name, shape)
+    }
+    fn loss(&self, batch: &TokenBatch, pass: Pass) -> Result<LossOutput> {
+        self.loss(batch, pass)
+    }
+    fn save(&self, dir: &Path, dtype: candle_core::DType) -> Result<()> {
+        self.save(dir, dtype)
+    }
+}

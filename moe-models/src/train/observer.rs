@@ -1,0 +1,74 @@
+//! What a run tells whoever watches it. The library prints nothing; a program shows these as it likes.
+
+use std::path::PathBuf;
+
+/// Something that happened.
+#[derive(Debug, Clone, PartialEq)]
+#[non_exhaustive]
+pub enum Event {
+    /// A slow preparation began, such as tokenising a source.
+    Preparing {
+        /// What is being done, for a person.
+        what: String,
+    },
+    /// Training begins or continues.
+    Started {
+        /// Steps already done.
+        step: u64,
+        /// Steps of the whole run.
+        total_steps: u64,
+        /// Tokens of one step.
+        tokens_per_step: u64,
+    },
+    /// An optimizer step ended.
+    Step {
+        /// Steps done.
+        step: u64,
+        /// Total loss, nats per token.
+        loss: f64,
+        /// Global gradient norm before clipping.
+        grad_norm: f64,
+        /// Learning rate of the step.
+        lr: f64,
+        /// Whether the parameters were updated; false for a gradient that was not finite.
+        applied: bool,
+    },
+    /// A validation ended.
+    Validated {
+        /// Steps done.
+        step: u64,
+        /// Nats per token over all sources.
+        loss: f64,
+        /// Bits per byte over all sources.
+        bits_per_byte: f64,
+        /// Bits per byte of each source.
+        by_source: Vec<(String, f64)>,
+    },
+    /// A checkpoint was written.
+    Saved {
+        /// Steps done.
+        step: u64,
+        /// Its folder.
+        dir: PathBuf,
+    },
+}
+
+/// Receives [`Event`]s in order, on the training thread.
+pub trait Observer {
+    /// Called for each event.
+    fn event(&mut self, event: &Event);
+}
+
+/// Ignores everything.
+#[derive(Debug, Clone, Copy, Default)]
+pub struct Silent;
+
+impl Observer for Silent {
+    fn event(&mut self, _: &Event) {}
+}
+
+impl<F: FnMut(&Event)> Observer for F {
+    fn event(&mut self, event: &Event) {
+        self(event);
+    }
+}

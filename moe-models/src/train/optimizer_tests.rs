@@ -1,0 +1,149 @@
+//! AdamW against an f64 re-statement of its formula, and its behaviour at the edges.
+
+use super::*;
+use candle_core::{Device, Tensor};
+
+fn var(values: &[f32], shape: &[usize]) -> Var {
+    Var::from_tensor(&Tensor::from_slice(values, shape, &Device::Cpu).unwrap()).unwrap()
+}
+
+fn decays(params: &[(String, Var)]) -> Vec<bool> {
+    params.iter().map(|(_, var)| var.rank() >= 2).collect()
+}
+
+fn values(var: &Var) -> Vec<f32> {
+    var.flatten_all().unwrap().to_vec1().unwrap()
+}
+
+/// The textbook formula, one number, in f64; the gradient is given after clipping.
+struct Oracle {
+    p: f64,
+    m: f64,
+    v: f64,
+    t: i32,
+}
+
+impl Oracle {
+    fn step(&mut self, g: f64, lr: f64, decay: f64) {
+        self.t += 1;
+        self.p *= 1.0 - lr * decay;
+        self.m = 0.9 * self.m + 0.1 * g;
+        self.v = 0.95 * self.v + 0.05 * g * g;
+        let m_hat = self.m / (1.0 - 0.9f64.powi(self.t));
+        let v_hat = self.v / (1.0 - 0.95f64.powi(self.t));
+        self.p -= lr * m_hat / (v_hat.sqrt() + 1e-8);
+    }
+}
+
+fn config(clip_grad: f64) -> AdamWConfig {
+    AdamWConfig { clip_grad, ..AdamWConfig::default() }
+}
+
+#[test]
+fn three_steps_follow_the_formula_with_and_without_clipping() {
+    let start = [0.5, -1.25, 2.0, 0.125];
+    let grads = [[0.1f32, -0.4, 1.5, 0.0], [-0.3, 0.2, 0.7, 1e-4], [2.0, -3.0, 0.5, -1e-4]];
+    for clip in [0.0, 0.5, 1e9] {
+        let params = [("w".to_owned(), var(&start, &[2, 2])), ("b".to_owned(), var(&start, &[4]))];
+        let mut optimizer = AdamW::new(config(clip), &params, decays(&params)).unwrap();
+        let oracle = |&p: &f32| Oracle { p: f64::from(p), m: 0.0, v: 0.0, t: 0 };
+        let mut oracles: Vec<Vec<Oracle>> = (0..2).map(|_| start.iter().map(oracle).collect()).collect();
+        for (step, grad) in grads.iter().enumerate() {
+            let lr = 0.01 * (step + 1) as f64;
+            // The scale of 0.5 stands for a mean over two micro-batches.
+            let report = optimizer.step(&params, &[grad.to_vec(), grad.to_vec()], 0.5, lr).unwrap();
+            let norm = (2.0 * grad.iter().map(|g| f64::from(*g).powi(2)).sum::<f64>()).sqrt() * 0.5;
+            assert!((report.grad_norm - norm).abs() < 1e-12 * norm);
+            let factor = 0.5 * if clip > 0.0 { (clip / (norm + 1e-6)).min(1.0) } else { 1.0 };
+            for (row, decay) in oracles.iter_mut().zip([0.1, 0.0]) {
+                row.iter_mut().zip(grad).for_each(|(o, g)| o.step(f64::from(*g) * factor, lr, decay));
+            }
+        }
+        for ((_, var), row) in params.iter().zip(&oracles) {
+            for (got, want) in values(var).iter().zip(row) {
+                assert!((f64::from(*got) - want.p).abs() < 2e-6, "clip {clip}: {got} against {}", want.p);
+            }
+        }
+    }
+}
+
+#[test]
+fn decay_acts_on_matrices_only_and_without_a_gradient() {
+    let params = [("w".to_owned(), var(&[1.0], &[1, 1])), ("b".to_owned(), var(&[1.0], &[1]))];
+    AdamW::new(config(1.0), &params, decays(&params))
+        .unwrap()
+        .step(&params, &[vec![0.0], vec![0.0]], 1.0, 0.5)
+        .unwrap();
+    assert_eq!(values(&params[0].1), [0.95]);
+    assert_eq!(values(&params[1].1), [1.0]);
+}
+
+#[test]
+fn it_finds_the_minimum_of_a_parabola() {
+    let target = [3.0f32, -2.0, 0.5];
+    let params = [("x".to_owned(), var(&[0.0; 3], &[3]))];
+    let mut optimizer = AdamW::new(config(0.0), &params, decays(&params)).unwrap();
+    for step in 0..1500 {
+        let grad = values(&params[0].1).iter().zip(target).map(|(x, t)| 2.0 * (x - t)).collect();
+        optimizer.step(&params, &[grad], 1.0, 0.05 * (1.0 - step as f64 / 1500.0)).unwrap();
+    }
+    for (got, want) in values(&params[0].1).iter().zip(target) {
+        assert!((got - want).abs() < 1e-3, "{got} against {want}");
+    }
+}
+
+#[test]
+fn non_finite_gradients_are_skipped_then_refused() {
+    let params = [("w".to_owned(), var(&[1.0, 2.0], &[2]))];
+    let mut optimizer = AdamW::new(config(1.0), &params, decays(&params)).unwrap();
+    optimizer.step(&params, &[vec![0.1, 0.2]], 1.0, 0.01).unwrap();
+    let (before, state) = (values(&params[0].1), optimizer.clone());
+    for bad in [f32::NAN, f32::INFINITY] {
+        let report = optimizer.step(&params, &[vec![0.1, bad]], 1.0, 0.01).unwrap();
+        assert!(!report.applied && !report.grad_norm.is_finite());
+    }
+    assert_eq!(values(&params[0].1), before);
+    assert_eq!(optimizer.moments(), state.moments());
+    assert_eq!((optimizer.updates(), optimizer.skipped_in_a_row()), (1, 2));
+    assert!(optimizer.step(&params, &[vec![0.1, 0.2]], 1.0, 0.01).unwrap().applied);
+    assert_eq!(optimizer.skipped_in_a_row(), 0, "a good step starts the count anew");
+    let outcome = (0..MAX_SKIPPED_IN_A_ROW).map(|_| optimizer.step(&params, &[vec![f32::NAN; 2]], 1.0, 0.01));
+    let message = outcome.last().unwrap().unwrap_err().to_string();
+    assert!(message.contains("in a row") && message.contains("lr"), "{message}");
+}
+
+#[test]
+fn any_number_of_threads_gives_the_same_bits() {
+    let size = 3 * CHUNK + 77;
+    let wave = |k: usize| (0..size).map(|i| ((i * k) as f32 * 0.37).sin() * 1.3).collect::<Vec<f32>>();
+    let run = |threads: usize| {
+        let pool = rayon::ThreadPoolBuilder::new().num_threads(threads).build().unwrap();
+        pool.install(|| {
+            let params = [("w".to_owned(), var(&wave(1), &[1, size])), ("b".to_owned(), var(&wave(2), &[size]))];
+            let mut optimizer = AdamW::new(config(1.0), &params, decays(&params)).unwrap();
+            let norms: Vec<u64> = (0..4)
+                .map(|i| optimizer.step(&params, &[wave(i + 3), wave(i + 9)], 0.25, 0.01).unwrap().grad_norm.to_bits())
+                .collect();
+            (norms, values(&params[0].1), values(&params[1].1), optimizer)
+        })
+    };
+    let one = run(1);
+    assert_eq!(one, run(2));
+    assert_eq!(one, run(5));
+}
+
+#[test]
+fn mismatches_are_named() {
+    let params = [("w".to_owned(), var(&[1.0, 2.0], &[2]))];
+    let mut optimizer = AdamW::new(config(1.0), &params, decays(&params)).unwrap();
+    assert!(optimizer.step(&params, &[vec![0.1]], 1.0, 0.1).unwrap_err().to_string().contains('w'));
+    assert!(optimizer.step(&params, &[], 1.0, 0.1).is_err());
+    for (bad, word) in [
+        (AdamWConfig { beta1: 1.0, ..config(1.0) }, "beta1"),
+        (AdamWConfig { eps: 0.0, ..config(1.0) }, "eps"),
+        (AdamWConfig { weight_decay: f64::NAN, ..config(1.0) }, "weight_decay"),
+        (AdamWConfig { clip_grad: -1.0, ..config(1.0) }, "clip_grad"),
+    ] {
+        assert!(AdamW::new(bad, &params, decays(&params)).unwrap_err().to_string().contains(word));
+    }
+}

@@ -1,0 +1,83 @@
+//! From named sources to a tokenizer and packed tokens: the slow part before the first step.
+
+use super::data::{Documents, PackedSource, Packer, SourceSpec, read_documents};
+use super::observer::{Event, Observer};
+use super::{excerpt, tokenizer};
+use crate::Result;
+use std::path::PathBuf;
+use tokenizers::Tokenizer;
+
+/// Where the tokenizer comes from.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum TokenizerChoice {
+    /// A `tokenizer.json`.
+    File(PathBuf),
+    /// A byte-level BPE trained on the training sources.
+    Train {
+        /// Entries, the end token included.
+        vocab_size: usize,
+    },
+}
+
+/// The text of a run.
+#[derive(Debug)]
+pub struct RunText {
+    /// Training sources.
+    pub train: Vec<Documents>,
+    /// Validation sources; may be empty.
+    pub valid: Vec<Documents>,
+}
+
+impl RunText {
+    /// Reads the sources named by `data` and `valid`; without `data`, the embedded excerpt.
+    ///
+    /// # Errors
+    /// If a source cannot be read, has a broken line or no text.
+    pub fn read(data: &[String], valid: &[String], observer: &mut dyn Observer) -> Result<Self> {
+        let train = if data.is_empty() { excerpt::sources() } else { SourceSpec::parse_list(data)? };
+        let mut read_all = |specs: Vec<SourceSpec>| -> Result<Vec<Documents>> {
+            let mut read = |spec: &SourceSpec| {
+                observer.event(&Event::Preparing { what: format!("reading {}", spec.path().display()) });
+                read_documents(spec)
+            };
+            specs.iter().map(&mut read).collect()
+        };
+        Ok(Self { train: read_all(train)?, valid: read_all(SourceSpec::parse_list(valid)?)? })
+    }
+
+    /// Trains or loads the tokenizer.
+    ///
+    /// # Errors
+    /// As [`tokenizer::train_bpe`] and [`tokenizer::load`].
+    pub fn tokenizer(&self, choice: &TokenizerChoice, observer: &mut dyn Observer) -> Result<Tokenizer> {
+        match choice {
+            TokenizerChoice::File(path) => tokenizer::load(path),
+            TokenizerChoice::Train { vocab_size } => {
+                observer.event(&Event::Preparing { what: format!("training a tokenizer of {vocab_size} entries") });
+                tokenizer::train_bpe(&self.train, *vocab_size)
+            }
+        }
+    }
+
+    /// Tokenises and packs everything: training sources, then validation sources.
+    ///
+    /// # Errors
+    /// If the tokenizer has no end-of-document token or gives an id outside the vocabulary.
+    pub fn pack(
+        self,
+        tokenizer: &Tokenizer,
+        vocab_size: usize,
+        observer: &mut dyn Observer,
+    ) -> Result<(Vec<PackedSource>, Vec<PackedSource>)> {
+        tokenizer::check_fits(tokenizer, vocab_size)?;
+        let packer = Packer::new(tokenizer, tokenizer::eos_id(tokenizer)?, vocab_size)?;
+        let mut pack_all = |documents: Vec<Documents>| -> Result<Vec<PackedSource>> {
+            let mut pack = |one: Documents| {
+                observer.event(&Event::Preparing { what: format!("tokenising {}", one.name) });
+                packer.pack(&one)
+            };
+            documents.into_iter().map(&mut pack).collect()
+        };
+        Ok((pack_all(self.train)?, pack_all(self.valid)?))
+    }
+}

@@ -1,0 +1,315 @@
+//! The loop: draw, accumulate, update, report, validate, save. All parts are elsewhere; this file orders them.
+
+use super::checkpoint::{BestCheckpoint, CheckpointStore, TrainerState, load_optimizer, read_state, verify};
+use super::config::TrainConfig;
+use super::data::packed::Fingerprint;
+use super::data::{PackedSource, SequenceSampler, ValidSource};
+use super::evaluate::{Evaluation, evaluate};
+use super::metrics::{self, MetricsWriter, Record};
+use super::model::{TokenBatch, TrainModel, decay_flags};
+use super::observer::{Event, Observer};
+use super::optimizer::{AdamW, StepReport};
+use super::step::{BatchSums, accumulate};
+use crate::{Error, Result};
+use moe_core::CounterRng;
+use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::{Duration, Instant};
+
+/// Keeps the passes' random numbers apart from every other use of the run's seed.
+const PASS_TAG: u64 = 0x7061_7373_0000_0000;
+
+/// How [`Trainer::run`] ended.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Outcome {
+    /// All steps are done.
+    Finished,
+    /// The stop flag was raised; everything is saved.
+    Stopped,
+}
+
+/// Tokenised data of a run.
+#[derive(Debug)]
+pub struct Corpus {
+    /// Training sources in blend order.
+    pub sampler: SequenceSampler,
+    /// Validation sources; may be empty.
+    pub valid: Vec<ValidSource>,
+    fingerprints: Vec<Fingerprint>,
+}
+
+impl Corpus {
+    /// Splits, weighs and cuts packed sources as `config` (resolved) says. With no `valid` source the tail of each
+    /// training source is held out.
+    ///
+    /// # Errors
+    /// [`Error::Config`] for weights together with `blend = tokens`, or a source too short for one sequence.
+    pub fn new(mut train: Vec<PackedSource>, mut valid: Vec<PackedSource>, config: &TrainConfig) -> Result<Self> {
+        if valid.is_empty() && config.valid_fraction > 0.0 {
+            valid = train.iter_mut().map(|source| source.split_tail(config.valid_fraction)).collect();
+        }
+        let weights = super::data::sampler::blend_weights(&train, config.blend)?;
+        let seq_len = config.seq_len();
+        let fingerprints = train.iter().map(PackedSource::fingerprint).collect();
+        let windows = config.eval_iters * config.micro_batch_size;
+        Ok(Self {
+            sampler: SequenceSampler::new(train, &weights, seq_len, config.seed)?,
+            valid: valid.into_iter().map(|source| ValidSource::new(source, seq_len, windows)).collect::<Result<_>>()?,
+            fingerprints,
+        })
+    }
+}
+
+/// One training run over one model.
+#[derive(Debug)]
+pub struct Trainer<M> {
+    model: M,
+    config: TrainConfig,
+    corpus: Corpus,
+    tokenizer_json: String,
+    optimizer: AdamW,
+    store: CheckpointStore,
+    metrics: MetricsWriter,
+    step: u64,
+    saved_step: Option<u64>,
+    best: Option<BestCheckpoint>,
+    /// Training time and steps since the last record.
+    speed: (Duration, u64),
+}
+
+impl<M: TrainModel> Trainer<M> {
+    /// A run from step 0 that writes to the folder `out`. `config` must be resolved for `model`.
+    ///
+    /// # Errors
+    /// [`Error::Argument`] if `out` already holds checkpoints; [`Error::Io`] if it cannot be written to;
+    /// [`Error::Config`] for impossible settings.
+    pub fn new(model: M, config: TrainConfig, corpus: Corpus, tokenizer_json: String, out: &Path) -> Result<Self> {
+        let store = CheckpointStore::open(out, config.keep_last)?;
+        if !store.steps()?.is_empty() {
+            return Err(Error::Argument(format!(
+                "{} already holds checkpoints; resume that run or choose another folder",
+                out.display()
+            )));
+        }
+        let optimizer = AdamW::new(config.adamw(), model.params(), decay_flags(&model))?;
+        Self::assemble(model, config, corpus, tokenizer_json, out, Start { optimizer, store, step: 0, best: None })
+    }
+
+    /// Continues the run in `out` from the checkpoint `folder`, whose weights `model` already holds.
+    ///
+    /// # Errors
+    /// [`Error::Config`] if settings or data differ in a way that would change the run's course; [`Error::Io`] and
+    /// [`Error::Format`] for a checkpoint that cannot be read or is damaged.
+    pub fn resume(
+        model: M,
+        config: TrainConfig,
+        mut corpus: Corpus,
+        tokenizer_json: String,
+        out: &Path,
+        folder: &Path,
+    ) -> Result<Self> {
+        let store = CheckpointStore::open(out, config.keep_last)?;
+        let state = read_state(folder)?;
+        verify(folder, &state)?;
+        config.check_continues(&state.config)?;
+        check_same_data(&corpus, &state)?;
+        let optimizer = load_optimizer(folder, &state, &model)?;
+        corpus.sampler.seek(state.data_position)?;
+        let start = Start { optimizer, store, step: state.step, best: state.best };
+        Self::assemble(model, config, corpus, tokenizer_json, out, start)
+    }
+
+    fn assemble(
+        model: M,
+        config: TrainConfig,
+        corpus: Corpus,
+        tokenizer_json: String,
+        out: &Path,
+        start: Start,
+    ) -> Result<Self> {
+        let Start { optimizer, store, step, best } = start;
+        let metrics = MetricsWriter::open(out, step)?;
+        let saved_step = (step > 0).then_some(step);
+        let speed = (Duration::ZERO, 0);
+        Ok(Self { model, config, corpus, tokenizer_json, optimizer, store, metrics, step, saved_step, best, speed })
+    }
+
+    /// The model.
+    pub fn model(&self) -> &M {
+        &self.model
+    }
+
+    /// The optimizer's state.
+    pub fn optimizer(&self) -> &AdamW {
+        &self.optimizer
+    }
+
+    /// Steps done.
+    pub fn step(&self) -> u64 {
+        self.step
+    }
+
+    /// Training tokens seen.
+    pub fn tokens(&self) -> u64 {
+        self.step * self.config.tokens_per_step()
+    }
+
+    /// The tokenizer, as the text of a `tokenizer.json`.
+    pub fn tokenizer_json(&self) -> &str {
+        &self.tokenizer_json
+    }
+
+    /// The best checkpoint's folder, if validation ran.
+    pub fn best_checkpoint(&self) -> Option<PathBuf> {
+        self.store.best()
+    }
+
+    /// Trains to the end, or until `stop` is raised; either way the last state is saved before this returns.
+    ///
+    /// # Errors
+    /// What model, optimizer or disk return; checkpoints written before stay intact.
+    pub fn run(&mut self, stop: &AtomicBool, observer: &mut dyn Observer) -> Result<Outcome> {
+        let total_steps = self.config.total_steps();
+        let tokens_per_step = self.config.tokens_per_step();
+        observer.event(&Event::Started { step: self.step, total_steps, tokens_per_step });
+        while self.step < total_steps && !stop.load(Ordering::Relaxed) {
+            self.one_step(total_steps, observer)?;
+        }
+        if self.saved_step != Some(self.step) && self.step > 0 {
+            self.save(None, observer)?;
+        }
+        Ok(if self.step < total_steps { Outcome::Stopped } else { Outcome::Finished })
+    }
+
+    /// One optimizer step and whatever is due after it.
+    fn one_step(&mut self, total_steps: u64, observer: &mut dyn Observer) -> Result<()> {
+        let lr = self.config.schedule().lr(self.tokens());
+        let (sums, report) = self.update(lr)?;
+        let StepReport { grad_norm, applied } = report;
+        observer.event(&Event::Step { step: self.step, loss: sums.loss, grad_norm, lr, applied });
+
+        let last = self.step == total_steps;
+        let due = |interval: u64| last || self.step.is_multiple_of(interval);
+        let (log, validate, save) =
+            (due(self.config.log_interval), due(self.config.eval_interval), due(self.config.save_interval));
+        let mut record = Record::new(self.step, self.tokens());
+        if log {
+            self.push_training(&mut record, &sums, grad_norm, lr);
+        }
+        // Every checkpoint is measured, so that the best of them is known.
+        let evaluation = if validate || save { self.validate(observer)? } else { None };
+        if let Some(evaluation) = &evaluation {
+            evaluation.push_to(&mut record);
+        }
+        if !record.values.is_empty() {
+            self.metrics.write(&record)?;
+        }
+        if save {
+            self.save(evaluation.map(|e| e.loss()), observer)?;
+        }
+        Ok(())
+    }
+
+    /// Draws a global batch, sums its gradients and updates the parameters.
+    fn update(&mut self, lr: f64) -> Result<(BatchSums, StepReport)> {
+        let started = Instant::now();
+        let batches = self.draw_batches();
+        let seeds: Vec<u64> = (0..batches.len() as u64)
+            .map(|micro_batch| CounterRng::mix(self.config.seed, &[PASS_TAG, self.step, micro_batch]))
+            .collect();
+        let sums = accumulate(&self.model, &batches, &seeds, self.config.workers)?;
+        let scale = 1.0 / sums.micro_batches as f64;
+        let report = self.optimizer.step(self.model.params(), &sums.grads, scale, lr)?;
+        self.step += 1;
+        self.speed = (self.speed.0 + started.elapsed(), self.speed.1 + 1);
+        Ok((sums, report))
+    }
+
+    fn draw_batches(&mut self) -> Vec<TokenBatch> {
+        let (batch, seq_len) = (self.config.micro_batch_size, self.config.seq_len());
+        let sampler = &mut self.corpus.sampler;
+        let draw = |_| {
+            let (mut input_ids, mut target_ids) = (Vec::new(), Vec::new());
+            for _ in 0..batch {
+                sampler.draw(&mut input_ids, &mut target_ids);
+            }
+            TokenBatch { input_ids, target_ids, batch, seq_len }
+        };
+        (0..self.config.grad_accum()).map(draw).collect()
+    }
+
+    fn push_training(&mut self, record: &mut Record, sums: &BatchSums, grad_norm: f64, lr: f64) {
+        let (time, steps) = std::mem::take(&mut self.speed);
+        record.push(metrics::TRAIN_LOSS, sums.loss);
+        record.push(metrics::TRAIN_LM_LOSS, sums.lm_loss);
+        record.push(metrics::TRAIN_AUX_LOSS, sums.aux_loss);
+        record.push(metrics::TRAIN_LR, lr);
+        record.push(metrics::TRAIN_GRAD_NORM, grad_norm);
+        let tokens = (steps * self.config.tokens_per_step()) as f64;
+        record.push(metrics::TRAIN_TOKENS_PER_SECOND, tokens / time.as_secs_f64().max(1e-9));
+        record.push_loads(&sums.layers);
+    }
+
+    fn validate(&self, observer: &mut dyn Observer) -> Result<Option<Evaluation>> {
+        if self.corpus.valid.is_empty() {
+            return Ok(None);
+        }
+        let evaluation = evaluate(&self.model, &self.corpus.valid, self.config.micro_batch_size, self.config.workers)?;
+        observer.event(&Event::Validated {
+            step: self.step,
+            loss: evaluation.loss(),
+            bits_per_byte: evaluation.bits_per_byte(),
+            by_source: evaluation.bits_per_byte_by_source(),
+        });
+        Ok(Some(evaluation))
+    }
+
+    fn save(&mut self, valid_loss: Option<f64>, observer: &mut dyn Observer) -> Result<()> {
+        let improves = |loss: &f64| loss.is_finite() && self.best.is_none_or(|best| *loss < best.valid_loss);
+        if let Some(valid_loss) = valid_loss.filter(improves) {
+            self.best = Some(BestCheckpoint { step: self.step, valid_loss });
+        }
+        let state = TrainerState {
+            step: self.step,
+            tokens: self.tokens(),
+            data_position: self.corpus.sampler.position().clone(),
+            data: self.corpus.fingerprints.clone(),
+            shares: self.corpus.sampler.shares().to_vec(),
+            optimizer_updates: self.optimizer.updates(),
+            skipped_in_a_row: self.optimizer.skipped_in_a_row(),
+            valid_loss,
+            best: self.best,
+            config: self.config.clone(),
+            files: Vec::new(),
+        };
+        let dir = self.store.save(&self.model, &self.optimizer, &self.tokenizer_json, &state)?;
+        self.saved_step = Some(self.step);
+        observer.event(&Event::Saved { step: self.step, dir });
+        Ok(())
+    }
+}
+
+/// What differs between a new and a resumed run.
+struct Start {
+    optimizer: AdamW,
+    store: CheckpointStore,
+    step: u64,
+    best: Option<BestCheckpoint>,
+}
+
+fn check_same_data(corpus: &Corpus, state: &TrainerState) -> Result<()> {
+    if corpus.fingerprints != state.data {
+        let changed = corpus.fingerprints.iter().find(|print| !state.data.contains(print));
+        let which = changed.map_or("the list of sources", |print| print.name.as_str());
+        return Err(Error::Config(format!(
+            "the training data changed since the checkpoint ({which}); resume with the same files or start a new run"
+        )));
+    }
+    if corpus.sampler.shares() != state.shares {
+        let (now, then) = (corpus.sampler.shares(), &state.shares);
+        return Err(Error::Config(format!(
+            "the blend changed since the checkpoint: shares were {then:?}, are {now:?}; resume with the same weights"
+        )));
+    }
+    Ok(())
+}

@@ -1,0 +1,142 @@
+//! The `moe-train` program from outside: a run, an interrupt, a resume, and what it says to bad input.
+
+use std::io::{BufRead, BufReader};
+use std::path::{Path, PathBuf};
+use std::process::{Command, Output, Stdio};
+
+fn moe_train(dir: &Path, arguments: &[&str]) -> Command {
+    let mut command = Command::new(env!("CARGO_BIN_EXE_moe-train"));
+    command.current_dir(dir).args(arguments);
+    command
+}
+
+/// A model small enough for a debug build, on a text of numbers.
+const SMALL: [&str; 27] = [
+    "--data",
+    "text.txt",
+    "--preset",
+    "tiny-pr-moe",
+    "--hidden-size",
+    "16",
+    "--num-layers",
+    "4",
+    "--num-heads",
+    "2",
+    "--num-experts",
+    "2,4",
+    "--vocab-size",
+    "262",
+    "--seq-length",
+    "16",
+    "--micro-batch-size",
+    "2",
+    "--global-batch-size",
+    "4",
+    "--log-interval",
+    "1",
+    "--valid-fraction",
+    "0.1",
+    "--workers",
+    "2",
+    "--resume",
+];
+
+fn folder() -> tempfile::TempDir {
+    let dir = tempfile::tempdir().unwrap();
+    let text: String = (0..900).map(|i| format!("{} and {}, ", i * 37 % 91, i * i % 17)).collect();
+    std::fs::write(dir.path().join("text.txt"), text).unwrap();
+    dir
+}
+
+fn arguments<'a>(more: &[&'a str]) -> Vec<&'a str> {
+    SMALL.iter().chain(more).copied().collect()
+}
+
+#[track_caller]
+fn succeed(output: &Output) -> String {
+    let text = String::from_utf8_lossy(&output.stderr).into_owned();
+    assert!(output.status.success(), "{text}");
+    text
+}
+
+#[test]
+fn runs_resumes_and_exports() {
+    let dir = folder();
+    let more = ["--out", "run", "--train-tokens", "640", "--export", "model", "--export-best"];
+    let text = succeed(&moe_train(dir.path(), &arguments(&more)).output().unwrap());
+    assert!(text.contains("no checkpoint in run; starting a new run"), "{text}");
+    assert!(text.contains("step 10/10") && text.contains("bits per byte"), "{text}");
+    let mut files: Vec<_> =
+        std::fs::read_dir(dir.path().join("model")).unwrap().map(|e| e.unwrap().file_name()).collect();
+    files.sort();
+    assert_eq!(
+        files,
+        ["config.json", "generation_config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json"]
+    );
+    // Longer, with nothing else said: the saved settings hold.
+    let text =
+        succeed(&moe_train(dir.path(), &["--out", "run", "--resume", "--train-tokens", "960"]).output().unwrap());
+    assert!(text.contains("resuming from run/step-00000010") && text.contains("step 15/15"), "{text}");
+}
+
+/// Interrupted like a person would, at whatever step it is; the weights must end as those of the undisturbed run.
+#[cfg(unix)]
+#[test]
+fn interrupted_and_resumed_ends_with_the_same_weights() {
+    let dir = folder();
+    let more = |out: &'static str| arguments(&["--out", out, "--train-tokens", "3840"]);
+    succeed(&moe_train(dir.path(), &more("whole")).output().unwrap());
+    let mut child = moe_train(dir.path(), &more("cut")).stderr(Stdio::piped()).spawn().unwrap();
+    let mut lines = BufReader::new(child.stderr.take().unwrap()).lines().map(Result::unwrap);
+    assert!(lines.any(|line| line.starts_with("step 7/")), "reaches step 7");
+    let killed = Command::new("kill").args(["-INT", &child.id().to_string()]).status().unwrap();
+    assert!(killed.success());
+    let rest: Vec<String> = lines.collect();
+    assert!(child.wait().unwrap().success(), "{rest:?}");
+    assert!(rest.iter().any(|line| line.starts_with("stopped after step")), "{rest:?}");
+    let latest = std::fs::read_to_string(dir.path().join("cut/latest")).unwrap();
+    assert_ne!(latest, "step-00000060", "stopped before the end");
+    succeed(&moe_train(dir.path(), &more("cut")).output().unwrap());
+    for file in ["model.safetensors", "optimizer.safetensors"] {
+        let read = |out: &str| std::fs::read(dir.path().join(out).join("step-00000060").join(file)).unwrap();
+        assert!(read("whole") == read("cut"), "{file} differs after {latest}");
+    }
+}
+
+#[track_caller]
+fn check_refused(dir: &Path, more: &[&str], words: &[&str]) {
+    let output = moe_train(dir, more).output().unwrap();
+    let text = String::from_utf8_lossy(&output.stderr);
+    assert!(!output.status.success(), "{more:?} was accepted");
+    assert!(!text.contains("panicked"), "{text}");
+    words.iter().for_each(|word| assert!(text.contains(word), "{more:?} should mention {word:?}: {text}"));
+}
+
+#[test]
+fn bad_input_is_named_and_nothing_is_written() {
+    let dir = folder();
+    let write = |name: &str, text: &str| {
+        std::fs::write(dir.path().join(name), text).unwrap();
+    };
+    write("empty.txt", " \n");
+    write("broken.jsonl", "{\"text\": \"a\"}\n{\"text\": 1}\n");
+    write("tokenizer.json", "{");
+    write("config.toml", "learning = 1\n");
+    let check = |more: &[&str], words: &[&str]| check_refused(dir.path(), more, words);
+    check(&["--data", "missing.txt"], &["missing.txt"]);
+    check(&["--data", "empty.txt"], &["empty.txt", "no text"]);
+    check(&["--data", "broken.jsonl"], &["broken.jsonl", "line 2"]);
+    check(&["--data", "text.txt", "--tokenizer", "tokenizer.json"], &["tokenizer.json"]);
+    check(&["--data", "text.txt", "--vocab-size", "9000"], &["9000", "lower vocab_size"]);
+    check(&["--config", "config.toml"], &["config.toml", "learning"]);
+    check(&["--preset", "huge"], &["huge", "tiny-pr-moe"]);
+    check(&["--num-experts", "0"], &["num_experts"]);
+    check(&["--num-experts", "4", "--topk", "5"], &["5", "4"]);
+    check(&["--preset", "tiny-dense", "--topk", "1"], &["dense"]);
+    check(&["--global-batch-size", "3", "--micro-batch-size", "2"], &["global_batch_size 3"]);
+    check(&["--out", "text.txt/run"], &["text.txt"]);
+    check(&["--export", "text.txt"], &["text.txt", "empty folder"]);
+    let left: Vec<PathBuf> = std::fs::read_dir(dir.path()).unwrap().map(|e| e.unwrap().path()).collect();
+    let runs = left.iter().filter(|p| p.is_dir()).flat_map(|p| std::fs::read_dir(p).unwrap()).count();
+    assert!(runs <= 1, "at most an empty run folder is left: {left:?}");
+}

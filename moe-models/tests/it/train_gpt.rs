@@ -1,0 +1,135 @@
+//! The real model under the trainer: resume and workers bit for bit, every checkpoint a folder that serves.
+
+use candle_core::{DType, Device};
+use moe_core::CounterRng;
+use moe_models::gpt::{Gpt, GptConfig};
+use moe_models::train::data::{Documents, Packer};
+use moe_models::train::export::export;
+use moe_models::train::tokenizer::{to_json, train_bpe};
+use moe_models::train::{Corpus, Event, Outcome, TrainConfig, Trainer};
+use std::path::Path;
+use std::sync::atomic::{AtomicBool, Ordering};
+
+/// A PR-MoE with two experts, then four; jitter and random token selection draw from the pass's seed.
+fn shape() -> GptConfig {
+    let mut shape = GptConfig::preset("tiny-pr-moe").unwrap();
+    (shape.vocab_size, shape.max_seq_len, shape.d_model, shape.d_ff, shape.num_layers) = (262, 16, 16, 32, 4);
+    let moe = shape.moe.as_mut().unwrap();
+    moe.num_experts = vec![2, 4];
+    moe.noisy_gate = Some(moe_core::NoisyGate::Jitter);
+    moe.capacity.train_factor = Some(1.0);
+    shape
+}
+
+fn config() -> TrainConfig {
+    let config = TrainConfig {
+        micro_batch_size: 2,
+        global_batch_size: 6,
+        train_tokens: 12 * 96,
+        lr: 1e-2,
+        eval_interval: 6,
+        save_interval: 5,
+        log_interval: 1,
+        valid_fraction: 0.1,
+        ..TrainConfig::default()
+    };
+    config.resolved(16).unwrap()
+}
+
+fn corpus(config: &TrainConfig) -> (Corpus, String) {
+    let text: String = (0..600).map(|i| format!("{} and {}, ", i * 37 % 91, i * i % 17)).collect();
+    let documents = Documents { name: "numbers".into(), weight: None, texts: vec![text] };
+    let tokenizer = train_bpe(std::slice::from_ref(&documents), 262).unwrap();
+    let packed = Packer::new(&tokenizer, 0, 262).unwrap().pack(&documents).unwrap();
+    (Corpus::new(vec![packed], Vec::new(), config).unwrap(), to_json(&tokenizer).unwrap())
+}
+
+fn run(config: &TrainConfig, out: &Path, resume: Option<&Path>, stop_after: u64) -> (Outcome, Trainer<Gpt>) {
+    let (corpus, tokenizer) = corpus(config);
+    let mut trainer = match resume {
+        None => {
+            let model = Gpt::new(shape(), config.seed, &Device::Cpu).unwrap();
+            Trainer::new(model, config.clone(), corpus, tokenizer, out).unwrap()
+        }
+        Some(folder) => {
+            let model = Gpt::load(folder, &Device::Cpu).unwrap();
+            Trainer::resume(model, config.clone(), corpus, tokenizer, out, folder).unwrap()
+        }
+    };
+    let stop = AtomicBool::new(false);
+    let mut observer = |event: &Event| {
+        if matches!(event, Event::Step { step, .. } if *step == stop_after) {
+            stop.store(true, Ordering::Relaxed);
+        }
+    };
+    let outcome = trainer.run(&stop, &mut observer).unwrap();
+    (outcome, trainer)
+}
+
+fn bits(model: &Gpt) -> Vec<(String, Vec<u32>)> {
+    let read = |(name, var): &(String, candle_core::Var)| {
+        let values = var.flatten_all().unwrap().to_vec1::<f32>().unwrap();
+        (name.clone(), values.iter().map(|x| x.to_bits()).collect())
+    };
+    model.params().iter().map(read).collect()
+}
+
+#[track_caller]
+fn assert_same(a: &Trainer<Gpt>, b: &Trainer<Gpt>, what: &str) {
+    for ((name, want), (_, got)) in bits(a.model()).iter().zip(&bits(b.model())) {
+        assert_eq!(want, got, "{what}: {name}");
+    }
+    assert_eq!(a.optimizer(), b.optimizer(), "{what}: optimizer state");
+}
+
+#[test]
+fn a_pr_moe_resumes_bit_exactly_with_any_number_of_workers() {
+    let config = config();
+    let dir = tempfile::tempdir().unwrap();
+    let (outcome, whole) = run(&config, &dir.path().join("whole"), None, u64::MAX);
+    assert_eq!((outcome, whole.step()), (Outcome::Finished, 12));
+    let mut rng = CounterRng::new(4_711, 0);
+    for workers in 1..=3 {
+        let stop_after = u64::from(1 + rng.below(11));
+        let out = dir.path().join(format!("workers-{workers}"));
+        let config = TrainConfig { workers, ..config.clone() };
+        assert_eq!(run(&config, &out, None, stop_after).0, Outcome::Stopped);
+        let folder = out.join(format!("step-{stop_after:08}"));
+        let (_, resumed) = run(&config, &out, Some(&folder), u64::MAX);
+        assert_same(&whole, &resumed, &format!("{workers} workers, stopped after {stop_after}"));
+    }
+}
+
+#[test]
+fn training_moves_every_parameter_and_lowers_the_loss() {
+    let config = TrainConfig { train_tokens: 40 * 96, lr_decay_tokens: None, ..config() }.resolved(16).unwrap();
+    let dir = tempfile::tempdir().unwrap();
+    let before = bits(&Gpt::new(shape(), config.seed, &Device::Cpu).unwrap());
+    let (_, trainer) = run(&config, dir.path(), None, u64::MAX);
+    for ((name, old), (_, new)) in before.iter().zip(&bits(trainer.model())) {
+        assert_ne!(old, new, "{name} did not move");
+    }
+    let metrics = std::fs::read_to_string(dir.path().join("metrics.jsonl")).unwrap();
+    let losses: Vec<f64> = metrics
+        .lines()
+        .map(|l| serde_json::from_str::<serde_json::Value>(l).unwrap()["train/lm_loss"].as_f64().unwrap())
+        .collect();
+    assert!(losses[39] < losses[0] - 1.0, "{losses:?}");
+}
+
+#[test]
+fn the_exported_folder_is_the_trained_model() {
+    let dir = tempfile::tempdir().unwrap();
+    let (_, trainer) = run(&config(), &dir.path().join("run"), None, u64::MAX);
+    let target = dir.path().join("model");
+    export(trainer.model(), trainer.tokenizer_json(), &target, DType::BF16).unwrap();
+    let loaded = Gpt::load(&target, &Device::Cpu).unwrap();
+    assert_eq!(loaded.config(), trainer.model().config());
+    for ((name, want), (_, got)) in trainer.model().params().iter().zip(loaded.params()) {
+        let want = want.to_dtype(DType::BF16).unwrap().to_dtype(DType::F32).unwrap();
+        let difference =
+            (want - got.as_tensor()).unwrap().abs().unwrap().max_all().unwrap().to_scalar::<f32>().unwrap();
+        assert_eq!(difference, 0.0, "{name} is not the bf16 rounding of the trained weight");
+    }
+    tokenizers::Tokenizer::from_file(target.join("tokenizer.json")).unwrap();
+}

@@ -1,0 +1,154 @@
+//! A run that was stopped and resumed ends with the bits of the run that was not; so does any number of workers.
+
+use crate::toy::{MAX_SEQ, Toy, config, corpus};
+use moe_core::CounterRng;
+use moe_models::train::checkpoint::CheckpointStore;
+use moe_models::train::{Event, Outcome, Silent, TrainConfig, Trainer};
+use std::path::Path;
+use std::sync::atomic::{AtomicBool, Ordering};
+
+/// Trains in `out` until `stop_after` steps are done (or to the end), resuming if `out` holds a checkpoint.
+fn run(config: &TrainConfig, out: &Path, stop_after: Option<u64>) -> (Outcome, Trainer<Toy>) {
+    let (corpus, tokenizer) = corpus(config);
+    let latest = CheckpointStore::open(out, config.keep_last).unwrap().latest().unwrap();
+    let mut trainer = match latest {
+        None => Trainer::new(Toy::new(config.seed), config.clone(), corpus, tokenizer, out).unwrap(),
+        Some(dir) => Trainer::resume(Toy::load(&dir), config.clone(), corpus, tokenizer, out, &dir).unwrap(),
+    };
+    let stop = AtomicBool::new(false);
+    let mut observer = |event: &Event| {
+        if let Event::Step { step, .. } = event
+            && Some(*step) == stop_after
+        {
+            stop.store(true, Ordering::Relaxed);
+        }
+    };
+    let outcome = trainer.run(&stop, &mut observer).unwrap();
+    (outcome, trainer)
+}
+
+#[track_caller]
+fn assert_same(a: &Trainer<Toy>, b: &Trainer<Toy>, what: &str) {
+    assert_eq!(a.step(), b.step(), "{what}");
+    assert_eq!(a.model().bits(), b.model().bits(), "{what}: weights");
+    assert_eq!(a.optimizer(), b.optimizer(), "{what}: optimizer state");
+}
+
+#[test]
+fn stopped_at_a_random_step_and_resumed_is_bit_identical() {
+    let config = config();
+    let whole_dir = tempfile::tempdir().unwrap();
+    let (outcome, whole) = run(&config, whole_dir.path(), None);
+    assert_eq!((outcome, whole.step()), (Outcome::Finished, 12));
+    let mut rng = CounterRng::new(20_261_123, 0);
+    for _ in 0..4 {
+        let stop_after = u64::from(1 + rng.below(11));
+        let dir = tempfile::tempdir().unwrap();
+        let (outcome, stopped) = run(&config, dir.path(), Some(stop_after));
+        assert_eq!((outcome, stopped.step()), (Outcome::Stopped, stop_after));
+        assert_ne!(stopped.model().bits(), whole.model().bits());
+        let (outcome, resumed) = run(&config, dir.path(), None);
+        assert_eq!(outcome, Outcome::Finished);
+        assert_same(&whole, &resumed, &format!("stopped after {stop_after}"));
+        let metrics = |dir: &Path| losses(&std::fs::read_to_string(dir.join("metrics.jsonl")).unwrap());
+        assert_eq!(metrics(whole_dir.path()), metrics(dir.path()), "stopped after {stop_after}");
+    }
+}
+
+/// Every record without its timing.
+fn losses(jsonl: &str) -> Vec<serde_json::Value> {
+    let strip = |line: &str| {
+        let mut value: serde_json::Value = serde_json::from_str(line).unwrap();
+        value.as_object_mut().unwrap().remove("train/tokens_per_second");
+        value
+    };
+    jsonl.lines().map(strip).collect()
+}
+
+/// A killed run leaves its last periodic checkpoint (step 4 or 8) and metrics beyond it.
+#[test]
+fn killed_between_checkpoints_and_resumed_is_bit_identical() {
+    let config = config();
+    let (whole_dir, dir) = (tempfile::tempdir().unwrap(), tempfile::tempdir().unwrap());
+    let (_, whole) = run(&config, whole_dir.path(), None);
+    run(&config, dir.path(), Some(10));
+    std::fs::remove_dir_all(dir.path().join("step-00000010")).unwrap();
+    let store = CheckpointStore::open(dir.path(), 2).unwrap();
+    assert_eq!(store.latest().unwrap().unwrap(), store.folder(8), "latest names a folder that is gone");
+    let (_, resumed) = run(&config, dir.path(), None);
+    assert_same(&whole, &resumed, "resumed from step 8");
+    let steps: Vec<u64> = losses(&std::fs::read_to_string(dir.path().join("metrics.jsonl")).unwrap())
+        .iter()
+        .map(|r| r["step"].as_u64().unwrap())
+        .collect();
+    assert_eq!(steps, (1..=12).collect::<Vec<_>>(), "no record twice, none missing");
+}
+
+#[test]
+fn any_number_of_workers_is_bit_identical() {
+    let dirs: Vec<_> = (0..3).map(|_| tempfile::tempdir().unwrap()).collect();
+    let runs: Vec<_> = (1..=3)
+        .zip(&dirs)
+        .map(|(workers, dir)| run(&TrainConfig { workers, ..config() }, dir.path(), None).1)
+        .collect();
+    assert_same(&runs[0], &runs[1], "two workers");
+    assert_same(&runs[0], &runs[2], "three workers");
+}
+
+#[test]
+fn the_loss_falls_and_the_seed_matters() {
+    let config = TrainConfig { train_tokens: 60 * 48, lr_decay_tokens: None, min_lr: None, ..config() };
+    let config = config.resolved(MAX_SEQ).unwrap();
+    let train = |config: &TrainConfig| {
+        let dir = tempfile::tempdir().unwrap();
+        let (corpus, tokenizer) = corpus(config);
+        let mut trainer = Trainer::new(Toy::new(config.seed), config.clone(), corpus, tokenizer, dir.path()).unwrap();
+        let mut losses = Vec::new();
+        let mut observer = |event: &Event| {
+            if let Event::Step { loss, .. } = event {
+                losses.push(*loss);
+            }
+        };
+        trainer.run(&AtomicBool::new(false), &mut observer).unwrap();
+        (losses, trainer.model().bits())
+    };
+    let (losses, bits) = train(&config);
+    assert!((losses[0] - 5.6).abs() < 0.2, "ln 270 at the start, got {}", losses[0]);
+    assert!(losses[59] < losses[0] - 0.5, "{losses:?}");
+    assert_ne!(bits, train(&TrainConfig { seed: 99, ..config }).1);
+}
+
+#[test]
+fn what_would_change_the_course_is_refused() {
+    let config = config();
+    let dir = tempfile::tempdir().unwrap();
+    run(&config, dir.path(), Some(4));
+    let folder = dir.path().join("step-00000004");
+    let resume = |config: &TrainConfig, data: &TrainConfig| {
+        let (corpus, tokenizer) = corpus(data);
+        Trainer::resume(Toy::load(&folder), config.clone(), corpus, tokenizer, dir.path(), &folder)
+            .map(|_| ())
+            .map_err(|e| e.to_string())
+    };
+    let other_lr = TrainConfig { lr: 0.5, ..config.clone() };
+    assert!(resume(&other_lr, &config).unwrap_err().contains("lr is 0.5"));
+    let other_data = TrainConfig { valid_fraction: 0.3, ..config.clone() };
+    assert!(resume(&config, &other_data).unwrap_err().contains("data changed"));
+    let (corpus, tokenizer) = corpus(&config);
+    let message = Trainer::new(Toy::new(1), config.clone(), corpus, tokenizer, dir.path()).unwrap_err().to_string();
+    assert!(message.contains("already holds checkpoints"), "{message}");
+}
+
+#[test]
+fn losses_that_are_not_numbers_end_the_run_with_an_error() {
+    let config = config();
+    let dir = tempfile::tempdir().unwrap();
+    let (corpus, tokenizer) = corpus(&config);
+    let toy = Toy::new(1);
+    toy.broken.store(true, Ordering::Relaxed);
+    let before = toy.bits();
+    let mut trainer = Trainer::new(toy, config, corpus, tokenizer, dir.path()).unwrap();
+    let message = trainer.run(&AtomicBool::new(false), &mut Silent).unwrap_err().to_string();
+    assert!(message.contains("in a row"), "{message}");
+    assert_eq!(trainer.model().bits(), before);
+}
