@@ -62,8 +62,8 @@ impl GenerationDefaults {
     /// # Errors
     /// [`Error::ModelFile`] naming the key if a value is impossible.
     pub fn from_bytes(json: &[u8]) -> Result<Self> {
-        let keys: Map<String, Value> =
-            serde_json::from_slice(json).map_err(|e| Error::model_file(FILE, format!("expected a JSON object: {e}")))?;
+        let keys: Map<String, Value> = serde_json::from_slice(json)
+            .map_err(|e| Error::model_file(FILE, format!("expected a JSON object: {e}")))?;
         let mut defaults = Self::default();
         for (key, value) in keys.iter().filter(|(_, value)| !value.is_null()) {
             defaults.set(key, value)?;
@@ -87,12 +87,15 @@ impl GenerationDefaults {
             "max_length" => self.max_length = Some(count(key, value)?),
             "min_new_tokens" => self.min_new_tokens = count(key, value)?,
             "bos_token_id" => self.bos_token_id = Some(token_id(key, value)?),
-            "eos_token_id" => self.eos_token_ids = one_or_many(value).map(|v| token_id(key, v)).collect::<Result<_>>()?,
+            "eos_token_id" => {
+                self.eos_token_ids = one_or_many(value).map(|v| token_id(key, v)).collect::<Result<_>>()?
+            }
             "suppress_tokens" => {
                 self.suppress_tokens = one_or_many(value).map(|v| token_id(key, v)).collect::<Result<_>>()?;
             }
             "stop_strings" => {
-                let text = |v: &Value| v.as_str().map(str::to_owned).ok_or_else(|| wrong(key, "a string or strings", v));
+                let text =
+                    |v: &Value| v.as_str().map(str::to_owned).ok_or_else(|| wrong(key, "a string or strings", v));
                 self.stop_strings = one_or_many(value).map(text).collect::<Result<_>>()?;
             }
             "do_sample" if value.is_boolean() => {}
@@ -133,7 +136,8 @@ mod tests {
 
     #[test]
     fn reads_what_it_knows() {
-        let json = br#"{"temperature": 0.8, "top_p": 0.95, "eos_token_id": [0, 2], "max_new_tokens": 64, "typical_p": 0.9,
+        let json =
+            br#"{"temperature": 0.8, "top_p": 0.95, "eos_token_id": [0, 2], "max_new_tokens": 64, "typical_p": 0.9,
             "min_p": null, "stop_strings": "END"}"#;
         let got = GenerationDefaults::from_bytes(json).expect("valid");
         let want = GenerationDefaults {

@@ -108,7 +108,8 @@ impl ServedModel {
     fn from_files(name: String, gpt: Gpt, files: TextFiles<'_>) -> Result<Self> {
         let tokenizer = TextTokenizer::from_bytes(files.tokenizer)?;
         let chat = files.tokenizer_config.map_or_else(ChatTemplate::dialogue, ChatTemplate::from_tokenizer_config)?;
-        let mut defaults = files.generation_config.map_or_else(|| Ok(Default::default()), GenerationDefaults::from_bytes)?;
+        let mut defaults =
+            files.generation_config.map_or_else(|| Ok(Default::default()), GenerationDefaults::from_bytes)?;
         if defaults.eos_token_ids.is_empty() {
             defaults.eos_token_ids.extend(gpt.config().eos_token_id);
         }

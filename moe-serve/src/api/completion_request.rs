@@ -58,7 +58,9 @@ fn take_logprobs(fields: &mut Fields) -> Result<Option<usize>> {
         None | Some(Value::Bool(false)) => Ok(None),
         Some(value) => {
             let count = value.as_u64().map(|x| x as usize).filter(|&x| x <= MAX_LOGPROBS);
-            count.map(Some).ok_or_else(|| wrong("logprobs", &format!("a whole number from 0 to {MAX_LOGPROBS}"), &value))
+            count
+                .map(Some)
+                .ok_or_else(|| wrong("logprobs", &format!("a whole number from 0 to {MAX_LOGPROBS}"), &value))
         }
     }
 }
@@ -66,9 +68,11 @@ fn take_logprobs(fields: &mut Fields) -> Result<Option<usize>> {
 /// Ranking more continuations than are returned is not offered.
 fn check_best_of(fields: &mut Fields, n: usize) -> Result<()> {
     match fields.take("best_of") {
-        Some(value) if value.as_u64() != Some(n as u64) => {
-            Err(wrong("best_of", &format!("the value of `n` ({n}), for this server does not rank continuations"), &value))
-        }
+        Some(value) if value.as_u64() != Some(n as u64) => Err(wrong(
+            "best_of",
+            &format!("the value of `n` ({n}), for this server does not rank continuations"),
+            &value,
+        )),
         _ => Ok(()),
     }
 }
@@ -85,7 +89,10 @@ fn take_prompts(fields: &mut Fields, num_tokens: usize, max_seq_len: usize) -> R
         return Ok(vec![tokens(&items, num_tokens, max_seq_len)?]);
     }
     if items.len() > MAX_PROMPTS {
-        return Err(Error::field("prompt", format!("`prompt`: expected at most {MAX_PROMPTS} prompts, found {}", items.len())));
+        return Err(Error::field(
+            "prompt",
+            format!("`prompt`: expected at most {MAX_PROMPTS} prompts, found {}", items.len()),
+        ));
     }
     let prompt = |item: Value| match item {
         Value::String(text) => Ok(PromptInput::Text(text)),
@@ -99,7 +106,10 @@ fn tokens(ids: &[Value], num_tokens: usize, max_seq_len: usize) -> Result<Prompt
     if ids.len() > max_seq_len {
         return Err(Error::ContextLength {
             field: "prompt".into(),
-            message: format!("the prompt has {} tokens, the model's context {max_seq_len}; shorten the prompt", ids.len()),
+            message: format!(
+                "the prompt has {} tokens, the model's context {max_seq_len}; shorten the prompt",
+                ids.len()
+            ),
         });
     }
     let id = |value: &Value| {

@@ -59,7 +59,8 @@ impl Fields {
 
     /// Refuses whatever is left; fields in `unsupported` are OpenAI's but not ours.
     pub(super) fn finish(self, unsupported: &[&str]) -> Result<()> {
-        let Some((name, _)) = self.0.iter().find(|(name, value)| !unsupported.contains(&name.as_str()) || !value.is_null())
+        let Some((name, _)) =
+            self.0.iter().find(|(name, value)| !unsupported.contains(&name.as_str()) || !value.is_null())
         else {
             return Ok(());
         };

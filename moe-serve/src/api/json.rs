@@ -1,7 +1,7 @@
 //! Bytes of a body to a JSON object, with bounds on depth and size checked before any tree is built.
 
-use super::limits::{MAX_JSON_DEPTH, MAX_JSON_VALUES};
 use super::error::ApiError;
+use super::limits::{MAX_JSON_DEPTH, MAX_JSON_VALUES};
 use serde_json::{Map, Value};
 
 /// Parses a request's body.
@@ -84,5 +84,15 @@ mod tests {
     fn brackets_in_strings_do_not_count() {
         let body = format!("{{\"a\": \"{}\\\"[\"}}", "[{,".repeat(MAX_JSON_VALUES));
         assert!(parse_object(body.as_bytes()).is_ok());
+    }
+
+    proptest::proptest! {
+        #[test]
+        fn any_bytes_are_an_object_or_an_error(body: Vec<u8>, text in "[\\[\\]{}\",:\\\\ 0-9a-z]{0,60}") {
+            for body in [body.as_slice(), text.as_bytes()] {
+                let reference = serde_json::from_slice::<Map<String, Value>>(body);
+                assert_eq!(parse_object(body).is_ok(), reference.is_ok());
+            }
+        }
     }
 }

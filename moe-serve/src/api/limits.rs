@@ -29,8 +29,8 @@ impl Default for Limits {
     }
 }
 
-/// Bodies read and parsed at one time; each may take a multiple of its size in memory.
-pub(super) const MAX_BODIES: usize = 8;
+/// Bodies of the largest size that may be read and parsed at one time; each takes a multiple of its size in memory.
+pub(super) const MAX_LARGEST_BODIES: usize = 4;
 /// Nesting of a request's JSON; nothing we accept is deeper than 5.
 pub(super) const MAX_JSON_DEPTH: usize = 16;
 /// Values in a request's JSON.

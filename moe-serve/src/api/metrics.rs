@@ -44,7 +44,11 @@ impl ServerMetrics {
         let recorder = recorder()?;
         let series = Series(&recorder);
         let reason = |reason| {
-            series.counter("request_success_total", "Requests that ended, by reason.", vec![("finished_reason", reason)])
+            series.counter(
+                "request_success_total",
+                "Requests that ended, by reason.",
+                vec![("finished_reason", reason)],
+            )
         };
         Ok(Self {
             running: series.gauge("requests_running", "Requests the engine works on.", vec![]),
@@ -202,7 +206,13 @@ mod tests {
     #[test]
     fn every_series_is_there_before_the_first_request() {
         let metrics = ServerMetrics::new(&[(1, 2)]).expect("buckets are not empty");
-        metrics.experts(&[LayerExperts { layer: 1, num_experts: 2, top_k: 1, expert_ids: vec![1, u32::MAX], weights: vec![1.0, 0.0] }]);
+        metrics.experts(&[LayerExperts {
+            layer: 1,
+            num_experts: 2,
+            top_k: 1,
+            expert_ids: vec![1, u32::MAX],
+            weights: vec![1.0, 0.0],
+        }]);
         let text = metrics.render(3);
         for line in [
             "moe_serve_requests_waiting 3",

@@ -1,5 +1,6 @@
 //! OpenAI's wire format over HTTP: requests read and checked, answers whole or streamed, errors, metrics, the page.
 
+mod body;
 mod chat_request;
 mod common_request;
 mod completion_request;

@@ -134,7 +134,8 @@ impl PieceMaker {
 
     /// The prompt's text, and for each token the characters before it.
     fn echoed(&self, ids: &[u32]) -> (String, Vec<usize>) {
-        let (mut detokenizer, mut text, mut chars, mut offsets) = (Detokenizer::default(), String::new(), 0, Vec::new());
+        let (mut detokenizer, mut text, mut chars, mut offsets) =
+            (Detokenizer::default(), String::new(), 0, Vec::new());
         for &id in ids {
             offsets.push(chars);
             let more = detokenizer.push(self.tokenizer.bytes(id));

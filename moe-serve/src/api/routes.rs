@@ -12,14 +12,13 @@ use super::server::AppState;
 use super::stream::Running;
 use crate::text::TextListener;
 use axum::Router;
-use axum::body::{Body, Bytes, to_bytes};
 use axum::extract::{Request, State};
-use axum::http::{HeaderMap, Method, StatusCode, Uri, header};
+use axum::http::{Method, StatusCode, Uri, header};
 use axum::response::{Html, IntoResponse, Response};
 use axum::routing::{get, post};
 use serde_json::{Map, Value, json};
 use std::sync::Arc;
-use tokio::time::{Instant, timeout};
+use tokio::time::Instant;
 use tower_http::trace::TraceLayer;
 
 const PAGE: &str = include_str!("../../page/index.html");
@@ -52,7 +51,8 @@ async fn health(State(state): State<Arc<AppState>>) -> Response {
     if state.engine.is_alive() {
         axum::Json(json!({"status": "ok"})).into_response()
     } else {
-        ApiError::new(StatusCode::SERVICE_UNAVAILABLE, "the engine's thread has ended; restart the server").into_response()
+        ApiError::new(StatusCode::SERVICE_UNAVAILABLE, "the engine's thread has ended; restart the server")
+            .into_response()
     }
 }
 
@@ -118,60 +118,16 @@ async fn answer(
     }
 }
 
-/// Reads and checks a request. Only a few at a time, for a body takes more memory than its size.
+/// Reads and checks a request.
 async fn read(
     state: &Arc<AppState>,
     request: Request,
     prepare: fn(Map<String, Value>, &AppState) -> Result<Prepared, ApiError>,
 ) -> Result<Prepared, ApiError> {
     let (parts, body) = request.into_parts();
-    check_headers(&parts.headers, state.limits.max_body_bytes)?;
-    let late = |_| {
-        let text = format!("the body did not arrive within {} s", state.limits.body_timeout.as_secs());
-        ApiError::new(StatusCode::REQUEST_TIMEOUT, text).with_code("body_timeout")
-    };
-    let (_permit, body) = timeout(state.limits.body_timeout, async {
-        let permit = state.bodies.acquire().await;
-        (permit, read_body(body, state.limits.max_body_bytes).await)
-    })
-    .await
-    .map_err(late)?;
-    let body = body?;
+    let (_share, body) = state.bodies.read(&parts.headers, body, state.limits.body_timeout).await?;
     let blocking_state = state.clone();
     tokio::task::spawn_blocking(move || prepare(parse_object(&body)?, &blocking_state))
         .await
         .map_err(|e| ApiError::new(StatusCode::INTERNAL_SERVER_ERROR, format!("reading the request failed: {e}")))?
-}
-
-/// Only JSON is read: a foreign web page can send a form or plain text here unasked, but not JSON.
-fn check_headers(headers: &HeaderMap, max_body_bytes: usize) -> Result<(), ApiError> {
-    let text = |name| headers.get(name).and_then(|value| value.to_str().ok());
-    let media_type = text(header::CONTENT_TYPE).unwrap_or_default().split(';').next().unwrap_or_default().trim();
-    if !media_type.eq_ignore_ascii_case("application/json") {
-        let text = format!("expected the header `content-type: application/json`, found `{media_type:.80}`");
-        return Err(ApiError::new(StatusCode::UNSUPPORTED_MEDIA_TYPE, text).with_code("unsupported_media_type"));
-    }
-    let announced = text(header::CONTENT_LENGTH).and_then(|length| length.parse::<usize>().ok());
-    match announced {
-        Some(length) if length > max_body_bytes => Err(too_large(max_body_bytes)),
-        _ => Ok(()),
-    }
-}
-
-async fn read_body(body: Body, max_body_bytes: usize) -> Result<Bytes, ApiError> {
-    to_bytes(body, max_body_bytes).await.map_err(|error| {
-        let mut source: Option<&(dyn std::error::Error + 'static)> = Some(&error);
-        while let Some(cause) = source {
-            if cause.to_string().contains("length limit") {
-                return too_large(max_body_bytes);
-            }
-            source = cause.source();
-        }
-        ApiError::invalid(None, format!("the body broke off: {error}"))
-    })
-}
-
-fn too_large(max_body_bytes: usize) -> ApiError {
-    let text = format!("the body is larger than {max_body_bytes} bytes; send less or raise --max-body-bytes");
-    ApiError::new(StatusCode::PAYLOAD_TOO_LARGE, text).with_code("body_too_large")
 }

@@ -1,7 +1,8 @@
 //! [`Server`]: the listening socket, the engine behind it, and an orderly end.
 
+use super::body::BodyBudget;
 use super::error::ApiError;
-use super::limits::{Limits, MAX_BODIES};
+use super::limits::Limits;
 use super::metrics::ServerMetrics;
 use super::render::Endpoint;
 use super::routes::router;
@@ -13,7 +14,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 use tokio::net::TcpListener;
-use tokio::sync::{Semaphore, oneshot};
+use tokio::sync::oneshot;
 
 const UPKEEP_INTERVAL: Duration = Duration::from_secs(5);
 
@@ -32,8 +33,7 @@ pub(super) struct AppState {
     pub(super) engine: Engine,
     pub(super) metrics: Arc<ServerMetrics>,
     pub(super) limits: Limits,
-    /// One permit per body being read.
-    pub(super) bodies: Semaphore,
+    pub(super) bodies: BodyBudget,
     /// When the server started, in seconds since 1970.
     pub(super) created: u64,
     seed: u64,
@@ -89,8 +89,8 @@ impl Server {
             model,
             engine,
             metrics,
+            bodies: BodyBudget::new(config.limits.max_body_bytes),
             limits: config.limits,
-            bodies: Semaphore::new(MAX_BODIES),
             created: unix_seconds(),
             seed: config.seed.unwrap_or_else(clock_seed),
             requests: AtomicU64::new(0),
@@ -103,7 +103,11 @@ impl Server {
     ///
     /// # Errors
     /// The system's, from the socket.
-    pub async fn run(self, listener: TcpListener, shutdown: impl Future<Output = ()> + Send + 'static) -> std::io::Result<()> {
+    pub async fn run(
+        self,
+        listener: TcpListener,
+        shutdown: impl Future<Output = ()> + Send + 'static,
+    ) -> std::io::Result<()> {
         let state = self.state;
         let upkeep = tokio::spawn(upkeep(state.metrics.clone()));
         let (stopping, stopped) = oneshot::channel();

@@ -102,11 +102,22 @@ impl GenerateArgs {
             seed: self.seed.unwrap_or_else(clock_seed),
             ..SamplingParams::default()
         };
-        ensure!((0.0..=2.0).contains(&params.temperature), "--temperature: expected 0 to 2, found {}", params.temperature);
-        ensure!(params.top_p > 0.0 && params.top_p <= 1.0, "--top-p: expected above 0, at most 1, found {}", params.top_p);
+        ensure!(
+            (0.0..=2.0).contains(&params.temperature),
+            "--temperature: expected 0 to 2, found {}",
+            params.temperature
+        );
+        ensure!(
+            params.top_p > 0.0 && params.top_p <= 1.0,
+            "--top-p: expected above 0, at most 1, found {}",
+            params.top_p
+        );
         ensure!((0.0..=1.0).contains(&params.min_p), "--min-p: expected 0 to 1, found {}", params.min_p);
         let penalty = params.repetition_penalty;
-        ensure!(penalty > 0.0 && penalty <= 10.0, "--repetition-penalty: expected above 0, at most 10, found {penalty}");
+        ensure!(
+            penalty > 0.0 && penalty <= 10.0,
+            "--repetition-penalty: expected above 0, at most 10, found {penalty}"
+        );
         Ok(params)
     }
 

@@ -19,7 +19,9 @@ impl ModelArgs {
     /// What is wrong with which file.
     pub fn load(&self, name: Option<String>) -> anyhow::Result<ServedModel> {
         match &self.model {
-            Some(dir) => ServedModel::from_dir(dir, name).with_context(|| format!("loading the model in {}", dir.display())),
+            Some(dir) => {
+                ServedModel::from_dir(dir, name).with_context(|| format!("loading the model in {}", dir.display()))
+            }
             None => ServedModel::embedded(name).context("loading the built-in model"),
         }
     }

@@ -26,7 +26,8 @@ pub struct ServeArgs {
     #[arg(long, value_name = "N", default_value_t = Limits::default().max_queue)]
     max_queue: usize,
     /// Seconds a request may take, waiting included.
-    #[arg(long, value_name = "SECONDS", default_value_t = Limits::default().request_timeout.as_secs())]
+    #[arg(long, value_name = "SECONDS", default_value_t = Limits::default().request_timeout.as_secs(),
+        value_parser = clap::value_parser!(u64).range(1..=86_400))]
     request_timeout_s: u64,
     /// Bytes a request's body may have.
     #[arg(long, value_name = "BYTES", default_value_t = Limits::default().max_body_bytes)]

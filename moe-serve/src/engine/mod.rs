@@ -1,6 +1,6 @@
 //! The engine: token ids in, token ids out. It knows neither text nor HTTP.
 //!
-//! One OS thread owns the generation loop and runs one [`Job`] at a time; a bounded [queue](queue) holds the rest.
+//! One OS thread owns the generation loop and runs one [`Job`] at a time; a bounded queue holds the rest.
 //! What it produces goes to the job's [`Listener`], on the engine's thread.
 
 mod generation;

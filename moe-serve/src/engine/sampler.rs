@@ -65,7 +65,11 @@ impl<'a> Sampler<'a> {
             let fresh = self.generated.keys().filter(|id| self.prompt.binary_search(id).is_err());
             for &id in self.prompt.iter().chain(fresh) {
                 if let Some(logit) = adjusted.get_mut(id as usize) {
-                    *logit = if *logit > 0.0 { *logit / params.repetition_penalty } else { *logit * params.repetition_penalty };
+                    *logit = if *logit > 0.0 {
+                        *logit / params.repetition_penalty
+                    } else {
+                        *logit * params.repetition_penalty
+                    };
                 }
             }
         }

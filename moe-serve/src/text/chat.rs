@@ -70,9 +70,12 @@ impl ChatTemplate {
         // As in Hugging Face: blocks take their line with them.
         let syntax = SyntaxConfig::builder().trim_blocks(true).lstrip_blocks(true).build();
         environment.set_syntax(syntax.map_err(|e| Error::Template(e.to_string()))?);
-        environment.add_function("raise_exception", |message: String| -> std::result::Result<String, minijinja::Error> {
-            Err(minijinja::Error::new(ErrorKind::InvalidOperation, message))
-        });
+        environment.add_function(
+            "raise_exception",
+            |message: String| -> std::result::Result<String, minijinja::Error> {
+                Err(minijinja::Error::new(ErrorKind::InvalidOperation, message))
+            },
+        );
         environment.add_template_owned(NAME, source.to_owned()).map_err(|e| Error::Template(e.to_string()))?;
         Ok(Self { environment, is_dialogue, bos_token, eos_token })
     }

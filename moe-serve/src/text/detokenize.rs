@@ -77,4 +77,14 @@ mod tests {
             assert_eq!(detokenizer.push(a) + &detokenizer.push(b) + &detokenizer.finish(), text);
         }
     }
+
+    proptest::proptest! {
+        #[test]
+        fn any_bytes_in_any_pieces_read_as_the_whole(pieces: Vec<Vec<u8>>) {
+            let mut detokenizer = Detokenizer::default();
+            let mut got: String = pieces.iter().map(|piece| detokenizer.push(piece)).collect();
+            got += &detokenizer.finish();
+            assert_eq!(got, String::from_utf8_lossy(&pieces.concat()));
+        }
+    }
 }

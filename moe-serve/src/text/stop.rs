@@ -97,4 +97,31 @@ mod tests {
     fn multi_byte_stop_strings() {
         check(&["🦀漢"], &["a🦀", "🦀", "漢b"], &["a", "🦀", "", ""], true);
     }
+
+    proptest::proptest! {
+        #[test]
+        fn any_pieces_end_where_the_whole_text_would(pieces in proptest::collection::vec("[abé]{0,4}", 0..8),
+                                                     stops in proptest::collection::vec("[abé]{1,4}", 0..4)) {
+            let mut matcher = StopMatcher::new(stops.clone());
+            let mut got = String::new();
+            let mut seen = String::new();
+            for piece in &pieces {
+                seen += piece;
+                got += &matcher.push(piece);
+                assert!(seen.starts_with(&got));
+                // What is out is never taken back, and what is held is never more than a beginning of a stop string.
+                assert!(matcher.stopped() || stops.iter().all(|stop| !got.contains(stop.as_str())));
+            }
+            got += &matcher.finish();
+            // The first piece that completes a stop string decides; among those it completes, the earliest wins.
+            let mut whole = String::new();
+            let mut want = None;
+            for piece in &pieces {
+                whole += piece;
+                want = want.or_else(|| stops.iter().filter_map(|stop| whole.find(stop.as_str())).min());
+            }
+            assert_eq!(got, whole[..want.unwrap_or(whole.len())]);
+            assert_eq!(matcher.stopped(), want.is_some());
+        }
+    }
 }

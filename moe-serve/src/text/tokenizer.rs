@@ -114,7 +114,9 @@ fn spelling(tokenizer: &Tokenizer) -> Result<Spelling> {
     let refused = |found: &str| {
         Error::model_file(
             "tokenizer.json",
-            format!("expected a ByteLevel, Metaspace or ByteFallback decoder, found {found}; convert the tokenizer to one of them"),
+            format!(
+                "expected a ByteLevel, Metaspace or ByteFallback decoder, found {found}; convert the tokenizer to one of them"
+            ),
         )
     };
     let decoder = tokenizer.get_decoder().ok_or_else(|| refused("none"))?;

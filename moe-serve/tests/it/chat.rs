@@ -73,7 +73,8 @@ fn logprobs_have_bytes_and_alternatives() {
     let content = answer["choices"][0]["logprobs"]["content"].as_array().expect("content").clone();
     assert_eq!(content.len(), 4);
     for token in &content {
-        let bytes: Vec<u8> = token["bytes"].as_array().expect("bytes").iter().map(|b| b.as_u64().expect("byte") as u8).collect();
+        let bytes: Vec<u8> =
+            token["bytes"].as_array().expect("bytes").iter().map(|b| b.as_u64().expect("byte") as u8).collect();
         assert_eq!(Some(String::from_utf8(bytes).expect("ASCII").as_str()), token["token"].as_str());
         let top = token["top_logprobs"].as_array().expect("alternatives");
         assert_eq!(top.len(), 3);

@@ -72,7 +72,8 @@ fn four_forms_of_prompt() {
         [(json!("the cat"), 1), (json!(["the cat", "the"]), 2), (json!(a), 1), (json!([a, b, ids("the cat sat")]), 3)]
     {
         let answer = server.client.post(PATH, &json!({"prompt": prompt, "max_tokens": 1, "n": 2})).ok();
-        let indices: Vec<u64> = answer["choices"].as_array().expect("choices").iter().filter_map(|c| c["index"].as_u64()).collect();
+        let indices: Vec<u64> =
+            answer["choices"].as_array().expect("choices").iter().filter_map(|c| c["index"].as_u64()).collect();
         assert_eq!(indices, (0..2 * count).collect::<Vec<u64>>(), "{prompt}");
     }
 }
@@ -194,7 +195,8 @@ fn a_padded_vocabulary_is_never_sampled() {
     // The scripted model finds its padding likelier than anything else.
     let server = TestServer::scripted(SCRIPT);
     for temperature in [0.0, 2.0] {
-        let body = json!({"prompt": "the", "max_tokens": 100, "temperature": temperature, "ignore_eos": true, "logprobs": 5});
+        let body =
+            json!({"prompt": "the", "max_tokens": 100, "temperature": temperature, "ignore_eos": true, "logprobs": 5});
         let answer = server.client.post(PATH, &body).ok();
         let tokens = answer["choices"][0]["logprobs"]["tokens"].as_array().expect("tokens");
         assert_eq!(tokens.len(), 100);
@@ -235,7 +237,8 @@ fn min_tokens_and_stop_tokens() {
     assert!(answer["usage"]["completion_tokens"].as_u64() >= Some(10), "{answer}");
     let server = TestServer::scripted(SCRIPT);
     let stop = ids("the cat sat")[ids("the cat").len()];
-    let answer = server.client.post(PATH, &json!({"prompt": "the cat", "max_tokens": 20, "stop_token_ids": [stop]})).ok();
+    let answer =
+        server.client.post(PATH, &json!({"prompt": "the cat", "max_tokens": 20, "stop_token_ids": [stop]})).ok();
     assert_eq!((texts(&answer), &answer["choices"][0]["finish_reason"]), (vec![""], &json!("stop")));
 }
 

@@ -44,8 +44,12 @@ fn logprobs_are_the_models_own() {
         "return_expert_choices": true});
     let choice = server.client.post(PATH, &body).ok()["choices"][0].clone();
     // The answer's ids, from the extension, give the whole sequence to check against one full forward pass.
-    let all: Vec<u32> =
-        choice["expert_choices"].as_array().expect("list").iter().map(|t| t["token_id"].as_u64().expect("id") as u32).collect();
+    let all: Vec<u32> = choice["expert_choices"]
+        .as_array()
+        .expect("list")
+        .iter()
+        .map(|t| t["token_id"].as_u64().expect("id") as u32)
+        .collect();
     assert_eq!(all.len(), prompt.len() + 12);
     assert_eq!(all[..prompt.len()], prompt);
     let want = log_softmax(&tiny(), &all);
@@ -74,7 +78,10 @@ fn the_experts_are_the_models_own() {
     for (l, layer) in step.experts.iter().enumerate() {
         for (i, token) in tokens.iter().enumerate() {
             assert_eq!(token["layers"][l]["layer"], layer.layer);
-            assert_eq!(token["layers"][l]["expert_ids"], json!(layer.expert_ids[i * layer.top_k..(i + 1) * layer.top_k]));
+            assert_eq!(
+                token["layers"][l]["expert_ids"],
+                json!(layer.expert_ids[i * layer.top_k..(i + 1) * layer.top_k])
+            );
         }
     }
 }
@@ -105,7 +112,8 @@ fn the_same_seed_gives_the_same_text() {
 #[test]
 fn continuations_share_the_prompt_and_nothing_else() {
     let server = server();
-    let body = |n: u64| json!({"prompt": "the cat sat", "max_tokens": 10, "temperature": 0, "n": n, "ignore_eos": true});
+    let body =
+        |n: u64| json!({"prompt": "the cat sat", "max_tokens": 10, "temperature": 0, "n": n, "ignore_eos": true});
     let one = server.client.post(PATH, &body(1)).ok()["choices"][0]["text"].clone();
     let many = server.client.post(PATH, &body(3)).ok();
     assert!(many["choices"].as_array().expect("choices").iter().all(|c| c["text"] == one), "{many}");

@@ -104,7 +104,10 @@ fn a_panic_in_the_engine_costs_one_request() {
 #[test]
 fn nan_logits_are_an_error() {
     let server = TestServer::scripted("the cat");
-    for body in [json!({"prompt": NAN_TEXT}), json!({"prompt": format!("{NAN_TEXT}the"), "echo": true, "logprobs": 1, "max_tokens": 0})] {
+    for body in [
+        json!({"prompt": NAN_TEXT}),
+        json!({"prompt": format!("{NAN_TEXT}the"), "echo": true, "logprobs": 1, "max_tokens": 0}),
+    ] {
         let reply = server.client.post(PATH, &body);
         assert_eq!(reply.status, 500, "{}", reply.body);
         assert!(reply.body.contains("not a number"), "{}", reply.body);
