@@ -1,2 +1,50 @@
-//! xtask
-fn main() {}
+//! Every task of the workspace: `cargo xtask help` lists them. Drives cargo and the binaries, links none of the crates.
+
+mod bench;
+mod ci;
+mod golden;
+mod plot;
+mod repro;
+mod shell;
+
+use anyhow::Result;
+use clap::{Parser, Subcommand};
+
+/// Tasks of the workspace.
+#[derive(Parser)]
+#[command(name = "cargo xtask")]
+struct Cli {
+    #[command(subcommand)]
+    task: Task,
+}
+
+#[derive(Subcommand)]
+enum Task {
+    /// Run every test that needs nothing but this checkout.
+    Test,
+    /// Check format, lints and documentation, then run the tests.
+    Ci {
+        /// Leave the tests out.
+        #[arg(long)]
+        skip_tests: bool,
+    },
+    /// Measure layer forward and training step on this machine.
+    Bench(bench::Args),
+    /// Rebuild a table or figure from `xtask/repro/<id>.toml`.
+    Repro(repro::Args),
+    /// Regenerate the test fixtures that are made with Python.
+    Golden(golden::Args),
+    /// Plot a run's losses from its `metrics.jsonl` as an SVG.
+    Plot(plot::Args),
+}
+
+fn main() -> Result<()> {
+    match Cli::parse().task {
+        Task::Test => ci::test(),
+        Task::Ci { skip_tests } => ci::run(skip_tests),
+        Task::Bench(args) => bench::run(&args),
+        Task::Repro(args) => repro::run(&args),
+        Task::Golden(args) => golden::run(&args),
+        Task::Plot(args) => plot::run(&args),
+    }
+}

@@ -122,5 +122,8 @@ fn broken_indexes_are_refused() {
     let shard = |f: &std::fs::DirEntry| f.file_name().to_string_lossy().starts_with("model-00002-of");
     let second = std::fs::read_dir(dir.path()).unwrap().map(|f| f.unwrap()).find(shard).unwrap().path();
     std::fs::remove_file(&second).unwrap();
-    assert!(Gpt::load(dir.path(), &Device::Cpu).unwrap_err().to_string().contains("model-00002-of"), "a shard is missing");
+    assert!(
+        Gpt::load(dir.path(), &Device::Cpu).unwrap_err().to_string().contains("model-00002-of"),
+        "a shard is missing"
+    );
 }

@@ -1,5 +1,6 @@
 //! Public behaviour of `moe-models`, one module per topic.
 
+mod golden;
 mod toy;
 mod train_checkpoint;
 mod train_cli;

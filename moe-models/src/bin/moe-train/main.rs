@@ -11,6 +11,7 @@ use args::Args;
 use candle_core::Device;
 use clap::Parser;
 use moe_models::gpt::{Gpt, GptConfig};
+use moe_models::hf::write_atomically;
 use moe_models::train::checkpoint::{CheckpointStore, TrainerState, read_state, verify};
 use moe_models::train::{Corpus, Outcome, RunText, TrainConfig, Trainer, export, tokenizer};
 use progress::Progress;
@@ -77,7 +78,7 @@ fn new_run(args: &Args, config: TrainConfig, progress: &mut Progress) -> Result<
     shape.validate()?;
     let corpus = pack(text, &tokenizer, &shape, &config, progress)?;
     let model = Gpt::new(shape, config.seed, &Device::Cpu)?;
-    describe(&model, &corpus, &config);
+    describe(&model, &corpus, &config, &args.out)?;
     Ok(Trainer::new(model, config, corpus, tokenizer::to_json(&tokenizer)?, &args.out)?)
 }
 
@@ -96,7 +97,7 @@ fn resumed_run(args: &Args, config: TrainConfig, folder: &Path, progress: &mut P
     }
     let text = RunText::read(&config.data, &config.valid, progress)?;
     let corpus = pack(text, &tokenizer, model.config(), &config, progress)?;
-    describe(&model, &corpus, &config);
+    describe(&model, &corpus, &config, &args.out)?;
     eprintln!("resuming from {}", folder.display());
     Ok(Trainer::resume(model, config, corpus, tokenizer::to_json(&tokenizer)?, &args.out, folder)?)
 }
@@ -112,14 +113,22 @@ fn pack(
     Ok(Corpus::new(train, valid, config)?)
 }
 
-fn describe(model: &Gpt, corpus: &Corpus, config: &TrainConfig) {
+/// Prints what is about to be trained, and leaves the model's size and cost in `model_summary.json`.
+fn describe(model: &Gpt, corpus: &Corpus, config: &TrainConfig, out: &Path) -> Result<()> {
     let count = model.config().parameter_count();
     eprintln!("model: {} parameters, {} per token", count.total, count.active);
+    let summary = serde_json::json!({
+        "total_parameters": count.total,
+        "active_parameters": count.active,
+        "flops_per_token": model.config().flops_per_token(),
+    });
+    write_atomically(&out.join("model_summary.json"), |file| file.write_all(summary.to_string().as_bytes()))?;
     for (source, share) in corpus.sampler.sources().iter().zip(corpus.sampler.shares()) {
         eprintln!("  {}: {} tokens, {:.1} % of the blend", source.name, source.num_tokens(), share * 100.0);
     }
     let (steps, tokens) = (config.total_steps(), config.tokens_per_step());
     eprintln!("run: {steps} steps of {tokens} tokens, seed {}", config.seed);
+    Ok(())
 }
 
 /// Raises a flag on Ctrl-C or termination; a second signal ends the program at once.

@@ -1,0 +1,149 @@
+//! A first table: one MoE layer forward, by table and by the original's one-hot einsum, and whole training steps.
+//!
+//! Everything runs in one process, on the same weights, after a warm-up; the median of the repetitions is printed beside
+//! the machine's own matrix-product rate measured in the same run. `cargo xtask bench` keeps the output.
+
+use anyhow::Result;
+use candle_core::{DType, Device, Tensor};
+use moe_core::ops::{CandleOps, CpuOps, MoeOps};
+use moe_core::testing::{assert_close, random};
+use moe_core::{
+    Activation, Capacity, EinsumDispatcher, ExpertMlps, Gate, LocalDispatcher, MlpWeights, Mode, MoeLayer,
+    RouteContext, SeededNoise, Top1Config, Top1Router,
+};
+use moe_models::gpt::{Gpt, GptConfig, Pass, TokenBatch};
+use std::sync::Arc;
+use std::time::Instant;
+
+const REPETITIONS: usize = 7;
+
+/// Median seconds of `body`, after one run that does not count.
+fn median_seconds(mut body: impl FnMut() -> Result<()>) -> Result<f64> {
+    body()?;
+    let mut times = Vec::with_capacity(REPETITIONS);
+    for _ in 0..REPETITIONS {
+        let start = Instant::now();
+        body()?;
+        times.push(start.elapsed().as_secs_f64());
+    }
+    times.sort_by(f64::total_cmp);
+    Ok(times[REPETITIONS / 2])
+}
+
+/// GFLOP/s of candle's own f32 product of two large square matrices: the ceiling of what follows.
+fn peak_gflops() -> Result<f64> {
+    let n = 1536;
+    let (a, b) = (random(1, &[n, n], 1.0, DType::F32), random(2, &[n, n], 1.0, DType::F32));
+    let seconds = median_seconds(|| {
+        a.matmul(&b)?;
+        Ok(())
+    })?;
+    Ok(2.0 * (n as f64).powi(3) / seconds / 1e9)
+}
+
+struct Shape {
+    /// Where the sizes come from.
+    name: &'static str,
+    d_model: usize,
+    d_ff: usize,
+    num_experts: usize,
+}
+
+const SHAPES: [Shape; 2] = [
+    Shape { name: "embedded model", d_model: 160, d_ff: 640, num_experts: 8 },
+    Shape { name: "350m-moe-32, narrow", d_model: 256, d_ff: 1024, num_experts: 32 },
+];
+
+fn layer_forward(peak: f64) -> Result<()> {
+    println!("MoE layer forward, top-1, nothing dropped, f32");
+    println!(
+        "{:<22}{:>8}  {:<14}{:>10}{:>12}{:>10}{:>10}",
+        "shape", "tokens", "form", "ms", "tokens/s", "GFLOP/s", "of peak"
+    );
+    for shape in &SHAPES {
+        let weights = MlpWeights {
+            fc_in: random(3, &[shape.num_experts, shape.d_ff, shape.d_model], 0.05, DType::F32),
+            fc_in_bias: Some(random(4, &[shape.num_experts, shape.d_ff], 0.05, DType::F32)),
+            fc_out: random(5, &[shape.num_experts, shape.d_model, shape.d_ff], 0.05, DType::F32),
+            fc_out_bias: Some(random(6, &[shape.num_experts, shape.d_model], 0.05, DType::F32)),
+        };
+        let gate = random(7, &[shape.num_experts, shape.d_model], 1.0, DType::F32);
+        let router = || {
+            let config = Top1Config { capacity: Capacity::UNLIMITED, ..Top1Config::default() };
+            Top1Router::new(Gate::new(gate.clone())?, config)
+        };
+        for num_tokens in [1, 32, 512, 2048] {
+            let tokens = random(8, &[num_tokens, shape.d_model], 1.0, DType::F32);
+            let noise = SeededNoise::new(1, 0);
+            let context = RouteContext::new(Mode::Eval, &noise);
+            let flops = 4.0 * (num_tokens * shape.d_model * shape.d_ff) as f64;
+            let report = |form: &str, forward: &dyn Fn() -> Result<Tensor>, want: Option<&Tensor>| -> Result<Tensor> {
+                let hidden = forward()?;
+                if let Some(want) = want {
+                    assert_close(&hidden, want, 1e-4, form);
+                }
+                let seconds = median_seconds(|| forward().map(|_| ()))?;
+                let rate = flops / seconds / 1e9;
+                println!(
+                    "{:<22}{num_tokens:>8}  {form:<14}{:>10.3}{:>12.0}{rate:>10.1}{:>9.1}%",
+                    shape.name,
+                    seconds * 1e3,
+                    num_tokens as f64 / seconds,
+                    100.0 * rate / peak
+                );
+                Ok(hidden)
+            };
+            let by_table = |ops: Arc<dyn MoeOps>| -> Result<Box<dyn Fn() -> Result<Tensor>>> {
+                let experts = ExpertMlps::with_ops(weights.clone(), Activation::GeluTanh, Arc::clone(&ops))?;
+                let layer = MoeLayer::new(router()?, LocalDispatcher::with_ops(ops), experts)?;
+                let tokens = tokens.clone();
+                Ok(Box::new(move || {
+                    let noise = SeededNoise::new(1, 0);
+                    Ok(layer.forward(&tokens, &RouteContext::new(Mode::Eval, &noise))?.hidden)
+                }))
+            };
+            let want = report("table", &by_table(Arc::new(CpuOps))?, None)?;
+            report("table, candle", &by_table(Arc::new(CandleOps))?, Some(&want))?;
+            let experts = ExpertMlps::new(weights.clone(), Activation::GeluTanh)?;
+            let einsum = MoeLayer::new(router()?, EinsumDispatcher, experts)?;
+            report("einsum", &|| Ok(einsum.forward(&tokens, &context)?.hidden), Some(&want))?;
+        }
+    }
+    Ok(())
+}
+
+fn training_step(peak: f64) -> Result<()> {
+    const BATCH: usize = 8;
+    println!("\nTraining step (loss and gradients, one batch of {BATCH} sequences, without the optimizer), f32");
+    println!("{:<22}{:>12}{:>10}{:>12}{:>10}{:>10}", "model", "parameters", "ms", "tokens/s", "GFLOP/s", "of peak");
+    for name in ["tiny-dense", "tiny-moe", "tiny-pyramid-moe", "tiny-residual-moe", "tiny-pr-moe"] {
+        let Some(config) = GptConfig::preset(name) else { anyhow::bail!("no preset {name}") };
+        let model = Gpt::new(config, 1, &Device::Cpu)?;
+        let tokens = BATCH * model.config().max_seq_len;
+        let mut rng = moe_core::CounterRng::new(2, 0);
+        let mut ids = || (0..tokens).map(|_| rng.below(model.config().vocab_size as u32)).collect();
+        let batch =
+            TokenBatch { input_ids: ids(), target_ids: ids(), batch: BATCH, seq_len: model.config().max_seq_len };
+        let seconds = median_seconds(|| {
+            model.loss(&batch, Pass::Train { seed: 1 })?.loss.backward()?;
+            Ok(())
+        })?;
+        let rate = 3.0 * (model.config().flops_per_token() * tokens) as f64 / seconds / 1e9;
+        println!(
+            "{name:<22}{:>12}{:>10.1}{:>12.0}{rate:>10.1}{:>9.1}%",
+            model.config().parameter_count().total,
+            seconds * 1e3,
+            tokens as f64 / seconds,
+            100.0 * rate / peak
+        );
+    }
+    Ok(())
+}
+
+fn main() -> Result<()> {
+    let peak = peak_gflops()?;
+    let threads = candle_core::utils::get_num_threads();
+    println!("matrix product 1536^3, f32, {threads} threads: {peak:.1} GFLOP/s (the peak below)\n");
+    layer_forward(peak)?;
+    training_step(peak)
+}
