@@ -1,1 +1,17 @@
-//! moe-serve
+//! An OpenAI-compatible server for the mixture-of-experts models of this workspace.
+//!
+//! Three layers, each ignorant of the next: [`engine`] works on token ids, [`text`] puts characters around it, [`api`]
+//! speaks HTTP. [`ServedModel`] holds a model with everything needed to talk to it; [`cli`] is the command line.
+//! Absent on purpose: batching (one request runs at a time) and TLS (a reverse proxy's job).
+
+pub mod api;
+pub mod cli;
+pub mod engine;
+mod error;
+mod generation_config;
+mod served_model;
+pub mod text;
+
+pub use error::{Error, Result};
+pub use generation_config::GenerationDefaults;
+pub use served_model::ServedModel;

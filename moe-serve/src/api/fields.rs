@@ -1,0 +1,83 @@
+//! [`Fields`]: takes the fields of a request one by one, so that whatever is left over is unknown.
+
+use crate::{Error, Result};
+use serde_json::{Map, Value};
+use std::ops::RangeInclusive;
+
+/// A request's fields, not yet taken. `null` counts as absent.
+pub(super) struct Fields(Map<String, Value>);
+
+impl Fields {
+    pub(super) fn new(fields: Map<String, Value>) -> Self {
+        Self(fields)
+    }
+
+    pub(super) fn take(&mut self, name: &str) -> Option<Value> {
+        self.0.remove(name).filter(|value| !value.is_null())
+    }
+
+    fn take_as<T>(&mut self, name: &str, expected: &str, read: impl Fn(&Value) -> Option<T>) -> Result<Option<T>> {
+        let Some(value) = self.take(name) else { return Ok(None) };
+        read(&value).map(Some).ok_or_else(|| wrong(name, expected, &value))
+    }
+
+    /// A number in `range`.
+    pub(super) fn number(&mut self, name: &str, range: RangeInclusive<f32>) -> Result<Option<f32>> {
+        let expected = format!("a number from {} to {}", range.start(), range.end());
+        self.take_as(name, &expected, |v| v.as_f64().map(|x| x as f32).filter(|x| range.contains(x)))
+    }
+
+    /// A number above 0, at most `max`.
+    pub(super) fn positive(&mut self, name: &str, max: f32) -> Result<Option<f32>> {
+        let expected = format!("a number above 0, at most {max}");
+        self.take_as(name, &expected, |v| v.as_f64().map(|x| x as f32).filter(|&x| x > 0.0 && x <= max))
+    }
+
+    /// A whole number in `range`.
+    pub(super) fn count(&mut self, name: &str, range: RangeInclusive<usize>) -> Result<Option<usize>> {
+        let expected = format!("a whole number from {} to {}", range.start(), range.end());
+        let read = |v: &Value| v.as_u64().and_then(|x| usize::try_from(x).ok()).filter(|x| range.contains(x));
+        self.take_as(name, &expected, read)
+    }
+
+    /// Any 64-bit integer, signed or not.
+    pub(super) fn integer(&mut self, name: &str) -> Result<Option<u64>> {
+        self.take_as(name, "a 64-bit integer", |v| v.as_u64().or_else(|| v.as_i64().map(i64::cast_unsigned)))
+    }
+
+    pub(super) fn boolean(&mut self, name: &str) -> Result<Option<bool>> {
+        self.take_as(name, "true or false", Value::as_bool)
+    }
+
+    pub(super) fn text(&mut self, name: &str) -> Result<Option<String>> {
+        self.take_as(name, "a string", |v| v.as_str().map(str::to_owned))
+    }
+
+    pub(super) fn object(&mut self, name: &str) -> Result<Option<Map<String, Value>>> {
+        self.take_as(name, "an object", |v| v.as_object().cloned())
+    }
+
+    /// Refuses whatever is left; fields in `unsupported` are OpenAI's but not ours.
+    pub(super) fn finish(self, unsupported: &[&str]) -> Result<()> {
+        let Some((name, _)) =
+            self.0.iter().find(|(name, value)| !unsupported.contains(&name.as_str()) || !value.is_null())
+        else {
+            return Ok(());
+        };
+        if unsupported.contains(&name.as_str()) {
+            return Err(Error::field(name, format!("`{name}` is not supported by this server; leave it out")));
+        }
+        Err(Error::field(name, format!("unknown field `{name:.80}`; check its spelling or leave it out")))
+    }
+}
+
+/// "`name`: expected ..., found ...", the value shortened.
+pub(super) fn wrong(name: &str, expected: &str, found: &Value) -> Error {
+    let shown = match found {
+        Value::Array(items) => format!("an array of {}", items.len()),
+        Value::Object(_) => "an object".to_owned(),
+        Value::String(text) if text.len() > 40 => format!("a string of {} bytes", text.len()),
+        other => other.to_string(),
+    };
+    Error::field(name, format!("`{name}`: expected {expected}, found {shown}"))
+}

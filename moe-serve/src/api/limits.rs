@@ -1,0 +1,59 @@
+//! Every bound a request meets, in one place.
+
+use std::time::Duration;
+
+/// Bounds the operator sets.
+#[derive(Debug, Clone)]
+pub struct Limits {
+    /// Bytes of a request's body.
+    pub max_body_bytes: usize,
+    /// Requests that may wait while one runs.
+    pub max_queue: usize,
+    /// From a request's arrival to the end of its answer.
+    pub request_timeout: Duration,
+    /// From a request's arrival to the end of its body.
+    pub body_timeout: Duration,
+    /// After a signal to stop, so long may running answers go on.
+    pub shutdown_grace: Duration,
+}
+
+impl Default for Limits {
+    fn default() -> Self {
+        Self {
+            max_body_bytes: 32 << 20,
+            max_queue: 64,
+            request_timeout: Duration::from_secs(600),
+            body_timeout: Duration::from_secs(30),
+            shutdown_grace: Duration::from_secs(10),
+        }
+    }
+}
+
+/// Bodies of the largest size that may be read and parsed at one time; each takes a multiple of its size in memory.
+pub(super) const MAX_LARGEST_BODIES: usize = 4;
+/// Nesting of a request's JSON; nothing we accept is deeper than 5.
+pub(super) const MAX_JSON_DEPTH: usize = 16;
+/// Values in a request's JSON.
+pub(super) const MAX_JSON_VALUES: usize = 1 << 20;
+/// Continuations per prompt.
+pub(super) const MAX_N: usize = 16;
+/// Prompts per request.
+pub(super) const MAX_PROMPTS: usize = 256;
+/// Prompts times continuations.
+pub(super) const MAX_CHOICES: usize = 512;
+/// Messages of a conversation.
+pub(super) const MAX_MESSAGES: usize = 1024;
+/// Text parts of a message.
+pub(super) const MAX_PARTS: usize = 256;
+/// Stop strings.
+pub(super) const MAX_STOPS: usize = 4;
+/// Bytes of a stop string.
+pub(super) const MAX_STOP_BYTES: usize = 256;
+/// Stop token ids.
+pub(super) const MAX_STOP_TOKENS: usize = 64;
+/// Alternatives per token.
+pub(super) const MAX_LOGPROBS: usize = 20;
+/// Entries of `logit_bias`.
+pub(super) const MAX_LOGIT_BIAS: usize = 1024;
+/// Bytes of `user`.
+pub(super) const MAX_USER_BYTES: usize = 512;

@@ -1,0 +1,23 @@
+//! OpenAI's wire format over HTTP: requests read and checked, answers whole or streamed, errors, metrics, the page.
+
+mod body;
+mod chat_request;
+mod common_request;
+mod completion_request;
+mod error;
+mod fields;
+mod json;
+mod limits;
+mod metrics;
+mod models;
+mod piece;
+mod prepare;
+mod render;
+mod routes;
+mod server;
+mod stream;
+mod types;
+
+pub use error::ApiError;
+pub use limits::Limits;
+pub use server::{Server, ServerConfig, terminated};

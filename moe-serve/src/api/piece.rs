@@ -1,0 +1,168 @@
+//! From the engine's events to [`Piece`]s: what each event adds to one choice, independent of the endpoint's format.
+
+use super::prepare::Prepared;
+use super::types::{LayerChoice, TokenExperts, Usage};
+use crate::engine::{FinishReason, PromptOutput, TokenLogprobs};
+use crate::text::{Detokenizer, Event, TextTokenizer};
+use moe_models::LayerExperts;
+use std::sync::Arc;
+
+/// A token with its place in the text.
+#[derive(Debug, Clone)]
+pub(super) struct ScoredToken {
+    pub(super) token_id: u32,
+    pub(super) logprobs: Option<TokenLogprobs>,
+    pub(super) text_offset: usize,
+}
+
+/// What one event adds to one choice.
+#[derive(Debug, Default)]
+pub(super) struct Piece {
+    pub(super) choice: usize,
+    pub(super) text: String,
+    /// Filled only if log-probabilities were asked for.
+    pub(super) tokens: Vec<ScoredToken>,
+    pub(super) experts: Vec<TokenExperts>,
+    pub(super) finish: Option<FinishReason>,
+}
+
+impl Piece {
+    pub(super) fn is_empty(&self) -> bool {
+        self.text.is_empty() && self.tokens.is_empty() && self.experts.is_empty() && self.finish.is_none()
+    }
+
+    /// Appends what came later for the same choice.
+    pub(super) fn extend(&mut self, later: Piece) {
+        self.text.push_str(&later.text);
+        self.tokens.extend(later.tokens);
+        self.experts.extend(later.experts);
+        self.finish = later.finish.or(self.finish);
+    }
+}
+
+/// Follows one job.
+#[derive(Debug)]
+pub(super) struct PieceMaker {
+    tokenizer: Arc<TextTokenizer>,
+    prompts: Vec<Vec<u32>>,
+    n: usize,
+    echo: bool,
+    logprobs: bool,
+    experts: bool,
+    /// Per choice, the tokens generated so far and the last of them.
+    generated: Vec<(usize, u32)>,
+    /// Characters of the echoed prompt that is being continued.
+    echoed_chars: usize,
+}
+
+impl PieceMaker {
+    pub(super) fn new(prepared: &Prepared, tokenizer: Arc<TextTokenizer>) -> Self {
+        let job = &prepared.job;
+        Self {
+            tokenizer,
+            prompts: job.prompts.clone(),
+            n: job.n,
+            echo: prepared.echo,
+            logprobs: job.logprobs.is_some(),
+            experts: job.experts,
+            generated: vec![(0, 0); job.prompts.len() * job.n],
+            echoed_chars: 0,
+        }
+    }
+
+    pub(super) fn num_choices(&self) -> usize {
+        self.generated.len()
+    }
+
+    pub(super) fn usage(&self) -> Usage {
+        let prompt_tokens = self.prompts.iter().map(Vec::len).sum();
+        let completion_tokens = self.generated.iter().map(|g| g.0).sum();
+        Usage { prompt_tokens, completion_tokens, total_tokens: prompt_tokens + completion_tokens }
+    }
+
+    /// What `event` adds; [`Event::Done`] adds nothing.
+    pub(super) fn pieces(&mut self, event: Event) -> Vec<Piece> {
+        match event {
+            Event::Prompt { prompt_index, output } => self.prompt(prompt_index, output),
+            Event::Token { choice, token } => {
+                let generated = &mut self.generated[choice];
+                *generated = (generated.0 + 1, token.token_id);
+                let text_offset = self.echoed_chars + token.text_offset;
+                let scored = ScoredToken { token_id: token.token_id, logprobs: token.logprobs, text_offset };
+                let tokens = if self.logprobs { vec![scored] } else { Vec::new() };
+                vec![Piece { choice, text: token.text, tokens, ..Piece::default() }]
+            }
+            Event::Experts { choice, experts } => {
+                let (count, token_id) = self.generated[choice];
+                let position = self.prompts[choice / self.n].len() + count - 1;
+                let experts = vec![self.token_experts(position, token_id, false, &experts, 0)];
+                vec![Piece { choice, experts, ..Piece::default() }]
+            }
+            Event::Finished { choice, text, reason } => {
+                vec![Piece { choice, text, finish: Some(reason), ..Piece::default() }]
+            }
+            Event::Done(_) => Vec::new(),
+        }
+    }
+
+    /// The echoed prompt and its experts, once per continuation.
+    fn prompt(&mut self, prompt_index: usize, output: PromptOutput) -> Vec<Piece> {
+        let ids = &self.prompts[prompt_index];
+        let (text, offsets) = if self.echo { self.echoed(ids) } else { Default::default() };
+        let scored = |(i, logprobs): (usize, Option<TokenLogprobs>)| ScoredToken {
+            token_id: ids[i],
+            logprobs,
+            text_offset: offsets.get(i).copied().unwrap_or(0),
+        };
+        let tokens: Vec<ScoredToken> = output.logprobs.into_iter().enumerate().map(scored).collect();
+        let experts: Vec<TokenExperts> = if self.experts {
+            ids.iter().enumerate().map(|(i, &id)| self.token_experts(i, id, true, &output.experts, i)).collect()
+        } else {
+            Vec::new()
+        };
+        let piece = |k| Piece {
+            choice: prompt_index * self.n + k,
+            text: text.clone(),
+            tokens: tokens.clone(),
+            experts: experts.clone(),
+            finish: None,
+        };
+        let pieces = (0..self.n).map(piece).collect();
+        self.echoed_chars = text.chars().count();
+        pieces
+    }
+
+    /// The prompt's text, and for each token the characters before it.
+    fn echoed(&self, ids: &[u32]) -> (String, Vec<usize>) {
+        let (mut detokenizer, mut text, mut chars, mut offsets) =
+            (Detokenizer::default(), String::new(), 0, Vec::new());
+        for &id in ids {
+            offsets.push(chars);
+            let more = detokenizer.push(self.tokenizer.bytes(id));
+            chars += more.chars().count();
+            text.push_str(&more);
+        }
+        text.push_str(&detokenizer.finish());
+        (text, offsets)
+    }
+
+    fn token_experts(
+        &self,
+        position: usize,
+        token_id: u32,
+        prompt: bool,
+        layers: &[LayerExperts],
+        row: usize,
+    ) -> TokenExperts {
+        let layers = layers.iter().map(|layer| layer_choice(layer, row)).collect();
+        TokenExperts { position, token_id, token: self.tokenizer.shown(token_id), prompt, layers }
+    }
+}
+
+fn layer_choice(layer: &LayerExperts, row: usize) -> LayerChoice {
+    let range = row * layer.top_k..(row + 1) * layer.top_k;
+    let chosen = layer.expert_ids[range.clone()].iter().zip(&layer.weights[range]);
+    let kept = chosen.filter(|(id, _)| (**id as usize) < layer.num_experts);
+    let (expert_ids, weights) = kept.map(|(id, weight)| (*id, *weight)).unzip();
+    LayerChoice { layer: layer.layer, expert_ids, weights }
+}

@@ -1,0 +1,133 @@
+//! Paths to handlers.
+
+use super::chat_request::ChatRequest;
+use super::completion_request::CompletionRequest;
+use super::error::ApiError;
+use super::json::parse_object;
+use super::models;
+use super::piece::PieceMaker;
+use super::prepare::{self, Prepared};
+use super::render::{Endpoint, Renderer};
+use super::server::AppState;
+use super::stream::Running;
+use crate::text::TextListener;
+use axum::Router;
+use axum::extract::{Request, State};
+use axum::http::{Method, StatusCode, Uri, header};
+use axum::response::{Html, IntoResponse, Response};
+use axum::routing::{get, post};
+use serde_json::{Map, Value, json};
+use std::sync::Arc;
+use tokio::time::Instant;
+use tower_http::trace::TraceLayer;
+
+const PAGE: &str = include_str!("../../page/index.html");
+
+/// The page is one file: it may run its own script and style and talk to this server, nothing else.
+const PAGE_POLICY: &str = "default-src 'none'; style-src 'unsafe-inline'; script-src 'unsafe-inline'; connect-src 'self'; \
+                           img-src data:; base-uri 'none'; form-action 'none'; frame-ancestors 'none'";
+
+pub(super) fn router(state: Arc<AppState>) -> Router {
+    Router::new()
+        .route("/", get(page))
+        .route("/health", get(health))
+        .route("/metrics", get(metrics))
+        .route("/v1/models", get(models::list))
+        .route("/v1/models/{*id}", get(models::one))
+        .route("/v1/completions", post(completions))
+        .route("/v1/chat/completions", post(chat_completions))
+        .fallback(no_route)
+        .method_not_allowed_fallback(wrong_method)
+        .layer(TraceLayer::new_for_http())
+        .with_state(state)
+}
+
+async fn page() -> Response {
+    let headers = [(header::CONTENT_SECURITY_POLICY, PAGE_POLICY), (header::X_CONTENT_TYPE_OPTIONS, "nosniff")];
+    (headers, Html(PAGE)).into_response()
+}
+
+async fn health(State(state): State<Arc<AppState>>) -> Response {
+    if state.engine.is_alive() {
+        axum::Json(json!({"status": "ok"})).into_response()
+    } else {
+        ApiError::new(StatusCode::SERVICE_UNAVAILABLE, "the engine's thread has ended; restart the server")
+            .into_response()
+    }
+}
+
+async fn metrics(State(state): State<Arc<AppState>>) -> Response {
+    let text = state.metrics.render(state.engine.waiting());
+    ([(header::CONTENT_TYPE, "text/plain; version=0.0.4; charset=utf-8")], text).into_response()
+}
+
+async fn no_route(method: Method, uri: Uri) -> ApiError {
+    ApiError::new(StatusCode::NOT_FOUND, format!("no such endpoint: {method} {}", uri.path())).with_code("not_found")
+}
+
+async fn wrong_method(method: Method, uri: Uri) -> ApiError {
+    let text = format!("{} does not answer {method}", uri.path());
+    ApiError::new(StatusCode::METHOD_NOT_ALLOWED, text).with_code("method_not_allowed")
+}
+
+async fn completions(State(state): State<Arc<AppState>>, request: Request) -> Result<Response, ApiError> {
+    answer(state, request, Endpoint::Completions, |body, state| {
+        let request = CompletionRequest::from_json(body, &state.model)?;
+        state.check_model(request.common.model.as_deref())?;
+        tracing::debug!(user = request.common.user, "completion");
+        Ok(prepare::completion(request, &state.model, state.fresh_seed())?)
+    })
+    .await
+}
+
+async fn chat_completions(State(state): State<Arc<AppState>>, request: Request) -> Result<Response, ApiError> {
+    answer(state, request, Endpoint::Chat, |body, state| {
+        let request = ChatRequest::from_json(body, &state.model)?;
+        state.check_model(request.common.model.as_deref())?;
+        tracing::debug!(user = request.common.user, "chat completion");
+        Ok(prepare::chat(request, &state.model, state.fresh_seed())?)
+    })
+    .await
+}
+
+/// What both endpoints do: read, check, queue, answer.
+async fn answer(
+    state: Arc<AppState>,
+    request: Request,
+    endpoint: Endpoint,
+    prepare: fn(Map<String, Value>, &AppState) -> Result<Prepared, ApiError>,
+) -> Result<Response, ApiError> {
+    let deadline = Instant::now() + state.limits.request_timeout;
+    let prepared = read(&state, request, prepare).await?;
+    let maker = PieceMaker::new(&prepared, state.model.tokenizer.clone());
+    let (listener, receiver) = TextListener::new(state.model.tokenizer.clone(), prepared.text);
+    let renderer = Renderer {
+        endpoint,
+        id: state.fresh_id(endpoint),
+        created: super::server::unix_seconds(),
+        model: state.model.name.clone(),
+        tokenizer: state.model.tokenizer.clone(),
+        logprobs: prepared.job.logprobs.is_some(),
+        experts: prepared.job.experts,
+    };
+    state.engine.submit(prepared.job, Box::new(listener), receiver.cancel_flag())?;
+    let running = Running { receiver, maker, renderer, deadline, limit: state.limits.request_timeout };
+    match prepared.stream {
+        Some(options) => Ok(running.stream(options)),
+        None => running.collect().await,
+    }
+}
+
+/// Reads and checks a request.
+async fn read(
+    state: &Arc<AppState>,
+    request: Request,
+    prepare: fn(Map<String, Value>, &AppState) -> Result<Prepared, ApiError>,
+) -> Result<Prepared, ApiError> {
+    let (parts, body) = request.into_parts();
+    let (_share, body) = state.bodies.read(&parts.headers, body, state.limits.body_timeout).await?;
+    let blocking_state = state.clone();
+    tokio::task::spawn_blocking(move || prepare(parse_object(&body)?, &blocking_state))
+        .await
+        .map_err(|e| ApiError::new(StatusCode::INTERNAL_SERVER_ERROR, format!("reading the request failed: {e}")))?
+}

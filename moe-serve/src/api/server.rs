@@ -1,0 +1,168 @@
+//! [`Server`]: the listening socket, the engine behind it, and an orderly end.
+
+use super::body::BodyBudget;
+use super::error::ApiError;
+use super::limits::Limits;
+use super::metrics::ServerMetrics;
+use super::render::Endpoint;
+use super::routes::router;
+use crate::engine::{Engine, Observer};
+use crate::{Result, ServedModel};
+use moe_core::CounterRng;
+use std::future::{Future, IntoFuture};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::time::{Duration, SystemTime, UNIX_EPOCH};
+use tokio::net::TcpListener;
+use tokio::sync::oneshot;
+
+const UPKEEP_INTERVAL: Duration = Duration::from_secs(5);
+
+/// How a server behaves.
+#[derive(Debug, Clone, Default)]
+pub struct ServerConfig {
+    /// Bounds on requests.
+    pub limits: Limits,
+    /// Requests without a seed draw theirs from this one; without it, from the clock.
+    pub seed: Option<u64>,
+}
+
+/// What handlers share.
+pub(super) struct AppState {
+    pub(super) model: ServedModel,
+    pub(super) engine: Engine,
+    pub(super) metrics: Arc<ServerMetrics>,
+    pub(super) limits: Limits,
+    pub(super) bodies: BodyBudget,
+    /// When the server started, in seconds since 1970.
+    pub(super) created: u64,
+    seed: u64,
+    requests: AtomicU64,
+}
+
+impl AppState {
+    /// A seed for a request that names none.
+    pub(super) fn fresh_seed(&self) -> u64 {
+        CounterRng::mix(self.seed, &[self.requests.fetch_add(1, Ordering::Relaxed)])
+    }
+
+    /// An id for an answer.
+    pub(super) fn fresh_id(&self, endpoint: Endpoint) -> String {
+        let prefix = match endpoint {
+            Endpoint::Completions => "cmpl",
+            Endpoint::Chat => "chatcmpl",
+        };
+        let number = self.requests.fetch_add(1, Ordering::Relaxed);
+        format!("{prefix}-{:016x}", CounterRng::mix(self.created, &[number]))
+    }
+
+    /// Refuses a model that is not served; a request may leave the name out.
+    pub(super) fn check_model(&self, asked: Option<&str>) -> std::result::Result<(), ApiError> {
+        match asked {
+            Some(asked) if asked != self.model.name => Err(ApiError::unknown_model(asked, &self.model.name)),
+            _ => Ok(()),
+        }
+    }
+}
+
+/// A server that is ready to run.
+pub struct Server {
+    state: Arc<AppState>,
+}
+
+impl std::fmt::Debug for Server {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Server").field("model", &self.state.model.name).finish_non_exhaustive()
+    }
+}
+
+impl Server {
+    /// Starts the engine of `model`.
+    ///
+    /// # Errors
+    /// [`crate::Error::Io`] if the system gives no thread.
+    pub fn new(model: ServedModel, config: ServerConfig) -> Result<Self> {
+        let metrics = Arc::new(ServerMetrics::new(&model.lm.moe_layers())?);
+        let observer: Arc<dyn Observer> = metrics.clone();
+        let engine = Engine::start(model.lm.clone(), model.engine_config(config.limits.max_queue), observer)?;
+        let state = AppState {
+            model,
+            engine,
+            metrics,
+            bodies: BodyBudget::new(config.limits.max_body_bytes),
+            limits: config.limits,
+            created: unix_seconds(),
+            seed: config.seed.unwrap_or_else(clock_seed),
+            requests: AtomicU64::new(0),
+        };
+        Ok(Self { state: Arc::new(state) })
+    }
+
+    /// Serves `listener` until `shutdown` completes, then takes no more requests, lets the running ones end within
+    /// [`Limits::shutdown_grace`], and cancels the rest.
+    ///
+    /// # Errors
+    /// The system's, from the socket.
+    pub async fn run(
+        self,
+        listener: TcpListener,
+        shutdown: impl Future<Output = ()> + Send + 'static,
+    ) -> std::io::Result<()> {
+        let state = self.state;
+        let upkeep = tokio::spawn(upkeep(state.metrics.clone()));
+        let (stopping, stopped) = oneshot::channel();
+        let closing = state.clone();
+        let signal = async move {
+            shutdown.await;
+            closing.engine.close();
+            // The receiver is gone only if serving already ended.
+            stopping.send(()).ok();
+        };
+        let serve = axum::serve(listener, router(state.clone())).with_graceful_shutdown(signal).into_future();
+        let grace = state.limits.shutdown_grace;
+        let result = tokio::select! {
+            result = serve => result,
+            () = async { stopped.await.ok(); tokio::time::sleep(grace).await } => {
+                tracing::warn!(grace_s = grace.as_secs(), "cancelling what is still running");
+                Ok(())
+            }
+        };
+        state.engine.stop();
+        upkeep.abort();
+        result
+    }
+}
+
+async fn upkeep(metrics: Arc<ServerMetrics>) {
+    let mut ticks = tokio::time::interval(UPKEEP_INTERVAL);
+    loop {
+        ticks.tick().await;
+        metrics.run_upkeep();
+    }
+}
+
+/// Completes on Ctrl-C, and on SIGTERM where there is one.
+///
+/// # Errors
+/// The system's, if signals cannot be watched.
+pub async fn terminated() -> std::io::Result<()> {
+    #[cfg(unix)]
+    {
+        let mut terminate = tokio::signal::unix::signal(tokio::signal::unix::SignalKind::terminate())?;
+        tokio::select! {
+            result = tokio::signal::ctrl_c() => result,
+            _ = terminate.recv() => Ok(()),
+        }
+    }
+    #[cfg(not(unix))]
+    tokio::signal::ctrl_c().await
+}
+
+/// Seconds since 1970.
+pub(super) fn unix_seconds() -> u64 {
+    SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |elapsed| elapsed.as_secs())
+}
+
+fn clock_seed() -> u64 {
+    SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |elapsed| elapsed.as_nanos() as u64)
+}

@@ -1,0 +1,120 @@
+//! Runs one submitted request to its answer: collected into one body, or as server-sent events.
+
+use super::common_request::StreamOptions;
+use super::error::ApiError;
+use super::piece::{Piece, PieceMaker};
+use super::render::{Endpoint, Renderer};
+use super::types::Usage;
+use crate::Error;
+use crate::text::{Event, EventReceiver};
+use axum::Json;
+use axum::body::{Body, Bytes};
+use axum::http::header;
+use axum::response::{IntoResponse, Response};
+use serde_json::Value;
+use std::collections::VecDeque;
+use std::convert::Infallible;
+use std::time::Duration;
+use tokio::time::{Instant, timeout_at};
+
+/// A request the engine works on.
+pub(super) struct Running {
+    pub(super) receiver: EventReceiver,
+    pub(super) maker: PieceMaker,
+    pub(super) renderer: Renderer,
+    /// When the answer must be complete.
+    pub(super) deadline: Instant,
+    pub(super) limit: Duration,
+}
+
+impl Running {
+    /// The next event, or the error that ends the request. Dropping `self` afterwards cancels the job.
+    async fn next(&mut self) -> Result<Option<Vec<Piece>>, ApiError> {
+        let timeout = || Error::Timeout { limit_s: self.limit.as_secs() };
+        match timeout_at(self.deadline, self.receiver.next()).await.map_err(|_| timeout())? {
+            Event::Done(result) => result.map(|()| None).map_err(ApiError::from),
+            event => Ok(Some(self.maker.pieces(event))),
+        }
+    }
+
+    /// Waits for the whole answer.
+    pub(super) async fn collect(mut self) -> Result<Response, ApiError> {
+        let choice = |choice| Piece { choice, ..Piece::default() };
+        let mut choices: Vec<Piece> = (0..self.maker.num_choices()).map(choice).collect();
+        while let Some(pieces) = self.next().await? {
+            for piece in pieces {
+                choices[piece.choice].extend(piece);
+            }
+        }
+        Ok(Json(self.renderer.whole(choices, self.maker.usage())).into_response())
+    }
+
+    /// Answers at once and sends each piece as it comes.
+    pub(super) fn stream(self, options: StreamOptions) -> Response {
+        let begun = vec![false; self.maker.num_choices()];
+        let state = SseState { running: self, options, begun, ready: VecDeque::new(), ended: false };
+        let body = Body::from_stream(futures_util::stream::unfold(state, |mut state| async move {
+            state.next_frame().await.map(|frame| (Ok::<_, Infallible>(frame), state))
+        }));
+        let headers = [
+            (header::CONTENT_TYPE, "text/event-stream; charset=utf-8"),
+            (header::CACHE_CONTROL, "no-cache"),
+            // Asks a reverse proxy not to hold the pieces back.
+            (header::HeaderName::from_static("x-accel-buffering"), "no"),
+        ];
+        (headers, body).into_response()
+    }
+}
+
+struct SseState {
+    running: Running,
+    options: StreamOptions,
+    /// Per choice, whether a chunk was sent.
+    begun: Vec<bool>,
+    ready: VecDeque<Bytes>,
+    ended: bool,
+}
+
+impl SseState {
+    async fn next_frame(&mut self) -> Option<Bytes> {
+        while self.ready.is_empty() && !self.ended {
+            match self.running.next().await {
+                Ok(Some(pieces)) => pieces.into_iter().for_each(|piece| self.push(piece)),
+                Ok(None) => self.end(),
+                Err(error) => {
+                    self.running.receiver.cancel_flag().cancel();
+                    self.ready.push_back(frame(&error.body()));
+                    self.end_marker();
+                }
+            }
+        }
+        self.ready.pop_front()
+    }
+
+    fn push(&mut self, piece: Piece) {
+        let first = !std::mem::replace(&mut self.begun[piece.choice], true);
+        let announces = first && self.running.renderer.endpoint == Endpoint::Chat;
+        if piece.is_empty() && !announces {
+            self.begun[piece.choice] = !first;
+            return;
+        }
+        let usage: Option<Usage> = self.options.continuous_usage.then(|| self.running.maker.usage());
+        self.ready.push_back(frame(&self.running.renderer.chunk(piece, first, usage)));
+    }
+
+    fn end(&mut self) {
+        if self.options.include_usage {
+            self.ready.push_back(frame(&self.running.renderer.usage_chunk(self.running.maker.usage())));
+        }
+        self.end_marker();
+    }
+
+    fn end_marker(&mut self) {
+        self.ready.push_back(Bytes::from_static(b"data: [DONE]\n\n"));
+        self.ended = true;
+    }
+}
+
+fn frame(value: &Value) -> Bytes {
+    Bytes::from(format!("data: {value}\n\n"))
+}

@@ -1,0 +1,49 @@
+//! The command line: `moe-serve`, `moe-serve generate`, `moe-generate`.
+
+mod generate;
+mod load;
+mod serve;
+
+pub use generate::GenerateArgs;
+pub use load::ModelArgs;
+pub use serve::ServeArgs;
+
+use clap::{Parser, Subcommand};
+
+/// Serves a mixture-of-experts language model over an OpenAI-compatible API, with a page at `/`.
+///
+/// Without arguments it serves the built-in model on 127.0.0.1:8000.
+#[derive(Debug, Parser)]
+#[command(name = "moe-serve", version, args_conflicts_with_subcommands = true)]
+pub struct Cli {
+    #[command(subcommand)]
+    command: Option<Command>,
+    #[command(flatten)]
+    serve: ServeArgs,
+}
+
+#[derive(Debug, Subcommand)]
+enum Command {
+    /// Continues a prompt in the terminal.
+    Generate(GenerateArgs),
+}
+
+impl Cli {
+    /// Does what was asked.
+    ///
+    /// # Errors
+    /// Whatever stopped it, with what was being done.
+    pub fn run(self) -> anyhow::Result<()> {
+        match self.command {
+            Some(Command::Generate(args)) => args.run(),
+            None => self.serve.run(),
+        }
+    }
+}
+
+/// Logs to the terminal's error stream; `RUST_LOG` sets what.
+pub fn init_logging() {
+    let filter = tracing_subscriber::EnvFilter::try_from_default_env()
+        .unwrap_or_else(|_| tracing_subscriber::EnvFilter::new("warn,moe_serve=info"));
+    tracing_subscriber::fmt().with_env_filter(filter).with_writer(std::io::stderr).init();
+}

@@ -1,0 +1,72 @@
+//! `moe-serve`: the server.
+
+use super::load::ModelArgs;
+use crate::api::{Limits, Server, ServerConfig, terminated};
+use anyhow::Context;
+use std::io::Write;
+use std::net::IpAddr;
+use std::time::Duration;
+use tokio::net::TcpListener;
+
+/// How to serve.
+#[derive(Debug, Clone, clap::Args)]
+pub struct ServeArgs {
+    #[command(flatten)]
+    model: ModelArgs,
+    /// Address to listen on.
+    #[arg(long, default_value = "127.0.0.1")]
+    host: IpAddr,
+    /// Port to listen on; 0 takes a free one.
+    #[arg(long, default_value_t = 8000)]
+    port: u16,
+    /// Name clients use for the model; by default the folder's.
+    #[arg(long, value_name = "NAME")]
+    served_model_name: Option<String>,
+    /// Requests that may wait while one runs; more are refused with 429.
+    #[arg(long, value_name = "N", default_value_t = Limits::default().max_queue)]
+    max_queue: usize,
+    /// Seconds a request may take, waiting included.
+    #[arg(long, value_name = "SECONDS", default_value_t = Limits::default().request_timeout.as_secs(),
+        value_parser = clap::value_parser!(u64).range(1..=86_400))]
+    request_timeout_s: u64,
+    /// Bytes a request's body may have.
+    #[arg(long, value_name = "BYTES", default_value_t = Limits::default().max_body_bytes)]
+    max_body_bytes: usize,
+    /// Seed of requests that name none; by default the clock's.
+    #[arg(long)]
+    seed: Option<u64>,
+}
+
+impl ServeArgs {
+    /// Serves until Ctrl-C or SIGTERM.
+    ///
+    /// # Errors
+    /// If the model cannot be loaded or the address cannot be used.
+    pub fn run(self) -> anyhow::Result<()> {
+        let model = self.model.load(self.served_model_name.clone())?;
+        let name = model.name.clone();
+        let limits = Limits {
+            max_body_bytes: self.max_body_bytes,
+            max_queue: self.max_queue,
+            request_timeout: Duration::from_secs(self.request_timeout_s),
+            ..Limits::default()
+        };
+        let server = Server::new(model, ServerConfig { limits, seed: self.seed })?;
+        let runtime = tokio::runtime::Runtime::new().context("starting the network's threads")?;
+        runtime.block_on(async {
+            let address = (self.host, self.port);
+            let listener = TcpListener::bind(address)
+                .await
+                .with_context(|| format!("listening on {}:{}; choose another --port", self.host, self.port))?;
+            let url = format!("http://{}", listener.local_addr()?);
+            writeln!(std::io::stdout(), "serving {name} on {url} (API at {url}/v1, Ctrl-C ends)").ok();
+            let shutdown = async {
+                if let Err(error) = terminated().await {
+                    tracing::error!(%error, "signals cannot be watched; stopping");
+                }
+                tracing::info!("stopping: no new requests, running ones may end");
+            };
+            server.run(listener, shutdown).await.context("serving")
+        })
+    }
+}

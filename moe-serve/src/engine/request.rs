@@ -1,0 +1,140 @@
+//! What the engine is asked to do ([`Job`]) and whom it tells ([`Listener`]).
+
+use super::logprobs::TokenLogprobs;
+use crate::Error;
+use moe_models::LayerExperts;
+
+/// How the next token is drawn. Applied in this order: `logit_bias`, penalties, `temperature`, `top_k`, `top_p`, `min_p`.
+#[derive(Debug, Clone, PartialEq)]
+pub struct SamplingParams {
+    /// Divides the logits; 0 takes the likeliest token (the lowest id among equals).
+    pub temperature: f32,
+    /// Keeps the `top_k` likeliest tokens; 0 keeps all.
+    pub top_k: usize,
+    /// Keeps the smallest set of likeliest tokens whose probability reaches `top_p`; in `(0, 1]`.
+    pub top_p: f32,
+    /// Keeps tokens at least `min_p` times as likely as the likeliest; in `[0, 1]`.
+    pub min_p: f32,
+    /// Divides positive logits (multiplies negative ones) of every token of prompt and output; 1 is neutral.
+    pub repetition_penalty: f32,
+    /// Subtracted once from the logit of every token already generated.
+    pub presence_penalty: f32,
+    /// Subtracted from a logit once per occurrence of the token among the generated ones.
+    pub frequency_penalty: f32,
+    /// Added to the logits of these tokens.
+    pub logit_bias: Vec<(u32, f32)>,
+    /// Same seed, same request, same model: same text.
+    pub seed: u64,
+}
+
+impl Default for SamplingParams {
+    fn default() -> Self {
+        Self {
+            temperature: 1.0,
+            top_k: 0,
+            top_p: 1.0,
+            min_p: 0.0,
+            repetition_penalty: 1.0,
+            presence_penalty: 0.0,
+            frequency_penalty: 0.0,
+            logit_bias: Vec::new(),
+            seed: 0,
+        }
+    }
+}
+
+/// When a sequence ends.
+#[derive(Debug, Clone, PartialEq, Eq, Default)]
+pub struct StopParams {
+    /// Tokens to generate at most. A sequence also ends, by length, where the model's context ends.
+    pub max_tokens: usize,
+    /// Until so many tokens are generated, no stop token is sampled.
+    pub min_tokens: usize,
+    /// These end the sequence, beside the model's end-of-sequence tokens.
+    pub stop_token_ids: Vec<u32>,
+    /// Treats the model's end-of-sequence tokens as ordinary ones.
+    pub ignore_eos: bool,
+}
+
+/// One request: every prompt is continued `n` times with the same parameters.
+///
+/// Continuations are numbered `prompt_index * n + k`; number `i` draws from stream `i` of the seed.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Job {
+    /// Token ids, none empty, each at most the model's context (less one when tokens are to be generated).
+    pub prompts: Vec<Vec<u32>>,
+    /// Continuations per prompt, at least 1.
+    pub n: usize,
+    /// How tokens are drawn.
+    pub sampling: SamplingParams,
+    /// When a continuation ends.
+    pub stop: StopParams,
+    /// Likeliest alternatives to report with the log-probability of each generated token; `None` reports neither.
+    pub logprobs: Option<usize>,
+    /// The same for the tokens of the prompt.
+    pub prompt_logprobs: Option<usize>,
+    /// Whether the experts of each token are reported.
+    pub experts: bool,
+}
+
+/// Why a sequence ended.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum FinishReason {
+    /// A stop token was sampled, or the listener asked to stop.
+    Stop,
+    /// `max_tokens` or the model's context was reached.
+    Length,
+}
+
+impl FinishReason {
+    /// The word used on the wire and as a metrics label.
+    pub fn as_str(self) -> &'static str {
+        match self {
+            Self::Stop => "stop",
+            Self::Length => "length",
+        }
+    }
+}
+
+/// What the engine learned from reading a prompt.
+#[derive(Debug, Clone, Default)]
+pub struct PromptOutput {
+    /// Per prompt token, if asked for; the first is `None`, for nothing predicts it.
+    pub logprobs: Vec<Option<TokenLogprobs>>,
+    /// Per MoE layer, if asked for; rows are the prompt's tokens.
+    pub experts: Vec<LayerExperts>,
+}
+
+/// A token drawn for a continuation.
+#[derive(Debug, Clone, PartialEq)]
+pub struct SampledToken {
+    /// The token.
+    pub token_id: u32,
+    /// Whether it is a stop token and so ends the sequence.
+    pub is_stop: bool,
+    /// Its log-probability and the alternatives, if asked for.
+    pub logprobs: Option<TokenLogprobs>,
+}
+
+/// Whether a sequence goes on.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Flow {
+    /// Generate the next token.
+    Continue,
+    /// End the sequence, [`FinishReason::Stop`].
+    Stop,
+}
+
+/// Receives what a job produces, in order, on the engine's thread. Implementations must not block.
+pub trait Listener: Send {
+    /// A prompt was read. Its continuations follow before the next prompt's.
+    fn prompt(&mut self, prompt_index: usize, output: PromptOutput);
+    /// A token was sampled for continuation `choice`.
+    fn token(&mut self, choice: usize, token: SampledToken) -> Flow;
+    /// The experts of the token last reported for `choice`, one row per layer; only if the job asked for them.
+    fn experts(&mut self, choice: usize, experts: Vec<LayerExperts>);
+    /// Continuation `choice` ended.
+    fn finished(&mut self, choice: usize, reason: FinishReason);
+    /// The job is over; nothing follows.
+    fn done(&mut self, result: Result<(), Error>);
+}

@@ -1,0 +1,120 @@
+//! The sampler against distributions worked out by hand.
+
+use super::*;
+
+/// Logits whose softmax is 0.5, 0.25, 0.15, 0.10.
+fn logits() -> Vec<f32> {
+    [0.5f32, 0.25, 0.15, 0.10].iter().map(|p| p.ln()).collect()
+}
+
+/// Share of each id when `uniform` runs over a fine grid: the distribution itself.
+#[track_caller]
+fn check(params: &SamplingParams, prompt: &[u32], generated: &[u32], want: &[f64]) {
+    let mut sampler = Sampler::new(params, want.len(), &[], prompt);
+    generated.iter().for_each(|&id| sampler.push(id));
+    let steps = 4000;
+    let mut got = vec![0.0; want.len()];
+    for i in 0..steps {
+        let uniform = (f64::from(i) + 0.5) / f64::from(steps);
+        let id = sampler.sample(&logits(), &[], 0, uniform).expect("finite logits");
+        got[id as usize] += 1.0 / f64::from(steps);
+    }
+    for (id, (got, want)) in got.iter().zip(want).enumerate() {
+        assert!((got - want).abs() < 1e-3, "token {id}: got {got:.4}, want {want:.4}");
+    }
+}
+
+#[test]
+fn plain_softmax() {
+    check(&SamplingParams::default(), &[], &[], &[0.5, 0.25, 0.15, 0.10]);
+}
+
+#[test]
+fn temperature_half_squares_the_probabilities() {
+    let sum = 0.25 + 0.0625 + 0.0225 + 0.01;
+    let want = [0.25 / sum, 0.0625 / sum, 0.0225 / sum, 0.01 / sum];
+    check(&SamplingParams { temperature: 0.5, ..Default::default() }, &[], &[], &want);
+}
+
+#[test]
+fn top_k_keeps_two() {
+    check(&SamplingParams { top_k: 2, ..Default::default() }, &[], &[], &[2.0 / 3.0, 1.0 / 3.0, 0.0, 0.0]);
+}
+
+#[test]
+fn top_p_keeps_the_token_that_crosses_it() {
+    // 0.5 + 0.25 < 0.8 <= 0.5 + 0.25 + 0.15
+    check(&SamplingParams { top_p: 0.8, ..Default::default() }, &[], &[], &[0.5 / 0.9, 0.25 / 0.9, 0.15 / 0.9, 0.0]);
+    check(&SamplingParams { top_p: 1e-6, ..Default::default() }, &[], &[], &[1.0, 0.0, 0.0, 0.0]);
+}
+
+#[test]
+fn top_p_counts_what_top_k_left() {
+    // After top-k 2 the likeliest holds 2/3 and alone reaches 0.6.
+    check(&SamplingParams { top_k: 2, top_p: 0.6, ..Default::default() }, &[], &[], &[1.0, 0.0, 0.0, 0.0]);
+}
+
+#[test]
+fn min_p_is_relative_to_the_likeliest() {
+    check(&SamplingParams { min_p: 0.29, ..Default::default() }, &[], &[], &[0.5 / 0.9, 0.25 / 0.9, 0.15 / 0.9, 0.0]);
+}
+
+#[test]
+fn repetition_penalty_covers_prompt_and_output_once_each() {
+    // All logits are negative, so they are multiplied: p becomes p^2 for tokens 0 (prompt and output) and 1 (output).
+    let sum = 0.25 + 0.0625 + 0.15 + 0.10;
+    let want = [0.25 / sum, 0.0625 / sum, 0.15 / sum, 0.10 / sum];
+    check(&SamplingParams { repetition_penalty: 2.0, ..Default::default() }, &[0], &[0, 1, 1], &want);
+}
+
+#[test]
+fn presence_and_frequency_count_generated_tokens_only() {
+    let ln2 = std::f32::consts::LN_2;
+    // Token 1 came twice: its probability is divided by 2 (presence) and by 2 * 2 (frequency).
+    let sum = 0.5 + 0.25 / 8.0 + 0.15 + 0.10;
+    let want = [0.5 / sum, 0.25 / 8.0 / sum, 0.15 / sum, 0.10 / sum];
+    let params = SamplingParams { presence_penalty: ln2, frequency_penalty: ln2, ..Default::default() };
+    check(&params, &[0, 0], &[1, 1], &want);
+}
+
+#[test]
+fn logit_bias_is_added_before_everything() {
+    let params = SamplingParams { logit_bias: vec![(3, 100.0)], ..Default::default() };
+    check(&params, &[], &[], &[0.0, 0.0, 0.0, 1.0]);
+}
+
+#[test]
+fn greedy_takes_the_lowest_id_among_equals() {
+    let params = SamplingParams { temperature: 0.0, ..Default::default() };
+    let sampler = Sampler::new(&params, 4, &[], &[]);
+    assert_eq!(sampler.sample(&[1.0, 3.0, 3.0, 2.0], &[], 0, 0.9).ok(), Some(1));
+}
+
+#[test]
+fn padding_suppressed_and_forbidden_tokens_are_never_drawn() {
+    for temperature in [0.0, 1.0, 2.0] {
+        let params = SamplingParams { temperature, ..Default::default() };
+        let sampler = Sampler::new(&params, 3, &[1], &[]);
+        for uniform in [0.0, 0.5, 0.999_999] {
+            assert_eq!(sampler.sample(&[1.0, 9.0, 0.0, 50.0], &[0], 0, uniform).ok(), Some(2));
+        }
+    }
+}
+
+#[test]
+fn bad_logits_are_errors() {
+    let params = SamplingParams::default();
+    let sampler = Sampler::new(&params, 2, &[], &[]);
+    assert!(matches!(sampler.sample(&[0.0, f32::NAN], &[], 7, 0.0), Err(Error::LogitsNotFinite { position: 7 })));
+    assert!(matches!(sampler.sample(&[0.0, f32::INFINITY], &[], 0, 0.0), Err(Error::LogitsNotFinite { .. })));
+    assert!(matches!(sampler.sample(&[0.0, 0.0], &[0, 1], 0, 0.0), Err(Error::NothingToSample)));
+    let greedy = SamplingParams { temperature: 0.0, ..Default::default() };
+    let sampler = Sampler::new(&greedy, 2, &[], &[]);
+    assert!(matches!(sampler.sample(&[f32::NEG_INFINITY; 2], &[], 0, 0.0), Err(Error::NothingToSample)));
+}
+
+#[test]
+fn sample_index_survives_rounding() {
+    assert_eq!(sample_index(&[0.3, 0.3, 0.3], 0.95), 2);
+    assert_eq!(sample_index(&[0.0, 1.0], 0.0), 1);
+}

@@ -1,0 +1,153 @@
+//! [`ServedModel`]: a language model, its tokenizer, its chat template and its generation defaults, checked to fit.
+
+use crate::engine::EngineConfig;
+use crate::generation_config::GenerationDefaults;
+use crate::text::{ChatMessage, ChatTemplate, TextTokenizer};
+use crate::{Error, Result};
+use candle_core::Device;
+use moe_models::CausalLm;
+use moe_models::gpt::Gpt;
+use std::path::Path;
+use std::sync::Arc;
+
+/// What clients call the built-in model.
+const EMBEDDED_NAME: &str = "moe-demo";
+
+/// The contents of the files beside the weights.
+struct TextFiles<'a> {
+    tokenizer: &'a [u8],
+    tokenizer_config: Option<&'a [u8]>,
+    generation_config: Option<&'a [u8]>,
+}
+
+/// Everything needed to answer requests with one model.
+pub struct ServedModel {
+    /// The name clients use.
+    pub name: String,
+    /// Token ids in, logits out.
+    pub lm: Arc<dyn CausalLm>,
+    /// Text to token ids and back.
+    pub tokenizer: Arc<TextTokenizer>,
+    /// Messages to a prompt.
+    pub chat: ChatTemplate,
+    /// What requests leave open.
+    pub defaults: GenerationDefaults,
+}
+
+impl std::fmt::Debug for ServedModel {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("ServedModel").field("name", &self.name).finish_non_exhaustive()
+    }
+}
+
+impl ServedModel {
+    /// Puts the parts together.
+    ///
+    /// # Errors
+    /// [`Error::ModelFile`] if the tokenizer has tokens the model does not know, or a default names one.
+    pub fn new(
+        name: impl Into<String>,
+        lm: Arc<dyn CausalLm>,
+        tokenizer: TextTokenizer,
+        chat: ChatTemplate,
+        defaults: GenerationDefaults,
+    ) -> Result<Self> {
+        let (num_tokens, vocab_size) = (tokenizer.num_tokens(), lm.vocab_size());
+        if num_tokens > vocab_size {
+            return Err(Error::model_file(
+                "tokenizer.json",
+                format!(
+                    "has {num_tokens} tokens, but the model's vocab_size is {vocab_size}; use the tokenizer it was trained with"
+                ),
+            ));
+        }
+        let named = defaults.eos_token_ids.iter().chain(&defaults.bos_token_id).chain(&defaults.suppress_tokens);
+        if let Some(id) = named.copied().find(|&id| id as usize >= num_tokens) {
+            return Err(Error::model_file(
+                "generation_config.json",
+                format!("names token {id}, but tokenizer.json has only {num_tokens} tokens"),
+            ));
+        }
+        Ok(Self { name: name.into(), lm, tokenizer: Arc::new(tokenizer), chat, defaults })
+    }
+
+    /// Loads `config.json`, `model.safetensors` and `tokenizer.json` of `dir`, and `generation_config.json` and
+    /// `tokenizer_config.json` where they exist. Without a `name` the folder's is taken.
+    ///
+    /// # Errors
+    /// What is wrong with which file.
+    pub fn from_dir(dir: &Path, name: Option<String>) -> Result<Self> {
+        let gpt = Gpt::load(dir, &Device::Cpu)?;
+        let tokenizer = read(&dir.join("tokenizer.json"))?;
+        let tokenizer_config = read_if_there(&dir.join("tokenizer_config.json"))?;
+        let generation_config = read_if_there(&dir.join("generation_config.json"))?;
+        let files = TextFiles {
+            tokenizer: &tokenizer,
+            tokenizer_config: tokenizer_config.as_deref(),
+            generation_config: generation_config.as_deref(),
+        };
+        let folder = || dir.file_name().map(|name| name.to_string_lossy().into_owned());
+        Self::from_files(name.or_else(folder).unwrap_or_else(|| "model".to_owned()), gpt, files)
+    }
+
+    /// The model inside this program, trained by this workspace's own trainer; `model/MODEL_CARD.md` describes it.
+    ///
+    /// # Errors
+    /// None in practice: a test loads it.
+    pub fn embedded(name: Option<String>) -> Result<Self> {
+        let config = include_bytes!("../model/config.json");
+        let gpt = Gpt::from_bytes(config, include_bytes!("../model/model.safetensors"), &Device::Cpu)?;
+        let files = TextFiles {
+            tokenizer: include_bytes!("../model/tokenizer.json"),
+            tokenizer_config: Some(include_bytes!("../model/tokenizer_config.json")),
+            generation_config: Some(include_bytes!("../model/generation_config.json")),
+        };
+        Self::from_files(name.unwrap_or_else(|| EMBEDDED_NAME.to_owned()), gpt, files)
+    }
+
+    fn from_files(name: String, gpt: Gpt, files: TextFiles<'_>) -> Result<Self> {
+        let tokenizer = TextTokenizer::from_bytes(files.tokenizer)?;
+        let chat = files.tokenizer_config.map_or_else(ChatTemplate::dialogue, ChatTemplate::from_tokenizer_config)?;
+        let mut defaults =
+            files.generation_config.map_or_else(|| Ok(Default::default()), GenerationDefaults::from_bytes)?;
+        if defaults.eos_token_ids.is_empty() {
+            defaults.eos_token_ids.extend(gpt.config().eos_token_id);
+        }
+        Self::new(name, Arc::new(gpt), tokenizer, chat, defaults)
+    }
+
+    /// What stands in for an empty prompt: the beginning-of-sequence token, or else the end of the text before.
+    pub fn first_token(&self) -> Option<u32> {
+        self.defaults.bos_token_id.or_else(|| self.defaults.eos_token_ids.first().copied())
+    }
+
+    /// The prompt that asks for an answer to one message.
+    ///
+    /// # Errors
+    /// [`Error::Template`].
+    pub fn chat_prompt(&self, message: &str) -> Result<String> {
+        self.chat.render(&[ChatMessage { role: "user".into(), content: message.into() }])
+    }
+
+    /// What the engine must know of this model.
+    pub fn engine_config(&self, max_queue: usize) -> EngineConfig {
+        EngineConfig {
+            max_queue,
+            num_tokens: self.tokenizer.num_tokens(),
+            eos_token_ids: self.defaults.eos_token_ids.clone(),
+            suppressed: self.defaults.suppress_tokens.clone(),
+        }
+    }
+}
+
+fn read(path: &Path) -> Result<Vec<u8>> {
+    std::fs::read(path).map_err(|source| Error::Io { path: path.to_owned(), source })
+}
+
+fn read_if_there(path: &Path) -> Result<Option<Vec<u8>>> {
+    match read(path) {
+        Ok(bytes) => Ok(Some(bytes)),
+        Err(Error::Io { source, .. }) if source.kind() == std::io::ErrorKind::NotFound => Ok(None),
+        Err(error) => Err(error),
+    }
+}

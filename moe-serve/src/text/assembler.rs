@@ -1,0 +1,216 @@
+//! [`TextListener`]: turns the engine's tokens into pieces of text and passes them on to whoever waits for them.
+
+use super::detokenize::Detokenizer;
+use super::stop::StopMatcher;
+use super::tokenizer::TextTokenizer;
+use crate::engine::{CancelFlag, FinishReason, Flow, Listener, PromptOutput, SampledToken, TokenLogprobs};
+use crate::{Error, Result};
+use moe_models::LayerExperts;
+use std::sync::Arc;
+use tokio::sync::mpsc::{UnboundedReceiver, UnboundedSender, unbounded_channel};
+
+/// A generated token and the text it set free.
+#[derive(Debug, Clone, PartialEq)]
+pub struct TokenText {
+    /// The token.
+    pub token_id: u32,
+    /// Its log-probability and the alternatives, if asked for.
+    pub logprobs: Option<TokenLogprobs>,
+    /// Characters generated before it.
+    pub text_offset: usize,
+    /// Text that is now certain; it may belong to earlier tokens.
+    pub text: String,
+}
+
+/// What happens while a job runs, in order.
+#[derive(Debug)]
+pub enum Event {
+    /// A prompt was read.
+    Prompt {
+        /// Which.
+        prompt_index: usize,
+        /// What reading it showed.
+        output: PromptOutput,
+    },
+    /// A token came.
+    Token {
+        /// Of this continuation.
+        choice: usize,
+        /// The token and its text.
+        token: TokenText,
+    },
+    /// The experts of the continuation's last token are known.
+    Experts {
+        /// Of this continuation.
+        choice: usize,
+        /// One row per MoE layer.
+        experts: Vec<LayerExperts>,
+    },
+    /// A continuation ended.
+    Finished {
+        /// Which.
+        choice: usize,
+        /// Text that was held back for a stop string or an unfinished character.
+        text: String,
+        /// Why.
+        reason: FinishReason,
+    },
+    /// The job ended; nothing follows.
+    Done(Result<()>),
+}
+
+/// How the text of every continuation is cut.
+#[derive(Debug, Clone, Default)]
+pub struct TextOptions {
+    /// A continuation ends before the first of these.
+    pub stops: Vec<String>,
+    /// Stop strings are not looked for in the first so many tokens.
+    pub min_tokens: usize,
+    /// Leading white space is dropped.
+    pub trim_start: bool,
+}
+
+/// The running state of one continuation.
+#[derive(Debug)]
+struct Assembly {
+    detokenizer: Detokenizer,
+    matcher: StopMatcher,
+    tokens: usize,
+    chars: usize,
+    trimming: bool,
+}
+
+impl Assembly {
+    fn new(options: &TextOptions) -> Self {
+        Self {
+            detokenizer: Detokenizer::default(),
+            matcher: StopMatcher::new(options.stops.clone()),
+            tokens: 0,
+            chars: 0,
+            trimming: options.trim_start,
+        }
+    }
+
+    fn push(&mut self, bytes: &[u8], min_tokens: usize) -> String {
+        self.tokens += 1;
+        let text = self.detokenizer.push(bytes);
+        self.chars += text.chars().count();
+        let released =
+            if self.tokens <= min_tokens { self.matcher.push_unmatched(&text) } else { self.matcher.push(&text) };
+        self.trimmed(released)
+    }
+
+    fn finish(&mut self) -> String {
+        let rest = self.detokenizer.finish();
+        let released = self.matcher.push(&rest) + &self.matcher.finish();
+        self.trimmed(released)
+    }
+
+    fn trimmed(&mut self, text: String) -> String {
+        if !self.trimming {
+            return text;
+        }
+        let trimmed = text.trim_start();
+        self.trimming = trimmed.is_empty();
+        trimmed.to_owned()
+    }
+}
+
+/// Listens to one job.
+#[derive(Debug)]
+pub struct TextListener {
+    tokenizer: Arc<TextTokenizer>,
+    options: TextOptions,
+    /// Continuations run one after the other, so one state is enough.
+    current: Option<(usize, Assembly)>,
+    events: UnboundedSender<Event>,
+}
+
+impl TextListener {
+    /// A listener and the receiver of its events. The channel holds at most what one request may generate.
+    pub fn new(tokenizer: Arc<TextTokenizer>, options: TextOptions) -> (Self, EventReceiver) {
+        let (events, receiver) = unbounded_channel();
+        let cancel = CancelFlag::default();
+        (Self { tokenizer, options, current: None, events }, EventReceiver { receiver, cancel })
+    }
+
+    /// A receiver that is gone has set the cancel flag, which ends the job; there is nobody to tell.
+    fn send(&self, event: Event) {
+        self.events.send(event).ok();
+    }
+
+    fn assembly(&mut self, choice: usize) -> &mut Assembly {
+        let options = &self.options;
+        let slot = self.current.get_or_insert_with(|| (choice, Assembly::new(options)));
+        if slot.0 != choice {
+            *slot = (choice, Assembly::new(options));
+        }
+        &mut slot.1
+    }
+}
+
+impl Listener for TextListener {
+    fn prompt(&mut self, prompt_index: usize, output: PromptOutput) {
+        self.send(Event::Prompt { prompt_index, output });
+    }
+
+    fn token(&mut self, choice: usize, token: SampledToken) -> Flow {
+        let SampledToken { token_id, is_stop, logprobs } = token;
+        let tokenizer = self.tokenizer.clone();
+        let min_tokens = self.options.min_tokens;
+        let bytes = if is_stop { &[] } else { tokenizer.bytes(token_id) };
+        let assembly = self.assembly(choice);
+        let text_offset = assembly.chars;
+        let text = assembly.push(bytes, min_tokens);
+        let flow = if assembly.matcher.stopped() { Flow::Stop } else { Flow::Continue };
+        self.send(Event::Token { choice, token: TokenText { token_id, logprobs, text_offset, text } });
+        flow
+    }
+
+    fn experts(&mut self, choice: usize, experts: Vec<LayerExperts>) {
+        self.send(Event::Experts { choice, experts });
+    }
+
+    fn finished(&mut self, choice: usize, reason: FinishReason) {
+        let text = self.assembly(choice).finish();
+        self.send(Event::Finished { choice, text, reason });
+    }
+
+    fn done(&mut self, result: Result<()>) {
+        self.send(Event::Done(result));
+    }
+}
+
+/// Receives the events of one job; dropping it cancels the job.
+#[derive(Debug)]
+pub struct EventReceiver {
+    receiver: UnboundedReceiver<Event>,
+    cancel: CancelFlag,
+}
+
+impl EventReceiver {
+    /// The flag that gives the job up.
+    pub fn cancel_flag(&self) -> CancelFlag {
+        self.cancel.clone()
+    }
+
+    /// The next event. After an engine that vanished without a word, [`Event::Done`] with an error.
+    pub async fn next(&mut self) -> Event {
+        self.receiver.recv().await.unwrap_or_else(vanished)
+    }
+
+    /// As [`EventReceiver::next`], outside async code.
+    pub fn blocking_next(&mut self) -> Event {
+        self.receiver.blocking_recv().unwrap_or_else(vanished)
+    }
+}
+
+fn vanished() -> Event {
+    Event::Done(Err(Error::Cancelled))
+}
+
+impl Drop for EventReceiver {
+    fn drop(&mut self) {
+        self.cancel.cancel();
+    }
+}

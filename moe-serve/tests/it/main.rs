@@ -1,0 +1,9 @@
+//! A real server on a free port, driven over TCP as any client would.
+
+mod bad_requests;
+mod chat;
+mod completions;
+mod gpt;
+mod lifecycle;
+mod metrics;
+mod support;
