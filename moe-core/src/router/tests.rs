@@ -517,8 +517,8 @@ proptest! {
                 prop_assert!(list.iter().enumerate().all(|(i, &s)| i as u32 == s), "{} slots {:?}", name, list);
                 prop_assert!(routing.capacity.is_none_or(|c| list.len() <= c), "{} over capacity", name);
             }
-            for c in 0..weights.len() {
-                prop_assert!(routing.expert_ids[c] != DROPPED || weights[c] == 0.0, "{} weight of a dropped route", name);
+            for (expert, weight) in routing.expert_ids.iter().zip(&weights) {
+                prop_assert!(*expert != DROPPED || *weight == 0.0, "{} weight of a dropped route", name);
             }
             prop_assert_eq!(router.route(&x, &context).unwrap().expert_ids, routing.expert_ids, "{} repeats", name);
         }
