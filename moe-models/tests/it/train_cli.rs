@@ -140,3 +140,24 @@ fn bad_input_is_named_and_nothing_is_written() {
     let runs = left.iter().filter(|p| p.is_dir()).flat_map(|p| std::fs::read_dir(p).unwrap()).count();
     assert!(runs <= 1, "at most an empty run folder is left: {left:?}");
 }
+
+#[test]
+fn a_model_folder_is_evaluated_on_any_text() {
+    let dir = folder();
+    let more = ["--out", "run", "--train-tokens", "64", "--export", "model"];
+    succeed(&moe_train(dir.path(), &arguments(&more)).output().unwrap());
+    let evaluate = |more: &[&str]| {
+        let mut arguments = vec!["--evaluate", "model"];
+        arguments.extend(more);
+        moe_train(dir.path(), &arguments).output().unwrap()
+    };
+    let one = evaluate(&["--valid", "text.txt", "--workers", "1", "--eval-iters", "0"]);
+    succeed(&one);
+    let table = String::from_utf8(one.stdout).unwrap();
+    let bits: f64 = table.lines().last().unwrap().split_whitespace().last().unwrap().parse().unwrap();
+    assert!(table.contains("text") && bits > 0.5 && bits < 20.0, "{table}");
+    let two = evaluate(&["--valid", "text.txt", "--workers", "2", "--eval-iters", "0"]);
+    assert_eq!(String::from_utf8(two.stdout).unwrap(), table, "the same for any number of workers");
+    let refused = evaluate(&[]);
+    assert!(!refused.status.success() && String::from_utf8_lossy(&refused.stderr).contains("--valid"));
+}

@@ -86,6 +86,9 @@ pub(crate) struct Args {
     /// Steps between metrics records.
     #[arg(long)]
     log_interval: Option<u64>,
+    /// Instead of training, print the loss of this model folder on the --valid text.
+    #[arg(long, value_name = "DIR", conflicts_with_all = ["resume", "export"])]
+    pub(crate) evaluate: Option<PathBuf>,
     /// When done, write a model folder for serving here.
     #[arg(long, value_name = "DIR")]
     pub(crate) export: Option<PathBuf>,

@@ -2,6 +2,7 @@
 //! else is `moe_models::train`.
 
 mod args;
+mod evaluate;
 mod model_args;
 mod process;
 mod progress;
@@ -31,6 +32,10 @@ fn main() -> Result<()> {
     process::set_up(config.workers)?;
     if args.resume && checkpoint.is_none() {
         eprintln!("no checkpoint in {}; starting a new run", args.out.display());
+    }
+
+    if let Some(folder) = &args.evaluate {
+        return evaluate::evaluate_folder(folder, &config, &mut Progress::new(config.log_interval));
     }
 
     let stop = stop_on_signal()?;

@@ -1,0 +1,31 @@
+//! `moe-train --evaluate DIR`: the loss of a model folder on text, source by source. Trains nothing, writes nothing.
+
+use crate::progress::Progress;
+use anyhow::{Result, ensure};
+use candle_core::Device;
+use moe_models::gpt::Gpt;
+use moe_models::train::data::ValidSource;
+use moe_models::train::evaluate::evaluate;
+use moe_models::train::{RunText, TrainConfig, tokenizer};
+use std::path::Path;
+
+/// Prints a line per source of `config.valid`, evaluated in windows as long as the model allows, and one for all.
+pub(crate) fn evaluate_folder(folder: &Path, config: &TrainConfig, progress: &mut Progress) -> Result<()> {
+    ensure!(!config.valid.is_empty(), "--evaluate needs text: give --valid PATH");
+    let model = Gpt::load(folder, &Device::Cpu)?;
+    let tokenizer = tokenizer::load(&folder.join("tokenizer.json"))?;
+    let text = RunText::read(&config.valid, &[], progress)?;
+    let (packed, _) = text.pack(&tokenizer, model.config().vocab_size, progress)?;
+    let seq_len = config.seq_length.unwrap_or(model.config().max_seq_len);
+    let windows = config.eval_iters * config.micro_batch_size;
+    let sources =
+        packed.into_iter().map(|source| Ok(ValidSource::new(source, seq_len, windows)?)).collect::<Result<Vec<_>>>()?;
+    let result = evaluate(&model, &sources, config.micro_batch_size, config.workers)?;
+    println!("{:<24}{:>12}{:>12}{:>16}", "source", "tokens", "nats/token", "bits per byte");
+    for source in &result.sources {
+        println!("{:<24}{:>12}{:>12.4}{:>16.4}", source.name, source.tokens, source.loss(), source.bits_per_byte());
+    }
+    let tokens: u64 = result.sources.iter().map(|s| s.tokens).sum();
+    println!("{:<24}{tokens:>12}{:>12.4}{:>16.4}", "all", result.loss(), result.bits_per_byte());
+    Ok(())
+}
