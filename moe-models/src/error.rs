@@ -16,12 +16,12 @@ pub enum Error {
     #[error("{0}")]
     Config(String),
     /// A file could not be read or written.
-    #[error("{}: {source}", path.display())]
+    #[error("{}: {reason}", path.display())]
     Io {
         /// The file or folder.
         path: PathBuf,
-        /// The system's reason.
-        source: std::io::Error,
+        /// The system's reason; part of the message, so not a source of its own.
+        reason: std::io::Error,
     },
     /// A file was read but its content is not what it should be.
     #[error("{}: {reason}", path.display())]
@@ -42,7 +42,7 @@ pub enum Error {
 impl Error {
     /// An [`Error::Io`] at `path`.
     pub fn io(path: impl Into<PathBuf>, source: std::io::Error) -> Self {
-        Self::Io { path: path.into(), source }
+        Self::Io { path: path.into(), reason: source }
     }
 
     /// An [`Error::Format`] at `path`.

@@ -13,12 +13,12 @@ pub enum Error {
     #[error(transparent)]
     Candle(#[from] candle_core::Error),
     /// A file could not be read.
-    #[error("{}: {source}", path.display())]
+    #[error("{}: {reason}", path.display())]
     Io {
         /// The file.
         path: PathBuf,
-        /// The system's reason.
-        source: std::io::Error,
+        /// The system's reason; part of the message, so not a source of its own.
+        reason: std::io::Error,
     },
     /// A file of the model's folder was read but is not what it should be.
     #[error("{file}: {reason}")]

@@ -1,9 +1,10 @@
 //! `moe-serve`: the command line of [`moe_serve`].
 
 use clap::Parser;
-use moe_serve::cli::{Cli, init_logging};
+use moe_serve::cli::{Cli, exit_code, init_logging};
+use std::process::ExitCode;
 
-fn main() -> anyhow::Result<()> {
+fn main() -> ExitCode {
     init_logging();
-    Cli::parse().run()
+    exit_code(Cli::parse().run())
 }

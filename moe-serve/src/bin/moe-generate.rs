@@ -1,7 +1,8 @@
 //! `moe-generate`: `moe-serve generate` under its own name.
 
 use clap::Parser;
-use moe_serve::cli::{GenerateArgs, init_logging};
+use moe_serve::cli::{GenerateArgs, exit_code, init_logging};
+use std::process::ExitCode;
 
 /// Continues a prompt in the terminal.
 #[derive(Debug, Parser)]
@@ -11,7 +12,7 @@ struct Cli {
     args: GenerateArgs,
 }
 
-fn main() -> anyhow::Result<()> {
+fn main() -> ExitCode {
     init_logging();
-    Cli::parse().args.run()
+    exit_code(Cli::parse().args.run())
 }

@@ -9,6 +9,7 @@ pub use load::ModelArgs;
 pub use serve::ServeArgs;
 
 use clap::{Parser, Subcommand};
+use std::process::ExitCode;
 
 /// Serves a mixture-of-experts language model over an OpenAI-compatible API, with a page at `/`.
 ///
@@ -46,4 +47,15 @@ pub fn init_logging() {
     let filter = tracing_subscriber::EnvFilter::try_from_default_env()
         .unwrap_or_else(|_| tracing_subscriber::EnvFilter::new("warn,moe_serve=info"));
     tracing_subscriber::fmt().with_env_filter(filter).with_writer(std::io::stderr).init();
+}
+
+/// Success, or the error on one line of the terminal's error stream.
+pub fn exit_code(result: anyhow::Result<()>) -> ExitCode {
+    match result {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => {
+            eprintln!("error: {error:#}");
+            ExitCode::FAILURE
+        }
+    }
 }

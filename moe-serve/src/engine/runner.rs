@@ -80,7 +80,7 @@ impl Engine {
         let thread = std::thread::Builder::new()
             .name("moe-engine".into())
             .spawn(move || worker.run())
-            .map_err(|source| Error::Io { path: "moe-engine thread".into(), source })?;
+            .map_err(|reason| Error::Io { path: "moe-engine thread".into(), reason })?;
         Ok(Self { queue, observer, thread: Mutex::new(Some(thread)) })
     }
 

@@ -17,17 +17,27 @@ use moe_models::train::checkpoint::{CheckpointStore, TrainerState, read_state, v
 use moe_models::train::{Corpus, Outcome, RunText, TrainConfig, Trainer, export, tokenizer};
 use progress::Progress;
 use std::path::{Path, PathBuf};
+use std::process::ExitCode;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use tokenizers::Tokenizer;
 
-fn main() -> Result<()> {
-    let args = Args::parse();
+fn main() -> ExitCode {
+    match run(&Args::parse()) {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => {
+            eprintln!("error: {error:#}");
+            ExitCode::FAILURE
+        }
+    }
+}
+
+fn run(args: &Args) -> Result<()> {
     if let Some(target) = &args.export {
         export::check_target(target)?;
     }
     let checkpoint = if args.resume { find_checkpoint(&args.out)? } else { None };
-    let base = base_config(&args, checkpoint.as_ref())?;
+    let base = base_config(args, checkpoint.as_ref())?;
     let config = args.apply_to(base);
     process::set_up(config.workers)?;
     if args.resume && checkpoint.is_none() {
@@ -41,13 +51,13 @@ fn main() -> Result<()> {
     let stop = stop_on_signal()?;
     let mut progress = Progress::new(config.log_interval);
     let mut trainer = match checkpoint {
-        None => new_run(&args, config, &mut progress)?,
-        Some((folder, _)) => resumed_run(&args, config, &folder, &mut progress)?,
+        None => new_run(args, config, &mut progress)?,
+        Some((folder, _)) => resumed_run(args, config, &folder, &mut progress)?,
     };
     let outcome = trainer.run(&stop, &mut progress)?;
     progress.finish();
     match outcome {
-        Outcome::Finished => finish(&args, &trainer),
+        Outcome::Finished => finish(args, &trainer),
         Outcome::Stopped => {
             eprintln!("stopped after step {} and saved; continue with --resume", trainer.step());
             Ok(())
