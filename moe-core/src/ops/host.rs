@@ -105,7 +105,7 @@ pub fn dispatch<R, F: FnOnce() -> R>(body: F) -> R {
 /// Number of partial sums a reduction keeps; fixed, so that the order of summation never changes.
 const LANES: usize = 16;
 
-/// Sum of `f(i)` for `i` in `0..len`, in a fixed order of [`LANES`] interleaved partial sums.
+/// Sum of `f(i)` for `i` in `0..len`, in a fixed order of 16 interleaved partial sums.
 #[inline(always)]
 pub fn sum_by<T: Real>(len: usize, f: impl Fn(usize) -> T) -> T {
     let zero = T::from_f64(0.0);
