@@ -9,6 +9,7 @@ mod shell;
 
 use anyhow::Result;
 use clap::{Parser, Subcommand};
+use std::process::ExitCode;
 
 /// Tasks of the workspace.
 #[derive(Parser)]
@@ -38,8 +39,18 @@ enum Task {
     Plot(plot::Args),
 }
 
-fn main() -> Result<()> {
-    match Cli::parse().task {
+fn main() -> ExitCode {
+    match run(Cli::parse().task) {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => {
+            eprintln!("error: {error:#}");
+            ExitCode::FAILURE
+        }
+    }
+}
+
+fn run(task: Task) -> Result<()> {
+    match task {
         Task::Test => ci::test(),
         Task::Ci { skip_tests } => ci::run(skip_tests),
         Task::Bench(args) => bench::run(&args),
