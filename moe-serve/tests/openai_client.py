@@ -1,7 +1,7 @@
 """Drives a running moe-serve with the official `openai` package.
 
-    python3 -m venv /tmp/venv && /tmp/venv/bin/pip install openai
-    /tmp/venv/bin/python moe-serve/tests/openai_client.py [http://127.0.0.1:8000]
+    python3 -m venv .venv && .venv/bin/pip install openai
+    .venv/bin/python moe-serve/tests/openai_client.py [http://127.0.0.1:8000]
 
 Prints one line per check and fails at the first that does not hold.
 """
