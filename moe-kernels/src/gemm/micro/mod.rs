@@ -1,0 +1,74 @@
+//! Micro-kernels: one tile of A times one or a few panels of B, for as many steps as are packed.
+//!
+//! Every one of them runs the same chain of fused multiply-adds per element of C; see [`super`].
+
+mod portable;
+#[cfg(target_arch = "x86_64")]
+mod avx2;
+#[cfg(target_arch = "x86_64")]
+mod avx512;
+
+use super::{Format, PANEL_COLS, TILE_ROWS};
+use crate::Isa;
+
+/// What a tile of C starts from.
+#[derive(Debug, Clone, Copy)]
+pub(super) enum Init<'a> {
+    Zero,
+    /// One value per column.
+    Bias(&'a [f32]),
+    /// What is there: the sum of the steps before.
+    Load,
+}
+
+/// One call of a micro-kernel.
+#[derive(Debug, Clone, Copy)]
+pub(super) struct Tile<'a> {
+    /// 1 to [`TILE_ROWS`].
+    pub(super) rows: usize,
+    /// Panels side by side: 1, 2 or 4.
+    pub(super) panels: usize,
+    /// Columns of C that exist in these panels.
+    pub(super) cols: usize,
+    /// Words of B per column.
+    pub(super) steps: usize,
+    /// `[steps][rows]`, twice that for [`Format::Wide`].
+    pub(super) a: &'a [u32],
+    /// `[steps][32]` at each multiple of `panel_stride`.
+    pub(super) b: &'a [u32],
+    pub(super) panel_stride: usize,
+    /// `[rows, cols]` with `out_stride` between rows.
+    pub(super) out: *mut f32,
+    pub(super) out_stride: usize,
+    pub(super) init: Init<'a>,
+}
+
+/// Panels that a tile of `rows` is multiplied with in one sweep when nothing is read twice: more streams from memory,
+/// as many accumulators as there are registers.
+pub(super) fn panels_at_once(rows: usize) -> usize {
+    match rows {
+        0..=3 => 4,
+        4..=6 => 2,
+        _ => 1,
+    }
+}
+
+/// Runs one tile. `a_format` tells how A is packed; B is [`Format::F32`] with A of that format, else [`Format::Pairs`].
+pub(super) fn run(isa: Isa, a_format: Format, tile: &Tile<'_>) {
+    let a_per_step = tile.rows * if a_format == Format::Wide { 2 } else { 1 };
+    assert!((1..=TILE_ROWS).contains(&tile.rows) && tile.a.len() == tile.steps * a_per_step);
+    assert!(tile.b.len() >= (tile.panels - 1) * tile.panel_stride + tile.steps * PANEL_COLS);
+    assert!(tile.cols <= tile.panels * PANEL_COLS && tile.cols > (tile.panels - 1) * PANEL_COLS);
+    match isa {
+        // SAFETY: the caller's `out` covers the tile and belongs to this task alone.
+        Isa::Portable => unsafe { portable::run(a_format, tile) },
+        // SAFETY: as above, and this machine can run `isa`; the sizes of A and B were checked.
+        #[cfg(target_arch = "x86_64")]
+        Isa::Avx2 => unsafe { avx2::run(a_format, tile) },
+        // SAFETY: as above.
+        #[cfg(target_arch = "x86_64")]
+        Isa::Avx512 | Isa::Avx512Bf16 => unsafe { avx512::run(a_format, tile) },
+        #[cfg(not(target_arch = "x86_64"))]
+        _ => unsafe { portable::run(a_format, tile) },
+    }
+}

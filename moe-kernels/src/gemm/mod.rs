@@ -1,0 +1,317 @@
+//! The matrix product under every other operation: groups of products of different sizes over one queue of tiles.
+//!
+//! Each group computes `C[i, j] = bias[j] + sum_p A[i, p] B[j, p]` with f32 sums. Operands are packed first:
+//!
+//! ```text
+//! A: tiles of up to 12 rows     [tile][p][rows]           one word per f32, or per pair of bf16 (p, p + 1)
+//! B: panels of 32 columns       [panel][p][32]
+//! ```
+//!
+//! # One order of summation
+//! Each element of `C` is one chain of fused multiply-adds over `p`, starting from the bias: in ascending order for f32,
+//! and in the order 1, 0, 3, 2, 5, 4, … for bf16, which is what `vdpbf16ps` does in hardware (checked on it). So a row
+//! of `C` has the same bits whatever other rows are in the batch, on any number of threads, and with any [`Isa`]. The one
+//! exception: `vdpbf16ps` takes numbers below 2^-126 as zero.
+
+mod micro;
+mod pack;
+#[cfg(test)]
+mod tests;
+
+use crate::parallel::SharedMut;
+use crate::{Isa, buffer, parallel};
+pub use pack::bf16_round;
+
+/// What the multiplier reads; sums are f32 in either case.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Default)]
+pub enum Precision {
+    /// Inputs as they are.
+    #[default]
+    F32,
+    /// Inputs rounded to bf16, to nearest even.
+    Bf16,
+}
+
+/// Rows of a tile of A.
+pub(crate) const TILE_ROWS: usize = 12;
+/// Columns of a panel of B.
+pub(crate) const PANEL_COLS: usize = 32;
+
+/// A `[outer, inner]` view into f32 values; the products sum over `inner`.
+#[derive(Debug, Clone, Copy)]
+pub struct Operand<'a> {
+    values: &'a [f32],
+    outer: usize,
+    inner: usize,
+    outer_stride: usize,
+    inner_stride: usize,
+}
+
+impl<'a> Operand<'a> {
+    /// `values` as a row-major `[outer, inner]` matrix with `row_stride` elements from row to row.
+    ///
+    /// # Panics
+    /// If the last row ends outside `values`.
+    pub fn rows(values: &'a [f32], outer: usize, inner: usize, row_stride: usize) -> Self {
+        Self::strided(values, [outer, inner], [row_stride, 1])
+    }
+
+    /// The transpose of a row-major `[inner, outer]` matrix with `row_stride` elements from row to row.
+    ///
+    /// # Panics
+    /// If the last row ends outside `values`.
+    pub fn columns(values: &'a [f32], outer: usize, inner: usize, row_stride: usize) -> Self {
+        Self::strided(values, [outer, inner], [1, row_stride])
+    }
+
+    fn strided(values: &'a [f32], [outer, inner]: [usize; 2], [outer_stride, inner_stride]: [usize; 2]) -> Self {
+        if outer > 0 && inner > 0 {
+            let last = (outer - 1) * outer_stride + (inner - 1) * inner_stride;
+            assert!(last < values.len(), "an operand of {outer} x {inner} must lie inside its {} values", values.len());
+        }
+        Self { values, outer, inner, outer_stride, inner_stride }
+    }
+}
+
+/// One product of a [`gemm`].
+#[derive(Debug, Clone, Copy)]
+pub struct Group<'a> {
+    /// `[m, k]`
+    pub a: Operand<'a>,
+    /// `[n, k]`
+    pub b: Operand<'a>,
+    /// `[n]`
+    pub bias: Option<&'a [f32]>,
+    /// First element of this group's `C` in the output.
+    pub out_offset: usize,
+    /// Elements from one row of `C` to the next, at least `n`.
+    pub out_stride: usize,
+}
+
+impl Group<'_> {
+    fn m(&self) -> usize {
+        self.a.outer
+    }
+    fn n(&self) -> usize {
+        self.b.outer
+    }
+    fn k(&self) -> usize {
+        self.a.inner
+    }
+    fn out_end(&self) -> usize {
+        self.out_offset + (self.m() - 1) * self.out_stride + self.n()
+    }
+    fn tiles(&self) -> usize {
+        self.m().div_ceil(TILE_ROWS)
+    }
+    fn panels(&self) -> usize {
+        self.n().div_ceil(PANEL_COLS)
+    }
+}
+
+/// How words are laid out for a micro-kernel.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Format {
+    /// One f32 per word.
+    F32,
+    /// Two bf16 per word: the even one low.
+    Pairs,
+    /// One f32 per word that holds a bf16 value; an even number of them.
+    Wide,
+}
+
+impl Format {
+    fn of_a(isa: Isa, precision: Precision) -> Self {
+        match (precision, isa) {
+            (Precision::F32, _) => Self::F32,
+            (Precision::Bf16, Isa::Avx512Bf16) => Self::Pairs,
+            (Precision::Bf16, _) => Self::Wide,
+        }
+    }
+
+    fn of_b(precision: Precision) -> Self {
+        if precision == Precision::F32 { Self::F32 } else { Self::Pairs }
+    }
+
+    /// Words per row of A or column of B.
+    pub(crate) fn words(self, k: usize) -> usize {
+        match self {
+            Self::F32 => k,
+            Self::Pairs => k.div_ceil(2),
+            Self::Wide => k.next_multiple_of(2),
+        }
+    }
+}
+
+/// Tiles of A in one task: 192 rows.
+const TASK_TILES: usize = 16;
+/// Panels of B in one task: 128 columns.
+const TASK_PANELS: usize = 4;
+/// Steps of `p` (words of B) between two visits of the same tile of C, so that a panel's part stays in the first-level cache.
+const BLOCK_WORDS: usize = 192;
+/// Words packed per task.
+const PACK_UNITS: usize = 8;
+/// Multiply-adds below which a product is not worth a second thread.
+const LEAST_WORK: usize = 1 << 18;
+
+#[derive(Debug, Clone, Copy)]
+struct Task {
+    group: usize,
+    first_tile: usize,
+    first_panel: usize,
+}
+
+/// Where each group's packed operands start.
+struct Plan {
+    a_format: Format,
+    b_format: Format,
+    /// First word of A and of B of each group, and the ends.
+    a_starts: Vec<usize>,
+    b_starts: Vec<usize>,
+    /// (group, first tile) and (group, first panel) of each packing task.
+    pack_a: Vec<(usize, usize)>,
+    pack_b: Vec<(usize, usize)>,
+    tasks: Vec<Task>,
+    work: usize,
+}
+
+impl Plan {
+    fn new(isa: Isa, precision: Precision, groups: &[Group<'_>]) -> Self {
+        let (a_format, b_format) = (Format::of_a(isa, precision), Format::of_b(precision));
+        let mut plan = Self {
+            a_format,
+            b_format,
+            a_starts: vec![0],
+            b_starts: vec![0],
+            pack_a: Vec::new(),
+            pack_b: Vec::new(),
+            tasks: Vec::new(),
+            work: 0,
+        };
+        let (mut a_words, mut b_words) = (0, 0);
+        for (index, group) in groups.iter().enumerate() {
+            if group.m() > 0 && group.n() > 0 {
+                a_words += group.m() * a_format.words(group.k());
+                b_words += group.panels() * PANEL_COLS * b_format.words(group.k());
+                plan.pack_a.extend((0..group.tiles()).step_by(PACK_UNITS).map(|tile| (index, tile)));
+                plan.pack_b.extend((0..group.panels()).step_by(PACK_UNITS).map(|panel| (index, panel)));
+                for first_tile in (0..group.tiles()).step_by(TASK_TILES) {
+                    for first_panel in (0..group.panels()).step_by(TASK_PANELS) {
+                        plan.tasks.push(Task { group: index, first_tile, first_panel });
+                    }
+                }
+                plan.work += group.m() * group.n() * group.k();
+            }
+            a_words = a_words.next_multiple_of(16);
+            plan.a_starts.push(a_words);
+            plan.b_starts.push(b_words);
+        }
+        plan
+    }
+}
+
+/// Computes every group's product into `out`; elements of `out` outside the groups stay as they are.
+///
+/// # Panics
+/// If a group's operands disagree in `k`, its bias has not `n` entries, or the groups' parts of `out` overlap or leave it.
+pub fn gemm(isa: Isa, precision: Precision, groups: &[Group<'_>], out: &mut [f32]) {
+    check(groups, out.len());
+    let plan = Plan::new(isa, precision, groups);
+    let a_end = plan.a_starts[groups.len()];
+    let b_end = plan.b_starts[groups.len()];
+    buffer::with_scratch(a_end + b_end, |scratch| {
+        let (a_words, b_words) = scratch.split_at_mut(a_end);
+        pack_operands(isa, &plan, groups, a_words, b_words);
+        let out = SharedMut::new(out);
+        let (a_words, b_words) = (&*a_words, &*b_words);
+        parallel::for_each_if(plan.work, LEAST_WORK, plan.tasks.len(), |index| {
+            let task = plan.tasks[index];
+            let (a, b) = (&a_words[plan.a_starts[task.group]..], &b_words[plan.b_starts[task.group]..]);
+            run_task(isa, &plan, &groups[task.group], task, a, b, out);
+        });
+    });
+}
+
+fn check(groups: &[Group<'_>], out_len: usize) {
+    let mut spans: Vec<(usize, usize)> = Vec::with_capacity(groups.len());
+    for group in groups {
+        assert_eq!(group.a.inner, group.b.inner, "both operands must have the same inner size");
+        assert!(group.bias.is_none_or(|b| b.len() == group.n()), "bias must have one entry per column");
+        if group.m() > 0 && group.n() > 0 {
+            assert!(group.out_stride >= group.n() && group.out_end() <= out_len, "the product must fit its output");
+            spans.push((group.out_offset, group.out_end()));
+        }
+    }
+    spans.sort_unstable();
+    assert!(spans.windows(2).all(|pair| pair[0].1 <= pair[1].0), "groups must not share output");
+}
+
+fn pack_operands(isa: Isa, plan: &Plan, groups: &[Group<'_>], a_words: &mut [u32], b_words: &mut [u32]) {
+    let (a, b) = (SharedMut::new(a_words), SharedMut::new(b_words));
+    parallel::for_each_if(plan.work, LEAST_WORK, plan.pack_a.len() + plan.pack_b.len(), |index| {
+        if let Some(&(g, first)) = plan.pack_b.get(index) {
+            let words = plan.b_format.words(groups[g].k());
+            for panel in first..(first + PACK_UNITS).min(groups[g].panels()) {
+                let start = plan.b_starts[g] + panel * PANEL_COLS * words;
+                // SAFETY: `plan` gives each panel of each group a part of its own.
+                let to = unsafe { b.slice(start, PANEL_COLS * words) };
+                pack::pack(isa, plan.b_format, &groups[g].b, panel * PANEL_COLS, PANEL_COLS, to);
+            }
+        } else {
+            let (g, first) = plan.pack_a[index - plan.pack_b.len()];
+            let words = plan.a_format.words(groups[g].k());
+            for tile in first..(first + PACK_UNITS).min(groups[g].tiles()) {
+                let row = tile * TILE_ROWS;
+                let rows = TILE_ROWS.min(groups[g].m() - row);
+                // SAFETY: `plan` gives each tile of each group a part of its own.
+                let to = unsafe { a.slice(plan.a_starts[g] + row * words, rows * words) };
+                pack::pack(isa, plan.a_format, &groups[g].a, row, rows, to);
+            }
+        }
+    });
+}
+
+/// One block of tiles times one block of panels, over all of `p`.
+fn run_task(isa: Isa, plan: &Plan, group: &Group<'_>, task: Task, a: &[u32], b: &[u32], out: SharedMut<f32>) {
+    let (a_words, b_words) = (plan.a_format.words(group.k()), plan.b_format.words(group.k()));
+    let tiles = task.first_tile..(task.first_tile + TASK_TILES).min(group.tiles());
+    let panels = task.first_panel..(task.first_panel + TASK_PANELS).min(group.panels());
+    // With one tile nothing of B is read twice: go through it in one sweep, several panels side by side.
+    let block = if tiles.len() == 1 { b_words.max(1) } else { BLOCK_WORDS };
+    let a_per_b = if plan.a_format == Format::Wide { 2 } else { 1 };
+    for start in (0..b_words.max(1)).step_by(block) {
+        let steps = block.min(b_words - start);
+        let mut panel = panels.start;
+        while panel < panels.end {
+            let rows = TILE_ROWS.min(group.m() - tiles.start * TILE_ROWS);
+            let wide = if tiles.len() == 1 { micro::panels_at_once(rows).min(panels.end - panel) } else { 1 };
+            let wide = if wide == 3 { 2 } else { wide };
+            let col = panel * PANEL_COLS;
+            let cols = (wide * PANEL_COLS).min(group.n() - col);
+            for tile in tiles.clone() {
+                let row = tile * TILE_ROWS;
+                let rows = TILE_ROWS.min(group.m() - row);
+                let a_start = row * a_words + start * a_per_b * rows;
+                let init = match (start, group.bias) {
+                    (0, None) => micro::Init::Zero,
+                    (0, Some(bias)) => micro::Init::Bias(&bias[col..col + cols]),
+                    _ => micro::Init::Load,
+                };
+                let to = group.out_offset + row * group.out_stride + col;
+                micro::run(isa, plan.a_format, &micro::Tile {
+                    rows,
+                    panels: wide,
+                    cols,
+                    steps,
+                    a: &a[a_start..a_start + steps * a_per_b * rows],
+                    b: &b[panel * PANEL_COLS * b_words + start * PANEL_COLS..],
+                    panel_stride: PANEL_COLS * b_words,
+                    out: out.at(to),
+                    out_stride: group.out_stride,
+                    init,
+                });
+            }
+            panel += wide;
+        }
+    }
+}

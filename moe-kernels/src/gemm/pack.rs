@@ -1,0 +1,284 @@
+//! Packing of one tile or panel: rounding to bf16 where asked, and bringing `inner` to the outside.
+
+use super::{Format, Operand};
+use crate::Isa;
+
+/// `value` rounded to bf16, to nearest even; a NaN stays one.
+#[inline(always)]
+pub fn bf16_round(value: f32) -> f32 {
+    f32::from_bits(bf16_high(value))
+}
+
+/// The bits of the rounded value, the lower half zero. Without branches, so that loops over it vectorise.
+#[inline(always)]
+fn bf16_high(value: f32) -> u32 {
+    let bits = value.to_bits();
+    let rounded = bits.wrapping_add(0x7fff + ((bits >> 16) & 1)) & 0xffff_0000;
+    let quiet = (bits | 0x0040_0000) & 0xffff_0000;
+    if value.is_nan() { quiet } else { rounded }
+}
+
+#[inline(always)]
+fn pair(even: f32, odd: f32) -> u32 {
+    (bf16_high(even) >> 16) | bf16_high(odd)
+}
+
+/// Writes rows `first..first + width` of `from` as `[inner][width]` words; rows past its end become zeros.
+pub(super) fn pack(isa: Isa, format: Format, from: &Operand<'_>, first: usize, width: usize, to: &mut [u32]) {
+    debug_assert_eq!(to.len(), width * format.words(from.inner));
+    if from.inner == 0 {
+        return;
+    }
+    let rows = width.min(from.outer - first);
+    if rows < width {
+        to.fill(0);
+    }
+    if from.outer_stride == 1 {
+        return by_isa(isa, || along_outer(format, from, first, rows, width, to));
+    }
+    #[cfg(target_arch = "x86_64")]
+    if isa >= Isa::Avx512 {
+        // SAFETY: this machine has the features of `isa`; the sizes are those of `from` and `to`.
+        return unsafe { avx512::transpose(format, from, first, rows, width, to) };
+    }
+    by_isa(isa, || along_inner(format, from, first, rows, width, to));
+}
+
+/// Runs `body`, compiled for `isa`.
+#[inline(always)]
+fn by_isa<R>(isa: Isa, body: impl FnOnce() -> R) -> R {
+    #[cfg(target_arch = "x86_64")]
+    {
+        #[target_feature(enable = "avx2,fma")]
+        fn avx2<R>(body: impl FnOnce() -> R) -> R {
+            body()
+        }
+        #[target_feature(enable = "avx2,fma,avx512f,avx512bw,avx512dq")]
+        fn avx512<R>(body: impl FnOnce() -> R) -> R {
+            body()
+        }
+        match isa {
+            Isa::Portable => body(),
+            // SAFETY: `isa` is one that this machine can run.
+            Isa::Avx2 => unsafe { avx2(body) },
+            // SAFETY: as above.
+            Isa::Avx512 | Isa::Avx512Bf16 => unsafe { avx512(body) },
+        }
+    }
+    #[cfg(not(target_arch = "x86_64"))]
+    {
+        let _ = isa;
+        body()
+    }
+}
+
+/// `outer` is contiguous: a copy per step of `inner`.
+#[inline(always)]
+fn along_outer(format: Format, from: &Operand<'_>, first: usize, rows: usize, width: usize, to: &mut [u32]) {
+    let at = |p: usize| &from.values[first + p * from.inner_stride..][..rows];
+    match format {
+        Format::F32 | Format::Wide => {
+            for (p, words) in to.chunks_exact_mut(width).enumerate() {
+                if p >= from.inner {
+                    words.fill(0);
+                    continue;
+                }
+                for (word, &value) in words.iter_mut().zip(at(p)) {
+                    *word = if format == Format::F32 { value.to_bits() } else { bf16_high(value) };
+                }
+            }
+        }
+        Format::Pairs => {
+            for (p, words) in to.chunks_exact_mut(width).enumerate() {
+                let even = at(2 * p);
+                if 2 * p + 1 < from.inner {
+                    for ((word, &low), &high) in words.iter_mut().zip(even).zip(at(2 * p + 1)) {
+                        *word = pair(low, high);
+                    }
+                } else {
+                    words.iter_mut().zip(even).for_each(|(word, &low)| *word = pair(low, 0.0));
+                }
+            }
+        }
+    }
+}
+
+/// `inner` is contiguous (or nothing is): a transposition.
+#[inline(always)]
+fn along_inner(format: Format, from: &Operand<'_>, first: usize, rows: usize, width: usize, to: &mut [u32]) {
+    let value = |row: usize, p: usize| from.values[(first + row) * from.outer_stride + p * from.inner_stride];
+    for row in 0..rows {
+        for p in 0..from.inner {
+            let v = value(row, p);
+            match format {
+                Format::F32 => to[p * width + row] = v.to_bits(),
+                Format::Wide => to[p * width + row] = bf16_high(v),
+                Format::Pairs if p % 2 == 0 => to[p / 2 * width + row] = bf16_high(v) >> 16,
+                Format::Pairs => to[p / 2 * width + row] |= bf16_high(v),
+            }
+        }
+        if format == Format::Wide && from.inner % 2 == 1 {
+            to[from.inner * width + row] = 0;
+        }
+    }
+}
+
+#[cfg(target_arch = "x86_64")]
+mod avx512 {
+    use super::{Format, Operand};
+    use std::arch::x86_64::*;
+
+    /// Transposes 16 x 16 words at a time.
+    ///
+    /// # Safety
+    /// The machine must have AVX-512 F, BW and DQ; `from` has `inner` contiguous and at least `first + rows` rows; `to`
+    /// has `width * format.words(inner)` words and `rows <= width`.
+    #[target_feature(enable = "avx512f,avx512bw,avx512dq")]
+    pub(super) unsafe fn transpose(
+        format: Format,
+        from: &Operand<'_>,
+        first: usize,
+        rows: usize,
+        width: usize,
+        to: &mut [u32],
+    ) {
+        debug_assert!(from.inner_stride == 1 && first + rows <= from.outer && rows <= width);
+        let words = format.words(from.inner);
+        debug_assert_eq!(to.len(), width * words);
+        for half in (0..rows).step_by(16) {
+            let lanes = 16.min(width - half);
+            let mask = ((1u32 << lanes) - 1) as __mmask16;
+            for start in (0..words).step_by(16) {
+                let mut block = [_mm512_setzero_si512(); 16];
+                for (row, line) in block.iter_mut().enumerate().take(rows - half) {
+                    // SAFETY: row `first + half + row` exists; loads past its `inner` elements are masked off.
+                    *line = unsafe {
+                        let from_row = from.values.as_ptr().add((first + half + row) * from.outer_stride);
+                        load_words(format, from_row, start, from.inner)
+                    };
+                }
+                transpose_16x16(&mut block);
+                for (step, line) in block.iter().enumerate().take(words - start) {
+                    // SAFETY: word `(start + step) * width + half` and the `lanes` after it lie inside `to`.
+                    unsafe {
+                        let at = to.as_mut_ptr().add((start + step) * width + half);
+                        _mm512_mask_storeu_epi32(at.cast(), mask, *line);
+                    }
+                }
+            }
+        }
+    }
+
+    fn low_bits(count: usize) -> __mmask16 {
+        if count >= 16 { u16::MAX } else { ((1u32 << count) - 1) as __mmask16 }
+    }
+
+    /// Words `start..start + 16` of one row.
+    ///
+    /// # Safety
+    /// `row` points to `inner` floats.
+    #[inline]
+    #[target_feature(enable = "avx512f,avx512bw,avx512dq")]
+    unsafe fn load_words(format: Format, row: *const f32, start: usize, inner: usize) -> __m512i {
+        // SAFETY (all loads below): lanes at or past `inner` are masked off.
+        let load = |p: usize| unsafe { _mm512_maskz_loadu_ps(low_bits(inner.saturating_sub(p)), row.wrapping_add(p)) };
+        match format {
+            Format::F32 => _mm512_castps_si512(load(start)),
+            Format::Wide => round_high(load(start)),
+            Format::Pairs => {
+                let (low, high) = (round_high(load(2 * start)), round_high(load(2 * start + 16)));
+                // The upper halves of 32 words in order; a word of the result is (even, odd).
+                const UPPER: [i16; 32] = {
+                    let mut ids = [0; 32];
+                    let mut i = 0;
+                    while i < 32 {
+                        ids[i] = 2 * i as i16 + 1;
+                        i += 1;
+                    }
+                    ids
+                };
+                // SAFETY: `UPPER` is 64 bytes.
+                let upper = unsafe { _mm512_loadu_si512(UPPER.as_ptr().cast()) };
+                _mm512_permutex2var_epi16(low, upper, high)
+            }
+        }
+    }
+
+    /// `super::bf16_high` on 16 values.
+    #[inline]
+    #[target_feature(enable = "avx512f,avx512bw,avx512dq")]
+    fn round_high(value: __m512) -> __m512i {
+        let bits = _mm512_castps_si512(value);
+        let odd = _mm512_and_si512(_mm512_srli_epi32::<16>(bits), _mm512_set1_epi32(1));
+        let rounded = _mm512_add_epi32(bits, _mm512_add_epi32(odd, _mm512_set1_epi32(0x7fff)));
+        let quiet = _mm512_or_si512(bits, _mm512_set1_epi32(0x0040_0000));
+        let nan = _mm512_cmp_ps_mask::<_CMP_UNORD_Q>(value, value);
+        let merged = _mm512_mask_mov_epi32(rounded, nan, quiet);
+        _mm512_and_si512(merged, _mm512_set1_epi32(0xffff_0000_u32 as i32))
+    }
+
+    #[inline]
+    #[target_feature(enable = "avx512f,avx512bw,avx512dq")]
+    fn transpose_16x16(rows: &mut [__m512i; 16]) {
+        let mut quads = [_mm512_setzero_si512(); 16];
+        // 1. Inside each group of four rows, each 128-bit lane: columns 4 lane + 0..4.
+        for group in 0..4 {
+            let [a, b, c, d] = [0, 1, 2, 3].map(|i| rows[4 * group + i]);
+            let (ab_low, ab_high) = (_mm512_unpacklo_epi32(a, b), _mm512_unpackhi_epi32(a, b));
+            let (cd_low, cd_high) = (_mm512_unpacklo_epi32(c, d), _mm512_unpackhi_epi32(c, d));
+            quads[4 * group] = _mm512_unpacklo_epi64(ab_low, cd_low);
+            quads[4 * group + 1] = _mm512_unpackhi_epi64(ab_low, cd_low);
+            quads[4 * group + 2] = _mm512_unpacklo_epi64(ab_high, cd_high);
+            quads[4 * group + 3] = _mm512_unpackhi_epi64(ab_high, cd_high);
+        }
+        // 2. Lanes of the four groups side by side.
+        for column in 0..4 {
+            let [a, b, c, d] = [0, 1, 2, 3].map(|group| quads[4 * group + column]);
+            let (ab_even, cd_even) = (_mm512_shuffle_i32x4::<0x88>(a, b), _mm512_shuffle_i32x4::<0x88>(c, d));
+            let (ab_odd, cd_odd) = (_mm512_shuffle_i32x4::<0xdd>(a, b), _mm512_shuffle_i32x4::<0xdd>(c, d));
+            rows[column] = _mm512_shuffle_i32x4::<0x88>(ab_even, cd_even);
+            rows[4 + column] = _mm512_shuffle_i32x4::<0x88>(ab_odd, cd_odd);
+            rows[8 + column] = _mm512_shuffle_i32x4::<0xdd>(ab_even, cd_even);
+            rows[12 + column] = _mm512_shuffle_i32x4::<0xdd>(ab_odd, cd_odd);
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn rounding_is_that_of_the_half_crate() {
+        let specials = [0.0, -0.0, 1.0, f32::MAX, f32::MIN, f32::INFINITY, f32::NEG_INFINITY, 1.003_906_3, 1.011_718_8];
+        let spread = (0..20_000u32).map(|i| f32::from_bits(i.wrapping_mul(0x9e37_79b9)));
+        for value in specials.into_iter().chain(spread).filter(|v| !v.is_nan()) {
+            let want = half::bf16::from_f32(value).to_f32();
+            assert_eq!(bf16_round(value).to_bits(), want.to_bits(), "{value:e}");
+        }
+        assert!(bf16_round(f32::NAN).is_nan() && bf16_round(f32::from_bits(0x7fff_ffff)).is_nan());
+    }
+
+    #[test]
+    fn packing_is_the_same_on_every_isa_and_from_either_orientation() {
+        for (outer, inner) in [(1, 1), (5, 3), (12, 16), (31, 33), (32, 32), (40, 70)] {
+            let rows: Vec<f32> = (0..outer * inner).map(|i| ((i * 37) % 101) as f32 * 0.0137 - 0.5).collect();
+            let columns: Vec<f32> = (0..outer * inner).map(|i| rows[i % outer * inner + i / outer]).collect();
+            for format in [Format::F32, Format::Pairs, Format::Wide] {
+                for (first, width) in [(0, 12.min(outer)), (0, 32), (outer - 1, 1), (outer / 2, 32)] {
+                    let pack_from = |isa, from: &Operand<'_>| {
+                        let mut to = vec![u32::MAX; width * format.words(inner)];
+                        pack(isa, format, from, first, width, &mut to);
+                        to
+                    };
+                    let want = pack_from(Isa::Portable, &Operand::rows(&rows, outer, inner, inner));
+                    for isa in Isa::available() {
+                        let label = format!("{isa} {format:?} {outer}x{inner} from {first} width {width}");
+                        assert_eq!(pack_from(isa, &Operand::rows(&rows, outer, inner, inner)), want, "{label}");
+                        assert_eq!(pack_from(isa, &Operand::columns(&columns, outer, inner, outer)), want, "{label}");
+                    }
+                }
+            }
+        }
+    }
+}

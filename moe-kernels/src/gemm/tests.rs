@@ -1,0 +1,198 @@
+//! The product against plain sums in f64, and against itself: over instruction sets, threads and batches.
+
+use super::*;
+use moe_core::CounterRng;
+
+fn random(seed: u64, len: usize) -> Vec<f32> {
+    let mut rng = CounterRng::new(seed, 0);
+    (0..len).map(|_| rng.uniform_f32() - 0.5).collect()
+}
+
+/// Sizes of a set of groups with one `k` and `n` and rows of their own, as experts have.
+struct Case {
+    rows: &'static [usize],
+    n: usize,
+    k: usize,
+    bias: bool,
+}
+
+const CASES: &[Case] = &[
+    Case { rows: &[0], n: 5, k: 3, bias: true },
+    Case { rows: &[1], n: 1, k: 1, bias: false },
+    Case { rows: &[1], n: 300, k: 70, bias: true },
+    Case { rows: &[3, 0, 1, 12], n: 33, k: 17, bias: true },
+    Case { rows: &[13, 11, 24], n: 31, k: 64, bias: false },
+    Case { rows: &[0, 0, 200, 0], n: 160, k: 95, bias: true },
+    Case { rows: &[5, 6, 7], n: 129, k: 401, bias: true },
+    Case { rows: &[4, 2], n: 64, k: 0, bias: true },
+    Case { rows: &[25], n: 96, k: 800, bias: false },
+];
+
+struct Data {
+    a: Vec<f32>,
+    b: Vec<f32>,
+    bias: Vec<f32>,
+}
+
+impl Case {
+    fn total_rows(&self) -> usize {
+        self.rows.iter().sum()
+    }
+
+    fn data(&self) -> Data {
+        let experts = self.rows.len();
+        Data {
+            a: random(1, self.total_rows() * self.k),
+            b: random(2, experts * self.n * self.k),
+            bias: random(3, experts * self.n),
+        }
+    }
+
+    fn run(&self, isa: Isa, precision: Precision, data: &Data) -> Vec<f32> {
+        let mut out = vec![f32::NAN; self.total_rows() * self.n];
+        let (n, k, mut start) = (self.n, self.k, 0);
+        let groups: Vec<Group<'_>> = (self.rows.iter().enumerate())
+            .map(|(e, &rows)| {
+                start += rows;
+                let first = start - rows;
+                Group {
+                    a: Operand::rows(&data.a[first * k..][..rows * k], rows, k, k),
+                    b: Operand::rows(&data.b[e * n * k..][..n * k], n, k, k),
+                    bias: self.bias.then(|| &data.bias[e * n..][..n]),
+                    out_offset: first * n,
+                    out_stride: n,
+                }
+            })
+            .collect();
+        gemm(isa, precision, &groups, &mut out);
+        out
+    }
+
+    /// Sums in f64 over inputs rounded as `precision` says.
+    fn want(&self, precision: Precision, data: &Data) -> Vec<f64> {
+        let round = |v: f32| f64::from(if precision == Precision::Bf16 { bf16_round(v) } else { v });
+        let mut out = Vec::new();
+        let mut row = 0;
+        for (e, &rows) in self.rows.iter().enumerate() {
+            for _ in 0..rows {
+                for j in 0..self.n {
+                    let b = &data.b[(e * self.n + j) * self.k..][..self.k];
+                    let a = &data.a[row * self.k..][..self.k];
+                    let sum: f64 = a.iter().zip(b).map(|(&a, &b)| round(a) * round(b)).sum();
+                    out.push(sum + if self.bias { f64::from(data.bias[e * self.n + j]) } else { 0.0 });
+                }
+                row += 1;
+            }
+        }
+        out
+    }
+}
+
+fn bits(values: &[f32]) -> Vec<u32> {
+    values.iter().map(|v| v.to_bits()).collect()
+}
+
+#[test]
+fn every_isa_gives_the_sums_and_the_same_bits() {
+    for case in CASES {
+        let data = case.data();
+        for precision in [Precision::F32, Precision::Bf16] {
+            let first = case.run(Isa::Portable, precision, &data);
+            for (i, (got, want)) in first.iter().zip(case.want(precision, &data)).enumerate() {
+                let tolerance = 1e-6 * (case.k as f64).sqrt().max(1.0);
+                assert!((f64::from(*got) - want).abs() < tolerance, "{:?} k {} [{i}]: {got} {want}", case.rows, case.k);
+            }
+            for isa in Isa::available() {
+                let got = case.run(isa, precision, &data);
+                assert_eq!(bits(&got), bits(&first), "{isa} {precision:?} {:?} n {} k {}", case.rows, case.n, case.k);
+            }
+        }
+    }
+}
+
+#[test]
+fn the_number_of_threads_changes_nothing() {
+    let case = Case { rows: &[301, 0, 5, 40], n: 260, k: 130, bias: true };
+    let data = case.data();
+    for precision in [Precision::F32, Precision::Bf16] {
+        let isa = crate::select::current();
+        let run_on = |threads| {
+            let pool = rayon::ThreadPoolBuilder::new().num_threads(threads).build().unwrap();
+            pool.install(|| case.run(isa, precision, &data))
+        };
+        let one = run_on(1);
+        for threads in [2, 3, 5] {
+            assert_eq!(bits(&run_on(threads)), bits(&one), "{threads} threads");
+        }
+    }
+}
+
+#[test]
+fn a_row_does_not_depend_on_the_rows_beside_it() {
+    let (n, k) = (100, 333);
+    let a = random(1, 40 * k);
+    let b = random(2, n * k);
+    for isa in Isa::available() {
+        for precision in [Precision::F32, Precision::Bf16] {
+            let run = |first: usize, rows: usize| {
+                let mut out = vec![0.0; rows * n];
+                let group = Group {
+                    a: Operand::rows(&a[first * k..][..rows * k], rows, k, k),
+                    b: Operand::rows(&b, n, k, k),
+                    bias: None,
+                    out_offset: 0,
+                    out_stride: n,
+                };
+                gemm(isa, precision, &[group], &mut out);
+                out
+            };
+            let all = run(0, 40);
+            for (first, rows) in [(0, 1), (7, 1), (3, 2), (10, 12), (11, 13), (39, 1), (20, 5)] {
+                assert_eq!(
+                    bits(&run(first, rows)),
+                    bits(&all[first * n..][..rows * n]),
+                    "{isa} {precision:?}: rows {first}..{}",
+                    first + rows
+                );
+            }
+        }
+    }
+}
+
+#[test]
+fn transposed_operands_and_strided_output() {
+    let (m, n, k) = (30, 45, 27);
+    let a = random(1, k * m);
+    let b = random(2, k * n);
+    for isa in Isa::available() {
+        let mut out = vec![7.0; m * (n + 3)];
+        let group = Group {
+            a: Operand::columns(&a, m, k, m),
+            b: Operand::columns(&b, n, k, n),
+            bias: None,
+            out_offset: 0,
+            out_stride: n + 3,
+        };
+        gemm(isa, Precision::F32, &[group], &mut out);
+        for i in 0..m {
+            for j in 0..n + 3 {
+                let got = f64::from(out[i * (n + 3) + j]);
+                let want: f64 = if j >= n {
+                    7.0
+                } else {
+                    (0..k).map(|p| f64::from(a[p * m + i]) * f64::from(b[p * n + j])).sum()
+                };
+                assert!((got - want).abs() < 1e-5, "{isa} [{i}, {j}]: {got} {want}");
+            }
+        }
+    }
+}
+
+#[test]
+#[should_panic(expected = "groups must not share output")]
+fn groups_that_share_output_are_refused() {
+    let v = [1.0; 4];
+    let group =
+        Group { a: Operand::rows(&v, 2, 2, 2), b: Operand::rows(&v, 2, 2, 2), bias: None, out_offset: 0, out_stride: 2 };
+    gemm(Isa::Portable, Precision::F32, &[group, group], &mut [0.0; 8]);
+}

@@ -1,0 +1,18 @@
+//! CPU kernels for mixture-of-experts models: the operations that cost time, forward and backward, at the speed of the
+//! memory and of the multipliers.
+//!
+//! Functions on slices at the bottom ([`gemm`]), candle operations with gradients above them. Knows no model.
+//!
+//! Results do not depend on the number of threads, on the instruction set ([`Isa`]), or on the other rows of a batch.
+#![allow(unsafe_code)] // This crate is where the workspace keeps its vector code; every block states why it is sound.
+
+mod buffer;
+mod error;
+pub mod gemm;
+pub mod parallel;
+pub mod select;
+
+pub use buffer::Words;
+pub use error::{Error, Result};
+pub use gemm::Precision;
+pub use select::Isa;

@@ -1,0 +1,151 @@
+//! Which instruction set the kernels use: found once, printable, and forced by whoever owns the process.
+//!
+//! Libraries do not read the environment: binaries pass the value of [`ENV`] to [`force`].
+
+use crate::{Error, Result};
+use std::fmt;
+use std::str::FromStr;
+use std::sync::atomic::{AtomicU8, Ordering};
+
+/// Environment variable that binaries read to force an instruction set, e.g. `MOE_KERNELS_ISA=avx2`.
+pub const ENV: &str = "MOE_KERNELS_ISA";
+
+/// An instruction set with kernels of its own, weakest first.
+///
+/// All of them give the same bits: every sum runs in one order with one rounding per product (see [`crate::gemm`]).
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
+#[repr(u8)]
+pub enum Isa {
+    /// Plain loops. Correct on every machine, and slow: the fused multiply-add may be a library call.
+    Portable = 0,
+    /// AVX2 and FMA.
+    Avx2 = 1,
+    /// AVX-512 F, BW and DQ; bf16 is widened to f32.
+    Avx512 = 2,
+    /// AVX-512 with the bf16 dot product `vdpbf16ps`.
+    Avx512Bf16 = 3,
+}
+
+const ALL: [Isa; 4] = [Isa::Portable, Isa::Avx2, Isa::Avx512, Isa::Avx512Bf16];
+const UNSET: u8 = u8::MAX;
+static CURRENT: AtomicU8 = AtomicU8::new(UNSET);
+
+impl Isa {
+    /// Every set this machine can run, weakest first.
+    pub fn available() -> Vec<Self> {
+        ALL.into_iter().filter(|isa| isa.is_available()).collect()
+    }
+
+    /// Whether this machine can run it.
+    pub fn is_available(self) -> bool {
+        match self {
+            Self::Portable => true,
+            #[cfg(target_arch = "x86_64")]
+            Self::Avx2 => is_x86_feature_detected!("avx2") && is_x86_feature_detected!("fma"),
+            #[cfg(target_arch = "x86_64")]
+            Self::Avx512 => {
+                Self::Avx2.is_available()
+                    && is_x86_feature_detected!("avx512f")
+                    && is_x86_feature_detected!("avx512bw")
+                    && is_x86_feature_detected!("avx512dq")
+            }
+            #[cfg(target_arch = "x86_64")]
+            Self::Avx512Bf16 => Self::Avx512.is_available() && is_x86_feature_detected!("avx512bf16"),
+            #[cfg(not(target_arch = "x86_64"))]
+            _ => false,
+        }
+    }
+
+    /// The fastest for this machine.
+    ///
+    /// Not always the strongest: `vdpbf16ps` has twice the rate of an f32 multiply-add on AMD's Zen 4, but half of it
+    /// on Intel's server cores, where widening is faster.
+    pub fn fastest() -> Self {
+        let strongest = Self::available().pop().unwrap_or(Self::Portable);
+        if strongest == Self::Avx512Bf16 && !vendor_is_amd() { Self::Avx512 } else { strongest }
+    }
+
+    /// The name [`force`] and [`ENV`] know.
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::Portable => "portable",
+            Self::Avx2 => "avx2",
+            Self::Avx512 => "avx512",
+            Self::Avx512Bf16 => "avx512-bf16",
+        }
+    }
+}
+
+impl fmt::Display for Isa {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(self.name())
+    }
+}
+
+impl FromStr for Isa {
+    type Err = Error;
+
+    fn from_str(name: &str) -> Result<Self> {
+        ALL.into_iter().find(|isa| isa.name() == name).ok_or_else(|| {
+            Error::Argument(format!(
+                "{ENV} must be one of {}, got {name:?}",
+                ALL.map(Isa::name).join(", ")
+            ))
+        })
+    }
+}
+
+#[cfg(target_arch = "x86_64")]
+fn vendor_is_amd() -> bool {
+    let leaf = std::arch::x86_64::__cpuid(0);
+    [leaf.ebx, leaf.edx, leaf.ecx].map(u32::to_le_bytes).concat() == b"AuthenticAMD"
+}
+
+#[cfg(not(target_arch = "x86_64"))]
+fn vendor_is_amd() -> bool {
+    false
+}
+
+/// The set in use: [`Isa::fastest`] unless [`force`] chose another.
+pub fn current() -> Isa {
+    let found = CURRENT.load(Ordering::Relaxed);
+    if let Some(isa) = ALL.get(usize::from(found)) {
+        return *isa;
+    }
+    let fastest = Isa::fastest();
+    CURRENT.store(fastest as u8, Ordering::Relaxed);
+    fastest
+}
+
+/// Makes the whole process use `isa`.
+///
+/// # Errors
+/// [`Error::Argument`] if this machine cannot run it.
+pub fn force(isa: Isa) -> Result<()> {
+    if !isa.is_available() {
+        let have = Isa::available().into_iter().map(Isa::name).collect::<Vec<_>>().join(", ");
+        return Err(Error::Argument(format!("this machine cannot run {isa} kernels; it can run {have}")));
+    }
+    CURRENT.store(isa as u8, Ordering::Relaxed);
+    Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn names_parse_back_and_others_are_refused() {
+        for isa in ALL {
+            assert_eq!(isa.name().parse::<Isa>().unwrap(), isa);
+        }
+        let message = "sse".parse::<Isa>().unwrap_err().to_string();
+        assert!(message.contains("avx512-bf16") && message.contains("\"sse\""), "{message}");
+    }
+
+    #[test]
+    fn the_portable_kernels_run_everywhere() {
+        assert_eq!(Isa::available()[0], Isa::Portable);
+        assert!(Isa::fastest().is_available());
+    }
+}
