@@ -1,7 +1,7 @@
 //! Experts: the feed-forward networks behind a router, stacked.
 
 use crate::ops::host::expect_shape;
-use crate::ops::{MoeOps, default_ops, linear};
+use crate::ops::{MoeOps, default_ops};
 use crate::{Activation, Error, ExpertRows, Result};
 use candle_core::Tensor;
 use std::sync::Arc;
@@ -52,6 +52,7 @@ impl MlpWeights {
 pub struct Mlp {
     weights: MlpWeights,
     activation: Activation,
+    ops: Arc<dyn MoeOps>,
 }
 
 impl Mlp {
@@ -60,8 +61,22 @@ impl Mlp {
     /// # Errors
     /// If a shape does not fit the others.
     pub fn new(weights: MlpWeights, activation: Activation) -> Result<Self> {
+        let ops = default_ops(&weights.fc_in);
+        Self::with_ops(weights, activation, ops)
+    }
+
+    /// The same with given operations.
+    ///
+    /// # Errors
+    /// If a shape does not fit the others.
+    pub fn with_ops(weights: MlpWeights, activation: Activation, ops: Arc<dyn MoeOps>) -> Result<Self> {
         weights.check(&[], activation)?;
-        Ok(Self { weights, activation })
+        Ok(Self { weights, activation, ops })
+    }
+
+    /// The operations in use.
+    pub(crate) fn ops(&self) -> &dyn MoeOps {
+        &*self.ops
     }
 
     /// Applies the network to the last dimension.
@@ -73,8 +88,9 @@ impl Mlp {
     /// If the width differs from `d_model`.
     pub fn forward(&self, x: &Tensor) -> Result<Tensor> {
         let w = &self.weights;
-        let hidden = self.activation.apply(&linear(x, &w.fc_in, w.fc_in_bias.as_ref())?)?;
-        linear(&hidden, &w.fc_out, w.fc_out_bias.as_ref())
+        let hidden = self.ops.linear(x, &w.fc_in, w.fc_in_bias.as_ref())?;
+        let hidden = self.ops.activation(self.activation, &hidden)?;
+        self.ops.linear(&hidden, &w.fc_out, w.fc_out_bias.as_ref())
     }
 }
 
@@ -118,7 +134,7 @@ impl Experts for ExpertMlps {
     fn forward(&self, rows: ExpertRows) -> Result<ExpertRows> {
         let (w, offsets) = (&self.weights, rows.offsets);
         let hidden = self.ops.grouped_linear(&rows.rows, &w.fc_in, w.fc_in_bias.as_ref(), &offsets)?;
-        let hidden = self.activation.apply(&hidden)?;
+        let hidden = self.ops.activation(self.activation, &hidden)?;
         let rows = self.ops.grouped_linear(&hidden, &w.fc_out, w.fc_out_bias.as_ref(), &offsets)?;
         Ok(ExpertRows { rows, offsets })
     }

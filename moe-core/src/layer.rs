@@ -1,7 +1,6 @@
 //! [`MoeLayer`]: route, dispatch, experts, combine; and its companions with a fixed branch beside the experts.
 
 use crate::ops::host::expect_shape;
-use crate::ops::linear;
 use crate::{Dispatcher, Error, ExpertLoad, Experts, Mlp, Result, RouteContext, Router, RouterLosses, Routing};
 use candle_core::Tensor;
 
@@ -106,7 +105,7 @@ impl<R: Router, D: Dispatcher, E: Experts> ResidualMoe<R, D, E> {
     pub fn forward(&self, tokens: &Tensor, context: &RouteContext<'_>) -> Result<MoeOutput> {
         let routed = self.moe.forward(tokens, context)?;
         let fixed = self.residual_mlp.forward(tokens)?;
-        let logits = linear(tokens, &self.coefficient, Some(&self.coefficient_bias))?;
+        let logits = self.residual_mlp.ops().router_linear(tokens, &self.coefficient, Some(&self.coefficient_bias))?;
         let exp = logits.broadcast_sub(&logits.detach().max_keepdim(1)?)?.exp()?;
         let mix = exp.broadcast_div(&exp.sum_keepdim(1)?)?;
         let experts_part = routed.hidden.broadcast_mul(&mix.narrow(1, 0, 1)?)?;
@@ -149,7 +148,7 @@ impl<R: Router, D: Dispatcher, E: Experts> SharedExpertMoe<R, D, E> {
         let routed = self.moe.forward(tokens, context)?;
         let mut shared = self.shared_expert.forward(tokens)?;
         if let Some(gate) = &self.shared_expert_gate {
-            let open = (linear(tokens, gate, None)?.neg()?.exp()? + 1.0)?.recip()?;
+            let open = (self.shared_expert.ops().router_linear(tokens, gate, None)?.neg()?.exp()? + 1.0)?.recip()?;
             shared = shared.broadcast_mul(&open)?;
         }
         Ok(MoeOutput { hidden: (&routed.hidden + shared)?, ..routed })

@@ -64,6 +64,14 @@ pub(crate) fn with_scratch<R>(len: usize, body: impl FnOnce(&mut [u32]) -> R) ->
     result
 }
 
+/// [`with_scratch`] as f32.
+pub(crate) fn with_scratch_f32<R>(len: usize, body: impl FnOnce(&mut [f32]) -> R) -> R {
+    with_scratch(len, |words| {
+        // SAFETY: both are 4 bytes of the same alignment, and every bit pattern is an f32.
+        body(unsafe { std::slice::from_raw_parts_mut(words.as_mut_ptr().cast(), words.len()) })
+    })
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;

@@ -6,13 +6,21 @@
 //! Results do not depend on the number of threads, on the instruction set ([`Isa`]), or on the other rows of a batch.
 #![allow(unsafe_code)] // This crate is where the workspace keeps its vector code; every block states why it is sound.
 
+pub mod activation;
+pub mod attention;
 mod buffer;
+pub mod cross_entropy;
 mod error;
 pub mod gemm;
+pub mod grouped_linear;
+pub mod layer_norm;
+pub mod ops;
 pub mod parallel;
+pub mod permute;
 pub mod select;
 
 pub use buffer::Words;
 pub use error::{Error, Result};
 pub use gemm::Precision;
+pub use ops::KernelOps;
 pub use select::Isa;

@@ -3,11 +3,28 @@
 //! A task's work and the memory it writes depend on its number only, never on the thread that takes it: results are the
 //! same for any number of threads.
 
+use std::cell::Cell;
 use std::sync::atomic::{AtomicUsize, Ordering};
+
+thread_local! {
+    static SERIAL: Cell<bool> = const { Cell::new(false) };
+}
+
+/// Runs `body` with every kernel that it calls on the calling thread alone: for callers that are parallel themselves.
+pub fn serially<R>(body: impl FnOnce() -> R) -> R {
+    struct Restore(bool);
+    impl Drop for Restore {
+        fn drop(&mut self) {
+            SERIAL.set(self.0);
+        }
+    }
+    let _restore = Restore(SERIAL.replace(true));
+    body()
+}
 
 /// Runs `work(i)` for every `i` in `0..count`; each thread takes the next number when it is free.
 pub fn for_each(count: usize, work: impl Fn(usize) + Sync) {
-    let threads = rayon::current_num_threads().min(count);
+    let threads = if SERIAL.get() { 1 } else { rayon::current_num_threads().min(count) };
     if threads <= 1 {
         return (0..count).for_each(work);
     }
@@ -56,6 +73,16 @@ impl<T> SharedMut<T> {
         Self(buffer.as_mut_ptr(), buffer.len())
     }
 
+    /// `len` elements at `pointer`, which need not hold values yet.
+    pub(crate) fn from_raw(pointer: *mut T, len: usize) -> Self {
+        Self(pointer, len)
+    }
+
+    /// Elements of the buffer.
+    pub(crate) fn len(self) -> usize {
+        self.1
+    }
+
     /// The part `start..start + len`.
     ///
     /// # Safety
@@ -77,6 +104,13 @@ impl<T> SharedMut<T> {
 mod tests {
     use super::*;
     use std::sync::atomic::AtomicU32;
+
+    #[test]
+    fn serial_work_stays_on_the_calling_thread() {
+        let here = std::thread::current().id();
+        serially(|| for_each(1000, |_| assert_eq!(std::thread::current().id(), here)));
+        assert!(!SERIAL.get());
+    }
 
     #[test]
     fn every_task_runs_once_on_any_number_of_threads() {

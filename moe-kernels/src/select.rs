@@ -20,7 +20,7 @@ pub enum Isa {
     Portable = 0,
     /// AVX2 and FMA.
     Avx2 = 1,
-    /// AVX-512 F, BW and DQ; bf16 is widened to f32.
+    /// AVX-512 F, BW, DQ and VL; bf16 is widened to f32.
     Avx512 = 2,
     /// AVX-512 with the bf16 dot product `vdpbf16ps`.
     Avx512Bf16 = 3,
@@ -48,6 +48,7 @@ impl Isa {
                     && is_x86_feature_detected!("avx512f")
                     && is_x86_feature_detected!("avx512bw")
                     && is_x86_feature_detected!("avx512dq")
+                    && is_x86_feature_detected!("avx512vl")
             }
             #[cfg(target_arch = "x86_64")]
             Self::Avx512Bf16 => Self::Avx512.is_available() && is_x86_feature_detected!("avx512bf16"),
@@ -63,6 +64,33 @@ impl Isa {
     pub fn fastest() -> Self {
         let strongest = Self::available().pop().unwrap_or(Self::Portable);
         if strongest == Self::Avx512Bf16 && !vendor_is_amd() { Self::Avx512 } else { strongest }
+    }
+
+    /// Runs `body`, compiled for this set: plain loops in it and in what it inlines become vector loops.
+    ///
+    /// No multiply and add are fused and no sum is reordered by this, so the result is the same on every set.
+    #[inline(always)]
+    pub(crate) fn vectorize<R>(self, body: impl FnOnce() -> R) -> R {
+        #[cfg(target_arch = "x86_64")]
+        {
+            #[target_feature(enable = "avx2,fma")]
+            fn avx2<R>(body: impl FnOnce() -> R) -> R {
+                body()
+            }
+            #[target_feature(enable = "avx2,fma,avx512f,avx512bw,avx512dq,avx512vl")]
+            fn avx512<R>(body: impl FnOnce() -> R) -> R {
+                body()
+            }
+            match self {
+                Self::Portable => body(),
+                // SAFETY: a set in use is one that this machine can run.
+                Self::Avx2 => unsafe { avx2(body) },
+                // SAFETY: as above.
+                Self::Avx512 | Self::Avx512Bf16 => unsafe { avx512(body) },
+            }
+        }
+        #[cfg(not(target_arch = "x86_64"))]
+        body()
     }
 
     /// The name [`force`] and [`ENV`] know.
@@ -87,10 +115,7 @@ impl FromStr for Isa {
 
     fn from_str(name: &str) -> Result<Self> {
         ALL.into_iter().find(|isa| isa.name() == name).ok_or_else(|| {
-            Error::Argument(format!(
-                "{ENV} must be one of {}, got {name:?}",
-                ALL.map(Isa::name).join(", ")
-            ))
+            Error::Argument(format!("{ENV} must be one of {}, got {name:?}", ALL.map(Isa::name).join(", ")))
         })
     }
 }

@@ -12,6 +12,9 @@ pub enum Error {
     /// An MoE layer refused its configuration or input.
     #[error(transparent)]
     Moe(#[from] moe_core::Error),
+    /// A kernel refused its input.
+    #[error(transparent)]
+    Kernel(#[from] moe_kernels::Error),
     /// A configuration value is missing, unknown or impossible; the text names it and the fix.
     #[error("{0}")]
     Config(String),

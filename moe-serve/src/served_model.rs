@@ -5,8 +5,8 @@ use crate::generation_config::GenerationDefaults;
 use crate::text::{ChatMessage, ChatTemplate, TextTokenizer};
 use crate::{Error, Result};
 use candle_core::Device;
-use moe_models::CausalLm;
 use moe_models::gpt::Gpt;
+use moe_models::{CausalLm, Precision};
 use std::path::Path;
 use std::sync::Arc;
 
@@ -76,8 +76,8 @@ impl ServedModel {
     ///
     /// # Errors
     /// What is wrong with which file.
-    pub fn from_dir(dir: &Path, name: Option<String>) -> Result<Self> {
-        let gpt = Gpt::load(dir, &Device::Cpu)?;
+    pub fn from_dir(dir: &Path, name: Option<String>, precision: Precision) -> Result<Self> {
+        let gpt = Gpt::load(dir, &Device::Cpu)?.with_precision(precision)?;
         let tokenizer = read(&dir.join("tokenizer.json"))?;
         let tokenizer_config = read_if_there(&dir.join("tokenizer_config.json"))?;
         let generation_config = read_if_there(&dir.join("generation_config.json"))?;
@@ -94,9 +94,10 @@ impl ServedModel {
     ///
     /// # Errors
     /// None in practice: a test loads it.
-    pub fn embedded(name: Option<String>) -> Result<Self> {
+    pub fn embedded(name: Option<String>, precision: Precision) -> Result<Self> {
         let config = include_bytes!("../model/config.json");
-        let gpt = Gpt::from_bytes(config, include_bytes!("../model/model.safetensors"), &Device::Cpu)?;
+        let gpt = Gpt::from_bytes(config, include_bytes!("../model/model.safetensors"), &Device::Cpu)?
+            .with_precision(precision)?;
         let files = TextFiles {
             tokenizer: include_bytes!("../model/tokenizer.json"),
             tokenizer_config: Some(include_bytes!("../model/tokenizer_config.json")),
@@ -113,7 +114,7 @@ impl ServedModel {
         if defaults.eos_token_ids.is_empty() {
             defaults.eos_token_ids.extend(gpt.config().eos_token_id);
         }
-        Self::new(name, Arc::new(gpt), tokenizer, chat, defaults)
+        Self::new(name, Arc::new(gpt.frozen()?), tokenizer, chat, defaults)
     }
 
     /// What stands in for an empty prompt: the beginning-of-sequence token, or else the end of the text before.

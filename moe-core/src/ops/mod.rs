@@ -55,6 +55,37 @@ pub trait MoeOps: Debug + Send + Sync {
         bias: Option<&Tensor>,
         offsets: &[usize],
     ) -> Result<Tensor>;
+
+    /// Applies an activation to the last dimension.
+    ///
+    /// # Shapes
+    /// `[.., d_ff * activation.inputs()]` to `[.., d_ff]`
+    ///
+    /// # Errors
+    /// If the width does not fit.
+    fn activation(&self, activation: Activation, x: &Tensor) -> Result<Tensor> {
+        activation.apply(x)
+    }
+
+    /// `x W^T + b` over the last dimension.
+    ///
+    /// # Shapes
+    /// `x` `[.., in]`, `weight` `[out, in]`, `bias` `[out]` to `[.., out]`
+    ///
+    /// # Errors
+    /// If the sizes do not fit.
+    fn linear(&self, x: &Tensor, weight: &Tensor, bias: Option<&Tensor>) -> Result<Tensor> {
+        linear(x, weight, bias)
+    }
+
+    /// [`MoeOps::linear`] for router logits and mixing coefficients: never in less than f32, whatever the precision of the
+    /// other products, because a rounded logit sends a token to another expert.
+    ///
+    /// # Errors
+    /// If the sizes do not fit.
+    fn router_linear(&self, x: &Tensor, weight: &Tensor, bias: Option<&Tensor>) -> Result<Tensor> {
+        linear(x, weight, bias)
+    }
 }
 
 /// The operations for tensors like this one: [`CpuOps`] for f32 and f64 on the CPU, else [`CandleOps`].

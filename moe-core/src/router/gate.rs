@@ -1,13 +1,16 @@
 //! The linear map inside a router.
 
 use crate::ops::host::expect_shape;
-use crate::{Error, Result, ops};
+use crate::ops::{MoeOps, default_ops};
+use crate::{Error, Result};
 use candle_core::{DType, Tensor};
+use std::sync::Arc;
 
 /// The gate: router logits `tokens W^T`, in f32 (or f64 if the weight is f64) whatever the tokens' type.
 #[derive(Debug, Clone)]
 pub struct Gate {
     weight: Tensor,
+    ops: Arc<dyn MoeOps>,
 }
 
 impl Gate {
@@ -16,8 +19,17 @@ impl Gate {
     /// # Errors
     /// [`Error::Config`] if the weight is not two-dimensional or has no expert.
     pub fn new(weight: Tensor) -> Result<Self> {
+        let ops = default_ops(&weight);
+        Self::with_ops(weight, ops)
+    }
+
+    /// The same with given operations.
+    ///
+    /// # Errors
+    /// As [`Gate::new`].
+    pub fn with_ops(weight: Tensor, ops: Arc<dyn MoeOps>) -> Result<Self> {
         match weight.dims() {
-            [experts, width] if *experts > 0 && *width > 0 => Ok(Self { weight }),
+            [experts, width] if *experts > 0 && *width > 0 => Ok(Self { weight, ops }),
             dims => Err(Error::Config(format!(
                 "gate weight must be [num_experts, d_model] with num_experts of at least 1, got {dims:?}"
             ))),
@@ -40,7 +52,7 @@ impl Gate {
         let (num_tokens, _) = tokens.dims2()?;
         expect_shape("tokens", tokens, &[num_tokens, self.weight.dims()[1]])?;
         let dtype = if self.weight.dtype() == DType::F64 { DType::F64 } else { DType::F32 };
-        ops::linear(&tokens.to_dtype(dtype)?, &self.weight.to_dtype(dtype)?, None)
+        self.ops.router_linear(&tokens.to_dtype(dtype)?, &self.weight.to_dtype(dtype)?, None)
     }
 }
 

@@ -1,6 +1,6 @@
 //! The matrix product under every other operation: groups of products of different sizes over one queue of tiles.
 //!
-//! Each group computes `C[i, j] = bias[j] + sum_p A[i, p] B[j, p]` with f32 sums. Operands are packed first:
+//! Each group computes `C[i, j] = start + sum_p A[i, p] B[j, p]` with f32 sums. Operands are packed first:
 //!
 //! ```text
 //! A: tiles of up to 12 rows     [tile][p][rows]           one word per f32, or per pair of bf16 (p, p + 1)
@@ -8,7 +8,7 @@
 //! ```
 //!
 //! # One order of summation
-//! Each element of `C` is one chain of fused multiply-adds over `p`, starting from the bias: in ascending order for f32,
+//! Each element of `C` is one chain of fused multiply-adds over `p`, beginning with [`Start`]: in ascending order for f32,
 //! and in the order 1, 0, 3, 2, 5, 4, … for bf16, which is what `vdpbf16ps` does in hardware (checked on it). So a row
 //! of `C` has the same bits whatever other rows are in the batch, on any number of threads, and with any [`Isa`]. The one
 //! exception: `vdpbf16ps` takes numbers below 2^-126 as zero.
@@ -23,7 +23,8 @@ use crate::{Isa, buffer, parallel};
 pub use pack::bf16_round;
 
 /// What the multiplier reads; sums are f32 in either case.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Default)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Default, serde::Serialize, serde::Deserialize)]
+#[serde(rename_all = "lowercase")]
 pub enum Precision {
     /// Inputs as they are.
     #[default]
@@ -73,15 +74,98 @@ impl<'a> Operand<'a> {
     }
 }
 
+/// What the sums of a product start from.
+#[derive(Debug, Clone, Copy, Default)]
+pub enum Start<'a> {
+    /// Zero.
+    #[default]
+    Zero,
+    /// One value per column, `[n]`.
+    Bias(&'a [f32]),
+    /// What the output holds.
+    Output,
+}
+
+impl<'a> Start<'a> {
+    /// The bias if there is one.
+    pub fn bias(bias: Option<&'a [f32]>) -> Self {
+        bias.map_or(Self::Zero, Self::Bias)
+    }
+}
+
+/// The right side of a product, `[n, k]`.
+#[derive(Debug, Clone, Copy)]
+pub enum Weights<'a> {
+    /// Packed on the way.
+    Plain(Operand<'a>),
+    /// Packed before.
+    Packed(&'a PackedWeights),
+}
+
+impl Weights<'_> {
+    fn shape(&self) -> [usize; 2] {
+        match self {
+            Self::Plain(operand) => [operand.outer, operand.inner],
+            Self::Packed(packed) => packed.shape,
+        }
+    }
+}
+
+impl<'a> From<Operand<'a>> for Weights<'a> {
+    fn from(operand: Operand<'a>) -> Self {
+        Self::Plain(operand)
+    }
+}
+
+/// Weights in the layout the micro-kernels read, `[panel][k][32]`: for weights that are used again.
+#[derive(Debug, Clone)]
+pub struct PackedWeights {
+    words: buffer::Words,
+    shape: [usize; 2],
+    precision: Precision,
+}
+
+impl PackedWeights {
+    /// Packs an `[n, k]` operand, on all threads.
+    pub fn new(isa: Isa, precision: Precision, weights: &Operand<'_>) -> Self {
+        let words_per_col = Format::of_b(precision).words(weights.inner);
+        let panels = weights.outer.div_ceil(PANEL_COLS);
+        let mut words = buffer::Words::zeros(panels * PANEL_COLS * words_per_col);
+        let shared = SharedMut::new(words.as_mut_slice());
+        parallel::for_each_if(weights.outer * weights.inner, LEAST_WORK, panels, |panel| {
+            let len = PANEL_COLS * words_per_col;
+            // SAFETY: each panel belongs to one task.
+            let to = unsafe { shared.slice(panel * len, len) };
+            pack::pack(isa, Format::of_b(precision), weights, panel * PANEL_COLS, PANEL_COLS, to);
+        });
+        Self { words, shape: [weights.outer, weights.inner], precision }
+    }
+
+    /// `[n, k]`
+    pub fn shape(&self) -> [usize; 2] {
+        self.shape
+    }
+
+    /// What the values were rounded to.
+    pub fn precision(&self) -> Precision {
+        self.precision
+    }
+
+    /// Size in memory.
+    pub fn bytes(&self) -> usize {
+        self.words.as_slice().len() * 4
+    }
+}
+
 /// One product of a [`gemm`].
 #[derive(Debug, Clone, Copy)]
 pub struct Group<'a> {
     /// `[m, k]`
     pub a: Operand<'a>,
     /// `[n, k]`
-    pub b: Operand<'a>,
-    /// `[n]`
-    pub bias: Option<&'a [f32]>,
+    pub b: Weights<'a>,
+    /// What the sums start from.
+    pub start: Start<'a>,
     /// First element of this group's `C` in the output.
     pub out_offset: usize,
     /// Elements from one row of `C` to the next, at least `n`.
@@ -93,7 +177,7 @@ impl Group<'_> {
         self.a.outer
     }
     fn n(&self) -> usize {
-        self.b.outer
+        self.b.shape()[0]
     }
     fn k(&self) -> usize {
         self.a.inner
@@ -192,9 +276,11 @@ impl Plan {
         for (index, group) in groups.iter().enumerate() {
             if group.m() > 0 && group.n() > 0 {
                 a_words += group.m() * a_format.words(group.k());
-                b_words += group.panels() * PANEL_COLS * b_format.words(group.k());
                 plan.pack_a.extend((0..group.tiles()).step_by(PACK_UNITS).map(|tile| (index, tile)));
-                plan.pack_b.extend((0..group.panels()).step_by(PACK_UNITS).map(|panel| (index, panel)));
+                if let Weights::Plain(_) = group.b {
+                    b_words += group.panels() * PANEL_COLS * b_format.words(group.k());
+                    plan.pack_b.extend((0..group.panels()).step_by(PACK_UNITS).map(|panel| (index, panel)));
+                }
                 for first_tile in (0..group.tiles()).step_by(TASK_TILES) {
                     for first_panel in (0..group.panels()).step_by(TASK_PANELS) {
                         plan.tasks.push(Task { group: index, first_tile, first_panel });
@@ -215,28 +301,73 @@ impl Plan {
 /// # Panics
 /// If a group's operands disagree in `k`, its bias has not `n` entries, or the groups' parts of `out` overlap or leave it.
 pub fn gemm(isa: Isa, precision: Precision, groups: &[Group<'_>], out: &mut [f32]) {
-    check(groups, out.len());
+    check(precision, groups, out.len());
+    // SAFETY: `out` is borrowed for the whole call, and the groups' parts of it do not overlap.
+    unsafe { run(isa, precision, groups, SharedMut::new(out), true) }
+}
+
+/// The groups' products as a new buffer of `len` elements.
+///
+/// # Panics
+/// As [`gemm`]; or if the groups do not cover the buffer, or one of them starts from it.
+pub fn gemm_new(isa: Isa, precision: Precision, groups: &[Group<'_>], len: usize) -> Vec<f32> {
+    let covered: usize = groups.iter().map(|g| g.m() * g.n()).sum();
+    assert!(covered == len, "groups of {covered} elements must cover the {len} of the output");
+    assert!(groups.iter().all(|g| !matches!(g.start, Start::Output)), "a new output has nothing to start from");
+    check(precision, groups, len);
+    let mut out = Vec::with_capacity(len);
+    // SAFETY: the groups lie inside the buffer, do not overlap and cover it: every element is written, none is read
+    // before, and `len` was reserved.
+    unsafe {
+        run(isa, precision, groups, SharedMut::from_raw(out.as_mut_ptr(), len), true);
+        out.set_len(len);
+    }
+    out
+}
+
+/// One product on the calling thread, into memory that other threads may be writing other parts of.
+///
+/// # Safety
+/// The group's part of `out` must belong to the caller.
+pub(crate) unsafe fn gemm_part(isa: Isa, precision: Precision, group: Group<'_>, out: SharedMut<f32>) {
+    check(precision, &[group], out.len());
+    // SAFETY: passed on from the caller.
+    unsafe { run(isa, precision, &[group], out, false) }
+}
+
+/// # Safety
+/// The groups' parts of `out` must exist, belong to the caller and not overlap.
+unsafe fn run(isa: Isa, precision: Precision, groups: &[Group<'_>], out: SharedMut<f32>, threads: bool) {
     let plan = Plan::new(isa, precision, groups);
+    let least = if threads { LEAST_WORK } else { usize::MAX / 2 };
     let a_end = plan.a_starts[groups.len()];
     let b_end = plan.b_starts[groups.len()];
     buffer::with_scratch(a_end + b_end, |scratch| {
         let (a_words, b_words) = scratch.split_at_mut(a_end);
-        pack_operands(isa, &plan, groups, a_words, b_words);
-        let out = SharedMut::new(out);
+        pack_operands(isa, &plan, groups, least, a_words, b_words);
         let (a_words, b_words) = (&*a_words, &*b_words);
-        parallel::for_each_if(plan.work, LEAST_WORK, plan.tasks.len(), |index| {
+        parallel::for_each_if(plan.work, least, plan.tasks.len(), |index| {
             let task = plan.tasks[index];
-            let (a, b) = (&a_words[plan.a_starts[task.group]..], &b_words[plan.b_starts[task.group]..]);
+            let a = &a_words[plan.a_starts[task.group]..];
+            let b = match groups[task.group].b {
+                Weights::Plain(_) => &b_words[plan.b_starts[task.group]..],
+                Weights::Packed(packed) => packed.words.as_slice(),
+            };
             run_task(isa, &plan, &groups[task.group], task, a, b, out);
         });
     });
 }
 
-fn check(groups: &[Group<'_>], out_len: usize) {
+fn check(precision: Precision, groups: &[Group<'_>], out_len: usize) {
     let mut spans: Vec<(usize, usize)> = Vec::with_capacity(groups.len());
     for group in groups {
-        assert_eq!(group.a.inner, group.b.inner, "both operands must have the same inner size");
-        assert!(group.bias.is_none_or(|b| b.len() == group.n()), "bias must have one entry per column");
+        assert_eq!(group.a.inner, group.b.shape()[1], "both operands must have the same inner size");
+        if let Weights::Packed(packed) = group.b {
+            assert_eq!(packed.precision, precision, "the weights must be packed in the precision of the product");
+        }
+        if let Start::Bias(bias) = group.start {
+            assert_eq!(bias.len(), group.n(), "bias must have one entry per column");
+        }
         if group.m() > 0 && group.n() > 0 {
             assert!(group.out_stride >= group.n() && group.out_end() <= out_len, "the product must fit its output");
             spans.push((group.out_offset, group.out_end()));
@@ -246,16 +377,17 @@ fn check(groups: &[Group<'_>], out_len: usize) {
     assert!(spans.windows(2).all(|pair| pair[0].1 <= pair[1].0), "groups must not share output");
 }
 
-fn pack_operands(isa: Isa, plan: &Plan, groups: &[Group<'_>], a_words: &mut [u32], b_words: &mut [u32]) {
+fn pack_operands(isa: Isa, plan: &Plan, groups: &[Group<'_>], least: usize, a_words: &mut [u32], b_words: &mut [u32]) {
     let (a, b) = (SharedMut::new(a_words), SharedMut::new(b_words));
-    parallel::for_each_if(plan.work, LEAST_WORK, plan.pack_a.len() + plan.pack_b.len(), |index| {
+    parallel::for_each_if(plan.work, least, plan.pack_a.len() + plan.pack_b.len(), |index| {
         if let Some(&(g, first)) = plan.pack_b.get(index) {
+            let Weights::Plain(weights) = groups[g].b else { return };
             let words = plan.b_format.words(groups[g].k());
             for panel in first..(first + PACK_UNITS).min(groups[g].panels()) {
                 let start = plan.b_starts[g] + panel * PANEL_COLS * words;
                 // SAFETY: `plan` gives each panel of each group a part of its own.
                 let to = unsafe { b.slice(start, PANEL_COLS * words) };
-                pack::pack(isa, plan.b_format, &groups[g].b, panel * PANEL_COLS, PANEL_COLS, to);
+                pack::pack(isa, plan.b_format, &weights, panel * PANEL_COLS, PANEL_COLS, to);
             }
         } else {
             let (g, first) = plan.pack_a[index - plan.pack_b.len()];
@@ -292,24 +424,28 @@ fn run_task(isa: Isa, plan: &Plan, group: &Group<'_>, task: Task, a: &[u32], b: 
                 let row = tile * TILE_ROWS;
                 let rows = TILE_ROWS.min(group.m() - row);
                 let a_start = row * a_words + start * a_per_b * rows;
-                let init = match (start, group.bias) {
-                    (0, None) => micro::Init::Zero,
-                    (0, Some(bias)) => micro::Init::Bias(&bias[col..col + cols]),
-                    _ => micro::Init::Load,
+                let begin = match group.start {
+                    Start::Bias(bias) if start == 0 => Start::Bias(&bias[col..col + cols]),
+                    Start::Zero if start == 0 => Start::Zero,
+                    _ => Start::Output,
                 };
                 let to = group.out_offset + row * group.out_stride + col;
-                micro::run(isa, plan.a_format, &micro::Tile {
-                    rows,
-                    panels: wide,
-                    cols,
-                    steps,
-                    a: &a[a_start..a_start + steps * a_per_b * rows],
-                    b: &b[panel * PANEL_COLS * b_words + start * PANEL_COLS..],
-                    panel_stride: PANEL_COLS * b_words,
-                    out: out.at(to),
-                    out_stride: group.out_stride,
-                    init,
-                });
+                micro::run(
+                    isa,
+                    plan.a_format,
+                    &micro::Tile {
+                        rows,
+                        panels: wide,
+                        cols,
+                        steps,
+                        a: &a[a_start..a_start + steps * a_per_b * rows],
+                        b: &b[panel * PANEL_COLS * b_words + start * PANEL_COLS..],
+                        panel_stride: PANEL_COLS * b_words,
+                        out: out.at(to),
+                        out_stride: group.out_stride,
+                        start: begin,
+                    },
+                );
             }
             panel += wide;
         }

@@ -33,42 +33,42 @@ pub(super) fn pack(isa: Isa, format: Format, from: &Operand<'_>, first: usize, w
     if rows < width {
         to.fill(0);
     }
+    if width == 1 && from.inner_stride == 1 {
+        let row = &from.values[first * from.outer_stride..][..from.inner];
+        return isa.vectorize(|| one_row(format, row, to));
+    }
+    #[cfg(target_arch = "x86_64")]
+    if isa >= Isa::Avx512 && from.outer_stride == 1 {
+        // SAFETY: this machine has the features of `isa`; the sizes are those of `from` and `to`.
+        return unsafe { avx512::copy(format, from, first, rows, width, to) };
+    }
     if from.outer_stride == 1 {
-        return by_isa(isa, || along_outer(format, from, first, rows, width, to));
+        return isa.vectorize(|| along_outer(format, from, first, rows, width, to));
     }
     #[cfg(target_arch = "x86_64")]
     if isa >= Isa::Avx512 {
         // SAFETY: this machine has the features of `isa`; the sizes are those of `from` and `to`.
         return unsafe { avx512::transpose(format, from, first, rows, width, to) };
     }
-    by_isa(isa, || along_inner(format, from, first, rows, width, to));
+    isa.vectorize(|| along_inner(format, from, first, rows, width, to));
 }
 
-/// Runs `body`, compiled for `isa`.
+/// A single row: nothing to transpose.
 #[inline(always)]
-fn by_isa<R>(isa: Isa, body: impl FnOnce() -> R) -> R {
-    #[cfg(target_arch = "x86_64")]
-    {
-        #[target_feature(enable = "avx2,fma")]
-        fn avx2<R>(body: impl FnOnce() -> R) -> R {
-            body()
+fn one_row(format: Format, row: &[f32], to: &mut [u32]) {
+    match format {
+        Format::F32 => to.iter_mut().zip(row).for_each(|(word, value)| *word = value.to_bits()),
+        Format::Wide => {
+            to.iter_mut().zip(row).for_each(|(word, &value)| *word = bf16_high(value));
+            to[row.len()..].fill(0);
         }
-        #[target_feature(enable = "avx2,fma,avx512f,avx512bw,avx512dq")]
-        fn avx512<R>(body: impl FnOnce() -> R) -> R {
-            body()
+        Format::Pairs => {
+            let pairs = row.chunks_exact(2);
+            if let ([last], Some(word)) = (pairs.remainder(), to.last_mut()) {
+                *word = pair(*last, 0.0);
+            }
+            to.iter_mut().zip(pairs).for_each(|(word, values)| *word = pair(values[0], values[1]));
         }
-        match isa {
-            Isa::Portable => body(),
-            // SAFETY: `isa` is one that this machine can run.
-            Isa::Avx2 => unsafe { avx2(body) },
-            // SAFETY: as above.
-            Isa::Avx512 | Isa::Avx512Bf16 => unsafe { avx512(body) },
-        }
-    }
-    #[cfg(not(target_arch = "x86_64"))]
-    {
-        let _ = isa;
-        body()
     }
 }
 
@@ -169,6 +169,50 @@ mod avx512 {
         }
     }
 
+    /// One vector per 16 values of a step, the last one masked: most tiles are 12 wide.
+    ///
+    /// # Safety
+    /// The machine must have AVX-512 F, BW and DQ; `from` has `outer` contiguous and at least `first + rows` rows; `to` has
+    /// `width * format.words(inner)` words and `rows <= width`.
+    #[target_feature(enable = "avx512f,avx512bw,avx512dq")]
+    pub(super) unsafe fn copy(
+        format: Format,
+        from: &Operand<'_>,
+        first: usize,
+        rows: usize,
+        width: usize,
+        to: &mut [u32],
+    ) {
+        debug_assert!(from.outer_stride == 1 && first + rows <= from.outer && rows <= width);
+        let words = format.words(from.inner);
+        debug_assert_eq!(to.len(), width * words);
+        for start in (0..rows).step_by(16) {
+            let mask = low_bits(rows - start);
+            let row = from.values[first + start..].as_ptr();
+            let into = to[start..].as_mut_ptr();
+            // SAFETY: lanes past `rows` are masked off, and steps at or past `inner` are not loaded.
+            let load = |p: usize| unsafe {
+                if p < from.inner {
+                    _mm512_maskz_loadu_ps(mask, row.add(p * from.inner_stride))
+                } else {
+                    _mm512_setzero_ps()
+                }
+            };
+            for step in 0..words {
+                let line = match format {
+                    Format::F32 => _mm512_castps_si512(load(step)),
+                    Format::Wide => round_high(load(step)),
+                    Format::Pairs => {
+                        let low = _mm512_srli_epi32::<16>(round_high(load(2 * step)));
+                        _mm512_or_si512(low, round_high(load(2 * step + 1)))
+                    }
+                };
+                // SAFETY: step `step` has `width` words, of which `start` and the masked ones after it exist.
+                unsafe { _mm512_mask_storeu_epi32(into.add(step * width).cast(), mask, line) };
+            }
+        }
+    }
+
     fn low_bits(count: usize) -> __mmask16 {
         if count >= 16 { u16::MAX } else { ((1u32 << count) - 1) as __mmask16 }
     }
@@ -180,7 +224,7 @@ mod avx512 {
     #[inline]
     #[target_feature(enable = "avx512f,avx512bw,avx512dq")]
     unsafe fn load_words(format: Format, row: *const f32, start: usize, inner: usize) -> __m512i {
-        // SAFETY (all loads below): lanes at or past `inner` are masked off.
+        // SAFETY: lanes at or past `inner` are masked off.
         let load = |p: usize| unsafe { _mm512_maskz_loadu_ps(low_bits(inner.saturating_sub(p)), row.wrapping_add(p)) };
         match format {
             Format::F32 => _mm512_castps_si512(load(start)),

@@ -57,8 +57,8 @@ impl Case {
                 let first = start - rows;
                 Group {
                     a: Operand::rows(&data.a[first * k..][..rows * k], rows, k, k),
-                    b: Operand::rows(&data.b[e * n * k..][..n * k], n, k, k),
-                    bias: self.bias.then(|| &data.bias[e * n..][..n]),
+                    b: Operand::rows(&data.b[e * n * k..][..n * k], n, k, k).into(),
+                    start: Start::bias(self.bias.then(|| &data.bias[e * n..][..n])),
                     out_offset: first * n,
                     out_stride: n,
                 }
@@ -138,8 +138,8 @@ fn a_row_does_not_depend_on_the_rows_beside_it() {
                 let mut out = vec![0.0; rows * n];
                 let group = Group {
                     a: Operand::rows(&a[first * k..][..rows * k], rows, k, k),
-                    b: Operand::rows(&b, n, k, k),
-                    bias: None,
+                    b: Operand::rows(&b, n, k, k).into(),
+                    start: Start::Zero,
                     out_offset: 0,
                     out_stride: n,
                 };
@@ -168,8 +168,8 @@ fn transposed_operands_and_strided_output() {
         let mut out = vec![7.0; m * (n + 3)];
         let group = Group {
             a: Operand::columns(&a, m, k, m),
-            b: Operand::columns(&b, n, k, n),
-            bias: None,
+            b: Operand::columns(&b, n, k, n).into(),
+            start: Start::Zero,
             out_offset: 0,
             out_stride: n + 3,
         };
@@ -177,11 +177,8 @@ fn transposed_operands_and_strided_output() {
         for i in 0..m {
             for j in 0..n + 3 {
                 let got = f64::from(out[i * (n + 3) + j]);
-                let want: f64 = if j >= n {
-                    7.0
-                } else {
-                    (0..k).map(|p| f64::from(a[p * m + i]) * f64::from(b[p * n + j])).sum()
-                };
+                let want: f64 =
+                    if j >= n { 7.0 } else { (0..k).map(|p| f64::from(a[p * m + i]) * f64::from(b[p * n + j])).sum() };
                 assert!((got - want).abs() < 1e-5, "{isa} [{i}, {j}]: {got} {want}");
             }
         }
@@ -192,7 +189,64 @@ fn transposed_operands_and_strided_output() {
 #[should_panic(expected = "groups must not share output")]
 fn groups_that_share_output_are_refused() {
     let v = [1.0; 4];
-    let group =
-        Group { a: Operand::rows(&v, 2, 2, 2), b: Operand::rows(&v, 2, 2, 2), bias: None, out_offset: 0, out_stride: 2 };
+    let group = Group {
+        a: Operand::rows(&v, 2, 2, 2),
+        b: Operand::rows(&v, 2, 2, 2).into(),
+        start: Start::Zero,
+        out_offset: 0,
+        out_stride: 2,
+    };
     gemm(Isa::Portable, Precision::F32, &[group, group], &mut [0.0; 8]);
+}
+
+#[test]
+fn a_product_can_start_from_the_output() {
+    let (m, n, k) = (14, 40, 31);
+    let (a, b) = (random(1, m * 2 * k), random(2, n * 2 * k));
+    for isa in Isa::available() {
+        // The sum over 2k in two halves is the chain over 2k.
+        let product = |from: usize, inner: usize, start| Group {
+            a: Operand::rows(&a[from..], m, inner, 2 * k),
+            b: Operand::rows(&b[from..], n, inner, 2 * k).into(),
+            start,
+            out_offset: 0,
+            out_stride: n,
+        };
+        let whole = gemm_new(isa, Precision::F32, &[product(0, 2 * k, Start::Zero)], m * n);
+        let mut halves = gemm_new(isa, Precision::F32, &[product(0, k, Start::Zero)], m * n);
+        gemm(isa, Precision::F32, &[product(k, k, Start::Output)], &mut halves);
+        assert_eq!(bits(&halves), bits(&whole), "{isa}");
+    }
+}
+
+#[test]
+#[should_panic(expected = "must cover")]
+fn a_new_output_must_be_covered() {
+    let v = [1.0; 4];
+    let group = Group {
+        a: Operand::rows(&v, 2, 2, 2),
+        b: Operand::rows(&v, 2, 2, 2).into(),
+        start: Start::Zero,
+        out_offset: 0,
+        out_stride: 2,
+    };
+    gemm_new(Isa::Portable, Precision::F32, &[group], 5);
+}
+
+#[test]
+fn weights_packed_before_give_the_same_bits() {
+    let (m, n, k) = (20, 75, 41);
+    let (a, b) = (random(1, m * k), random(2, n * k));
+    let weights = Operand::rows(&b, n, k, k);
+    for isa in Isa::available() {
+        for precision in [Precision::F32, Precision::Bf16] {
+            let product = |b| {
+                let group =
+                    Group { a: Operand::rows(&a, m, k, k), b, start: Start::Zero, out_offset: 0, out_stride: n };
+                gemm_new(isa, precision, &[group], m * n)
+            };
+            let packed = PackedWeights::new(isa, precision, &weights);
+            assert_eq!(bits(&product(Weights::Packed(&packed))), bits(&product(weights.into())), "{isa} {precision:?}");
+        }
+    }
 }

@@ -13,10 +13,11 @@ pub use config::{GptConfig, GptMoeConfig, ParameterCount};
 pub use params::has_weight_decay;
 pub(crate) use params::{ParamSpec, param_specs};
 
-use crate::blocks::cross_entropy;
 use crate::{CausalLm, Error, KvCache, Result, StepOutput};
 use candle_core::{DType, Device, Tensor, Var};
 use moe_core::{ExpertLoad, Mode};
+pub use moe_kernels::cross_entropy::IGNORED;
+use moe_kernels::{KernelOps, Precision};
 use network::{Network, PassContext, layer_experts};
 use params::Params;
 use std::path::Path;
@@ -38,7 +39,7 @@ pub struct Gpt {
 pub struct TokenBatch {
     /// `[batch, seq_len]`, row by row.
     pub input_ids: Vec<u32>,
-    /// `[batch, seq_len]`: the next token of each; [`crate::blocks::IGNORED`] where it does not count.
+    /// `[batch, seq_len]`: the next token of each; [`IGNORED`] where it does not count.
     pub target_ids: Vec<u32>,
     /// Sequences.
     pub batch: usize,
@@ -103,10 +104,45 @@ impl Gpt {
     }
 
     fn with_params(config: GptConfig, params: Params, device: &Device) -> Result<Self> {
-        let all = || params.vars.iter().map(|(name, var)| (name.as_str(), var.as_tensor()));
-        let training = Network::new(&config, all().map(|(name, t)| (name, t.clone())))?;
-        let inference = Network::new(&config, all().map(|(name, t)| (name, t.detach())))?;
+        let ops = KernelOps::new(Precision::F32);
+        let training = Self::training_network(&config, &params, ops.clone())?;
+        let inference = Self::inference_network(&config, &params, ops)?;
         Ok(Self { config, training, inference, device: device.clone(), params })
+    }
+
+    fn training_network(config: &GptConfig, params: &Params, ops: KernelOps) -> Result<Network> {
+        Network::new(config, ops, params.vars.iter().map(|(name, var)| (name, var.as_tensor().clone())))
+    }
+
+    fn inference_network(config: &GptConfig, params: &Params, ops: KernelOps) -> Result<Network> {
+        Network::new(config, ops, params.vars.iter().map(|(name, var)| (name, var.detach())))
+    }
+
+    /// The same model with its matrix products in `precision`; sums, softmax, norms and the router stay f32. A new model
+    /// computes in f32.
+    ///
+    /// # Errors
+    /// None that a built model can cause.
+    pub fn with_precision(mut self, precision: Precision) -> Result<Self> {
+        let ops = KernelOps::new(precision);
+        self.training = Self::training_network(&self.config, &self.params, ops.clone())?;
+        self.inference = Self::inference_network(&self.config, &self.params, ops)?;
+        Ok(self)
+    }
+
+    /// The same model for inference alone: each weight is packed for the kernels at its first use and kept, so later changes
+    /// of the parameters do not show in [`CausalLm::forward`] and [`Pass::Eval`].
+    ///
+    /// # Errors
+    /// None that a built model can cause.
+    pub fn frozen(mut self) -> Result<Self> {
+        self.inference = Self::inference_network(&self.config, &self.params, KernelOps::frozen(self.precision()))?;
+        Ok(self)
+    }
+
+    /// The precision of the matrix products.
+    pub fn precision(&self) -> Precision {
+        self.training.precision()
     }
 
     /// Reads a Hugging Face folder.
@@ -167,9 +203,7 @@ impl Gpt {
             Pass::Train { seed } => (&self.training, PassContext { mode: Mode::Train, seed }),
             Pass::Eval => (&self.inference, PassContext { mode: Mode::Eval, seed: 0 }),
         };
-        let (logits, outputs) = network.forward(&batch.input_ids, batch.seq_len, context)?;
-        let lm_loss = cross_entropy(&logits, &batch.target_ids)?;
-        drop(logits);
+        let (lm_loss, outputs) = network.loss(&batch.input_ids, &batch.target_ids, batch.seq_len, context)?;
         let mut loss = lm_loss.clone();
         if let Some(moe) = &self.config.moe {
             for (_, output) in &outputs {

@@ -2,16 +2,20 @@
 //! and once without.
 
 use super::GptConfig;
-use crate::blocks::{causal_attention, causal_attention_cached, layer_norm};
 use crate::{Error, KvCache, LayerExperts, Result};
 use candle_core::Tensor;
-use moe_core::ops::{default_ops, linear};
+use moe_core::ops::MoeOps;
 use moe_core::{
     Activation, DropPolicy, ExpertMlps, Gate, LocalDispatcher, Mlp, MlpWeights, Mode, MoeLayer, MoeOutput, NoisyGate,
     ResidualMoe, RouteContext, Router, SeededNoise, Top1Config, Top1Router, Top2Config, Top2Router, TopKConfig,
     TopKRouter,
 };
+use moe_kernels::attention::{causal_attention, causal_attention_cached};
+use moe_kernels::cross_entropy::linear_cross_entropy;
+use moe_kernels::layer_norm::layer_norm;
+use moe_kernels::{KernelOps, Precision};
 use std::collections::HashMap;
+use std::sync::Arc;
 
 type Moe = MoeLayer<Box<dyn Router>, LocalDispatcher, ExpertMlps>;
 
@@ -31,7 +35,7 @@ struct Norm {
 
 impl Norm {
     fn forward(&self, x: &Tensor) -> Result<Tensor> {
-        layer_norm(x, &self.weight, &self.bias, self.epsilon)
+        Ok(layer_norm(x, &self.weight, &self.bias, self.epsilon)?)
     }
 }
 
@@ -52,6 +56,8 @@ pub(super) struct Network {
     blocks: Vec<Block>,
     norm: Norm,
     num_heads: usize,
+    ops: Arc<dyn MoeOps>,
+    precision: Precision,
 }
 
 /// How a pass routes.
@@ -67,6 +73,7 @@ pub(super) type LayerOutput = (usize, MoeOutput);
 /// Hands out tensors by name.
 struct Tensors<'a> {
     config: &'a GptConfig,
+    ops: Arc<dyn MoeOps>,
     by_name: HashMap<&'a str, Tensor>,
 }
 
@@ -92,7 +99,7 @@ impl Tensors<'_> {
 
     fn router(&self, gate: Tensor) -> Result<Box<dyn Router>> {
         let Some(moe) = &self.config.moe else { return Err(Error::Config("a dense model has no router".into())) };
-        let (gate, capacity) = (Gate::new(gate)?, moe.capacity);
+        let (gate, capacity) = (Gate::with_ops(gate, Arc::clone(&self.ops))?, moe.capacity);
         let jitter = moe.noisy_gate == Some(NoisyGate::Jitter);
         Ok(match moe.top_k {
             1 => {
@@ -114,17 +121,17 @@ impl Tensors<'_> {
         let prefix = format!("model.layers.{layer}.mlp");
         let activation = Activation::GeluTanh;
         let (Some(_), Some(moe)) = (self.config.experts_of_layer(layer), &self.config.moe) else {
-            return Ok(FeedForward::Dense(Mlp::new(self.mlp(&prefix)?, activation)?));
+            return Ok(FeedForward::Dense(Mlp::with_ops(self.mlp(&prefix)?, activation, Arc::clone(&self.ops))?));
         };
         let router = self.router(self.get(&format!("{prefix}.gate.weight"))?)?;
         let weights = self.mlp(&format!("{prefix}.experts"))?;
-        let ops = default_ops(&weights.fc_in);
-        let experts = ExpertMlps::with_ops(weights, activation, ops)?;
-        let layer = MoeLayer::new(router, LocalDispatcher::default(), experts)?;
+        let experts = ExpertMlps::with_ops(weights, activation, Arc::clone(&self.ops))?;
+        let layer = MoeLayer::new(router, LocalDispatcher::with_ops(Arc::clone(&self.ops)), experts)?;
         if !moe.residual {
             return Ok(FeedForward::Moe(layer));
         }
-        let mlp = Mlp::new(self.mlp(&format!("{prefix}.residual_mlp"))?, activation)?;
+        let weights = self.mlp(&format!("{prefix}.residual_mlp"))?;
+        let mlp = Mlp::with_ops(weights, activation, Arc::clone(&self.ops))?;
         let (coefficient, bias) = self.pair(&format!("{prefix}.coefficient"))?;
         Ok(FeedForward::Residual(ResidualMoe::new(layer, mlp, coefficient, bias)?))
     }
@@ -154,17 +161,28 @@ impl FeedForward {
 }
 
 impl Network {
-    pub(super) fn new(config: &GptConfig, tensors: impl Iterator<Item = (impl AsRef<str>, Tensor)>) -> Result<Self> {
+    pub(super) fn new(
+        config: &GptConfig,
+        ops: KernelOps,
+        tensors: impl Iterator<Item = (impl AsRef<str>, Tensor)>,
+    ) -> Result<Self> {
+        let precision = ops.precision();
         let owned: Vec<_> = tensors.collect();
         let by_name = owned.iter().map(|(name, tensor)| (name.as_ref(), tensor.clone())).collect();
-        let tensors = Tensors { config, by_name };
+        let tensors = Tensors { config, ops: Arc::new(ops), by_name };
         Ok(Self {
             embed_tokens: tensors.get("model.embed_tokens.weight")?,
             embed_positions: tensors.get("model.embed_positions.weight")?,
             blocks: (0..config.num_layers).map(|l| tensors.block(l)).collect::<Result<_>>()?,
             norm: tensors.norm("model.norm")?,
             num_heads: config.num_heads,
+            precision,
+            ops: tensors.ops,
         })
+    }
+
+    pub(super) fn precision(&self) -> Precision {
+        self.precision
     }
 
     /// Token and position embeddings, `[tokens, d_model]`; positions restart after every `seq_len` tokens.
@@ -175,7 +193,7 @@ impl Network {
         Ok((tokens + self.embed_positions.index_select(&Tensor::new(positions, device)?, 0)?)?)
     }
 
-    /// One pass through the blocks; `attend` maps a layer's `[tokens, 3 d_model]` to `[tokens, d_model]`.
+    /// One pass through the blocks and the last norm; `attend` maps a layer's `[tokens, 3 d_model]` to `[tokens, d_model]`.
     fn run(
         &self,
         mut x: Tensor,
@@ -185,25 +203,37 @@ impl Network {
     ) -> Result<(Tensor, Vec<LayerOutput>)> {
         let mut outputs = Vec::new();
         for (layer, block) in self.blocks.iter().enumerate() {
-            let qkv = linear(&block.attention_norm.forward(&x)?, &block.qkv.0, Some(&block.qkv.1))?;
+            let qkv = self.ops.linear(&block.attention_norm.forward(&x)?, &block.qkv.0, Some(&block.qkv.1))?;
             let attended = attend(layer, qkv)?;
-            x = (x + linear(&attended, &block.out.0, Some(&block.out.1))?)?;
+            x = (x + self.ops.linear(&attended, &block.out.0, Some(&block.out.1))?)?;
             let noise = SeededNoise::new(pass.seed, layer as u64);
             let context = RouteContext { seq_len: Some(seq_len), ..RouteContext::new(pass.mode, &noise) };
             let (hidden, output) = block.feed_forward.forward(&block.mlp_norm.forward(&x)?, &context)?;
             x = (x + hidden)?;
             outputs.extend(output.map(|o| (layer, o)));
         }
-        Ok((linear(&self.norm.forward(&x)?, &self.embed_tokens, None)?, outputs))
+        Ok((self.norm.forward(&x)?, outputs))
     }
 
-    /// Logits `[batch * seq_len, vocab_size]` of whole sequences.
-    pub(super) fn forward(&self, ids: &[u32], seq_len: usize, pass: PassContext) -> Result<(Tensor, Vec<LayerOutput>)> {
+    /// Mean cross-entropy of whole sequences in nats per token; the logits are never whole in memory.
+    pub(super) fn loss(
+        &self,
+        ids: &[u32],
+        targets: &[u32],
+        seq_len: usize,
+        pass: PassContext,
+    ) -> Result<(Tensor, Vec<LayerOutput>)> {
+        let (hidden, outputs) = self.hidden(ids, seq_len, pass)?;
+        Ok((linear_cross_entropy(&hidden, &self.embed_tokens, targets, self.precision)?, outputs))
+    }
+
+    /// What the output layer sees of whole sequences, `[batch * seq_len, d_model]`.
+    fn hidden(&self, ids: &[u32], seq_len: usize, pass: PassContext) -> Result<(Tensor, Vec<LayerOutput>)> {
         let x = self.embed(ids, seq_len, 0)?;
         let batch = ids.len() / seq_len;
         self.run(x, pass, seq_len, |_, qkv| {
             let width = qkv.dim(1)?;
-            let out = causal_attention(&qkv.reshape((batch, seq_len, width))?, self.num_heads)?;
+            let out = causal_attention(&qkv.reshape((batch, seq_len, width))?, self.num_heads, self.precision)?;
             Ok(out.reshape((ids.len(), width / 3))?)
         })
     }
@@ -217,20 +247,21 @@ impl Network {
     ) -> Result<(Tensor, Vec<LayerOutput>)> {
         let x = self.embed(ids, ids.len(), cache.len)?;
         let mut grown = cache.layers.clone();
-        let result = self.run(x, pass, ids.len(), |layer, qkv| {
+        let (hidden, outputs) = self.run(x, pass, ids.len(), |layer, qkv| {
             let d_model = qkv.dim(1)? / 3;
             let (mut keys, mut values) = (qkv.narrow(1, d_model, d_model)?, qkv.narrow(1, 2 * d_model, d_model)?);
             if let Some((old_keys, old_values)) = &grown[layer] {
                 keys = Tensor::cat(&[old_keys, &keys], 0)?;
                 values = Tensor::cat(&[old_values, &values], 0)?;
             }
-            let out = causal_attention_cached(&qkv.narrow(1, 0, d_model)?, &keys, &values, self.num_heads)?;
+            let queries = qkv.narrow(1, 0, d_model)?;
+            let out = causal_attention_cached(&queries, &keys, &values, self.num_heads, self.precision)?;
             grown[layer] = Some((keys.contiguous()?, values.contiguous()?));
             Ok(out)
         })?;
         cache.layers = grown;
         cache.len += ids.len();
-        Ok(result)
+        Ok((self.ops.linear(&hidden, &self.embed_tokens, None)?, outputs))
     }
 }
 

@@ -1,7 +1,7 @@
 //! Sizes against the paper's table, gradients of every parameter, decoding against the whole pass.
 
 use super::*;
-use moe_core::testing::{assert_close, values};
+use moe_core::testing::values;
 use moe_core::{Capacity, NoisyGate};
 
 /// The derived column of the paper's model table, in billions as printed, and of its ablation models.
@@ -160,35 +160,64 @@ fn whole_model_gradient_along_a_direction() {
     }
 }
 
-/// Token by token, in pieces, or all at once: the same logits and the same experts.
+/// Token by token, in pieces, or all at once, with packed weights or without: the same experts, and the same logits to the
+/// last bit.
 #[test]
-fn cached_decoding_equals_the_whole_pass() {
+fn cached_decoding_has_the_bits_of_the_whole_pass() {
     for (kind, config) in family() {
         let mut config = config;
         if let Some(moe) = &mut config.moe {
             moe.sample_second_expert = false;
         }
-        let model = Gpt::new(config, 3, &Device::Cpu).unwrap();
-        let ids = batch(model.config(), 1, 20).input_ids;
-        let whole = model.forward(&ids, &mut model.new_cache()).unwrap();
-        for pieces in [vec![1; 20], vec![7, 1, 1, 11], vec![19, 1]] {
-            let mut cache = model.new_cache();
-            let mut start = 0;
-            for len in pieces {
-                let step = model.forward(&ids[start..start + len], &mut cache).unwrap();
-                let want = whole.logits.narrow(0, start, len).unwrap();
-                assert_close(&step.logits, &want, 2e-5, &format!("{kind} at {start}"));
-                for (got, want) in step.experts.iter().zip(&whole.experts) {
-                    let k = want.top_k;
-                    assert_eq!(got.expert_ids, want.expert_ids[start * k..(start + len) * k], "{kind} at {start}");
+        for precision in [Precision::F32, Precision::Bf16] {
+            let model = Gpt::new(config.clone(), 3, &Device::Cpu).unwrap().with_precision(precision).unwrap();
+            let ids = batch(model.config(), 1, 20).input_ids;
+            let whole = model.forward(&ids, &mut model.new_cache()).unwrap();
+            let plain_loss = eval_loss(&model, &ids);
+            let model = model.frozen().unwrap();
+            assert_eq!(eval_loss(&model, &ids).to_bits(), plain_loss.to_bits(), "{kind} {precision:?}");
+            for pieces in [vec![1; 20], vec![7, 1, 1, 11], vec![19, 1]] {
+                let mut cache = model.new_cache();
+                let mut start = 0;
+                for len in pieces {
+                    let step = model.forward(&ids[start..start + len], &mut cache).unwrap();
+                    let want = whole.logits.narrow(0, start, len).unwrap();
+                    assert_eq!(values(&step.logits), values(&want), "{kind} {precision:?} at {start}");
+                    for (got, want) in step.experts.iter().zip(&whole.experts) {
+                        let k = want.top_k;
+                        assert_eq!(got.expert_ids, want.expert_ids[start * k..(start + len) * k], "{kind} at {start}");
+                    }
+                    start += len;
                 }
-                start += len;
+                assert_eq!(cache.len(), 20);
             }
-            assert_eq!(cache.len(), 20);
         }
-        let eval =
-            model.loss(&TokenBatch { target_ids: ids.clone(), input_ids: ids, batch: 1, seq_len: 20 }, Pass::Eval);
-        assert!(eval.unwrap().lm_loss.is_finite());
+    }
+}
+
+fn eval_loss(model: &Gpt, ids: &[u32]) -> f64 {
+    let batch = TokenBatch { target_ids: ids.to_vec(), input_ids: ids.to_vec(), batch: 1, seq_len: ids.len() };
+    model.loss(&batch, Pass::Eval).unwrap().lm_loss
+}
+
+/// A sequence's logits do not depend on the other sequences of its batch: serving and training see the same numbers.
+#[test]
+fn a_sequence_does_not_depend_on_its_batch() {
+    let config = with_moe("tiny-pr-moe", |m| m.capacity = Capacity::UNLIMITED);
+    for precision in [Precision::F32, Precision::Bf16] {
+        let model = Gpt::new(config.clone(), 5, &Device::Cpu).unwrap().with_precision(precision).unwrap();
+        let many = batch(model.config(), 4, 24);
+        let targets = |row: usize| {
+            let kept = |i: usize| if i / 24 == row { many.target_ids[i] } else { IGNORED };
+            TokenBatch { target_ids: (0..4 * 24).map(kept).collect(), ..many.clone() }
+        };
+        for row in 0..4 {
+            let part = |ids: &[u32]| ids[row * 24..(row + 1) * 24].to_vec();
+            let (input_ids, target_ids) = (part(&many.input_ids), part(&many.target_ids));
+            let alone = TokenBatch { input_ids, target_ids, batch: 1, seq_len: 24 };
+            let loss = |batch: &TokenBatch| model.loss(batch, Pass::Eval).unwrap().lm_loss;
+            assert_eq!(loss(&alone).to_bits(), loss(&targets(row)).to_bits(), "{precision:?} row {row}");
+        }
     }
 }
 

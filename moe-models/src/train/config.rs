@@ -2,7 +2,7 @@
 
 use super::optimizer::AdamWConfig;
 use super::schedule::LrSchedule;
-use crate::{Error, Result};
+use crate::{Error, Precision, Result};
 use serde::{Deserialize, Serialize};
 use std::path::Path;
 
@@ -41,6 +41,8 @@ pub struct TrainConfig {
     pub global_batch_size: usize,
     /// Micro-batches run side by side. Does not change any result.
     pub workers: usize,
+    /// What the matrix products read: bf16 (the default) or f32. Weights, sums and everything else are f32.
+    pub precision: Precision,
     /// Largest learning rate.
     pub lr: f64,
     /// Final learning rate; `None`: a tenth of `lr`.
@@ -87,6 +89,7 @@ impl Default for TrainConfig {
             micro_batch_size: 8,
             global_batch_size: 16,
             workers: 1,
+            precision: Precision::Bf16,
             lr: 2e-3,
             min_lr: None,
             lr_warmup_tokens: None,

@@ -1,7 +1,7 @@
 //! Losses and gradients of one global batch: micro-batches on several threads, summed in micro-batch order.
 //!
-//! candle's CPU operations besides matrix products use one thread, so whole micro-batches side by side are the data
-//! parallelism of one machine. The order of summation does not depend on which thread finishes first: the result is
+//! Many of candle's CPU operations use one thread, so whole micro-batches side by side are the data parallelism of one
+//! machine; the kernels of each then stay on its thread. The order of summation does not depend on which thread finishes first: the result is
 //! bit-identical for any number of workers. Knows no optimizer.
 
 use super::model::{LayerLoad, Pass, TokenBatch, TrainModel};
@@ -87,7 +87,7 @@ fn run_on_threads(workers: usize, run: &(impl Fn() + Sync)) -> Result<()> {
             std::thread::Builder::new()
                 .name(format!("train-{index}"))
                 .stack_size(WORKER_STACK_BYTES)
-                .spawn_scoped(scope, run)
+                .spawn_scoped(scope, || moe_kernels::parallel::serially(run))
                 .map_err(|e| {
                     Error::Argument(format!("cannot start worker {index} of {workers}: {e}; lower workers"))
                 })?;

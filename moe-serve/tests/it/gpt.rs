@@ -2,8 +2,8 @@
 
 use crate::support::{TestServer, ids, served, tokenizer};
 use candle_core::{DType, Device};
-use moe_models::CausalLm;
 use moe_models::gpt::{Gpt, GptConfig};
+use moe_models::{CausalLm, Precision};
 use moe_serve::ServedModel;
 use moe_serve::api::Limits;
 use serde_json::{Value, json};
@@ -122,13 +122,13 @@ fn continuations_share_the_prompt_and_nothing_else() {
 #[test]
 fn a_saved_model_is_served_from_its_folder() {
     let dir = tempfile::tempdir().expect("a folder");
-    let missing = ServedModel::from_dir(dir.path(), None).expect_err("an empty folder").to_string();
+    let missing = ServedModel::from_dir(dir.path(), None, Precision::F32).expect_err("an empty folder").to_string();
     assert!(missing.contains("config.json"), "{missing}");
     tiny().save(dir.path(), DType::F32).expect("saves");
-    let missing = ServedModel::from_dir(dir.path(), None).expect_err("no tokenizer").to_string();
+    let missing = ServedModel::from_dir(dir.path(), None, Precision::F32).expect_err("no tokenizer").to_string();
     assert!(missing.contains("tokenizer.json"), "{missing}");
     tokenizer().save(dir.path().join("tokenizer.json"), false).expect("saves");
-    let model = ServedModel::from_dir(dir.path(), Some("mine".into())).expect("loads");
+    let model = ServedModel::from_dir(dir.path(), Some("mine".into()), Precision::F32).expect("loads");
     assert_eq!(model.defaults.eos_token_ids, [0], "from config.json where generation_config.json is missing");
     let from_dir = TestServer::start(model, Limits::default());
     let body = json!({"prompt": "the cat", "max_tokens": 10, "temperature": 0, "ignore_eos": true});
@@ -146,7 +146,7 @@ fn files_that_do_not_fit_are_refused() {
         let path = dir.path().join(file);
         let before = std::fs::read(&path).ok();
         std::fs::write(&path, content).expect("writes");
-        let error = ServedModel::from_dir(dir.path(), None).expect_err(file).to_string();
+        let error = ServedModel::from_dir(dir.path(), None, Precision::F32).expect_err(file).to_string();
         match before {
             Some(before) => std::fs::write(&path, before).expect("writes"),
             None => std::fs::remove_file(&path).expect("removes"),
@@ -170,7 +170,7 @@ fn files_that_do_not_fit_are_refused() {
 
 #[test]
 fn the_model_inside_the_program_answers() {
-    let server = TestServer::start(ServedModel::embedded(None).expect("loads"), Limits::default());
+    let server = TestServer::start(ServedModel::embedded(None, Precision::Bf16).expect("loads"), Limits::default());
     let answer = server.client.post(PATH, &json!({"prompt": "Once upon a time", "max_tokens": 8})).ok();
     assert!(answer["usage"]["completion_tokens"].as_u64() > Some(0));
     let messages = json!([{"role": "user", "content": "Hello!"}]);

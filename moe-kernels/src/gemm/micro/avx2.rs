@@ -1,6 +1,6 @@
 //! AVX2 and FMA: the tile in parts of up to 6 rows times 16 columns, in 12 registers of sums.
 
-use super::{Format, Init, PANEL_COLS, Tile};
+use super::{Format, PANEL_COLS, Start, Tile};
 use std::arch::x86_64::*;
 
 /// Columns of one part.
@@ -52,10 +52,10 @@ impl Part<'_> {
     /// `tile.out` must cover the part.
     unsafe fn load(&mut self, rows: usize, col: usize) {
         for (row, sums) in self.sums.iter_mut().enumerate().take(rows) {
-            match self.tile.init {
-                Init::Zero => {}
-                Init::Bias(bias) => sums[..self.cols].copy_from_slice(&bias[col..][..self.cols]),
-                Init::Load => {
+            match self.tile.start {
+                Start::Zero => {}
+                Start::Bias(bias) => sums[..self.cols].copy_from_slice(&bias[col..][..self.cols]),
+                Start::Output => {
                     // SAFETY: the row has `cols` elements from `col` on.
                     let from = unsafe { self.tile.out.add((self.row + row) * self.tile.out_stride + col) };
                     // SAFETY: as above.
@@ -116,7 +116,7 @@ impl Part<'_> {
     #[target_feature(enable = "avx2,fma")]
     unsafe fn multiply_f32<const N: usize>(&mut self) {
         let (rows, steps) = (self.tile.rows, self.tile.steps);
-        // SAFETY (all below): `super::run` checked that A holds `steps` times `rows` words and B as many steps of 32.
+        // SAFETY: `super::run` checked that A holds `steps` times `rows` words and B as many steps of 32.
         unsafe {
             let mut sums = self.sums::<N>();
             for step in 0..steps {
@@ -136,7 +136,7 @@ impl Part<'_> {
     #[target_feature(enable = "avx2,fma")]
     unsafe fn multiply_wide<const N: usize>(&mut self) {
         let (rows, steps) = (self.tile.rows, self.tile.steps);
-        // SAFETY (all below): as in `multiply_f32`, with two words of A per step.
+        // SAFETY: as in `multiply_f32`, with two words of A per step.
         unsafe {
             let mut sums = self.sums::<N>();
             let upper = _mm256_set1_epi32(0xffff_0000_u32 as i32);

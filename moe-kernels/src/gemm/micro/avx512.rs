@@ -1,6 +1,6 @@
 //! AVX-512: up to 12 rows times 32 columns, or fewer rows times 64 or 128, in 24 registers of sums.
 
-use super::{Format, Init, PANEL_COLS, Tile};
+use super::{Format, PANEL_COLS, Start, Tile};
 use std::arch::x86_64::*;
 
 /// Bytes of B fetched ahead of the sweep over several panels.
@@ -46,11 +46,11 @@ unsafe fn load_sums<const ROWS: usize, const VECTORS: usize>(tile: &Tile<'_>) ->
     let mut sums = [[_mm512_setzero_ps(); VECTORS]; ROWS];
     for (row, sums) in sums.iter_mut().enumerate() {
         for (vector, sum) in sums.iter_mut().enumerate() {
-            let from = match tile.init {
-                Init::Zero => continue,
-                Init::Bias(bias) => bias.as_ptr(),
+            let from = match tile.start {
+                Start::Zero => continue,
+                Start::Bias(bias) => bias.as_ptr(),
                 // SAFETY: row `row` lies inside the tile.
-                Init::Load => unsafe { tile.out.add(row * tile.out_stride).cast_const() },
+                Start::Output => unsafe { tile.out.add(row * tile.out_stride).cast_const() },
             };
             // SAFETY: lanes past `cols` are masked off.
             *sum = unsafe { _mm512_maskz_loadu_ps(lanes(tile.cols, vector), from.wrapping_add(vector * 16)) };
@@ -90,7 +90,7 @@ unsafe fn load_b<const VECTORS: usize>(tile: &Tile<'_>, step: usize, vector: usi
 
 #[target_feature(enable = "avx512f")]
 unsafe fn f32_tile<const ROWS: usize, const PANELS: usize, const VECTORS: usize>(tile: &Tile<'_>) {
-    // SAFETY (all below): `run` checked that A holds `steps` times `rows` words and B as many steps.
+    // SAFETY: `run` checked that A holds `steps` times `rows` words and B as many steps.
     unsafe {
         let mut sums = load_sums::<ROWS, VECTORS>(tile);
         for step in 0..tile.steps {
@@ -112,7 +112,7 @@ unsafe fn f32_tile<const ROWS: usize, const PANELS: usize, const VECTORS: usize>
 
 #[target_feature(enable = "avx512f,avx512bf16")]
 unsafe fn pairs_tile<const ROWS: usize, const PANELS: usize, const VECTORS: usize>(tile: &Tile<'_>) {
-    // SAFETY (all below): as in `f32_tile`; a vector of words and one of bf16 pairs are the same 64 bytes.
+    // SAFETY: as in `f32_tile`; a vector of words and one of bf16 pairs are the same 64 bytes.
     unsafe {
         let mut sums = load_sums::<ROWS, VECTORS>(tile);
         for step in 0..tile.steps {
@@ -134,7 +134,7 @@ unsafe fn pairs_tile<const ROWS: usize, const PANELS: usize, const VECTORS: usiz
 
 #[target_feature(enable = "avx512f")]
 unsafe fn wide_tile<const ROWS: usize, const PANELS: usize, const VECTORS: usize>(tile: &Tile<'_>) {
-    // SAFETY (all below): as in `f32_tile`, with two words of A per step.
+    // SAFETY: as in `f32_tile`, with two words of A per step.
     unsafe {
         let mut sums = load_sums::<ROWS, VECTORS>(tile);
         let upper = _mm512_set1_epi32(0xffff_0000_u32 as i32);

@@ -2,24 +2,14 @@
 //!
 //! Every one of them runs the same chain of fused multiply-adds per element of C; see [`super`].
 
-mod portable;
 #[cfg(target_arch = "x86_64")]
 mod avx2;
 #[cfg(target_arch = "x86_64")]
 mod avx512;
+mod portable;
 
-use super::{Format, PANEL_COLS, TILE_ROWS};
+use super::{Format, PANEL_COLS, Start, TILE_ROWS};
 use crate::Isa;
-
-/// What a tile of C starts from.
-#[derive(Debug, Clone, Copy)]
-pub(super) enum Init<'a> {
-    Zero,
-    /// One value per column.
-    Bias(&'a [f32]),
-    /// What is there: the sum of the steps before.
-    Load,
-}
 
 /// One call of a micro-kernel.
 #[derive(Debug, Clone, Copy)]
@@ -40,7 +30,8 @@ pub(super) struct Tile<'a> {
     /// `[rows, cols]` with `out_stride` between rows.
     pub(super) out: *mut f32,
     pub(super) out_stride: usize,
-    pub(super) init: Init<'a>,
+    /// What the sums start from; a bias has `cols` entries.
+    pub(super) start: Start<'a>,
 }
 
 /// Panels that a tile of `rows` is multiplied with in one sweep when nothing is read twice: more streams from memory,

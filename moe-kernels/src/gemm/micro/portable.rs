@@ -1,6 +1,6 @@
 //! Plain loops: the reference of the other micro-kernels, and what runs where they cannot.
 
-use super::{Format, Init, PANEL_COLS, Tile};
+use super::{Format, PANEL_COLS, Start, Tile};
 
 fn low(word: u32) -> f32 {
     f32::from_bits(word << 16)
@@ -16,10 +16,10 @@ pub(super) unsafe fn run(a_format: Format, tile: &Tile<'_>) {
     for row in 0..tile.rows {
         // SAFETY: row `row` of the tile has `cols` elements.
         let out = unsafe { std::slice::from_raw_parts_mut(tile.out.add(row * tile.out_stride), tile.cols) };
-        match tile.init {
-            Init::Zero => out.fill(0.0),
-            Init::Bias(bias) => out.copy_from_slice(bias),
-            Init::Load => {}
+        match tile.start {
+            Start::Zero => out.fill(0.0),
+            Start::Bias(bias) => out.copy_from_slice(bias),
+            Start::Output => {}
         }
         for (panel, out) in out.chunks_mut(PANEL_COLS).enumerate() {
             let b = &tile.b[panel * tile.panel_stride..][..tile.steps * PANEL_COLS];

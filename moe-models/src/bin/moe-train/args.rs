@@ -3,6 +3,7 @@
 use crate::model_args::ModelArgs;
 use candle_core::DType;
 use clap::{Parser, ValueEnum};
+use moe_models::Precision;
 use moe_models::train::{Blend, TrainConfig};
 use std::path::PathBuf;
 
@@ -50,6 +51,9 @@ pub(crate) struct Args {
     /// Micro-batches run side by side; never changes the result.
     #[arg(long)]
     workers: Option<usize>,
+    /// What the matrix products read; weights and sums are f32 in either case.
+    #[arg(long, value_enum)]
+    precision: Option<PrecisionArg>,
     /// Largest learning rate.
     #[arg(long)]
     lr: Option<f64>,
@@ -107,6 +111,21 @@ enum BlendArg {
 }
 
 #[derive(Debug, Clone, Copy, ValueEnum)]
+enum PrecisionArg {
+    Bf16,
+    F32,
+}
+
+impl From<PrecisionArg> for Precision {
+    fn from(precision: PrecisionArg) -> Self {
+        match precision {
+            PrecisionArg::Bf16 => Self::Bf16,
+            PrecisionArg::F32 => Self::F32,
+        }
+    }
+}
+
+#[derive(Debug, Clone, Copy, ValueEnum)]
 pub(crate) enum ExportDtype {
     F32,
     Bf16,
@@ -154,6 +173,7 @@ impl Args {
         set(&mut config.micro_batch_size, self.micro_batch_size);
         set(&mut config.global_batch_size, self.global_batch_size);
         set(&mut config.workers, self.workers);
+        set(&mut config.precision, self.precision.map(Into::into));
         set(&mut config.lr, self.lr);
         set(&mut config.weight_decay, self.weight_decay);
         set(&mut config.clip_grad, self.clip_grad);

@@ -12,7 +12,7 @@ use std::path::Path;
 /// Prints a line per source of `config.valid`, evaluated in windows as long as the model allows, and one for all.
 pub(crate) fn evaluate_folder(folder: &Path, config: &TrainConfig, progress: &mut Progress) -> Result<()> {
     ensure!(!config.valid.is_empty(), "--evaluate needs text: give --valid PATH");
-    let model = Gpt::load(folder, &Device::Cpu)?;
+    let model = Gpt::load(folder, &Device::Cpu)?.with_precision(config.precision)?;
     let tokenizer = tokenizer::load(&folder.join("tokenizer.json"))?;
     let text = RunText::read(&config.valid, &[], progress)?;
     let (packed, _) = text.pack(&tokenizer, model.config().vocab_size, progress)?;

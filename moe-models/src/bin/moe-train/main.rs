@@ -11,6 +11,7 @@ use anyhow::{Context, Result};
 use args::Args;
 use candle_core::Device;
 use clap::Parser;
+use moe_kernels::select;
 use moe_models::gpt::{Gpt, GptConfig};
 use moe_models::hf::write_atomically;
 use moe_models::train::checkpoint::{CheckpointStore, TrainerState, read_state, verify};
@@ -23,12 +24,20 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use tokenizers::Tokenizer;
 
 fn main() -> ExitCode {
-    match run(&Args::parse()) {
+    match choose_kernels().and_then(|()| run(&Args::parse())) {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => {
             eprintln!("error: {error:#}");
             ExitCode::FAILURE
         }
+    }
+}
+
+/// Forces the kernels that the environment names, if it names any.
+fn choose_kernels() -> Result<()> {
+    match std::env::var(select::ENV) {
+        Ok(name) => Ok(select::force(name.parse()?)?),
+        Err(_) => Ok(()),
     }
 }
 
@@ -92,13 +101,13 @@ fn new_run(args: &Args, config: TrainConfig, progress: &mut Progress) -> Result<
     args.model.fit_to(&mut shape, &tokenizer)?;
     shape.validate()?;
     let corpus = pack(text, &tokenizer, &shape, &config, progress)?;
-    let model = Gpt::new(shape, config.seed, &Device::Cpu)?;
+    let model = Gpt::new(shape, config.seed, &Device::Cpu)?.with_precision(config.precision)?;
     describe(&model, &corpus, &config, &args.out)?;
     Ok(Trainer::new(model, config, corpus, tokenizer::to_json(&tokenizer)?, &args.out)?)
 }
 
 fn resumed_run(args: &Args, config: TrainConfig, folder: &Path, progress: &mut Progress) -> Result<Trainer<Gpt>> {
-    let model = Gpt::load(folder, &Device::Cpu)?;
+    let model = Gpt::load(folder, &Device::Cpu)?.with_precision(config.precision)?;
     let config = config.resolved(model.config().max_seq_len)?;
     let tokenizer = tokenizer::load(&folder.join("tokenizer.json"))?;
     if args.model.is_given() {

@@ -1,0 +1,29 @@
+//! Values and gradients against `moe-core`'s in f64, which central differences check there.
+
+use super::*;
+use candle_core::{DType, Var};
+use moe_core::testing::{assert_close, random, random_var, values};
+
+#[test]
+fn values_and_gradients_equal_the_reference() {
+    for act in [Activation::GeluTanh, Activation::SwiGlu] {
+        for shape in [&[1, 2][..], &[3, 5, 8], &[700, 130], &[0, 6]] {
+            let x = random_var(1, shape, 2.5, DType::F32);
+            let wide = Var::from_tensor(&x.to_dtype(DType::F64).unwrap()).unwrap();
+            let (got, want) = (activation(act, &x).unwrap(), act.apply_reference(&wide).unwrap());
+            assert_close(&got, &want, 1e-6, &format!("{act:?} {shape:?}"));
+            let factors = random(2, want.dims(), 1.0, DType::F32);
+            let backward = |y: Tensor, f: &Tensor| (y * f).unwrap().sum_all().unwrap().backward().unwrap();
+            let (got, want) = (backward(got, &factors), backward(want, &factors.to_dtype(DType::F64).unwrap()));
+            assert_close(got.get(&x).unwrap(), want.get(&wide).unwrap(), 2e-6, &format!("{act:?} {shape:?} gradient"));
+        }
+    }
+    assert!(activation(Activation::SwiGlu, &random(3, &[2, 3], 1.0, DType::F32)).is_err());
+}
+
+#[test]
+fn large_values_saturate() {
+    let x = Tensor::new(&[[-100f32, -20.0, 0.0, 20.0, 100.0, 3e38]], &candle_core::Device::Cpu).unwrap();
+    assert_eq!(values(&activation(Activation::GeluTanh, &x).unwrap())[2..5], [0.0, 20.0, 100.0]);
+    assert!(values(&activation(Activation::GeluTanh, &x).unwrap()).iter().all(|v| !v.is_nan()));
+}

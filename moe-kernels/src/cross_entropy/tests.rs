@@ -1,0 +1,59 @@
+//! The loss and its gradients against ordinary candle operations in f64, which central differences check.
+
+use super::*;
+use candle_core::{DType, Var};
+use moe_core::testing::{assert_close, check_gradients, random, random_var, values};
+
+fn targets(tokens: usize, vocab: usize) -> Vec<u32> {
+    (0..tokens).map(|t| if t % 7 == 3 { IGNORED } else { (t * 31 % vocab) as u32 }).collect()
+}
+
+#[test]
+fn values_and_gradients_equal_the_reference() {
+    for (tokens, vocab, width) in [(1, 2, 1), (5, 40, 8), (400, 130, 17)] {
+        for (precision, tolerance) in [(Precision::F32, 1e-5), (Precision::Bf16, 2e-2)] {
+            let vars =
+                [random_var(1, &[tokens, width], 1.0, DType::F32), random_var(2, &[vocab, width], 1.0, DType::F32)];
+            let wide = vars.each_ref().map(|v| Var::from_tensor(&v.to_dtype(DType::F64).unwrap()).unwrap());
+            let targets = targets(tokens, vocab);
+            let got = linear_cross_entropy(&vars[0], &vars[1], &targets, precision).unwrap();
+            let want = linear_cross_entropy(&wide[0], &wide[1], &targets, precision).unwrap();
+            let label = format!("{tokens} x {vocab} {precision:?}");
+            assert_close(&got, &want, tolerance, &label);
+            // A gradient that reaches the loss scaled.
+            let backward = |loss: Tensor| (loss * 3.0).unwrap().backward().unwrap();
+            let (got, want) = (backward(got), backward(want));
+            for (var, wide) in vars.iter().zip(&wide) {
+                assert_close(got.get(var).unwrap(), want.get(wide).unwrap(), tolerance, &label);
+            }
+        }
+    }
+}
+
+#[test]
+fn the_reference_by_hand_and_by_central_differences() {
+    let (x, w) = (random_var(1, &[4, 3], 1.0, DType::F64), random_var(2, &[7, 3], 1.0, DType::F64));
+    let targets = [3, 0, IGNORED, 6];
+    let logits = values(&x.matmul(&w.t().unwrap()).unwrap());
+    let nats = |row: usize, t: usize| {
+        let row = &logits[row * 7..][..7];
+        row.iter().map(|v| v.exp()).sum::<f64>().ln() - row[t]
+    };
+    let want = (nats(0, 3) + nats(1, 0) + nats(3, 6)) / 3.0;
+    let loss = || linear_cross_entropy(&x, &w, &targets, Precision::F32).unwrap();
+    assert!((loss().to_scalar::<f64>().unwrap() - want).abs() < 1e-12);
+    check_gradients(&[("hidden", &x), ("weight", &w)], loss);
+}
+
+#[test]
+fn without_gradients_the_loss_is_the_same_and_bad_targets_are_refused() {
+    let (x, w) = (random_var(1, &[60, 9], 1.0, DType::F32), random(2, &[33, 9], 1.0, DType::F32));
+    let targets = targets(60, 33);
+    let loss = |x: &Tensor| linear_cross_entropy(x, &w, &targets, Precision::Bf16).unwrap().to_scalar::<f32>().unwrap();
+    assert_eq!(loss(&x).to_bits(), loss(&x.detach()).to_bits());
+    let refused = |targets: &[u32]| linear_cross_entropy(&x, &w, targets, Precision::F32).unwrap_err().to_string();
+    assert!(refused(&[33; 60]).contains("target 33"));
+    assert!(refused(&[1]).contains("60 targets"));
+    let none = linear_cross_entropy(&x, &w, &[IGNORED; 60], Precision::F32).unwrap();
+    assert_eq!(none.to_scalar::<f32>().unwrap(), 0.0);
+}

@@ -1,0 +1,76 @@
+//! Linear maps and their gradients against ordinary candle operations in f64.
+
+use super::*;
+use candle_core::{DType, Var};
+use moe_core::ops::{CandleOps, MoeOps};
+use moe_core::testing::{assert_close, random, random_var};
+
+struct Case {
+    name: &'static str,
+    offsets: &'static [usize],
+}
+
+const CASES: [Case; 6] = [
+    Case { name: "even", offsets: &[0, 3, 6, 9] },
+    Case { name: "one expert takes everything", offsets: &[0, 0, 40, 40] },
+    Case { name: "one row", offsets: &[0, 0, 0, 1] },
+    Case { name: "no row", offsets: &[0, 0, 0, 0] },
+    Case { name: "ragged", offsets: &[0, 1, 1, 29] },
+    Case { name: "one off a tile", offsets: &[0, 11, 24, 49] },
+];
+
+fn tolerance(precision: Precision) -> f64 {
+    if precision == Precision::F32 { 1e-5 } else { 3e-2 }
+}
+
+fn as_f64(var: &Tensor) -> Var {
+    Var::from_tensor(&var.to_dtype(DType::F64).unwrap()).unwrap()
+}
+
+#[test]
+fn values_and_gradients_equal_the_reference() {
+    for case in &CASES {
+        let rows = case.offsets[3];
+        for precision in [Precision::F32, Precision::Bf16] {
+            let vars = [
+                random_var(1, &[rows, 37], 1.0, DType::F32),
+                random_var(2, &[3, 45, 37], 0.2, DType::F32),
+                random_var(3, &[3, 45], 1.0, DType::F32),
+            ];
+            let wide: Vec<Var> = vars.iter().map(|v| as_f64(v)).collect();
+            let factors = random(4, &[rows, 45], 0.3, DType::F32);
+            for with_bias in [true, false] {
+                let bias = with_bias.then_some(vars[2].as_tensor());
+                let got = grouped_linear(&vars[0], &vars[1], bias, case.offsets, precision).unwrap();
+                let bias = with_bias.then_some(wide[2].as_tensor());
+                let want = CandleOps.grouped_linear(&wide[0], &wide[1], bias, case.offsets).unwrap();
+                let label = format!("{} {precision:?}", case.name);
+                assert_close(&got, &want, tolerance(precision), &label);
+
+                let backward = |y: &Tensor, f: &Tensor| (y * f).unwrap().sum_all().unwrap().backward().unwrap();
+                let got_grads = backward(&got, &factors);
+                let want_grads = backward(&want, &factors.to_dtype(DType::F64).unwrap());
+                for (i, (var, wide)) in vars.iter().zip(&wide).enumerate().take(if with_bias { 3 } else { 2 }) {
+                    // The reference leaves experts without rows out of the graph; zeros are the same gradient.
+                    let zeros = var.zeros_like().unwrap();
+                    let want = want_grads.get(wide).unwrap_or(&zeros);
+                    assert_close(got_grads.get(var).unwrap(), want, tolerance(precision), &format!("{label} d{i}"));
+                }
+            }
+        }
+    }
+}
+
+#[test]
+fn linear_takes_any_leading_dimensions_and_refuses_other_widths() {
+    let x = random(1, &[2, 3, 5], 1.0, DType::F32);
+    let w = random(2, &[4, 5], 1.0, DType::F32);
+    let y = linear(&x, &w, None, Precision::F32).unwrap();
+    let want = x.reshape((6, 5)).unwrap().matmul(&w.t().unwrap()).unwrap().reshape((2, 3, 4)).unwrap();
+    assert_close(&y, &want, 1e-6, "linear");
+    let message = linear(&w, &random(3, &[4, 6], 1.0, DType::F32), None, Precision::F32).unwrap_err().to_string();
+    assert!(message.contains("[4, 6]") && message.contains("width 5"), "{message}");
+    let weight = w.unsqueeze(0).unwrap();
+    assert!(grouped_linear(&x.reshape((6, 5)).unwrap(), &weight, None, &[0, 5], Precision::F32).is_err());
+    assert!(grouped_linear(&x.reshape((6, 5)).unwrap(), &weight, Some(&w), &[0, 6], Precision::F32).is_err());
+}

@@ -1,0 +1,177 @@
+//! Rows from token order to expert order and back, the way back fused with the weighted sum.
+//!
+//! A token's result is summed over its choices in their order, so it does not depend on the other tokens.
+
+#[cfg(test)]
+mod tests;
+
+use crate::parallel::SharedMut;
+use crate::{Error, Isa, Result, parallel, select};
+use candle_core::{CpuStorage, CustomOp1, CustomOp2, Layout, Shape, Tensor};
+use moe_core::ops::host;
+use moe_core::{DROPPED, DispatchTable};
+use std::sync::Arc;
+
+/// Copies each routed token to its row.
+///
+/// # Shapes
+/// `tokens` `[tokens, d_model]`, f32 on the CPU; returns `[rows, d_model]` in the order of `table`
+///
+/// # Errors
+/// [`Error::Argument`] if `tokens` does not have `table.num_tokens` rows.
+pub fn permute(tokens: &Tensor, table: &Arc<DispatchTable>) -> Result<Tensor> {
+    let (num_tokens, _) = tokens.dims2()?;
+    if num_tokens != table.num_tokens {
+        return Err(Error::Argument(format!("tokens must number {}, got {num_tokens}", table.num_tokens)));
+    }
+    Ok(tokens.contiguous()?.apply_op1(Permute(Arc::clone(table)))?)
+}
+
+/// Sums each token's rows, scaled by its weights; a token without rows gets zeros.
+///
+/// # Shapes
+/// `rows` `[rows, d_model]`, `combine_weights` `[tokens, top_k]`, f32 on the CPU; returns `[tokens, d_model]`
+///
+/// # Errors
+/// [`Error::Argument`] if a shape does not fit `table`.
+pub fn unpermute(rows: &Tensor, combine_weights: &Tensor, table: &Arc<DispatchTable>) -> Result<Tensor> {
+    let (num_rows, _) = rows.dims2()?;
+    if num_rows != table.num_rows() {
+        return Err(Error::Argument(format!("rows must number {}, got {num_rows}", table.num_rows())));
+    }
+    host::expect_shape("combine_weights", combine_weights, &[table.num_tokens, table.top_k])?;
+    Ok(rows.contiguous()?.apply_op2(&combine_weights.contiguous()?, Unpermute(Arc::clone(table)))?)
+}
+
+/// Rows moved by one task.
+const TASK_ROWS: usize = 64;
+/// Elements below which a second thread is not worth waking.
+const LEAST_WORK: usize = 1 << 16;
+
+/// Fills `[count, width]` row by row, in parallel; `fill` gets the number of a row and its zeroed elements.
+fn rows_of(count: usize, width: usize, fill: impl Fn(usize, &mut [f32]) + Sync) -> Vec<f32> {
+    let mut out = vec![0.0; count * width];
+    let shared = SharedMut::new(&mut out);
+    parallel::for_each_if(count * width, LEAST_WORK, count.div_ceil(TASK_ROWS), |task| {
+        for row in task * TASK_ROWS..((task + 1) * TASK_ROWS).min(count) {
+            // SAFETY: each row belongs to one task.
+            fill(row, unsafe { shared.slice(row * width, width) });
+        }
+    });
+    out
+}
+
+/// The token of each row, copied.
+fn gather(tokens: &[f32], width: usize, table: &DispatchTable) -> Vec<f32> {
+    rows_of(table.num_rows(), width, |row, into| {
+        into.copy_from_slice(&tokens[table.row_tokens[row] as usize * width..][..width]);
+    })
+}
+
+/// For each token the sum over its choices of `weight * row`; weights of 1 if there are none.
+fn sum_choices(isa: Isa, rows: &[f32], weights: Option<&[f32]>, table: &DispatchTable, width: usize) -> Vec<f32> {
+    rows_of(table.num_tokens, width, |token, into| {
+        isa.vectorize(|| {
+            for choice in token * table.top_k..(token + 1) * table.top_k {
+                let row = table.choice_rows[choice];
+                if row == DROPPED {
+                    continue;
+                }
+                let weight = weights.map_or(1.0, |w| w[choice]);
+                for (sum, value) in into.iter_mut().zip(&rows[row as usize * width..][..width]) {
+                    *sum += weight * value;
+                }
+            }
+        });
+    })
+}
+
+struct Permute(Arc<DispatchTable>);
+
+impl CustomOp1 for Permute {
+    fn name(&self) -> &'static str {
+        "moe_permute"
+    }
+
+    fn cpu_fwd(&self, s: &CpuStorage, l: &Layout) -> candle_core::Result<(CpuStorage, Shape)> {
+        let (_, width) = l.shape().dims2()?;
+        let rows = gather(host::elements(s, l)?, width, &self.0);
+        Ok((CpuStorage::F32(rows), Shape::from((self.0.num_rows(), width))))
+    }
+
+    fn bwd(&self, x: &Tensor, _: &Tensor, grad: &Tensor) -> candle_core::Result<Option<Tensor>> {
+        let width = x.dim(1)?;
+        host::with_elements::<f32, _>(grad, |g| {
+            let sums = sum_choices(select::current(), g, None, &self.0, width);
+            Tensor::from_vec(sums, x.shape(), x.device()).map(Some)
+        })
+    }
+}
+
+struct Unpermute(Arc<DispatchTable>);
+
+impl Unpermute {
+    /// Gradient of the rows.
+    fn row_gradient(&self, isa: Isa, weights: &[f32], grad: &[f32], width: usize) -> Vec<f32> {
+        let table = &self.0;
+        rows_of(table.num_rows(), width, |row, into| {
+            let choice = table.row_choices[row] as usize;
+            let from = &grad[choice / table.top_k * width..][..width];
+            isa.vectorize(|| into.iter_mut().zip(from).for_each(|(d, g)| *d = weights[choice] * g));
+        })
+    }
+
+    /// Gradient of the weights: for each choice the product of its row with the token's gradient.
+    fn weight_gradient(&self, isa: Isa, rows: &[f32], grad: &[f32], width: usize) -> Vec<f32> {
+        let table = &self.0;
+        rows_of(table.choice_rows.len(), 1, |choice, into| {
+            let row = table.choice_rows[choice];
+            if row != DROPPED {
+                let from = &grad[choice / table.top_k * width..][..width];
+                let values = &rows[row as usize * width..][..width];
+                into[0] = isa.vectorize(|| host::sum_by(width, |i| from[i] * values[i]));
+            }
+        })
+    }
+}
+
+impl CustomOp2 for Unpermute {
+    fn name(&self) -> &'static str {
+        "moe_unpermute"
+    }
+
+    fn cpu_fwd(
+        &self,
+        s: &CpuStorage,
+        l: &Layout,
+        w: &CpuStorage,
+        wl: &Layout,
+    ) -> candle_core::Result<(CpuStorage, Shape)> {
+        let (_, width) = l.shape().dims2()?;
+        let (rows, weights) = (host::elements(s, l)?, host::elements(w, wl)?);
+        let sums = sum_choices(select::current(), rows, Some(weights), &self.0, width);
+        Ok((CpuStorage::F32(sums), Shape::from((self.0.num_tokens, width))))
+    }
+
+    fn bwd(
+        &self,
+        rows: &Tensor,
+        weights: &Tensor,
+        _: &Tensor,
+        grad: &Tensor,
+    ) -> candle_core::Result<(Option<Tensor>, Option<Tensor>)> {
+        let (width, isa) = (rows.dim(1)?, select::current());
+        host::with_elements::<f32, _>(rows, |r| {
+            host::with_elements::<f32, _>(weights, |w| {
+                host::with_elements::<f32, _>(grad, |g| {
+                    let d_rows = self.row_gradient(isa, w, g, width);
+                    let d_weights = self.weight_gradient(isa, r, g, width);
+                    Ok((
+                        Some(Tensor::from_vec(d_rows, rows.shape(), rows.device())?),
+                        Some(Tensor::from_vec(d_weights, weights.shape(), weights.device())?),
+                    ))
+                })
+            })
+        })
+    }
+}
