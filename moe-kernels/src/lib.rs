@@ -14,6 +14,7 @@ mod error;
 pub mod gemm;
 pub mod grouped_linear;
 pub mod layer_norm;
+pub mod machine;
 pub mod ops;
 pub mod parallel;
 pub mod permute;
