@@ -33,12 +33,23 @@ pub struct DispatchTable {
 }
 
 impl DispatchTable {
-    /// Builds the table by counting sort: counts, exclusive prefix sum, then each choice to `offset + slot`.
+    /// Builds the table of a routing.
     ///
     /// Slots must be a permutation of `0..count` inside each expert, as every router of this crate gives them.
     pub fn new(routing: &Routing) -> Self {
-        let mut counts = vec![0usize; routing.num_experts];
-        for &expert in routing.expert_ids.iter().filter(|&&e| e != DROPPED) {
+        Self::from_slots(routing.num_tokens, routing.top_k, routing.num_experts, &routing.expert_ids, &routing.slots)
+    }
+
+    /// Builds the table by counting sort: counts, exclusive prefix sum, then each choice to `offset + slot`.
+    ///
+    /// # Shapes
+    /// `expert_ids` and `slots` `[tokens, top_k]`; [`DROPPED`] experts have no row
+    ///
+    /// # Panics
+    /// If an expert is neither [`DROPPED`] nor below `num_experts`, or the slots of an expert leave a gap.
+    pub fn from_slots(num_tokens: usize, top_k: usize, num_experts: usize, expert_ids: &[u32], slots: &[u32]) -> Self {
+        let mut counts = vec![0usize; num_experts];
+        for &expert in expert_ids.iter().filter(|&&e| e != DROPPED) {
             counts[expert as usize] += 1;
         }
         let mut expert_offsets = Vec::with_capacity(counts.len() + 1);
@@ -48,20 +59,20 @@ impl DispatchTable {
         }
         let num_rows = expert_offsets[counts.len()];
         let mut table = Self {
-            num_tokens: routing.num_tokens,
-            top_k: routing.top_k,
+            num_tokens,
+            top_k,
             row_tokens: vec![0; num_rows],
             row_choices: vec![0; num_rows],
-            choice_rows: vec![DROPPED; routing.expert_ids.len()],
+            choice_rows: vec![DROPPED; expert_ids.len()],
             expert_offsets,
         };
-        for (choice, (&expert, &slot)) in routing.expert_ids.iter().zip(&routing.slots).enumerate() {
+        for (choice, (&expert, &slot)) in expert_ids.iter().zip(slots).enumerate() {
             if expert == DROPPED {
                 continue;
             }
             let row = table.expert_offsets[expert as usize] + slot as usize;
-            debug_assert!(row < table.expert_offsets[expert as usize + 1], "slots must be dense inside an expert");
-            table.row_tokens[row] = (choice / routing.top_k) as u32;
+            assert!(row < table.expert_offsets[expert as usize + 1], "slots must be dense inside an expert");
+            table.row_tokens[row] = (choice / top_k) as u32;
             table.row_choices[row] = choice as u32;
             table.choice_rows[choice] = row as u32;
         }

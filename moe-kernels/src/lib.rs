@@ -11,6 +11,7 @@ pub mod attention;
 mod buffer;
 pub mod cross_entropy;
 mod error;
+pub mod expert_mlp;
 pub mod gemm;
 pub mod grouped_linear;
 pub mod layer_norm;

@@ -1,14 +1,33 @@
 //! `cargo xtask bench`: runs the benches of the crates and keeps what they print with machine, commit and command.
 
+mod peers;
+
 use crate::shell::{cargo, command, output, root};
 use anyhow::Result;
 use std::path::PathBuf;
 
 #[derive(clap::Args)]
 pub(crate) struct Args {
-    /// Folder that gets `bench.txt`.
+    /// What to run.
+    #[arg(value_enum, default_value = "layers")]
+    what: What,
+    /// With `kernels`: a Python environment with torch, which does the same work in the same run.
+    #[arg(long, value_name = "VENV")]
+    peers: Option<PathBuf>,
+    /// With `kernels`: only these shapes.
+    #[arg(long, value_name = "NAME", value_delimiter = ',')]
+    shapes: Vec<String>,
+    /// Folder that gets the report.
     #[arg(long, default_value = "runs/bench")]
     out: PathBuf,
+}
+
+#[derive(Clone, Copy, PartialEq, Eq, clap::ValueEnum)]
+enum What {
+    /// A whole MoE layer by each path, and training steps.
+    Layers,
+    /// The experts' products at the shapes of real models, beside the machine's ceilings.
+    Kernels,
 }
 
 fn processor() -> String {
@@ -20,20 +39,40 @@ fn processor() -> String {
     format!("{}, {cores} cores", model.unwrap_or_else(|| "unknown processor".into()))
 }
 
-pub(crate) fn run(args: &Args) -> Result<()> {
+/// Machine, commit, compiler and command: a number without them is a rumour.
+fn header() -> Result<String> {
     let commit = output(&mut command("git", &["describe", "--always", "--dirty"]))?;
     let compiler = output(&mut command("rustc", &["--version"]))?;
-    let table = output(&mut cargo(&["bench", "--quiet", "--package", "moe-models", "--bench", "layers"]))?;
-    let report = format!(
-        "machine: {}\ncommit: {}\ncompiler: {}\ncommand: cargo xtask bench\n\n{table}",
+    let arguments: Vec<String> = std::env::args().skip(1).collect();
+    Ok(format!(
+        "machine: {}\ncommit: {}\ncompiler: {}\ncommand: cargo xtask {}\n\n",
         processor(),
         commit.trim(),
-        compiler.trim()
-    );
-    print!("{report}");
+        compiler.trim(),
+        arguments.join(" ")
+    ))
+}
+
+pub(crate) fn run(args: &Args) -> Result<()> {
     let out = root().join(&args.out);
     std::fs::create_dir_all(&out)?;
-    std::fs::write(out.join("bench.txt"), report)?;
-    println!("\nkept in {}", out.join("bench.txt").display());
+    let (name, report) = match args.what {
+        What::Layers => {
+            anyhow::ensure!(args.peers.is_none() && args.shapes.is_empty(), "--peers and --shapes go with `kernels`");
+            let table = output(&mut cargo(&["bench", "--quiet", "--package", "moe-models", "--bench", "layers"]))?;
+            ("bench.txt", header()? + &table)
+        }
+        What::Kernels => {
+            let mut bench =
+                cargo(&["bench", "--quiet", "--package", "moe-kernels", "--bench", "kernels", "--", "--json"]);
+            let printed = output(bench.args(&args.shapes))?;
+            let comparison = peers::Comparison::new(&printed, args.peers.as_deref(), &args.shapes)?;
+            std::fs::write(out.join("kernels.json"), comparison.json()?)?;
+            ("kernels.txt", header()? + &comparison.text())
+        }
+    };
+    print!("{report}");
+    std::fs::write(out.join(name), report)?;
+    println!("\nkept in {}", out.join(name).display());
     Ok(())
 }

@@ -24,6 +24,11 @@ pub fn activation(activation: Activation, x: &Tensor) -> Result<Tensor> {
     Ok(x.contiguous()?.apply_op1(Elementwise { activation, isa: select::current() })?)
 }
 
+/// [`activation`] of `[rows, width]` values.
+pub(crate) fn apply(isa: Isa, activation: Activation, x: &[f32], width: usize) -> Vec<f32> {
+    Elementwise { activation, isa }.forward(x, width)
+}
+
 /// Elements per task.
 const TASK: usize = 1 << 14;
 /// Elements below which a second thread is not worth waking.

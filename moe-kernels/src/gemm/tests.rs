@@ -250,3 +250,52 @@ fn weights_packed_before_give_the_same_bits() {
         }
     }
 }
+
+proptest::proptest! {
+    #![proptest_config(proptest::prelude::ProptestConfig::with_cases(64))]
+
+    /// Random groups, strides and orientations: every instruction set and number of threads gives the bits of the plain loops,
+    /// and nothing outside the groups is written.
+    #[test]
+    fn random_groups_agree_everywhere(
+        rows in proptest::collection::vec(0usize..40, 1..6),
+        n in 1usize..100,
+        k in 0usize..80,
+        padding in 0usize..5,
+        flip in proptest::prelude::any::<[bool; 2]>(),
+        bf16 in proptest::prelude::any::<bool>(),
+        threads in 1usize..4,
+    ) {
+        let precision = if bf16 { Precision::Bf16 } else { Precision::F32 };
+        let stride = n + padding;
+        let total: usize = rows.iter().sum();
+        let (a, b) = (random(1, total * k), random(2, rows.len() * n * k));
+        let operand = |values, flip: bool, outer: usize| {
+            if flip { Operand::columns(values, outer, k, outer.max(1)) } else { Operand::rows(values, outer, k, k) }
+        };
+        let mut first = 0;
+        let groups: Vec<Group<'_>> = rows.iter().enumerate().map(|(e, &rows)| {
+            first += rows;
+            Group {
+                a: operand(&a[(first - rows) * k..][..rows * k], flip[0], rows),
+                b: operand(&b[e * n * k..][..n * k], flip[1], n).into(),
+                start: Start::Zero,
+                out_offset: (first - rows) * stride,
+                out_stride: stride,
+            }
+        }).collect();
+        let run = |isa, threads| {
+            let pool = rayon::ThreadPoolBuilder::new().num_threads(threads).build().unwrap();
+            let mut out = vec![9.0; total * stride];
+            pool.install(|| gemm(isa, precision, &groups, &mut out));
+            out
+        };
+        let want = run(Isa::Portable, 1);
+        for isa in Isa::available() {
+            proptest::prop_assert_eq!(bits(&run(isa, threads)), bits(&want), "{}", isa);
+        }
+        for row in want.chunks_exact(stride) {
+            proptest::prop_assert!(row[n..].iter().all(|v| *v == 9.0));
+        }
+    }
+}

@@ -62,14 +62,20 @@ fn rows_of(count: usize, width: usize, fill: impl Fn(usize, &mut [f32]) + Sync) 
 }
 
 /// The token of each row, copied.
-fn gather(tokens: &[f32], width: usize, table: &DispatchTable) -> Vec<f32> {
+pub(crate) fn gather(tokens: &[f32], width: usize, table: &DispatchTable) -> Vec<f32> {
     rows_of(table.num_rows(), width, |row, into| {
         into.copy_from_slice(&tokens[table.row_tokens[row] as usize * width..][..width]);
     })
 }
 
 /// For each token the sum over its choices of `weight * row`; weights of 1 if there are none.
-fn sum_choices(isa: Isa, rows: &[f32], weights: Option<&[f32]>, table: &DispatchTable, width: usize) -> Vec<f32> {
+pub(crate) fn sum_choices(
+    isa: Isa,
+    rows: &[f32],
+    weights: Option<&[f32]>,
+    table: &DispatchTable,
+    width: usize,
+) -> Vec<f32> {
     rows_of(table.num_tokens, width, |token, into| {
         isa.vectorize(|| {
             for choice in token * table.top_k..(token + 1) * table.top_k {

@@ -1,0 +1,177 @@
+//! Experts of one layer, forward, at the shapes of real models, beside the machine's ceilings measured in the same run.
+//!
+//! Weights come from memory: several layers are cycled, each call routes anew. Prints a table, and one JSON line per row
+//! with `--json`. `cargo xtask bench kernels` keeps the output and sets peers beside it.
+
+use moe_core::{Activation, CounterRng, DispatchTable};
+use moe_kernels::expert_mlp::PackedExperts;
+use moe_kernels::machine::{self, Peaks};
+use moe_kernels::{Isa, Precision, select};
+use std::time::Instant;
+
+struct Shape {
+    name: &'static str,
+    d_model: usize,
+    d_ff: usize,
+    num_experts: usize,
+    top_k: usize,
+    activation: Activation,
+    /// Layers cycled, so that no cache holds the weights of the next call.
+    layers: usize,
+}
+
+/// 350M-width experts of the paper with 32 and 128 experts; OLMoE-1B-7B; a small Mixtral.
+const SHAPES: [Shape; 4] = [
+    Shape {
+        name: "gpt32",
+        d_model: 1024,
+        d_ff: 4096,
+        num_experts: 32,
+        top_k: 1,
+        activation: Activation::GeluTanh,
+        layers: 2,
+    },
+    Shape {
+        name: "gpt128",
+        d_model: 1024,
+        d_ff: 4096,
+        num_experts: 128,
+        top_k: 1,
+        activation: Activation::GeluTanh,
+        layers: 1,
+    },
+    Shape {
+        name: "olmoe",
+        d_model: 2048,
+        d_ff: 1024,
+        num_experts: 64,
+        top_k: 8,
+        activation: Activation::SwiGlu,
+        layers: 2,
+    },
+    Shape {
+        name: "mixsmall",
+        d_model: 1024,
+        d_ff: 3584,
+        num_experts: 8,
+        top_k: 2,
+        activation: Activation::SwiGlu,
+        layers: 6,
+    },
+];
+const TOKENS: [usize; 5] = [1, 4, 32, 512, 2048];
+
+/// Tokens routed at random to `top_k` different experts each.
+fn route(seed: u64, tokens: usize, shape: &Shape) -> (DispatchTable, usize) {
+    let mut rng = CounterRng::new(seed, 0);
+    let mut expert_ids = Vec::with_capacity(tokens * shape.top_k);
+    for _ in 0..tokens {
+        let start = expert_ids.len();
+        while expert_ids.len() < start + shape.top_k {
+            let expert = rng.below(shape.num_experts as u32);
+            if !expert_ids[start..].contains(&expert) {
+                expert_ids.push(expert);
+            }
+        }
+    }
+    let mut counts = vec![0u32; shape.num_experts];
+    let slots = expert_ids.iter().map(|&e| {
+        counts[e as usize] += 1;
+        counts[e as usize] - 1
+    });
+    let slots: Vec<u32> = slots.collect();
+    let table = DispatchTable::from_slots(tokens, shape.top_k, shape.num_experts, &expert_ids, &slots);
+    (table, counts.iter().filter(|&&c| c > 0).count())
+}
+
+struct Row {
+    seconds: f64,
+    flops: f64,
+    bytes: f64,
+}
+
+/// Median time of one call over several, each with its own routing and the next layer.
+fn measure(shape: &Shape, layers: &[PackedExperts], tokens: usize) -> Row {
+    let x: Vec<f32> = (0..tokens * shape.d_model).map(|i| ((i * 37 % 101) as f32 - 50.0) * 0.01).collect();
+    let weights = vec![1.0 / shape.top_k as f32; tokens * shape.top_k];
+    let calls = if tokens <= 32 { 24 } else { 6 };
+    let mut times = Vec::new();
+    let mut touched = 0;
+    for call in 0..calls + 2 {
+        let (table, experts) = route(call as u64, tokens, shape);
+        let layer = &layers[call % layers.len()];
+        let start = Instant::now();
+        let out = layer.forward(&x, &table, &weights).expect("sizes fit");
+        let seconds = start.elapsed().as_secs_f64();
+        assert!(out.iter().all(|v| v.is_finite()));
+        // The first calls warm up.
+        if call >= 2 {
+            times.push(seconds / experts as f64);
+            touched += experts;
+        }
+    }
+    // Routing varies from call to call: the median is of the time per expert touched.
+    times.sort_by(f64::total_cmp);
+    let experts = touched as f64 / calls as f64;
+    let per_token = 2 * shape.d_model * shape.d_ff * (1 + shape.activation.inputs()) * shape.top_k;
+    Row {
+        seconds: times[times.len() / 2] * experts,
+        flops: (per_token * tokens) as f64,
+        bytes: experts * layers[0].expert_bytes() as f64,
+    }
+}
+
+fn main() {
+    let arguments: Vec<String> = std::env::args().skip(1).filter(|a| a != "--bench").collect();
+    let json = arguments.iter().any(|a| a == "--json");
+    let only: Vec<&String> = arguments.iter().filter(|a| !a.starts_with("--")).collect();
+    if let Ok(name) = std::env::var(select::ENV) {
+        name.parse().and_then(select::force).expect("a known instruction set");
+    }
+    let isa = select::current();
+    let peaks = Peaks::measure();
+    println!("machine: {}; kernels: {isa}", machine::name());
+    println!(
+        "ceilings: {:.1} GB/s read, {:.1} GFLOP/s f32, {:.1} GFLOP/s bf16\n",
+        peaks.read_gbps, peaks.f32_gflops, peaks.bf16_gflops
+    );
+    println!(
+        "{:<10}{:<6}{:>7}{:>11}{:>12}{:>9}{:>10}{:>14}",
+        "shape", "type", "tokens", "ms", "tokens/s", "GB/s", "GFLOP/s", "of ceiling"
+    );
+    for precision in [Precision::Bf16, Precision::F32] {
+        let name = if precision == Precision::F32 { "f32" } else { "bf16" };
+        let rate =
+            if precision == Precision::Bf16 && isa == Isa::Avx512Bf16 { peaks.bf16_gflops } else { peaks.f32_gflops };
+        for shape in SHAPES.iter().filter(|s| only.is_empty() || only.iter().any(|o| *o == s.name)) {
+            let width = shape.d_ff * shape.activation.inputs();
+            let matrix = |len: usize| (0..len).map(|i| ((i * 31 % 97) as f32 - 48.0) * 1e-3).collect::<Vec<f32>>();
+            let (fc_in, fc_out) = (matrix(width * shape.d_model), matrix(shape.d_model * shape.d_ff));
+            let sizes = [shape.num_experts, shape.d_model, shape.d_ff];
+            let layers = (0..shape.layers).map(|_| {
+                PackedExperts::new(isa, precision, shape.activation, sizes, |_| [fc_in.clone(), fc_out.clone()])
+            });
+            let layers: Vec<PackedExperts> = layers.collect::<Result<_, _>>().expect("sizes fit");
+            for tokens in TOKENS {
+                let row = measure(shape, &layers, tokens);
+                let floor = (row.bytes / (peaks.read_gbps * 1e9)).max(row.flops / (rate * 1e9));
+                println!(
+                    "{:<10}{name:<6}{tokens:>7}{:>11.3}{:>12.0}{:>9.1}{:>10.1}{:>13.1}%",
+                    shape.name,
+                    row.seconds * 1e3,
+                    tokens as f64 / row.seconds,
+                    row.bytes / row.seconds / 1e9,
+                    row.flops / row.seconds / 1e9,
+                    100.0 * floor / row.seconds
+                );
+                if json {
+                    let line = serde_json::json!({
+                        "shape": shape.name, "type": name, "tokens": tokens, "seconds": row.seconds,
+                        "weight_bytes": row.bytes, "flops": row.flops, "of_ceiling": floor / row.seconds,
+                    });
+                    println!("json {line}");
+                }
+            }
+        }
+    }
+}

@@ -1,0 +1,118 @@
+//! Our rows of the kernel bench beside those of other programs, measured in the same run.
+
+use crate::shell::{output, root};
+use anyhow::{Context, Result};
+use serde_json::Value;
+use std::fmt::Write as _;
+use std::path::Path;
+use std::process::Command;
+
+/// What was measured, ours and the peers'.
+pub(super) struct Comparison {
+    /// What the bench printed, without its JSON lines.
+    table: String,
+    ours: Vec<Value>,
+    peers: Vec<Value>,
+    /// Versions and threads of the peers.
+    setup: Vec<Value>,
+}
+
+impl Comparison {
+    /// Reads our bench's output and runs the peers of `venv`, if there is one.
+    pub(super) fn new(printed: &str, venv: Option<&Path>, shapes: &[String]) -> Result<Self> {
+        let (json, table): (Vec<&str>, Vec<&str>) = printed.lines().partition(|line| line.starts_with("json "));
+        let ours = json.iter().map(|line| serde_json::from_str(&line["json ".len()..])).collect::<Result<_, _>>()?;
+        let mut lines: Vec<Value> = Vec::new();
+        if let Some(venv) = venv {
+            let python = venv.join("bin/python");
+            anyhow::ensure!(
+                python.exists(),
+                "--peers needs a Python environment, but {} is not there",
+                python.display()
+            );
+            let mut command = Command::new(python);
+            command.arg(root().join("moe-kernels/benches/peers.py")).args(shapes);
+            let printed = output(&mut command)?;
+            let parsed = printed.lines().map(serde_json::from_str).collect::<Result<Vec<_>, _>>();
+            lines = parsed.context("a line of peers.py is not JSON")?;
+        }
+        let (peers, setup) = lines.into_iter().partition(|line| line.get("peer").is_some());
+        Ok(Self { table: table.join("\n") + "\n", ours, peers, setup })
+    }
+
+    /// The fastest peer on the work of one of our rows: its name and seconds.
+    fn best_peer(&self, row: &Value) -> Option<(&str, f64)> {
+        let same = |peer: &&Value| ["shape", "type", "tokens"].iter().all(|key| peer[*key] == row[*key]);
+        let named = self.peers.iter().filter(same).filter_map(|p| Some((p["peer"].as_str()?, p["seconds"].as_f64()?)));
+        named.min_by(|a, b| a.1.total_cmp(&b.1))
+    }
+
+    /// The bench's table, and ours against the best peer.
+    pub(super) fn text(&self) -> String {
+        let mut text = self.table.clone();
+        for setup in &self.setup {
+            let _ = writeln!(text, "\npeers: {setup}");
+        }
+        if !self.peers.is_empty() {
+            let _ = writeln!(
+                text,
+                "{:<10}{:<6}{:>7}{:>11}{:>12}  {:<18}{:>9}",
+                "shape", "type", "tokens", "ours, ms", "best, ms", "peer", "ratio"
+            );
+        }
+        for row in &self.ours {
+            let (Some((peer, theirs)), Some(seconds)) = (self.best_peer(row), row["seconds"].as_f64()) else {
+                continue;
+            };
+            let word = |key: &str| row[key].as_str().unwrap_or_default().to_owned();
+            let _ = writeln!(
+                text,
+                "{:<10}{:<6}{:>7}{:>11.3}{:>12.3}  {peer:<18}{:>8.2}x",
+                word("shape"),
+                word("type"),
+                row["tokens"],
+                seconds * 1e3,
+                theirs * 1e3,
+                theirs / seconds
+            );
+        }
+        text
+    }
+
+    /// Every row.
+    pub(super) fn json(&self) -> Result<String> {
+        let all = serde_json::json!({ "ours": self.ours, "peers": self.peers, "setup": self.setup });
+        Ok(serde_json::to_string_pretty(&all)?)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_best_peer_of_the_same_work_is_found() {
+        let row = |text: &str| serde_json::from_str::<Value>(text).unwrap();
+        let comparison = Comparison {
+            table: "table\n".into(),
+            ours: vec![row(r#"{"shape": "a", "type": "bf16", "tokens": 4, "seconds": 0.001}"#)],
+            peers: vec![
+                row(r#"{"peer": "slow", "shape": "a", "type": "bf16", "tokens": 4, "seconds": 0.004}"#),
+                row(r#"{"peer": "fast", "shape": "a", "type": "bf16", "tokens": 4, "seconds": 0.002}"#),
+                row(r#"{"peer": "other work", "shape": "a", "type": "f32", "tokens": 4, "seconds": 0.0001}"#),
+            ],
+            setup: vec![],
+        };
+        let text = comparison.text();
+        assert!(text.starts_with("table\n") && text.contains("fast") && text.contains("2.00x"), "{text}");
+        assert!(!text.contains("slow") && !text.contains("other work"), "{text}");
+        assert_eq!(row(&comparison.json().unwrap())["peers"].as_array().unwrap().len(), 3);
+    }
+
+    #[test]
+    fn our_lines_are_taken_from_the_output() {
+        let comparison = Comparison::new("head\njson {\"shape\": \"a\"}\ntail\n", None, &[]).unwrap();
+        assert_eq!((comparison.text().as_str(), comparison.ours.len()), ("head\ntail\n", 1));
+        assert!(Comparison::new("json {", None, &[]).is_err());
+    }
+}
