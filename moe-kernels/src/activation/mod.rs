@@ -24,9 +24,9 @@ pub fn activation(activation: Activation, x: &Tensor) -> Result<Tensor> {
     Ok(x.contiguous()?.apply_op1(Elementwise { activation, isa: select::current() })?)
 }
 
-/// [`activation`] of `[rows, width]` values.
-pub(crate) fn apply(isa: Isa, activation: Activation, x: &[f32], width: usize) -> Vec<f32> {
-    Elementwise { activation, isa }.forward(x, width)
+/// [`activation`] of `[rows, width]` values into `[rows, width / inputs]`.
+pub(crate) fn apply_into(isa: Isa, activation: Activation, x: &[f32], width: usize, out: &mut [f32]) {
+    Elementwise { activation, isa }.forward_into(x, width, out);
 }
 
 /// Elements per task.
@@ -71,9 +71,14 @@ impl Elementwise {
 
     /// `[rows, width]` to `[rows, width / inputs]`
     fn forward(&self, x: &[f32], width: usize) -> Vec<f32> {
+        let mut out = vec![0.0; x.len() / self.activation.inputs()];
+        self.forward_into(x, width, &mut out);
+        out
+    }
+
+    fn forward_into(&self, x: &[f32], width: usize, out: &mut [f32]) {
         let (rows, out_width) = (x.len() / width.max(1), width / self.activation.inputs());
-        let mut out = vec![0.0; rows * out_width];
-        let shared = SharedMut::new(&mut out);
+        let shared = SharedMut::new(out);
         self.for_parts(rows, width, |part| {
             let from = &x[part.start * width..part.end * width];
             // SAFETY: parts have rows of their own.
@@ -88,7 +93,6 @@ impl Elementwise {
                 }
             });
         });
-        out
     }
 
     fn backward(&self, x: &[f32], grad: &[f32], width: usize) -> Vec<f32> {

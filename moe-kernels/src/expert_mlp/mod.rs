@@ -5,9 +5,10 @@
 #[cfg(test)]
 mod tests;
 
-use crate::activation::apply;
-use crate::gemm::{Group, Operand, PackedWeights, Start, Weights, gemm_new};
-use crate::permute::{gather, sum_choices};
+use crate::activation::apply_into;
+use crate::buffer::with_scratch_f32;
+use crate::gemm::{Group, Operand, PackedWeights, Start, Weights, gemm};
+use crate::permute::{gather_into, sum_choices};
 use crate::{Error, Isa, Precision, Result};
 use moe_core::{Activation, DispatchTable};
 
@@ -89,25 +90,34 @@ impl PackedExperts {
                 self.fc_in.len()
             )));
         }
-        let rows = gather(tokens, d_model, table);
-        let hidden = self.product(&rows, &self.fc_in, &table.expert_offsets);
-        let hidden = apply(self.isa, self.activation, &hidden, width);
-        let rows = self.product(&hidden, &self.fc_out, &table.expert_offsets);
-        Ok(sum_choices(self.isa, &rows, Some(combine_weights), table, d_model))
+        let (num_rows, d_ff) = (table.num_rows(), width / self.activation.inputs());
+        // Fresh pages for these would cost as much as the products of a few hundred tokens: they are kept from call to call.
+        Ok(with_scratch_f32(num_rows * d_model, |rows| {
+            gather_into(tokens, d_model, table, rows);
+            with_scratch_f32(num_rows * d_ff, |inner| {
+                with_scratch_f32(num_rows * width, |hidden| {
+                    self.product(rows, &self.fc_in, &table.expert_offsets, hidden);
+                    apply_into(self.isa, self.activation, hidden, width, inner);
+                });
+                self.product(inner, &self.fc_out, &table.expert_offsets, rows);
+            });
+            sum_choices(self.isa, rows, Some(combine_weights), table, d_model)
+        }))
     }
 
-    fn product(&self, rows: &[f32], weights: &[PackedWeights], offsets: &[usize]) -> Vec<f32> {
-        let [out, inner] = weights[0].shape();
+    /// Each expert's rows times its matrix, into `out`.
+    fn product(&self, rows: &[f32], weights: &[PackedWeights], offsets: &[usize], out: &mut [f32]) {
+        let [width, inner] = weights[0].shape();
         let groups: Vec<Group<'_>> = (offsets.windows(2).zip(weights))
             .filter(|(pair, _)| pair[1] > pair[0])
             .map(|(pair, packed)| Group {
                 a: Operand::rows(&rows[pair[0] * inner..pair[1] * inner], pair[1] - pair[0], inner, inner),
                 b: Weights::Packed(packed),
                 start: Start::Zero,
-                out_offset: pair[0] * out,
-                out_stride: out,
+                out_offset: pair[0] * width,
+                out_stride: width,
             })
             .collect();
-        gemm_new(self.isa, self.precision, &groups, offsets[offsets.len() - 1] * out)
+        gemm(self.isa, self.precision, &groups, out);
     }
 }

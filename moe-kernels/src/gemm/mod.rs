@@ -185,8 +185,13 @@ impl Group<'_> {
     fn out_end(&self) -> usize {
         self.out_offset + (self.m() - 1) * self.out_stride + self.n()
     }
+    /// Tiles of A. Their sizes change no result.
     fn tiles(&self) -> usize {
-        self.m().div_ceil(TILE_ROWS)
+        self.m().div_ceil(self.tile_rows())
+    }
+    /// Rows of each tile but the last: even ones, because a tile of a few rows takes as long as one of several.
+    fn tile_rows(&self) -> usize {
+        self.m().div_ceil(self.m().div_ceil(TILE_ROWS).max(1)).max(1)
     }
     fn panels(&self) -> usize {
         self.n().div_ceil(PANEL_COLS)
@@ -393,8 +398,8 @@ fn pack_operands(isa: Isa, plan: &Plan, groups: &[Group<'_>], least: usize, a_wo
             let (g, first) = plan.pack_a[index - plan.pack_b.len()];
             let words = plan.a_format.words(groups[g].k());
             for tile in first..(first + PACK_UNITS).min(groups[g].tiles()) {
-                let row = tile * TILE_ROWS;
-                let rows = TILE_ROWS.min(groups[g].m() - row);
+                let row = tile * groups[g].tile_rows();
+                let rows = groups[g].tile_rows().min(groups[g].m() - row);
                 // SAFETY: `plan` gives each tile of each group a part of its own.
                 let to = unsafe { a.slice(plan.a_starts[g] + row * words, rows * words) };
                 pack::pack(isa, plan.a_format, &groups[g].a, row, rows, to);
@@ -406,6 +411,7 @@ fn pack_operands(isa: Isa, plan: &Plan, groups: &[Group<'_>], least: usize, a_wo
 /// One block of tiles times one block of panels, over all of `p`.
 fn run_task(isa: Isa, plan: &Plan, group: &Group<'_>, task: Task, a: &[u32], b: &[u32], out: SharedMut<f32>) {
     let (a_words, b_words) = (plan.a_format.words(group.k()), plan.b_format.words(group.k()));
+    let tile_rows = group.tile_rows();
     let tiles = task.first_tile..(task.first_tile + TASK_TILES).min(group.tiles());
     let panels = task.first_panel..(task.first_panel + TASK_PANELS).min(group.panels());
     // With one tile nothing of B is read twice: go through it in one sweep, several panels side by side.
@@ -415,14 +421,20 @@ fn run_task(isa: Isa, plan: &Plan, group: &Group<'_>, task: Task, a: &[u32], b: 
         let steps = block.min(b_words - start);
         let mut panel = panels.start;
         while panel < panels.end {
-            let rows = TILE_ROWS.min(group.m() - tiles.start * TILE_ROWS);
+            let rows = tile_rows.min(group.m() - tiles.start * tile_rows);
             let wide = if tiles.len() == 1 { micro::panels_at_once(rows).min(panels.end - panel) } else { 1 };
             let wide = if wide == 3 { 2 } else { wide };
+            // What is multiplied after this: the same part of the next panel, or the next part of the first.
+            let next = if panel + wide < panels.end {
+                (wide * PANEL_COLS * b_words) as isize
+            } else {
+                (block * PANEL_COLS) as isize - ((panel - panels.start) * PANEL_COLS * b_words) as isize
+            };
             let col = panel * PANEL_COLS;
             let cols = (wide * PANEL_COLS).min(group.n() - col);
             for tile in tiles.clone() {
-                let row = tile * TILE_ROWS;
-                let rows = TILE_ROWS.min(group.m() - row);
+                let row = tile * tile_rows;
+                let rows = tile_rows.min(group.m() - row);
                 let a_start = row * a_words + start * a_per_b * rows;
                 let begin = match group.start {
                     Start::Bias(bias) if start == 0 => Start::Bias(&bias[col..col + cols]),
@@ -441,6 +453,7 @@ fn run_task(isa: Isa, plan: &Plan, group: &Group<'_>, task: Task, a: &[u32], b: 
                         a: &a[a_start..a_start + steps * a_per_b * rows],
                         b: &b[panel * PANEL_COLS * b_words + start * PANEL_COLS..],
                         panel_stride: PANEL_COLS * b_words,
+                        next,
                         out: out.at(to),
                         out_stride: group.out_stride,
                         start: begin,

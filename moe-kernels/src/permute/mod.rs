@@ -48,24 +48,31 @@ const TASK_ROWS: usize = 64;
 /// Elements below which a second thread is not worth waking.
 const LEAST_WORK: usize = 1 << 16;
 
-/// Fills `[count, width]` row by row, in parallel; `fill` gets the number of a row and its zeroed elements.
-fn rows_of(count: usize, width: usize, fill: impl Fn(usize, &mut [f32]) + Sync) -> Vec<f32> {
-    let mut out = vec![0.0; count * width];
-    let shared = SharedMut::new(&mut out);
-    parallel::for_each_if(count * width, LEAST_WORK, count.div_ceil(TASK_ROWS), |task| {
+/// Fills `out` `[rows, width]` row by row, in parallel; `fill` gets the number of a row and its elements.
+fn fill_rows(out: &mut [f32], width: usize, fill: impl Fn(usize, &mut [f32]) + Sync) {
+    let count = out.len() / width.max(1);
+    let len = out.len();
+    let shared = SharedMut::new(out);
+    parallel::for_each_if(len, LEAST_WORK, count.div_ceil(TASK_ROWS), |task| {
         for row in task * TASK_ROWS..((task + 1) * TASK_ROWS).min(count) {
             // SAFETY: each row belongs to one task.
             fill(row, unsafe { shared.slice(row * width, width) });
         }
     });
+}
+
+/// A new `[count, width]` buffer, filled as by [`fill_rows`]; `fill` gets zeroed elements.
+fn rows_of(count: usize, width: usize, fill: impl Fn(usize, &mut [f32]) + Sync) -> Vec<f32> {
+    let mut out = vec![0.0; count * width];
+    fill_rows(&mut out, width, fill);
     out
 }
 
-/// The token of each row, copied.
-pub(crate) fn gather(tokens: &[f32], width: usize, table: &DispatchTable) -> Vec<f32> {
-    rows_of(table.num_rows(), width, |row, into| {
+/// The token of each row, copied into `out` `[rows, width]`.
+pub(crate) fn gather_into(tokens: &[f32], width: usize, table: &DispatchTable, out: &mut [f32]) {
+    fill_rows(out, width, |row, into| {
         into.copy_from_slice(&tokens[table.row_tokens[row] as usize * width..][..width]);
-    })
+    });
 }
 
 /// For each token the sum over its choices of `weight * row`; weights of 1 if there are none.
@@ -101,7 +108,8 @@ impl CustomOp1 for Permute {
 
     fn cpu_fwd(&self, s: &CpuStorage, l: &Layout) -> candle_core::Result<(CpuStorage, Shape)> {
         let (_, width) = l.shape().dims2()?;
-        let rows = gather(host::elements(s, l)?, width, &self.0);
+        let mut rows = vec![0.0; self.0.num_rows() * width];
+        gather_into(host::elements(s, l)?, width, &self.0, &mut rows);
         Ok((CpuStorage::F32(rows), Shape::from((self.0.num_rows(), width))))
     }
 

@@ -3,7 +3,7 @@
 use super::{Format, PANEL_COLS, Start, Tile};
 use std::arch::x86_64::*;
 
-/// Bytes of B fetched ahead of the sweep over several panels.
+/// Words of B fetched ahead in the sweep over several panels, where each is read once.
 const AHEAD_WORDS: usize = 512;
 
 /// # Safety
@@ -83,6 +83,8 @@ unsafe fn load_b<const VECTORS: usize>(tile: &Tile<'_>, step: usize, vector: usi
         let from = tile.b.as_ptr().add(at);
         if VECTORS > 2 {
             _mm_prefetch::<_MM_HINT_T0>(from.wrapping_add(AHEAD_WORDS).cast());
+        } else {
+            _mm_prefetch::<_MM_HINT_T1>(from.wrapping_offset(tile.next).cast());
         }
         _mm512_loadu_si512(from.cast())
     }

@@ -27,6 +27,8 @@ pub(super) struct Tile<'a> {
     /// `[steps][32]` at each multiple of `panel_stride`.
     pub(super) b: &'a [u32],
     pub(super) panel_stride: usize,
+    /// Words from B to what the next call of another B will read: fetched ahead, and need not exist.
+    pub(super) next: isize,
     /// `[rows, cols]` with `out_stride` between rows.
     pub(super) out: *mut f32,
     pub(super) out_stride: usize,
