@@ -57,6 +57,12 @@ impl Isa {
         }
     }
 
+    /// Panics unless this machine can run it: the door of every function that takes a set.
+    #[track_caller]
+    pub(crate) fn require(self) {
+        assert!(self.is_available(), "this machine cannot run {self} kernels; choose one of Isa::available()");
+    }
+
     /// The fastest for this machine.
     ///
     /// Not always the strongest: `vdpbf16ps` has twice the rate of an f32 multiply-add on AMD's Zen 4, but half of it

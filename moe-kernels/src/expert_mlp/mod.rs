@@ -27,7 +27,7 @@ impl PackedExperts {
     /// before up for SwiGLU, and `fc_out` `[d_model, d_ff]`, row-major.
     ///
     /// # Errors
-    /// [`Error::Argument`] if there is no expert or a matrix has another size.
+    /// [`Error::Argument`] if there is no expert or a matrix has another size, or this machine cannot run `isa`.
     pub fn new(
         isa: Isa,
         precision: Precision,
@@ -38,6 +38,11 @@ impl PackedExperts {
         if num_experts == 0 || d_model == 0 || d_ff == 0 {
             return Err(Error::Argument(format!(
                 "num_experts, d_model and d_ff must be at least 1, got {num_experts}, {d_model}, {d_ff}"
+            )));
+        }
+        if !isa.is_available() {
+            return Err(Error::Argument(format!(
+                "this machine cannot run {isa} kernels; choose one of Isa::available()"
             )));
         }
         let mut packed = Self { fc_in: Vec::new(), fc_out: Vec::new(), activation, isa, precision };

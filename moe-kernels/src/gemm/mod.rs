@@ -127,7 +127,11 @@ pub struct PackedWeights {
 
 impl PackedWeights {
     /// Packs an `[n, k]` operand, on all threads.
+    ///
+    /// # Panics
+    /// If this machine cannot run `isa`.
     pub fn new(isa: Isa, precision: Precision, weights: &Operand<'_>) -> Self {
+        isa.require();
         let words_per_col = Format::of_b(precision).words(weights.inner);
         let panels = weights.outer.div_ceil(PANEL_COLS);
         let mut words = buffer::Words::zeros(panels * PANEL_COLS * words_per_col);
@@ -304,8 +308,9 @@ impl Plan {
 /// Computes every group's product into `out`; elements of `out` outside the groups stay as they are.
 ///
 /// # Panics
-/// If a group's operands disagree in `k`, its bias has not `n` entries, or the groups' parts of `out` overlap or leave it.
+/// If this machine cannot run `isa`, a group's operands disagree in `k`, its bias has not `n` entries, or the groups' parts of `out` overlap or leave it.
 pub fn gemm(isa: Isa, precision: Precision, groups: &[Group<'_>], out: &mut [f32]) {
+    isa.require();
     check(precision, groups, out.len());
     // SAFETY: `out` is borrowed for the whole call, and the groups' parts of it do not overlap.
     unsafe { run(isa, precision, groups, SharedMut::new(out), true) }
@@ -316,6 +321,7 @@ pub fn gemm(isa: Isa, precision: Precision, groups: &[Group<'_>], out: &mut [f32
 /// # Panics
 /// As [`gemm`]; or if the groups do not cover the buffer, or one of them starts from it.
 pub fn gemm_new(isa: Isa, precision: Precision, groups: &[Group<'_>], len: usize) -> Vec<f32> {
+    isa.require();
     let covered: usize = groups.iter().map(|g| g.m() * g.n()).sum();
     assert!(covered == len, "groups of {covered} elements must cover the {len} of the output");
     assert!(groups.iter().all(|g| !matches!(g.start, Start::Output)), "a new output has nothing to start from");
