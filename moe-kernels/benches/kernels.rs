@@ -4,8 +4,9 @@
 //! with `--json`. `cargo xtask bench kernels` keeps the output and sets peers beside it.
 
 use moe_core::{Activation, CounterRng, DispatchTable};
-use moe_kernels::expert_mlp::PackedExperts;
+use moe_kernels::expert_mlp::{PackedExperts, WeightFormat};
 use moe_kernels::machine::{self, Peaks};
+use moe_kernels::quantized::QuantFormat;
 use moe_kernels::{Isa, Precision, select};
 use std::time::Instant;
 
@@ -121,6 +122,18 @@ fn measure(shape: &Shape, layers: &[PackedExperts], tokens: usize) -> Row {
     }
 }
 
+/// What weights are kept as, and the rate of the multipliers on it in 10^9 operations per second.
+fn formats(isa: Isa, peaks: &Peaks) -> [(&'static str, WeightFormat, f64); 4] {
+    let bf16 = if isa == Isa::Avx512Bf16 { peaks.bf16_gflops } else { peaks.f32_gflops };
+    let int8 = if isa >= Isa::Avx512 { peaks.int8_gops } else { 0.0 };
+    [
+        ("bf16", Precision::Bf16.into(), bf16),
+        ("f32", Precision::F32.into(), peaks.f32_gflops),
+        ("int8", QuantFormat::Int8.into(), int8),
+        ("int4", QuantFormat::INT4.into(), int8),
+    ]
+}
+
 fn main() {
     let arguments: Vec<String> = std::env::args().skip(1).filter(|a| a != "--bench").collect();
     let json = arguments.iter().any(|a| a == "--json");
@@ -132,29 +145,26 @@ fn main() {
     let peaks = Peaks::measure();
     println!("machine: {}; kernels: {isa}", machine::name());
     println!(
-        "ceilings: {:.1} GB/s read, {:.1} GFLOP/s f32, {:.1} GFLOP/s bf16\n",
-        peaks.read_gbps, peaks.f32_gflops, peaks.bf16_gflops
+        "ceilings: {:.1} GB/s read, {:.1} GFLOP/s f32, {:.1} GFLOP/s bf16, {:.1} GOP/s int8\n",
+        peaks.read_gbps, peaks.f32_gflops, peaks.bf16_gflops, peaks.int8_gops
     );
     println!(
         "{:<10}{:<6}{:>7}{:>11}{:>12}{:>9}{:>10}{:>14}",
         "shape", "type", "tokens", "ms", "tokens/s", "GB/s", "GFLOP/s", "of ceiling"
     );
-    for precision in [Precision::Bf16, Precision::F32] {
-        let name = if precision == Precision::F32 { "f32" } else { "bf16" };
-        let rate =
-            if precision == Precision::Bf16 && isa == Isa::Avx512Bf16 { peaks.bf16_gflops } else { peaks.f32_gflops };
+    for (name, format, rate) in formats(isa, &peaks) {
         for shape in SHAPES.iter().filter(|s| only.is_empty() || only.iter().any(|o| *o == s.name)) {
             let width = shape.d_ff * shape.activation.inputs();
             let matrix = |len: usize| (0..len).map(|i| ((i * 31 % 97) as f32 - 48.0) * 1e-3).collect::<Vec<f32>>();
             let (fc_in, fc_out) = (matrix(width * shape.d_model), matrix(shape.d_model * shape.d_ff));
             let sizes = [shape.num_experts, shape.d_model, shape.d_ff];
-            let layers = (0..shape.layers).map(|_| {
-                PackedExperts::new(isa, precision, shape.activation, sizes, |_| [fc_in.clone(), fc_out.clone()])
-            });
+            let layers = (0..shape.layers)
+                .map(|_| PackedExperts::new(isa, format, shape.activation, sizes, |_| [fc_in.clone(), fc_out.clone()]));
             let layers: Vec<PackedExperts> = layers.collect::<Result<_, _>>().expect("sizes fit");
             for tokens in TOKENS {
                 let row = measure(shape, &layers, tokens);
-                let floor = (row.bytes / (peaks.read_gbps * 1e9)).max(row.flops / (rate * 1e9));
+                let compute = if rate > 0.0 { row.flops / (rate * 1e9) } else { 0.0 };
+                let floor = (row.bytes / (peaks.read_gbps * 1e9)).max(compute);
                 println!(
                     "{:<10}{name:<6}{tokens:>7}{:>11.3}{:>12.0}{:>9.1}{:>10.1}{:>13.1}%",
                     shape.name,

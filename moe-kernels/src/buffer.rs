@@ -64,6 +64,12 @@ pub(crate) fn with_scratch<R>(len: usize, body: impl FnOnce(&mut [u32]) -> R) ->
     result
 }
 
+/// The words as f32.
+pub(crate) fn as_f32(words: &[u32]) -> &[f32] {
+    // SAFETY: both are 4 bytes of the same alignment, and every bit pattern is an f32.
+    unsafe { std::slice::from_raw_parts(words.as_ptr().cast(), words.len()) }
+}
+
 /// [`with_scratch`] as f32.
 pub(crate) fn with_scratch_f32<R>(len: usize, body: impl FnOnce(&mut [f32]) -> R) -> R {
     with_scratch(len, |words| {

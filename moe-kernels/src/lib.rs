@@ -19,6 +19,7 @@ pub mod machine;
 pub mod ops;
 pub mod parallel;
 pub mod permute;
+pub mod quantized;
 pub mod select;
 
 pub use buffer::Words;

@@ -26,6 +26,11 @@ fn main() -> ExitCode {
     } else {
         println!("bf16       widened to f32: no vdpbf16ps here");
     }
+    if peaks.int8_gops > 0.0 {
+        println!("int8       {:>8.1} GOP/s from registers (vpdpbusd)", peaks.int8_gops);
+    } else {
+        println!("int8       widened to 16 bits: no vpdpbusd here");
+    }
     println!("memory     {:>8.1} GB/s read", peaks.read_gbps);
     ExitCode::SUCCESS
 }

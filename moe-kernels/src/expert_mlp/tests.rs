@@ -25,6 +25,33 @@ fn f32s(tensor: &Tensor) -> Vec<f32> {
     values(tensor).iter().map(|&v| v as f32).collect()
 }
 
+/// The weights `[experts, out, in]` that a format keeps of these; floats are left as they are.
+fn kept(weights: &Tensor, format: WeightFormat) -> Tensor {
+    let WeightFormat::Quantized(format) = format else { return weights.clone() };
+    let (experts, out, inner) = weights.dims3().unwrap();
+    let one = |e| QuantizedWeights::new(format, &f32s(&weights.get(e).unwrap()), [out, inner]).unwrap().dequantize();
+    let all: Vec<f32> = (0..experts).flat_map(one).collect();
+    Tensor::from_vec(all, weights.shape(), &Device::Cpu).unwrap()
+}
+
+/// The layer's parts of `moe-core` in f64.
+fn reference(
+    x: &Tensor,
+    [fc_in, fc_out]: [&Tensor; 2],
+    combine: &Tensor,
+    activation: Activation,
+    table: &DispatchTable,
+) -> Tensor {
+    let wide = |t: &Tensor| t.to_dtype(DType::F64).unwrap();
+    let weights = MlpWeights { fc_in: wide(fc_in), fc_in_bias: None, fc_out: wide(fc_out), fc_out_bias: None };
+    let ops: Arc<dyn MoeOps> = Arc::new(CandleOps);
+    let mlps = ExpertMlps::with_ops(weights, activation, Arc::clone(&ops)).unwrap();
+    let shared = Arc::new(table.clone());
+    let rows = ops.permute(&wide(x), &shared).unwrap();
+    let rows = mlps.forward(ExpertRows { rows, offsets: table.expert_offsets.clone() }).unwrap().rows;
+    ops.unpermute(&rows, &wide(combine), &shared).unwrap()
+}
+
 #[test]
 fn packed_experts_equal_the_reference() {
     for activation in [Activation::GeluTanh, Activation::SwiGlu] {
@@ -36,20 +63,19 @@ fn packed_experts_equal_the_reference() {
             let combine = random(4, &[tokens, top_k], 1.0, DType::F32);
             let table = table(tokens, experts, top_k);
 
-            let wide = |t: &Tensor| t.to_dtype(DType::F64).unwrap();
-            let weights =
-                MlpWeights { fc_in: wide(&fc_in), fc_in_bias: None, fc_out: wide(&fc_out), fc_out_bias: None };
-            let ops: Arc<dyn MoeOps> = Arc::new(CandleOps);
-            let mlps = ExpertMlps::with_ops(weights, activation, Arc::clone(&ops)).unwrap();
-            let shared = Arc::new(table.clone());
-            let rows = ops.permute(&wide(&x), &shared).unwrap();
-            let rows = mlps.forward(ExpertRows { rows, offsets: table.expert_offsets.clone() }).unwrap().rows;
-            let want = ops.unpermute(&rows, &wide(&combine), &shared).unwrap();
-
+            let want =
+                |format| reference(&x, [&kept(&fc_in, format), &kept(&fc_out, format)], &combine, activation, &table);
             for isa in Isa::available() {
-                for (precision, tolerance) in [(Precision::F32, 1e-5), (Precision::Bf16, 4e-2)] {
+                // Against the weights that the format keeps: what is left is the rounding of the inputs.
+                let formats = [
+                    (WeightFormat::from(Precision::F32), 1e-5),
+                    (Precision::Bf16.into(), 4e-2),
+                    (QuantFormat::Int8.into(), 0.15),
+                    (QuantFormat::INT4.into(), 0.15),
+                ];
+                for (format, tolerance) in formats {
                     let one = |t: &Tensor, e: usize| f32s(&t.get(e).unwrap());
-                    let packed = PackedExperts::new(isa, precision, activation, [experts, d_model, d_ff], |e| {
+                    let packed = PackedExperts::new(isa, format, activation, [experts, d_model, d_ff], |e| {
                         [one(&fc_in, e), one(&fc_out, e)]
                     })
                     .unwrap();
@@ -57,9 +83,9 @@ fn packed_experts_equal_the_reference() {
                     let got = Tensor::from_vec(got, (tokens, d_model), &Device::Cpu).unwrap();
                     assert_close(
                         &got,
-                        &want,
+                        &want(format),
                         tolerance,
-                        &format!("{isa} {precision:?} {activation:?} {tokens} tokens"),
+                        &format!("{isa} {format:?} {activation:?} {tokens} tokens"),
                     );
                     assert!(packed.forward(&[1.0], &table, &f32s(&combine)).is_err());
                 }

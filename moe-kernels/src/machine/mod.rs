@@ -5,7 +5,7 @@
 #[cfg(target_arch = "x86_64")]
 mod x86;
 
-use crate::{Isa, Words, parallel};
+use crate::{Words, parallel};
 use std::time::Instant;
 
 /// Measured ceilings of one machine, on the threads of the current rayon pool.
@@ -18,6 +18,8 @@ pub struct Peaks {
     pub f32_gflops: f64,
     /// Dot products of bf16 pairs from registers (`vdpbf16ps`); 0 where the machine has none.
     pub bf16_gflops: f64,
+    /// Dot products of four pairs of bytes from registers (`vpdpbusd`), 10^9 operations per second; 0 where the machine has none.
+    pub int8_gops: f64,
     /// Reading memory that no cache holds, 10^9 bytes per second.
     pub read_gbps: f64,
 }
@@ -26,7 +28,13 @@ impl Peaks {
     /// Measures them, best of a few repetitions each.
     pub fn measure() -> Self {
         let threads = rayon::current_num_threads();
-        Self { threads, f32_gflops: multiplier(Isa::Avx2), bf16_gflops: multiplier(Isa::Avx512Bf16), read_gbps: read() }
+        Self {
+            threads,
+            f32_gflops: multiplier(Unit::F32),
+            bf16_gflops: multiplier(Unit::Bf16),
+            int8_gops: multiplier(Unit::Int8),
+            read_gbps: read(),
+        }
     }
 }
 
@@ -43,26 +51,29 @@ pub fn name() -> String {
 /// Repetitions of each measurement; the best counts.
 const REPETITIONS: usize = 5;
 
-/// Operations per second of the multiplier that `least` stands for, over all threads.
-fn multiplier(least: Isa) -> f64 {
+/// A kind of multiplier.
+#[derive(Debug, Clone, Copy)]
+enum Unit {
+    F32,
+    Bf16,
+    Int8,
+}
+
+/// 10^9 operations per second of one kind of multiplier, over all threads.
+fn multiplier(unit: Unit) -> f64 {
     #[cfg(target_arch = "x86_64")]
     {
         const ROUNDS: usize = 1_000_000;
-        let wants_pairs = least == Isa::Avx512Bf16;
-        let strongest = Isa::available().pop().unwrap_or(Isa::Portable);
-        if strongest < least {
-            return 0.0;
-        }
         let rate = || {
             let start = Instant::now();
-            let operations: Vec<f64> = rayon::broadcast(|_| x86::multiply(strongest, wants_pairs, ROUNDS));
+            let operations: Vec<f64> = rayon::broadcast(|_| x86::multiply(unit, ROUNDS));
             operations.iter().sum::<f64>() / start.elapsed().as_secs_f64() / 1e9
         };
         (0..REPETITIONS).map(|_| rate()).fold(0.0, f64::max)
     }
     #[cfg(not(target_arch = "x86_64"))]
     {
-        let _ = least;
+        let _ = unit;
         0.0
     }
 }

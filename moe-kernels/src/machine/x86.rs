@@ -1,5 +1,6 @@
 //! Multiply-adds from registers, as many chains as the hardware can overlap.
 
+use super::Unit;
 use crate::Isa;
 use std::arch::x86_64::*;
 use std::hint::black_box;
@@ -7,16 +8,20 @@ use std::hint::black_box;
 /// Independent chains.
 const CHAINS: usize = 12;
 
-/// Runs `rounds` of 12 multiply-adds; returns the operations done.
-pub(super) fn multiply(isa: Isa, pairs: bool, rounds: usize) -> f64 {
-    let lanes = match isa {
-        Isa::Portable => return 0.0,
-        // SAFETY: `isa` is one that this machine can run.
-        Isa::Avx2 => unsafe { avx2(rounds) },
-        // SAFETY: as above; pairs are asked for only where the machine multiplies them.
-        Isa::Avx512Bf16 if pairs => unsafe { avx512_pairs(rounds) },
+/// Runs `rounds` of 12 multiply-adds on the widest `unit` of this machine; returns the operations done, 0 without one.
+pub(super) fn multiply(unit: Unit, rounds: usize) -> f64 {
+    let strongest = Isa::available().pop().unwrap_or(Isa::Portable);
+    let lanes = match (unit, strongest) {
+        (Unit::F32, Isa::Portable) => return 0.0,
+        // SAFETY: this machine can run `strongest`.
+        (Unit::F32, Isa::Avx2) => unsafe { avx2(rounds) },
         // SAFETY: as above.
-        Isa::Avx512 | Isa::Avx512Bf16 => unsafe { avx512(rounds) },
+        (Unit::F32, _) => unsafe { avx512(rounds) },
+        // SAFETY: as above.
+        (Unit::Bf16, Isa::Avx512Bf16) => unsafe { avx512_pairs(rounds) },
+        // SAFETY: the machine has the instructions.
+        (Unit::Int8, _) if is_x86_feature_detected!("avx512vnni") => unsafe { avx512_bytes(rounds) },
+        _ => return 0.0,
     };
     (rounds * CHAINS * lanes * 2) as f64
 }
@@ -59,4 +64,17 @@ unsafe fn avx512_pairs(rounds: usize) -> usize {
     }
     black_box(sums);
     32
+}
+
+#[target_feature(enable = "avx512f,avx512vnni")]
+unsafe fn avx512_bytes(rounds: usize) -> usize {
+    let factor = black_box(_mm512_set1_epi32(1));
+    let mut sums = [_mm512_setzero_si512(); CHAINS];
+    for _ in 0..rounds {
+        for sum in &mut sums {
+            *sum = _mm512_dpbusd_epi32(*sum, factor, factor);
+        }
+    }
+    black_box(sums);
+    64
 }

@@ -1,0 +1,176 @@
+use super::*;
+use moe_core::CounterRng;
+use proptest::prelude::*;
+
+fn random(seed: u64, len: usize) -> Vec<f32> {
+    let mut rng = CounterRng::new(seed, 0);
+    (0..len).map(|_| rng.below(2001) as f32 * 1e-3 - 1.0).collect()
+}
+
+const FORMATS: [QuantFormat; 4] =
+    [QuantFormat::Int8, QuantFormat::INT4, QuantFormat::Int4 { group_size: 64 }, QuantFormat::Int4 { group_size: 128 }];
+
+#[test]
+fn every_isa_gives_the_bits_of_the_plain_loops() {
+    // Rows of each group (idle and full ones too), outputs, inputs.
+    let cases: [(&[usize], usize, usize); 7] = [
+        (&[1], 1, 1),
+        (&[0, 1, 0], 33, 31),
+        (&[12, 13, 1], 31, 33),
+        (&[2, 3, 4, 5, 6], 130, 65),
+        (&[7, 8, 9, 10, 11], 64, 128),
+        (&[30, 0, 0], 65, 257),
+        (&[0, 0], 5, 7),
+    ];
+    for format in FORMATS {
+        for (rows, n, k) in cases {
+            let weights: Vec<QuantizedWeights> = (0..rows.len())
+                .map(|g| QuantizedWeights::new(format, &random(g as u64, n * k), [n, k]).unwrap())
+                .collect();
+            let total: usize = rows.iter().sum();
+            let (x, bias) = (random(7, total * k), random(8, n));
+            let mut first = 0;
+            let groups: Vec<QuantGroup<'_>> = (rows.iter().zip(&weights).enumerate())
+                .map(|(g, (&m, weights))| {
+                    let at = first;
+                    first += m;
+                    let bias = (g % 2 == 0).then_some(bias.as_slice());
+                    QuantGroup { rows: &x[at * k..first * k], weights, bias, out_offset: at * n }
+                })
+                .collect();
+            let mut want = vec![0.0; total * n];
+            quantized_gemm_reference(&groups, &mut want);
+            for isa in Isa::available() {
+                let mut got = vec![f32::NAN; total * n];
+                quantized_gemm(isa, &groups, &mut got);
+                assert_eq!(got, want, "{isa} {format:?} {rows:?} {n}x{k}");
+            }
+        }
+    }
+}
+
+#[test]
+fn products_are_those_of_the_weights_within_the_formats_error() {
+    let (m, n, k) = (9, 40, 256);
+    let (x, w) = (random(1, m * k), random(2, n * k));
+    for (format, bound) in [(QuantFormat::Int8, 0.01), (QuantFormat::INT4, 0.12)] {
+        let weights = QuantizedWeights::new(format, &w, [n, k]).unwrap();
+        let mut out = vec![0.0; m * n];
+        quantized_gemm(
+            Isa::fastest(),
+            &[QuantGroup { rows: &x, weights: &weights, bias: None, out_offset: 0 }],
+            &mut out,
+        );
+        let (mut error, mut size) = (0.0, 0.0);
+        for i in 0..m {
+            for j in 0..n {
+                let exact: f64 = (0..k).map(|p| f64::from(x[i * k + p]) * f64::from(w[j * k + p])).sum();
+                error += (f64::from(out[i * n + j]) - exact).powi(2);
+                size += exact.powi(2);
+            }
+        }
+        let relative = (error / size).sqrt();
+        assert!(relative < bound && relative > 0.0, "{format:?}: {relative}");
+    }
+}
+
+#[test]
+fn dequantized_weights_are_the_nearest_of_their_scale() {
+    let (n, k) = (33, 70);
+    let w = random(3, n * k);
+    for format in FORMATS {
+        let weights = QuantizedWeights::new(format, &w, [n, k]).unwrap();
+        for (at, (q, w)) in weights.dequantize().iter().zip(&w).enumerate() {
+            let scale = weights.value(at / k, at % k).1.abs();
+            // The positive end of 4 bits is one step short, and a scale rounded to bf16 may be 0.4 % too small for 8 steps.
+            let steps = if format == QuantFormat::Int8 { 0.5001 } else { 1.04 };
+            assert!((q - w).abs() <= steps * scale, "{format:?}: {q} for {w} with scale {scale}");
+        }
+    }
+    let int4 = QuantizedWeights::new(QuantFormat::INT4, &random(4, 64 * 256), [64, 256]).unwrap();
+    assert_eq!(int4.bytes() * 8, 64 * 256 * 9 / 2, "4.5 bits per weight");
+}
+
+#[test]
+fn zeros_and_tiny_values_stay_finite_and_bad_ones_show() {
+    for format in FORMATS {
+        let mut w = random(5, 4 * 64);
+        w[..64].fill(0.0);
+        w[64..128].fill(1e-42);
+        let weights = QuantizedWeights::new(format, &w, [4, 64]).unwrap();
+        let mut x = random(6, 5 * 64);
+        x[..64].fill(0.0);
+        x[64..128].fill(-1e-42);
+        x[2 * 64 + 3] = f32::INFINITY;
+        x[3 * 64 + 63] = f32::NAN;
+        for isa in Isa::available() {
+            let mut out = vec![0.0; 5 * 4];
+            quantized_gemm(isa, &[QuantGroup { rows: &x, weights: &weights, bias: None, out_offset: 0 }], &mut out);
+            assert_eq!(out[..4], [0.0; 4], "{isa} {format:?}");
+            assert!(out[4..8].iter().all(|v| v.is_finite()) && out[16..].iter().all(|v| v.is_finite()));
+            assert!(out[8..16].iter().all(|v| v.is_nan()), "{isa} {format:?}: {out:?}");
+        }
+    }
+}
+
+#[test]
+fn a_row_does_not_depend_on_its_batch_nor_on_the_threads() {
+    let (m, n, k) = (29, 96, 160);
+    let x = random(9, m * k);
+    for format in FORMATS {
+        let weights = QuantizedWeights::new(format, &random(10, n * k), [n, k]).unwrap();
+        let run = |rows: &[f32]| {
+            let mut out = vec![0.0; rows.len() / k * n];
+            quantized_gemm(
+                Isa::fastest(),
+                &[QuantGroup { rows, weights: &weights, bias: None, out_offset: 0 }],
+                &mut out,
+            );
+            out
+        };
+        let all = run(&x);
+        for row in 0..m {
+            assert_eq!(run(&x[row * k..][..k]), all[row * n..][..n], "{format:?} row {row}");
+        }
+        for threads in [1, 2, 3, 5] {
+            let pool = rayon::ThreadPoolBuilder::new().num_threads(threads).build().unwrap();
+            assert_eq!(pool.install(|| run(&x)), all, "{format:?} {threads} threads");
+        }
+    }
+}
+
+#[test]
+fn bad_arguments_are_refused() {
+    let of = |format, weights: &[f32], shape| QuantizedWeights::new(format, weights, shape).unwrap_err().to_string();
+    assert!(of(QuantFormat::Int8, &[1.0; 5], [2, 3]).contains("2 x 3"));
+    assert!(of(QuantFormat::Int8, &[1.0, f32::NAN], [1, 2]).contains("weights[0, 1]"));
+    for group_size in [0, 33, 32768] {
+        assert!(of(QuantFormat::Int4 { group_size }, &[1.0; 2], [1, 2]).contains("group_size"));
+    }
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig::with_cases(48))]
+
+    #[test]
+    fn random_groups_agree_on_every_isa(
+        rows in prop::collection::vec(0usize..20, 1..5), n in 1usize..100, k in 1usize..200, seed in 0u64..1000, kind in 0usize..4,
+    ) {
+        let weights = QuantizedWeights::new(FORMATS[kind], &random(seed, n * k), [n, k]).unwrap();
+        let total: usize = rows.iter().sum();
+        let x = random(seed + 1, total * k);
+        let mut first = 0;
+        let groups: Vec<QuantGroup<'_>> = rows.iter().map(|m| {
+            let at = first;
+            first += m;
+            QuantGroup { rows: &x[at * k..first * k], weights: &weights, bias: None, out_offset: at * n }
+        }).collect();
+        let mut want = vec![0.0; total * n];
+        quantized_gemm_reference(&groups, &mut want);
+        for isa in Isa::available() {
+            let mut got = vec![0.0; total * n];
+            quantized_gemm(isa, &groups, &mut got);
+            prop_assert_eq!(&got, &want);
+        }
+    }
+}
