@@ -124,7 +124,7 @@ fn measure(shape: &Shape, layers: &[PackedExperts], tokens: usize) -> Row {
 
 /// What weights are kept as, and the rate of the multipliers on it in 10^9 operations per second.
 fn formats(isa: Isa, peaks: &Peaks) -> [(&'static str, WeightFormat, f64); 4] {
-    let bf16 = if isa == Isa::Avx512Bf16 { peaks.bf16_gflops } else { peaks.f32_gflops };
+    let bf16 = if isa >= Isa::Avx512Bf16 { peaks.bf16_gflops } else { peaks.f32_gflops };
     let int8 = if isa >= Isa::Avx512 { peaks.int8_gops } else { 0.0 };
     [
         ("bf16", Precision::Bf16.into(), bf16),

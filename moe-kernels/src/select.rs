@@ -12,7 +12,8 @@ pub const ENV: &str = "MOE_KERNELS_ISA";
 
 /// An instruction set with kernels of its own, weakest first.
 ///
-/// All of them give the same bits: every sum runs in one order with one rounding per product (see [`crate::gemm`]).
+/// All of them give the same bits, but for the bf16 products of [`Isa::Amx`]: every sum runs in one order with one rounding
+/// per product (see [`crate::gemm`]).
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
 #[repr(u8)]
 pub enum Isa {
@@ -24,9 +25,11 @@ pub enum Isa {
     Avx512 = 2,
     /// AVX-512 with the bf16 dot product `vdpbf16ps`.
     Avx512Bf16 = 3,
+    /// AVX-512 with tiles of bf16 (Linux only, whose kernel must grant them).
+    Amx = 4,
 }
 
-const ALL: [Isa; 4] = [Isa::Portable, Isa::Avx2, Isa::Avx512, Isa::Avx512Bf16];
+const ALL: [Isa; 5] = [Isa::Portable, Isa::Avx2, Isa::Avx512, Isa::Avx512Bf16, Isa::Amx];
 const UNSET: u8 = u8::MAX;
 static CURRENT: AtomicU8 = AtomicU8::new(UNSET);
 
@@ -52,9 +55,17 @@ impl Isa {
             }
             #[cfg(target_arch = "x86_64")]
             Self::Avx512Bf16 => Self::Avx512.is_available() && is_x86_feature_detected!("avx512bf16"),
+            // Tests run its kernels on a model of the tiles where the machine has none.
+            #[cfg(target_arch = "x86_64")]
+            Self::Amx => Self::Avx512.is_available() && (cfg!(test) || crate::gemm::has_amx()),
             #[cfg(not(target_arch = "x86_64"))]
             _ => false,
         }
+    }
+
+    /// Whether its products of this precision have the bits of the other sets.
+    pub fn has_common_bits(self, precision: crate::Precision) -> bool {
+        self != Self::Amx || precision == crate::Precision::F32
     }
 
     /// Panics unless this machine can run it: the door of every function that takes a set.
@@ -68,7 +79,8 @@ impl Isa {
     /// Not always the strongest: `vdpbf16ps` has twice the rate of an f32 multiply-add on AMD's Zen 4, but half of it
     /// on Intel's server cores, where widening is faster.
     pub fn fastest() -> Self {
-        let strongest = Self::available().pop().unwrap_or(Self::Portable);
+        let runs = |isa: &Self| *isa != Self::Amx || crate::gemm::has_amx();
+        let strongest = Self::available().into_iter().rfind(runs).unwrap_or(Self::Portable);
         if strongest == Self::Avx512Bf16 && !vendor_is_amd() { Self::Avx512 } else { strongest }
     }
 
@@ -92,7 +104,7 @@ impl Isa {
                 // SAFETY: a set in use is one that this machine can run.
                 Self::Avx2 => unsafe { avx2(body) },
                 // SAFETY: as above.
-                Self::Avx512 | Self::Avx512Bf16 => unsafe { avx512(body) },
+                Self::Avx512 | Self::Avx512Bf16 | Self::Amx => unsafe { avx512(body) },
             }
         }
         #[cfg(not(target_arch = "x86_64"))]
@@ -106,6 +118,7 @@ impl Isa {
             Self::Avx2 => "avx2",
             Self::Avx512 => "avx512",
             Self::Avx512Bf16 => "avx512-bf16",
+            Self::Amx => "amx",
         }
     }
 }

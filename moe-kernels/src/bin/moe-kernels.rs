@@ -22,9 +22,10 @@ fn main() -> ExitCode {
     println!("threads    {}", peaks.threads);
     println!("f32        {:>8.1} GFLOP/s from registers", peaks.f32_gflops);
     if peaks.bf16_gflops > 0.0 {
-        println!("bf16       {:>8.1} GFLOP/s from registers (vdpbf16ps)", peaks.bf16_gflops);
+        let unit = if Isa::Amx.is_available() { "AMX tiles" } else { "vdpbf16ps" };
+        println!("bf16       {:>8.1} GFLOP/s from registers ({unit})", peaks.bf16_gflops);
     } else {
-        println!("bf16       widened to f32: no vdpbf16ps here");
+        println!("bf16       widened to f32: no AMX and no vdpbf16ps here");
     }
     if peaks.int8_gops > 0.0 {
         println!("int8       {:>8.1} GOP/s from registers (vpdpbusd)", peaks.int8_gops);

@@ -10,8 +10,10 @@
 //! # One order of summation
 //! Each element of `C` is one chain of fused multiply-adds over `p`, beginning with [`Start`]: in ascending order for f32,
 //! and in the order 1, 0, 3, 2, 5, 4, … for bf16, which is what `vdpbf16ps` does in hardware (checked on it). So a row
-//! of `C` has the same bits whatever other rows are in the batch, on any number of threads, and with any [`Isa`]. The one
-//! exception: `vdpbf16ps` takes numbers below 2^-126 as zero.
+//! of `C` has the same bits whatever other rows are in the batch, on any number of threads, and with any [`Isa`] but one:
+//! [`Isa::Amx`] sums the even and the odd products of each 32 values of `p` apart and adds both to the element, as its tiles
+//! do, so its bits in bf16 are its own (and as independent of batch and threads). `vdpbf16ps` and tiles take numbers below
+//! 2^-126 as zero.
 
 mod micro;
 mod pack;
@@ -33,8 +35,6 @@ pub enum Precision {
     Bf16,
 }
 
-/// Rows of a tile of A.
-pub(crate) const TILE_ROWS: usize = 12;
 /// Columns of a panel of B.
 pub(crate) const PANEL_COLS: usize = 32;
 
@@ -190,12 +190,12 @@ impl Group<'_> {
         self.out_offset + (self.m() - 1) * self.out_stride + self.n()
     }
     /// Tiles of A. Their sizes change no result.
-    fn tiles(&self) -> usize {
-        self.m().div_ceil(self.tile_rows())
+    fn tiles(&self, format: Format) -> usize {
+        self.m().div_ceil(self.tile_rows(format))
     }
     /// Rows of each tile but the last: even ones, because a tile of a few rows takes as long as one of several.
-    fn tile_rows(&self) -> usize {
-        self.m().div_ceil(self.m().div_ceil(TILE_ROWS).max(1)).max(1)
+    fn tile_rows(&self, format: Format) -> usize {
+        self.m().div_ceil(self.m().div_ceil(format.tile_rows()).max(1)).max(1)
     }
     fn panels(&self) -> usize {
         self.n().div_ceil(PANEL_COLS)
@@ -211,12 +211,15 @@ pub(crate) enum Format {
     Pairs,
     /// One f32 per word that holds a bf16 value; an even number of them.
     Wide,
+    /// As pairs, but row after row, each filled up to 16 words: what tiles are loaded from.
+    Rows,
 }
 
 impl Format {
     fn of_a(isa: Isa, precision: Precision) -> Self {
         match (precision, isa) {
             (Precision::F32, _) => Self::F32,
+            (Precision::Bf16, Isa::Amx) => Self::Rows,
             (Precision::Bf16, Isa::Avx512Bf16) => Self::Pairs,
             (Precision::Bf16, _) => Self::Wide,
         }
@@ -232,15 +235,35 @@ impl Format {
             Self::F32 => k,
             Self::Pairs => k.div_ceil(2),
             Self::Wide => k.next_multiple_of(2),
+            Self::Rows => k.div_ceil(2).next_multiple_of(16),
         }
+    }
+
+    /// Rows of a tile of A at most.
+    pub(crate) fn tile_rows(self) -> usize {
+        if self == Self::Rows { micro::amx::ROWS } else { 12 }
     }
 }
 
-/// Tiles of A in one task: 192 rows.
+/// Tiles of A in one task: 192 rows, or 512.
 const TASK_TILES: usize = 16;
 /// Panels of B in one task: 128 columns.
 const TASK_PANELS: usize = 4;
-/// Steps of `p` (words of B) between two visits of the same tile of C, so that a panel's part stays in the first-level cache.
+/// Whether tiles of bf16 can be used here; asks the kernel for them at the first call.
+pub(crate) fn has_amx() -> bool {
+    #[cfg(all(target_arch = "x86_64", target_os = "linux"))]
+    return micro::amx::is_available();
+    #[cfg(not(all(target_arch = "x86_64", target_os = "linux")))]
+    false
+}
+
+/// Runs `rounds` of tile products from registers, the ceiling of bf16 on [`Isa::Amx`]; returns the operations done.
+#[cfg(all(target_arch = "x86_64", target_os = "linux"))]
+pub(crate) fn amx_rounds(rounds: usize) -> f64 {
+    micro::amx::peak_rounds(rounds)
+}
+
+/// Steps of `p` (words of B, whole tiles) between two visits of the same tile of C, so that a panel's part stays in the first-level cache.
 const BLOCK_WORDS: usize = 192;
 /// Words packed per task.
 const PACK_UNITS: usize = 8;
@@ -285,12 +308,12 @@ impl Plan {
         for (index, group) in groups.iter().enumerate() {
             if group.m() > 0 && group.n() > 0 {
                 a_words += group.m() * a_format.words(group.k());
-                plan.pack_a.extend((0..group.tiles()).step_by(PACK_UNITS).map(|tile| (index, tile)));
+                plan.pack_a.extend((0..group.tiles(a_format)).step_by(PACK_UNITS).map(|tile| (index, tile)));
                 if let Weights::Plain(_) = group.b {
                     b_words += group.panels() * PANEL_COLS * b_format.words(group.k());
                     plan.pack_b.extend((0..group.panels()).step_by(PACK_UNITS).map(|panel| (index, panel)));
                 }
-                for first_tile in (0..group.tiles()).step_by(TASK_TILES) {
+                for first_tile in (0..group.tiles(a_format)).step_by(TASK_TILES) {
                     for first_panel in (0..group.panels()).step_by(TASK_PANELS) {
                         plan.tasks.push(Task { group: index, first_tile, first_panel });
                     }
@@ -403,9 +426,9 @@ fn pack_operands(isa: Isa, plan: &Plan, groups: &[Group<'_>], least: usize, a_wo
         } else {
             let (g, first) = plan.pack_a[index - plan.pack_b.len()];
             let words = plan.a_format.words(groups[g].k());
-            for tile in first..(first + PACK_UNITS).min(groups[g].tiles()) {
-                let row = tile * groups[g].tile_rows();
-                let rows = groups[g].tile_rows().min(groups[g].m() - row);
+            for tile in first..(first + PACK_UNITS).min(groups[g].tiles(plan.a_format)) {
+                let row = tile * groups[g].tile_rows(plan.a_format);
+                let rows = groups[g].tile_rows(plan.a_format).min(groups[g].m() - row);
                 // SAFETY: `plan` gives each tile of each group a part of its own.
                 let to = unsafe { a.slice(plan.a_starts[g] + row * words, rows * words) };
                 pack::pack(isa, plan.a_format, &groups[g].a, row, rows, to);
@@ -417,18 +440,18 @@ fn pack_operands(isa: Isa, plan: &Plan, groups: &[Group<'_>], least: usize, a_wo
 /// One block of tiles times one block of panels, over all of `p`.
 fn run_task(isa: Isa, plan: &Plan, group: &Group<'_>, task: Task, a: &[u32], b: &[u32], out: SharedMut<f32>) {
     let (a_words, b_words) = (plan.a_format.words(group.k()), plan.b_format.words(group.k()));
-    let tile_rows = group.tile_rows();
-    let tiles = task.first_tile..(task.first_tile + TASK_TILES).min(group.tiles());
+    let tile_rows = group.tile_rows(plan.a_format);
+    let tiles = task.first_tile..(task.first_tile + TASK_TILES).min(group.tiles(plan.a_format));
     let panels = task.first_panel..(task.first_panel + TASK_PANELS).min(group.panels());
     // With one tile nothing of B is read twice: go through it in one sweep, several panels side by side.
     let block = if tiles.len() == 1 { b_words.max(1) } else { BLOCK_WORDS };
-    let a_per_b = if plan.a_format == Format::Wide { 2 } else { 1 };
     for start in (0..b_words.max(1)).step_by(block) {
         let steps = block.min(b_words - start);
         let mut panel = panels.start;
         while panel < panels.end {
             let rows = tile_rows.min(group.m() - tiles.start * tile_rows);
-            let wide = if tiles.len() == 1 { micro::panels_at_once(rows).min(panels.end - panel) } else { 1 };
+            let wide =
+                if tiles.len() == 1 { micro::panels_at_once(plan.a_format, rows).min(panels.end - panel) } else { 1 };
             let wide = if wide == 3 { 2 } else { wide };
             // What is multiplied after this: the same part of the next panel, or the next part of the first.
             let next = if panel + wide < panels.end {
@@ -441,7 +464,12 @@ fn run_task(isa: Isa, plan: &Plan, group: &Group<'_>, task: Task, a: &[u32], b: 
             for tile in tiles.clone() {
                 let row = tile * tile_rows;
                 let rows = tile_rows.min(group.m() - row);
-                let a_start = row * a_words + start * a_per_b * rows;
+                let first = row * a_words;
+                let a = match plan.a_format {
+                    Format::Wide => &a[first + 2 * start * rows..][..2 * steps * rows],
+                    Format::Rows => &a[first + start..][..(rows - 1) * a_words + steps.next_multiple_of(16)],
+                    _ => &a[first + start * rows..][..steps * rows],
+                };
                 let begin = match group.start {
                     Start::Bias(bias) if start == 0 => Start::Bias(&bias[col..col + cols]),
                     Start::Zero if start == 0 => Start::Zero,
@@ -456,7 +484,8 @@ fn run_task(isa: Isa, plan: &Plan, group: &Group<'_>, task: Task, a: &[u32], b: 
                         panels: wide,
                         cols,
                         steps,
-                        a: &a[a_start..a_start + steps * a_per_b * rows],
+                        a,
+                        a_stride: a_words,
                         b: &b[panel * PANEL_COLS * b_words + start * PANEL_COLS..],
                         panel_stride: PANEL_COLS * b_words,
                         next,

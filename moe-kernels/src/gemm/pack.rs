@@ -23,7 +23,8 @@ fn pair(even: f32, odd: f32) -> u32 {
     (bf16_high(even) >> 16) | bf16_high(odd)
 }
 
-/// Writes rows `first..first + width` of `from` as `[inner][width]` words; rows past its end become zeros.
+/// Writes rows `first..first + width` of `from` as `[inner][width]` words ([`Format::Rows`]: `[width][inner]`); rows past
+/// its end become zeros.
 pub(super) fn pack(isa: Isa, format: Format, from: &Operand<'_>, first: usize, width: usize, to: &mut [u32]) {
     debug_assert_eq!(to.len(), width * format.words(from.inner));
     if from.inner == 0 {
@@ -32,6 +33,10 @@ pub(super) fn pack(isa: Isa, format: Format, from: &Operand<'_>, first: usize, w
     let rows = width.min(from.outer - first);
     if rows < width {
         to.fill(0);
+    }
+    if format == Format::Rows {
+        debug_assert_eq!(rows, width, "tiles of A have the rows there are");
+        return isa.vectorize(|| row_by_row(from, first, to));
     }
     if width == 1 && from.inner_stride == 1 {
         let row = &from.values[first * from.outer_stride..][..from.inner];
@@ -62,12 +67,37 @@ fn one_row(format: Format, row: &[f32], to: &mut [u32]) {
             to.iter_mut().zip(row).for_each(|(word, &value)| *word = bf16_high(value));
             to[row.len()..].fill(0);
         }
-        Format::Pairs => {
+        Format::Pairs | Format::Rows => {
             let pairs = row.chunks_exact(2);
-            if let ([last], Some(word)) = (pairs.remainder(), to.last_mut()) {
+            let (whole, rest) = to.split_at_mut(row.len() / 2);
+            rest.fill(0);
+            if let ([last], Some(word)) = (pairs.remainder(), rest.first_mut()) {
                 *word = pair(*last, 0.0);
             }
-            to.iter_mut().zip(pairs).for_each(|(word, values)| *word = pair(values[0], values[1]));
+            whole.iter_mut().zip(pairs).for_each(|(word, values)| *word = pair(values[0], values[1]));
+        }
+    }
+}
+
+/// [`Format::Rows`]: each row by itself, filled up with zeros.
+#[inline(always)]
+fn row_by_row(from: &Operand<'_>, first: usize, to: &mut [u32]) {
+    let words = Format::Rows.words(from.inner);
+    if from.inner_stride == 1 {
+        for (row, to) in to.chunks_exact_mut(words).enumerate() {
+            one_row(Format::Rows, &from.values[(first + row) * from.outer_stride..][..from.inner], to);
+        }
+        return;
+    }
+    // Sixteen words of every row at a time, so that what is read stays in the cache.
+    let value = |row: usize, p: usize| {
+        if p < from.inner { from.values[(first + row) * from.outer_stride + p * from.inner_stride] } else { 0.0 }
+    };
+    for start in (0..words).step_by(16) {
+        for (row, to) in to.chunks_exact_mut(words).enumerate() {
+            for (word, p) in to[start..start + 16].iter_mut().zip((2 * start..).step_by(2)) {
+                *word = pair(value(row, p), value(row, p + 1));
+            }
         }
     }
 }
@@ -88,7 +118,7 @@ fn along_outer(format: Format, from: &Operand<'_>, first: usize, rows: usize, wi
                 }
             }
         }
-        Format::Pairs => {
+        Format::Pairs | Format::Rows => {
             for (p, words) in to.chunks_exact_mut(width).enumerate() {
                 let even = at(2 * p);
                 if 2 * p + 1 < from.inner {
@@ -113,8 +143,8 @@ fn along_inner(format: Format, from: &Operand<'_>, first: usize, rows: usize, wi
             match format {
                 Format::F32 => to[p * width + row] = v.to_bits(),
                 Format::Wide => to[p * width + row] = bf16_high(v),
-                Format::Pairs if p % 2 == 0 => to[p / 2 * width + row] = bf16_high(v) >> 16,
-                Format::Pairs => to[p / 2 * width + row] |= bf16_high(v),
+                Format::Pairs | Format::Rows if p % 2 == 0 => to[p / 2 * width + row] = bf16_high(v) >> 16,
+                Format::Pairs | Format::Rows => to[p / 2 * width + row] |= bf16_high(v),
             }
         }
         if format == Format::Wide && from.inner % 2 == 1 {
@@ -202,7 +232,7 @@ mod avx512 {
                 let line = match format {
                     Format::F32 => _mm512_castps_si512(load(step)),
                     Format::Wide => round_high(load(step)),
-                    Format::Pairs => {
+                    Format::Pairs | Format::Rows => {
                         let low = _mm512_srli_epi32::<16>(round_high(load(2 * step)));
                         _mm512_or_si512(low, round_high(load(2 * step + 1)))
                     }
@@ -229,7 +259,7 @@ mod avx512 {
         match format {
             Format::F32 => _mm512_castps_si512(load(start)),
             Format::Wide => round_high(load(start)),
-            Format::Pairs => {
+            Format::Pairs | Format::Rows => {
                 let (low, high) = (round_high(load(2 * start)), round_high(load(2 * start + 16)));
                 // The upper halves of 32 words in order; a word of the result is (even, odd).
                 const UPPER: [i16; 32] = {

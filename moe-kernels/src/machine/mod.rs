@@ -16,7 +16,7 @@ pub struct Peaks {
     /// Fused multiply-adds in f32 from registers, 10^9 operations per second (a multiply-add counts two); 0 if this machine
     /// has no kernel beyond portable loops.
     pub f32_gflops: f64,
-    /// Dot products of bf16 pairs from registers (`vdpbf16ps`); 0 where the machine has none.
+    /// Products of bf16 from registers (AMX tiles, or else `vdpbf16ps`); 0 where the machine has neither.
     pub bf16_gflops: f64,
     /// Dot products of four pairs of bytes from registers (`vpdpbusd`), 10^9 operations per second; 0 where the machine has none.
     pub int8_gops: f64,

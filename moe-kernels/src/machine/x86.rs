@@ -17,8 +17,10 @@ pub(super) fn multiply(unit: Unit, rounds: usize) -> f64 {
         (Unit::F32, Isa::Avx2) => unsafe { avx2(rounds) },
         // SAFETY: as above.
         (Unit::F32, _) => unsafe { avx512(rounds) },
-        // SAFETY: as above.
-        (Unit::Bf16, Isa::Avx512Bf16) => unsafe { avx512_pairs(rounds) },
+        #[cfg(target_os = "linux")]
+        (Unit::Bf16, _) if crate::gemm::has_amx() => return crate::gemm::amx_rounds(rounds / 4),
+        // SAFETY: the machine has the instruction.
+        (Unit::Bf16, _) if Isa::Avx512Bf16.is_available() => unsafe { avx512_pairs(rounds) },
         // SAFETY: the machine has the instructions.
         (Unit::Int8, _) if is_x86_feature_detected!("avx512vnni") => unsafe { avx512_bytes(rounds) },
         _ => return 0.0,

@@ -85,7 +85,7 @@ impl Part<'_> {
             match a_format {
                 Format::F32 => self.multiply_f32::<N>(),
                 Format::Wide => self.multiply_wide::<N>(),
-                Format::Pairs => unreachable!("AVX2 has no product of bf16 pairs"),
+                Format::Pairs | Format::Rows => unreachable!("AVX2 has no product of bf16 pairs"),
             }
         }
     }

@@ -28,6 +28,7 @@ pub(super) unsafe fn run(a_format: Format, tile: &Tile<'_>) {
         Format::F32 => instance!(f32_tile),
         Format::Pairs => instance!(pairs_tile),
         Format::Wide => instance!(wide_tile),
+        Format::Rows => unreachable!("tiles alone read rows"),
     }
 }
 

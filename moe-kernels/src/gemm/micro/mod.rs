@@ -2,19 +2,20 @@
 //!
 //! Every one of them runs the same chain of fused multiply-adds per element of C; see [`super`].
 
+pub(super) mod amx;
 #[cfg(target_arch = "x86_64")]
 mod avx2;
 #[cfg(target_arch = "x86_64")]
 mod avx512;
 mod portable;
 
-use super::{Format, PANEL_COLS, Start, TILE_ROWS};
+use super::{Format, PANEL_COLS, Start};
 use crate::Isa;
 
 /// One call of a micro-kernel.
 #[derive(Debug, Clone, Copy)]
 pub(super) struct Tile<'a> {
-    /// 1 to [`TILE_ROWS`].
+    /// 1 to [`Format::tile_rows`].
     pub(super) rows: usize,
     /// Panels side by side: 1, 2 or 4.
     pub(super) panels: usize,
@@ -22,8 +23,10 @@ pub(super) struct Tile<'a> {
     pub(super) cols: usize,
     /// Words of B per column.
     pub(super) steps: usize,
-    /// `[steps][rows]`, twice that for [`Format::Wide`].
+    /// `[steps][rows]`, twice that for [`Format::Wide`]; `[rows][steps]` for [`Format::Rows`].
     pub(super) a: &'a [u32],
+    /// Words from row to row, for [`Format::Rows`].
+    pub(super) a_stride: usize,
     /// `[steps][32]` at each multiple of `panel_stride`.
     pub(super) b: &'a [u32],
     pub(super) panel_stride: usize,
@@ -38,7 +41,10 @@ pub(super) struct Tile<'a> {
 
 /// Panels that a tile of `rows` is multiplied with in one sweep when nothing is read twice: more streams from memory,
 /// as many accumulators as there are registers.
-pub(super) fn panels_at_once(rows: usize) -> usize {
+pub(super) fn panels_at_once(a_format: Format, rows: usize) -> usize {
+    if a_format == Format::Rows {
+        return if rows <= 16 { 2 } else { 1 };
+    }
     match rows {
         0..=3 => 4,
         4..=6 => 2,
@@ -48,10 +54,20 @@ pub(super) fn panels_at_once(rows: usize) -> usize {
 
 /// Runs one tile. `a_format` tells how A is packed; B is [`Format::F32`] with A of that format, else [`Format::Pairs`].
 pub(super) fn run(isa: Isa, a_format: Format, tile: &Tile<'_>) {
-    let a_per_step = tile.rows * if a_format == Format::Wide { 2 } else { 1 };
-    assert!((1..=TILE_ROWS).contains(&tile.rows) && tile.a.len() == tile.steps * a_per_step);
+    let a_words = match a_format {
+        Format::Wide => 2 * tile.steps * tile.rows,
+        Format::Rows => (tile.rows - 1) * tile.a_stride + tile.steps.next_multiple_of(16),
+        _ => tile.steps * tile.rows,
+    };
+    assert!((1..=a_format.tile_rows()).contains(&tile.rows) && tile.a.len() == a_words);
     assert!(tile.b.len() >= (tile.panels - 1) * tile.panel_stride + tile.steps * PANEL_COLS);
     assert!(tile.cols <= tile.panels * PANEL_COLS && tile.cols > (tile.panels - 1) * PANEL_COLS);
+    if a_format == Format::Rows {
+        assert!(tile.panels == 1 || tile.panels == 2 && tile.rows <= 16);
+        // SAFETY: the caller's `out` covers the tile and belongs to this task alone; A has this format on machines with
+        // tiles only.
+        return unsafe { amx::run(tile) };
+    }
     match isa {
         // SAFETY: the caller's `out` covers the tile and belongs to this task alone.
         Isa::Portable => unsafe { portable::run(a_format, tile) },
@@ -60,7 +76,7 @@ pub(super) fn run(isa: Isa, a_format: Format, tile: &Tile<'_>) {
         Isa::Avx2 => unsafe { avx2::run(a_format, tile) },
         // SAFETY: as above.
         #[cfg(target_arch = "x86_64")]
-        Isa::Avx512 | Isa::Avx512Bf16 => unsafe { avx512::run(a_format, tile) },
+        Isa::Avx512 | Isa::Avx512Bf16 | Isa::Amx => unsafe { avx512::run(a_format, tile) },
         #[cfg(not(target_arch = "x86_64"))]
         _ => unsafe { portable::run(a_format, tile) },
     }

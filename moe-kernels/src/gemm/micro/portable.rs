@@ -44,6 +44,7 @@ fn multiply_step(a_format: Format, tile: &Tile<'_>, row: usize, step: usize, b: 
             let at = |p: usize| f32::from_bits(tile.a[(2 * step + p) * tile.rows + row]);
             (at(0), at(1))
         }
+        Format::Rows => unreachable!("tiles alone read rows"),
     };
     for (sum, &b) in out.iter_mut().zip(b) {
         *sum = even.mul_add(low(b), odd.mul_add(high(b), *sum));

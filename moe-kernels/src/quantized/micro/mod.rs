@@ -70,7 +70,9 @@ pub(super) fn run(isa: Isa, format: QuantFormat, tile: &Tile<'_>) {
         Isa::Portable => unsafe { portable::run(format, tile) },
         // SAFETY: as above, and this machine can run `isa`; the sizes of A and B were checked.
         #[cfg(target_arch = "x86_64")]
-        Isa::Avx512 | Isa::Avx512Bf16 if is_x86_feature_detected!("avx512vnni") => unsafe { vnni::run(format, tile) },
+        Isa::Avx512 | Isa::Avx512Bf16 | Isa::Amx if is_x86_feature_detected!("avx512vnni") => unsafe {
+            vnni::run(format, tile)
+        },
         // SAFETY: as above.
         #[cfg(target_arch = "x86_64")]
         _ => unsafe { avx2::run(format, tile) },
