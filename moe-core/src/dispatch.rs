@@ -48,24 +48,7 @@ impl DispatchTable {
     /// # Panics
     /// If an expert is neither [`DROPPED`] nor below `num_experts`, or the slots of an expert leave a gap.
     pub fn from_slots(num_tokens: usize, top_k: usize, num_experts: usize, expert_ids: &[u32], slots: &[u32]) -> Self {
-        let mut counts = vec![0usize; num_experts];
-        for &expert in expert_ids.iter().filter(|&&e| e != DROPPED) {
-            counts[expert as usize] += 1;
-        }
-        let mut expert_offsets = Vec::with_capacity(counts.len() + 1);
-        expert_offsets.push(0);
-        for count in &counts {
-            expert_offsets.push(expert_offsets[expert_offsets.len() - 1] + count);
-        }
-        let num_rows = expert_offsets[counts.len()];
-        let mut table = Self {
-            num_tokens,
-            top_k,
-            row_tokens: vec![0; num_rows],
-            row_choices: vec![0; num_rows],
-            choice_rows: vec![DROPPED; expert_ids.len()],
-            expert_offsets,
-        };
+        let mut table = Self::counted(num_tokens, top_k, num_experts, expert_ids);
         for (choice, (&expert, &slot)) in expert_ids.iter().zip(slots).enumerate() {
             if expert == DROPPED {
                 continue;
@@ -77,6 +60,53 @@ impl DispatchTable {
             table.choice_rows[choice] = row as u32;
         }
         table
+    }
+
+    /// Builds the table of choices whose slots are in token order, which is what every router that drops by position or
+    /// not at all gives: the same counting sort, stable, without a list of slots.
+    ///
+    /// # Shapes
+    /// `expert_ids` `[tokens, top_k]`; [`DROPPED`] experts have no row
+    ///
+    /// # Panics
+    /// If an expert is neither [`DROPPED`] nor below `num_experts`.
+    pub fn from_expert_ids(num_tokens: usize, top_k: usize, num_experts: usize, expert_ids: &[u32]) -> Self {
+        let mut table = Self::counted(num_tokens, top_k, num_experts, expert_ids);
+        let mut next = table.expert_offsets.clone();
+        for token in 0..num_tokens {
+            for choice in token * top_k..(token + 1) * top_k {
+                let expert = expert_ids[choice];
+                if expert == DROPPED {
+                    continue;
+                }
+                let row = next[expert as usize];
+                next[expert as usize] += 1;
+                table.row_tokens[row] = token as u32;
+                table.row_choices[row] = choice as u32;
+                table.choice_rows[choice] = row as u32;
+            }
+        }
+        table
+    }
+
+    /// The table with its offsets, from the counts, and no row assigned.
+    fn counted(num_tokens: usize, top_k: usize, num_experts: usize, expert_ids: &[u32]) -> Self {
+        let mut expert_offsets = vec![0usize; num_experts + 1];
+        for &expert in expert_ids.iter().filter(|&&e| e != DROPPED) {
+            expert_offsets[1..][expert as usize] += 1;
+        }
+        for expert in 0..num_experts {
+            expert_offsets[expert + 1] += expert_offsets[expert];
+        }
+        let num_rows = expert_offsets[num_experts];
+        Self {
+            num_tokens,
+            top_k,
+            row_tokens: vec![0; num_rows],
+            row_choices: vec![0; num_rows],
+            choice_rows: vec![DROPPED; expert_ids.len()],
+            expert_offsets,
+        }
     }
 
     /// Rows in all.
@@ -155,5 +185,28 @@ impl Dispatcher for LocalDispatcher {
     fn combine(&self, rows: ExpertRows, receipt: LocalReceipt) -> Result<Tensor> {
         let weights = receipt.combine_weights.to_dtype(rows.rows.dtype())?;
         self.ops(&rows.rows).unpermute(&rows.rows, &weights, &receipt.table)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn both_constructors_agree_on_slots_in_token_order() {
+        for (tokens, top_k, experts) in [(0, 1, 3), (1, 2, 2), (50, 3, 7)] {
+            let id = |i: usize| if i % 5 == 4 { DROPPED } else { (i * 7 % experts) as u32 };
+            let ids: Vec<u32> = (0..tokens * top_k).map(id).collect();
+            let mut counts = vec![0; experts];
+            let slot = |&e: &u32| {
+                counts.get_mut(e as usize).map_or(0, |c| {
+                    *c += 1;
+                    *c - 1
+                })
+            };
+            let slots: Vec<u32> = ids.iter().map(slot).collect();
+            let want = DispatchTable::from_slots(tokens, top_k, experts, &ids, &slots);
+            assert_eq!(DispatchTable::from_expert_ids(tokens, top_k, experts, &ids), want);
+        }
     }
 }

@@ -12,6 +12,7 @@ mod buffer;
 pub mod cross_entropy;
 mod error;
 pub mod expert_mlp;
+pub mod gate;
 pub mod gemm;
 pub mod grouped_linear;
 pub mod layer_norm;

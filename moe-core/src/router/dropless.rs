@@ -68,7 +68,11 @@ impl DroplessConfig {
         }
     }
 
-    fn validate(&self, num_experts: usize) -> Result<()> {
+    /// Refuses settings that do not fit `num_experts`.
+    ///
+    /// # Errors
+    /// [`Error::Config`] naming the setting.
+    pub fn validate(&self, num_experts: usize) -> Result<()> {
         check_top_k(self.top_k, num_experts)?;
         if self.num_groups == 0 || !num_experts.is_multiple_of(self.num_groups) {
             return Err(Error::Config(format!(
