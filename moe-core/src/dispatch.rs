@@ -73,18 +73,12 @@ impl DispatchTable {
     pub fn from_expert_ids(num_tokens: usize, top_k: usize, num_experts: usize, expert_ids: &[u32]) -> Self {
         let mut table = Self::counted(num_tokens, top_k, num_experts, expert_ids);
         let mut next = table.expert_offsets.clone();
-        for token in 0..num_tokens {
-            for choice in token * top_k..(token + 1) * top_k {
-                let expert = expert_ids[choice];
-                if expert == DROPPED {
-                    continue;
-                }
-                let row = next[expert as usize];
-                next[expert as usize] += 1;
-                table.row_tokens[row] = token as u32;
-                table.row_choices[row] = choice as u32;
-                table.choice_rows[choice] = row as u32;
-            }
+        for (choice, &expert) in expert_ids.iter().enumerate().filter(|(_, e)| **e != DROPPED) {
+            let row = next[expert as usize];
+            next[expert as usize] += 1;
+            table.row_tokens[row] = (choice / top_k) as u32;
+            table.row_choices[row] = choice as u32;
+            table.choice_rows[choice] = row as u32;
         }
         table
     }
