@@ -10,6 +10,7 @@ pub mod activation;
 pub mod attention;
 mod buffer;
 pub mod cross_entropy;
+pub mod embedding;
 mod error;
 pub mod expert_mlp;
 pub mod gate;

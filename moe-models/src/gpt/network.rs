@@ -12,6 +12,7 @@ use moe_core::{
 };
 use moe_kernels::attention::{causal_attention, causal_attention_cached};
 use moe_kernels::cross_entropy::linear_cross_entropy;
+use moe_kernels::embedding::embedding;
 use moe_kernels::layer_norm::layer_norm;
 use moe_kernels::{KernelOps, Precision};
 use std::collections::HashMap;
@@ -187,10 +188,8 @@ impl Network {
 
     /// Token and position embeddings, `[tokens, d_model]`; positions restart after every `seq_len` tokens.
     fn embed(&self, ids: &[u32], seq_len: usize, first_position: usize) -> Result<Tensor> {
-        let device = self.embed_tokens.device();
         let positions: Vec<u32> = (0..ids.len()).map(|i| (first_position + i % seq_len) as u32).collect();
-        let tokens = self.embed_tokens.index_select(&Tensor::new(ids, device)?, 0)?;
-        Ok((tokens + self.embed_positions.index_select(&Tensor::new(positions, device)?, 0)?)?)
+        Ok((embedding(&self.embed_tokens, ids)? + embedding(&self.embed_positions, &positions)?)?)
     }
 
     /// One pass through the blocks and the last norm; `attend` maps a layer's `[tokens, 3 d_model]` to `[tokens, d_model]`.

@@ -1,0 +1,127 @@
+//! Embedding lookup with a gradient that needs no atomics: tokens are sorted by id, and each row of the gradient is
+//! summed by one thread, in token order.
+
+#[cfg(test)]
+mod tests;
+
+use crate::parallel::SharedMut;
+use crate::{Error, Isa, Result, ops, parallel, select};
+use candle_core::{CpuStorage, CustomOp1, Layout, Shape, Tensor};
+use moe_core::ops::host;
+
+/// The rows of `weight` that `ids` name.
+///
+/// Tensors of another type or device than f32 on the CPU go to candle's `index_select`.
+///
+/// # Shapes
+/// `weight` `[vocab_size, d_model]`, `ids` `[tokens]`; returns `[tokens, d_model]`
+///
+/// # Errors
+/// [`Error::Argument`] if an id is outside the vocabulary.
+pub fn embedding(weight: &Tensor, ids: &[u32]) -> Result<Tensor> {
+    let (vocab, _) = weight.dims2()?;
+    if let Some(id) = ids.iter().find(|&&id| id as usize >= vocab) {
+        return Err(Error::Argument(format!("id {id} is outside the vocabulary of {vocab}")));
+    }
+    if !ops::takes(weight) {
+        return Ok(weight.index_select(&Tensor::new(ids, weight.device())?, 0)?);
+    }
+    Ok(weight.contiguous()?.apply_op1(Embedding { ids: ids.to_vec(), isa: select::current() })?)
+}
+
+/// Rows moved by one task.
+const TASK_ROWS: usize = 64;
+/// Rows of the gradient in one task.
+const TASK_VOCAB: usize = 256;
+/// Elements below which a second thread is not worth waking.
+const LEAST_WORK: usize = 1 << 16;
+
+struct Embedding {
+    ids: Vec<u32>,
+    isa: Isa,
+}
+
+/// Tokens by id, and by position among equal ids.
+struct TokensById {
+    /// First token of each id in `tokens`, and their number: `[vocab + 1]`.
+    offsets: Vec<u32>,
+    tokens: Vec<u32>,
+}
+
+impl TokensById {
+    /// A counting sort.
+    fn new(ids: &[u32], vocab: usize) -> Self {
+        let mut offsets = vec![0u32; vocab + 1];
+        for &id in ids {
+            offsets[id as usize + 1] += 1;
+        }
+        for id in 0..vocab {
+            offsets[id + 1] += offsets[id];
+        }
+        let mut next = offsets.clone();
+        let mut tokens = vec![0; ids.len()];
+        for (token, &id) in ids.iter().enumerate() {
+            tokens[next[id as usize] as usize] = token as u32;
+            next[id as usize] += 1;
+        }
+        Self { offsets, tokens }
+    }
+
+    fn of(&self, id: usize) -> &[u32] {
+        &self.tokens[self.offsets[id] as usize..self.offsets[id + 1] as usize]
+    }
+}
+
+impl Embedding {
+    fn forward(&self, weight: &[f32], width: usize) -> Vec<f32> {
+        let mut out = vec![0.0; self.ids.len() * width];
+        let shared = SharedMut::new(&mut out);
+        parallel::for_each_if(shared.len(), LEAST_WORK, self.ids.len().div_ceil(TASK_ROWS), |task| {
+            for token in task * TASK_ROWS..((task + 1) * TASK_ROWS).min(self.ids.len()) {
+                // SAFETY: each token belongs to one task.
+                let into = unsafe { shared.slice(token * width, width) };
+                into.copy_from_slice(&weight[self.ids[token] as usize * width..][..width]);
+            }
+        });
+        out
+    }
+
+    /// Gradient of the weight.
+    fn backward(&self, grad: &[f32], vocab: usize, width: usize) -> Vec<f32> {
+        let sorted = TokensById::new(&self.ids, vocab);
+        let mut sums = vec![0.0; vocab * width];
+        let shared = SharedMut::new(&mut sums);
+        parallel::for_each_if(grad.len(), LEAST_WORK, vocab.div_ceil(TASK_VOCAB), |task| {
+            self.isa.vectorize(|| {
+                for id in task * TASK_VOCAB..((task + 1) * TASK_VOCAB).min(vocab) {
+                    for &token in sorted.of(id) {
+                        // SAFETY: each row belongs to one task.
+                        let into = unsafe { shared.slice(id * width, width) };
+                        let from = &grad[token as usize * width..][..width];
+                        into.iter_mut().zip(from).for_each(|(sum, g)| *sum += g);
+                    }
+                }
+            });
+        });
+        sums
+    }
+}
+
+impl CustomOp1 for Embedding {
+    fn name(&self) -> &'static str {
+        "embedding"
+    }
+
+    fn cpu_fwd(&self, s: &CpuStorage, l: &Layout) -> candle_core::Result<(CpuStorage, Shape)> {
+        let (_, width) = l.shape().dims2()?;
+        let rows = self.forward(host::elements(s, l)?, width);
+        Ok((CpuStorage::F32(rows), Shape::from((self.ids.len(), width))))
+    }
+
+    fn bwd(&self, weight: &Tensor, _: &Tensor, grad: &Tensor) -> candle_core::Result<Option<Tensor>> {
+        let (vocab, width) = weight.dims2()?;
+        host::with_elements::<f32, _>(grad, |g| {
+            Tensor::from_vec(self.backward(g, vocab, width), weight.shape(), weight.device()).map(Some)
+        })
+    }
+}
