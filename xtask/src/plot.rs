@@ -41,6 +41,62 @@ pub(crate) fn read_curve(run: &Path, tag: &str) -> Result<Curve> {
     Ok(Curve { name, points })
 }
 
+/// One picture of several beside each other.
+pub(crate) struct Panel {
+    pub(crate) title: String,
+    pub(crate) curves: Vec<Curve>,
+}
+
+/// Draws panels in two columns, both axes logarithmic.
+pub(crate) fn draw_panels(panels: &[Panel], [x_name, y_name]: [&str; 2], out: &Path) -> Result<()> {
+    let rows = panels.len().div_ceil(2).max(1);
+    let area = SVGBackend::new(out, (1100, 460 * rows as u32)).into_drawing_area();
+    area.fill(&WHITE)?;
+    // One colour per name, in whatever panel it stands.
+    let mut names: Vec<&str> = Vec::new();
+    for curve in panels.iter().flat_map(|p| &p.curves) {
+        if !names.contains(&curve.name.as_str()) {
+            names.push(&curve.name);
+        }
+    }
+    for (panel, area) in panels.iter().zip(area.split_evenly((rows, 2))) {
+        let points = || panel.curves.iter().flat_map(|c| &c.points);
+        let bounds = |of: fn(&(f64, f64)) -> f64| {
+            points().map(of).fold((f64::MAX, f64::MIN), |(low, high), v| (low.min(v), high.max(v)))
+        };
+        let ((left, right), (low, high)) = (bounds(|p| p.0), bounds(|p| p.1));
+        let mut chart = ChartBuilder::on(&area)
+            .caption(&panel.title, ("sans-serif", 20))
+            .margin(12)
+            .x_label_area_size(40)
+            .y_label_area_size(72)
+            .build_cartesian_2d((left * 0.9..right * 1.1).log_scale(), (low * 0.8..high * 1.25).log_scale())?;
+        chart
+            .configure_mesh()
+            .x_desc(x_name)
+            .y_desc(y_name)
+            .x_label_formatter(&|v| format!("{v:.0}"))
+            .y_label_formatter(&|v| format!("{v:.0}"))
+            .light_line_style(WHITE)
+            .draw()?;
+        for curve in &panel.curves {
+            let color = Palette99::pick(names.iter().position(|n| *n == curve.name).unwrap_or_default()).to_rgba();
+            chart
+                .draw_series(LineSeries::new(curve.points.iter().copied(), color.stroke_width(2)).point_size(3))?
+                .label(&curve.name)
+                .legend(move |(x, y)| PathElement::new(vec![(x, y), (x + 18, y)], color.stroke_width(2)));
+        }
+        chart
+            .configure_series_labels()
+            .position(SeriesLabelPosition::UpperLeft)
+            .background_style(WHITE.mix(0.8))
+            .border_style(BLACK.mix(0.3))
+            .draw()?;
+    }
+    area.present()?;
+    Ok(())
+}
+
 /// Draws the curves.
 pub(crate) fn draw(curves: &[Curve], title: &str, out: &Path) -> Result<()> {
     if let Some(parent) = out.parent() {

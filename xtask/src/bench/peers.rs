@@ -1,10 +1,11 @@
 //! Our rows of the kernel bench beside those of other programs, measured in the same run.
 
+use crate::plot::{Curve, Panel, draw_panels};
 use crate::shell::{output, root};
 use anyhow::{Context, Result};
 use serde_json::Value;
 use std::fmt::Write as _;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::process::Command;
 
 /// What was measured, ours and the peers'.
@@ -18,12 +19,12 @@ pub(super) struct Comparison {
 }
 
 impl Comparison {
-    /// Reads our bench's output and runs the peers of `venv`, if there is one.
-    pub(super) fn new(printed: &str, venv: Option<&Path>, shapes: &[String]) -> Result<Self> {
+    /// Reads our bench's output and runs the peers of each environment.
+    pub(super) fn new(printed: &str, venvs: &[PathBuf], shapes: &[String]) -> Result<Self> {
         let (json, table): (Vec<&str>, Vec<&str>) = printed.lines().partition(|line| line.starts_with("json "));
         let ours = json.iter().map(|line| serde_json::from_str(&line["json ".len()..])).collect::<Result<_, _>>()?;
         let mut lines: Vec<Value> = Vec::new();
-        if let Some(venv) = venv {
+        for venv in venvs {
             let python = venv.join("bin/python");
             anyhow::ensure!(
                 python.exists(),
@@ -34,7 +35,7 @@ impl Comparison {
             command.arg(root().join("moe-kernels/benches/peers.py")).args(shapes);
             let printed = output(&mut command)?;
             let parsed = printed.lines().map(serde_json::from_str).collect::<Result<Vec<_>, _>>();
-            lines = parsed.context("a line of peers.py is not JSON")?;
+            lines.extend(parsed.context("a line of peers.py is not JSON")?);
         }
         let (peers, setup) = lines.into_iter().partition(|line| line.get("peer").is_some());
         Ok(Self { table: table.join("\n") + "\n", ours, peers, setup })
@@ -79,6 +80,29 @@ impl Comparison {
         text
     }
 
+    /// Tokens per second over tokens, one panel per shape: our types and every peer.
+    pub(super) fn draw(&self, out: &Path) -> Result<()> {
+        let text = |row: &Value, key: &str| row[key].as_str().unwrap_or_default().to_owned();
+        let mut panels: Vec<Panel> = Vec::new();
+        for row in self.ours.iter().chain(&self.peers) {
+            let (Some(tokens), Some(seconds)) = (row["tokens"].as_f64(), row["seconds"].as_f64()) else { continue };
+            let (shape, kind) = (text(row, "shape"), text(row, "type"));
+            let name = row["peer"].as_str().map_or(format!("ours, {kind}"), |peer| format!("{peer}, {kind}"));
+            let panel = match panels.iter().position(|p| p.title == shape) {
+                Some(at) => &mut panels[at],
+                None => {
+                    panels.push(Panel { title: shape, curves: Vec::new() });
+                    panels.last_mut().context("a panel was just added")?
+                }
+            };
+            match panel.curves.iter_mut().find(|c| c.name == name) {
+                Some(curve) => curve.points.push((tokens, tokens / seconds)),
+                None => panel.curves.push(Curve { name, points: vec![(tokens, tokens / seconds)] }),
+            }
+        }
+        draw_panels(&panels, ["tokens in a call", "tokens/s"], out)
+    }
+
     /// Every row.
     pub(super) fn json(&self) -> Result<String> {
         let all = serde_json::json!({ "ours": self.ours, "peers": self.peers, "setup": self.setup });
@@ -111,8 +135,8 @@ mod tests {
 
     #[test]
     fn our_lines_are_taken_from_the_output() {
-        let comparison = Comparison::new("head\njson {\"shape\": \"a\"}\ntail\n", None, &[]).unwrap();
+        let comparison = Comparison::new("head\njson {\"shape\": \"a\"}\ntail\n", &[], &[]).unwrap();
         assert_eq!((comparison.text().as_str(), comparison.ours.len()), ("head\ntail\n", 1));
-        assert!(Comparison::new("json {", None, &[]).is_err());
+        assert!(Comparison::new("json {", &[], &[]).is_err());
     }
 }
