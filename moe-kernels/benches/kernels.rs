@@ -185,8 +185,13 @@ fn main() {
         "{:<10}{:<6}{:>7}{:>11}{:>12}{:>9}{:>10}{:>14}",
         "shape", "type", "tokens", "ms", "tokens/s", "GB/s", "GFLOP/s", "of ceiling"
     );
-    for (name, format, rate) in formats(isa, &peaks) {
-        for shape in SHAPES.iter().filter(|s| only.is_empty() || only.iter().any(|o| *o == s.name)) {
+    // Words name shapes or types; without one of either, all of them run.
+    let formats = formats(isa, &peaks);
+    let wanted =
+        |name: &str, all: &[&str]| only.iter().any(|o| *o == name) || !only.iter().any(|o| all.contains(&o.as_str()));
+    let (types, shapes) = (formats.map(|f| f.0), SHAPES.each_ref().map(|s| s.name));
+    for (name, format, rate) in formats.into_iter().filter(|f| wanted(f.0, &types)) {
+        for shape in SHAPES.iter().filter(|s| wanted(s.name, &shapes)) {
             let width = shape.d_ff * shape.activation.inputs();
             let matrix = |len: usize| (0..len).map(|i| ((i * 31 % 97) as f32 - 48.0) * 1e-3).collect::<Vec<f32>>();
             let (fc_in, fc_out) = (matrix(width * shape.d_model), matrix(shape.d_model * shape.d_ff));

@@ -1,49 +1,118 @@
-//! Memory for packed operands: aligned to cache lines, and kept by each thread between calls, because fresh pages cost
-//! more than the packing itself.
+//! Memory for packed operands: aligned to cache lines, in huge pages where it is large, and kept by each thread between
+//! calls, because fresh pages cost more than the packing itself.
 
+use std::alloc::{Layout, alloc, dealloc, handle_alloc_error};
 use std::cell::RefCell;
+use std::fmt;
+use std::ptr::NonNull;
 
-/// Words in one cache line.
-const LINE: usize = 16;
-
-#[derive(Debug, Clone, Copy)]
-#[repr(C, align(64))]
-struct Line([u32; LINE]);
+/// Bytes of a cache line.
+const LINE: usize = 64;
+/// Bytes of a huge page, which buffers of at least as many are aligned to. Read with 4 KiB pages, weights come at three
+/// quarters of the memory's speed (24 instead of 31 GB/s on two Zen 4 cores).
+const HUGE_PAGE: usize = 2 << 20;
 
 /// 32-bit words aligned to 64 bytes.
-#[derive(Debug, Clone, Default)]
 pub struct Words {
-    lines: Vec<Line>,
+    start: NonNull<u32>,
     len: usize,
+    /// Words there is memory for, all of them initialised.
+    capacity: usize,
 }
+
+// SAFETY: the memory belongs to the value alone, and words have no ties to a thread.
+unsafe impl Send for Words {}
+// SAFETY: as above; shared access only reads.
+unsafe impl Sync for Words {}
 
 impl Words {
     /// `len` zero words.
     pub fn zeros(len: usize) -> Self {
-        Self { lines: vec![Line([0; LINE]); len.div_ceil(LINE)], len }
+        if len == 0 {
+            return Self { start: NonNull::dangling(), len: 0, capacity: 0 };
+        }
+        let layout = Self::layout(len);
+        // SAFETY: the layout is not empty; the memory is filled before anything reads it.
+        let start = unsafe {
+            let bytes = alloc(layout);
+            let Some(start) = NonNull::new(bytes.cast::<u32>()) else { handle_alloc_error(layout) };
+            if layout.align() == HUGE_PAGE {
+                ask_for_huge_pages(bytes, layout.size());
+            }
+            std::ptr::write_bytes(bytes, 0, layout.size());
+            start
+        };
+        Self { start, len, capacity: len }
+    }
+
+    fn layout(len: usize) -> Layout {
+        let bytes = len.checked_mul(4).expect("a buffer must fit the address space");
+        let align = if bytes >= HUGE_PAGE { HUGE_PAGE } else { LINE };
+        Layout::from_size_align(bytes, align).expect("a buffer must fit the address space")
     }
 
     /// Makes room for `len` words; their content is whatever was there before.
     fn resize(&mut self, len: usize) {
-        let lines = len.div_ceil(LINE);
-        if lines > self.lines.len() {
-            self.lines.clear();
-            self.lines.resize(lines, Line([0; LINE]));
+        if len > self.capacity {
+            *self = Self::zeros(len);
         }
         self.len = len;
     }
 
     /// The words.
     pub fn as_slice(&self) -> &[u32] {
-        // SAFETY: a line is 16 words without padding, and `len` words lie inside `lines`.
-        unsafe { std::slice::from_raw_parts(self.lines.as_ptr().cast(), self.len) }
+        // SAFETY: `len` initialised words lie there, or none at a dangling address.
+        unsafe { std::slice::from_raw_parts(self.start.as_ptr(), self.len) }
     }
 
     /// The words.
     pub fn as_mut_slice(&mut self) -> &mut [u32] {
         // SAFETY: as in `as_slice`; the borrow is exclusive.
-        unsafe { std::slice::from_raw_parts_mut(self.lines.as_mut_ptr().cast(), self.len) }
+        unsafe { std::slice::from_raw_parts_mut(self.start.as_ptr(), self.len) }
     }
+}
+
+impl Drop for Words {
+    fn drop(&mut self) {
+        if self.capacity > 0 {
+            // SAFETY: allocated in `zeros` with the layout of as many words.
+            unsafe { dealloc(self.start.as_ptr().cast(), Self::layout(self.capacity)) };
+        }
+    }
+}
+
+impl Default for Words {
+    fn default() -> Self {
+        Self::zeros(0)
+    }
+}
+
+impl Clone for Words {
+    fn clone(&self) -> Self {
+        let mut copy = Self::zeros(self.len);
+        copy.as_mut_slice().copy_from_slice(self.as_slice());
+        copy
+    }
+}
+
+impl fmt::Debug for Words {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Words").field("len", &self.len).finish_non_exhaustive()
+    }
+}
+
+/// Asks for huge pages under fresh memory; without them it is slower, not wrong.
+///
+/// # Safety
+/// The bytes must be allocated, and aligned to a page.
+unsafe fn ask_for_huge_pages(start: *mut u8, bytes: usize) {
+    #[cfg(target_os = "linux")]
+    // SAFETY: advice about memory that is ours; its content stays.
+    unsafe {
+        libc::madvise(start.cast(), bytes, libc::MADV_HUGEPAGE);
+    }
+    #[cfg(not(target_os = "linux"))]
+    let _ = (start, bytes);
 }
 
 /// Largest buffer a thread keeps, 256 MiB.
@@ -58,7 +127,7 @@ pub(crate) fn with_scratch<R>(len: usize, body: impl FnOnce(&mut [u32]) -> R) ->
     let mut words = SPARE.with_borrow_mut(Vec::pop).unwrap_or_default();
     words.resize(len);
     let result = body(words.as_mut_slice());
-    if words.lines.len() * LINE <= KEEP_WORDS {
+    if words.capacity <= KEEP_WORDS {
         SPARE.with_borrow_mut(|spare| spare.push(words));
     }
     result
@@ -93,5 +162,16 @@ mod tests {
             assert_eq!(outer, [7; 5]);
         });
         with_scratch(0, |none| assert!(none.is_empty()));
+    }
+
+    #[test]
+    fn large_buffers_are_zero_and_copied_whole() {
+        for len in [0, 1, 15, 16, HUGE_PAGE / 4 - 1, HUGE_PAGE / 4, HUGE_PAGE + 7] {
+            let mut words = Words::zeros(len);
+            assert!(words.as_slice().len() == len && words.as_slice().iter().all(|&w| w == 0));
+            words.as_mut_slice().iter_mut().enumerate().for_each(|(i, w)| *w = i as u32);
+            assert_eq!(words.clone().as_slice(), words.as_slice());
+            assert!(len * 4 < HUGE_PAGE || (words.as_slice().as_ptr() as usize).is_multiple_of(HUGE_PAGE));
+        }
     }
 }
