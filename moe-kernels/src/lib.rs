@@ -7,6 +7,7 @@
 #![allow(unsafe_code)] // This crate is where the workspace keeps its vector code; every block states why it is sound.
 
 pub mod activation;
+pub mod adamw;
 pub mod attention;
 mod buffer;
 pub mod cross_entropy;

@@ -1,13 +1,13 @@
 //! AdamW with decoupled weight decay and clipping by the global norm. Updates parameters in place on the CPU.
 //!
-//! Sums run over fixed chunks in a fixed order and no fused multiply-add is used, so the result is the same for any
-//! number of threads and any vector width.
+//! The arithmetic is [`moe_kernels::adamw`]'s, whose bits do not depend on the number of threads.
 
 use crate::{Error, Result};
 use candle_core::{CpuStorage, InplaceOp1, Layout, Tensor, Var};
-use rayon::prelude::*;
+use moe_kernels::{adamw, select};
 use serde::{Deserialize, Serialize};
-use std::sync::Mutex;
+use std::cell::Cell;
+use std::collections::HashSet;
 
 /// AdamW's settings besides the learning rate.
 #[derive(Debug, Clone, Copy, PartialEq, Serialize, Deserialize)]
@@ -72,10 +72,8 @@ pub struct StepReport {
 
 /// Steps skipped in a row after which [`AdamW::step`] gives up.
 pub const MAX_SKIPPED_IN_A_ROW: u64 = 8;
-/// Elements per unit of work and of summation.
-const CHUNK: usize = 1 << 14;
-/// Partial sums kept side by side inside a chunk; fixed, so that the order of additions is.
-const LANES: usize = 16;
+/// Parameters updated from one queue; each of them is one level of calls, see [`update_together`].
+const TOGETHER: usize = 64;
 
 /// The optimizer's state. Parameters are given to each call, always in the same order.
 #[derive(Debug, Clone, PartialEq)]
@@ -149,7 +147,7 @@ impl AdamW {
         lr: f64,
     ) -> Result<StepReport> {
         self.check_shapes(params, grads)?;
-        let grad_norm = sum_of_squares(grads).sqrt() * grad_scale;
+        let grad_norm = adamw::sum_of_squares(select::current(), grads).sqrt() * grad_scale;
         if !grad_norm.is_finite() {
             return self.skip(grad_norm);
         }
@@ -158,11 +156,26 @@ impl AdamW {
         let clip = self.config.clip_grad;
         // 1e-6 as in PyTorch's `clip_grad_norm_`.
         let clip_factor = if clip > 0.0 { (clip / (grad_norm + 1e-6)).min(1.0) } else { 1.0 };
-        let scale = (grad_scale * clip_factor) as f32;
-        for (((moments, (_, var)), grad), decays) in self.moments.iter_mut().zip(params).zip(grads).zip(&self.decays) {
-            let decay = if *decays { self.config.weight_decay } else { 0.0 };
-            let factors = Factors::new(&self.config, self.updates, lr, decay, scale);
-            update_var(var, &factors, moments, grad)?;
+        let settings = adamw::Settings {
+            lr,
+            beta1: self.config.beta1,
+            beta2: self.config.beta2,
+            eps: self.config.eps,
+            weight_decay: self.config.weight_decay,
+            updates: self.updates,
+            grad_scale: grad_scale * clip_factor,
+        };
+        let state = self.moments.iter_mut().zip(&self.decays);
+        let mut pending = params.iter().zip(grads).zip(state).map(|(((_, var), grad), (moments, &decays))| {
+            let weight_decay = if decays { settings.weight_decay } else { 0.0 };
+            Pending { var, settings: adamw::Settings { weight_decay, ..settings }, moments, grad }
+        });
+        loop {
+            let group: Vec<_> = pending.by_ref().take(TOGETHER).collect();
+            if group.is_empty() {
+                break;
+            }
+            update_together(group.into_iter(), Vec::with_capacity(TOGETHER))?;
         }
         Ok(StepReport { grad_norm, applied: true })
     }
@@ -185,7 +198,11 @@ impl AdamW {
                 "the optimizer holds {want} parameters, given {have} and {got} gradients"
             )));
         }
+        let mut seen = HashSet::with_capacity(params.len());
         for (((name, var), grad), moments) in params.iter().zip(grads).zip(&self.moments) {
+            if !seen.insert(var.id()) {
+                return Err(Error::Argument(format!("{name} is given to the optimizer twice")));
+            }
             let (want, got, held) = (var.elem_count(), grad.len(), moments.exp_avg.len());
             if want != got || want != held || held != moments.exp_avg_sq.len() {
                 return Err(Error::Argument(format!(
@@ -197,69 +214,47 @@ impl AdamW {
     }
 }
 
-/// The scalars of one update, rounded to f32 once.
-#[derive(Debug, Clone, Copy)]
-struct Factors {
-    scale: f32,
-    beta1: f32,
-    one_minus_beta1: f32,
-    beta2: f32,
-    one_minus_beta2: f32,
-    /// `1 - lr * weight_decay`.
-    keep: f32,
-    /// `lr / (1 - beta1^t)`.
-    step_size: f32,
-    /// `1 / sqrt(1 - beta2^t)`.
-    root_correction: f32,
-    eps: f32,
-}
-
-impl Factors {
-    fn new(config: &AdamWConfig, updates: u64, lr: f64, weight_decay: f64, scale: f32) -> Self {
-        let t = updates as f64;
-        Self {
-            scale,
-            beta1: config.beta1 as f32,
-            one_minus_beta1: (1.0 - config.beta1) as f32,
-            beta2: config.beta2 as f32,
-            one_minus_beta2: (1.0 - config.beta2) as f32,
-            keep: (1.0 - lr * weight_decay) as f32,
-            step_size: (lr / (1.0 - config.beta1.powf(t))) as f32,
-            root_correction: (1.0 / (1.0 - config.beta2.powf(t)).sqrt()) as f32,
-            eps: config.eps as f32,
-        }
-    }
-}
-
-#[inline(always)]
-fn update_chunk(f: &Factors, p: &mut [f32], m: &mut [f32], v: &mut [f32], g: &[f32]) {
-    for (((p, m), v), g) in p.iter_mut().zip(m).zip(v).zip(g) {
-        let g = *g * f.scale;
-        *m = f.beta1 * *m + f.one_minus_beta1 * g;
-        *v = f.beta2 * *v + f.one_minus_beta2 * (g * g);
-        *p = f.keep * *p - f.step_size * *m / (v.sqrt() * f.root_correction + f.eps);
-    }
-}
-
-fn update_slice(f: &Factors, p: &mut [f32], moments: &mut Moments, g: &[f32]) {
-    let arch = pulp::Arch::new();
-    let chunks = p
-        .par_chunks_mut(CHUNK)
-        .zip(moments.exp_avg.par_chunks_mut(CHUNK))
-        .zip(moments.exp_avg_sq.par_chunks_mut(CHUNK))
-        .zip(g.par_chunks(CHUNK));
-    chunks.for_each(|(((p, m), v), g)| arch.dispatch(|| update_chunk(f, p, m, v, g)));
-}
-
-/// Hands the parameter's own memory to [`update_slice`].
-struct UpdateInPlace<'a> {
-    factors: &'a Factors,
-    /// A lock because candle gives the operation by shared reference; it is never contended.
-    moments: Mutex<&'a mut Moments>,
+/// A parameter whose memory is not at hand yet.
+struct Pending<'a> {
+    var: &'a Var,
+    settings: adamw::Settings,
+    moments: &'a mut Moments,
     grad: &'a [f32],
 }
 
-impl InplaceOp1 for UpdateInPlace<'_> {
+impl<'a> Pending<'a> {
+    fn with_values(self, values: &'a mut [f32]) -> adamw::Parameter<'a> {
+        let Moments { exp_avg, exp_avg_sq } = self.moments;
+        adamw::Parameter { settings: self.settings, values, exp_avg, exp_avg_sq, grad: self.grad }
+    }
+}
+
+/// Updates all of `pending` and `ready` from one queue.
+///
+/// candle lends a parameter's memory to the body of one operation only, so each operation's body begins the next one,
+/// and the innermost, which has them all, updates.
+fn update_together(mut pending: std::vec::IntoIter<Pending<'_>>, mut ready: Vec<adamw::Parameter<'_>>) -> Result<()> {
+    let Some(next) = pending.next() else { return Ok(adamw::update(select::current(), &mut ready)?) };
+    let var = next.var;
+    if !var.device().is_cpu() {
+        let mut values = var.flatten_all()?.to_vec1::<f32>()?;
+        adamw::update(select::current(), &mut [next.with_values(&mut values)])?;
+        var.set(&Tensor::from_vec(values, var.shape(), var.device())?)?;
+        return update_together(pending, ready);
+    }
+    let body = |values: &mut [f32]| {
+        // Shortens the lifetime of those before to that of these values.
+        let mut ready: Vec<adamw::Parameter<'_>> = ready;
+        ready.push(next.with_values(values));
+        update_together(pending, ready)
+    };
+    Ok(var.inplace_op1(&WithValues(Cell::new(Some(body))))?)
+}
+
+/// Hands a parameter's own memory to a function, once.
+struct WithValues<F>(Cell<Option<F>>);
+
+impl<F: FnOnce(&mut [f32]) -> Result<()>> InplaceOp1 for WithValues<F> {
     fn name(&self) -> &'static str {
         "adamw"
     }
@@ -269,45 +264,9 @@ impl InplaceOp1 for UpdateInPlace<'_> {
         let Some((start, end)) = layout.contiguous_offsets() else {
             candle_core::bail!("adamw: parameters must be contiguous")
         };
-        let mut moments = self.moments.lock().unwrap_or_else(std::sync::PoisonError::into_inner);
-        update_slice(self.factors, &mut values[start..end], &mut moments, self.grad);
-        Ok(())
+        let Some(body) = self.0.take() else { candle_core::bail!("adamw: an update runs once") };
+        body(&mut values[start..end]).map_err(candle_core::Error::wrap)
     }
-}
-
-fn update_var(var: &Var, factors: &Factors, moments: &mut Moments, grad: &[f32]) -> Result<()> {
-    if var.device().is_cpu() {
-        var.inplace_op1(&UpdateInPlace { factors, moments: Mutex::new(moments), grad })?;
-    } else {
-        let mut values = var.flatten_all()?.to_vec1::<f32>()?;
-        update_slice(factors, &mut values, moments, grad);
-        var.set(&Tensor::from_vec(values, var.shape(), var.device())?)?;
-    }
-    Ok(())
-}
-
-/// Sum of squares of all gradients in f64: chunks in parallel, their sums added in order.
-fn sum_of_squares(grads: &[Vec<f32>]) -> f64 {
-    let arch = pulp::Arch::new();
-    let of_one = |grad: &Vec<f32>| -> f64 {
-        let chunks: Vec<f64> =
-            grad.par_chunks(CHUNK).map(|chunk| arch.dispatch(|| chunk_sum_of_squares(chunk))).collect();
-        chunks.iter().sum()
-    };
-    grads.iter().map(of_one).sum()
-}
-
-#[inline(always)]
-fn chunk_sum_of_squares(values: &[f32]) -> f64 {
-    let mut lanes = [0.0f64; LANES];
-    let (whole, rest) = values.as_chunks::<LANES>();
-    for block in whole {
-        for (lane, &x) in lanes.iter_mut().zip(block) {
-            *lane += f64::from(x) * f64::from(x);
-        }
-    }
-    let tail: f64 = rest.iter().map(|&x| f64::from(x) * f64::from(x)).sum();
-    lanes.iter().sum::<f64>() + tail
 }
 
 #[cfg(test)]

@@ -114,7 +114,7 @@ fn non_finite_gradients_are_skipped_then_refused() {
 
 #[test]
 fn any_number_of_threads_gives_the_same_bits() {
-    let size = 3 * CHUNK + 77;
+    let size = 50_000;
     let wave = |k: usize| (0..size).map(|i| ((i * k) as f32 * 0.37).sin() * 1.3).collect::<Vec<f32>>();
     let run = |threads: usize| {
         let pool = rayon::ThreadPoolBuilder::new().num_threads(threads).build().unwrap();
@@ -133,11 +133,27 @@ fn any_number_of_threads_gives_the_same_bits() {
 }
 
 #[test]
+fn many_parameters_are_updated_as_one_is() {
+    let one = |count: usize| {
+        let params: Vec<_> = (0..count).map(|i| (format!("w{i}"), var(&[0.5, -2.0], &[2]))).collect();
+        let grads = vec![vec![0.25, 1.0]; count];
+        let mut optimizer = AdamW::new(config(0.0), &params, decays(&params)).unwrap();
+        optimizer.step(&params, &grads, 1.0, 0.01).unwrap();
+        params.iter().map(|(_, var)| values(var)).collect::<Vec<_>>()
+    };
+    assert_eq!(one(2 * TOGETHER + 3), vec![one(1)[0].clone(); 2 * TOGETHER + 3]);
+}
+
+#[test]
 fn mismatches_are_named() {
     let params = [("w".to_owned(), var(&[1.0, 2.0], &[2]))];
     let mut optimizer = AdamW::new(config(1.0), &params, decays(&params)).unwrap();
     assert!(optimizer.step(&params, &[vec![0.1]], 1.0, 0.1).unwrap_err().to_string().contains('w'));
     assert!(optimizer.step(&params, &[], 1.0, 0.1).is_err());
+    let twice = [params[0].clone(), ("again".to_owned(), params[0].1.clone())];
+    let mut both = AdamW::new(config(1.0), &twice, decays(&twice)).unwrap();
+    let message = both.step(&twice, &[vec![0.1; 2], vec![0.1; 2]], 1.0, 0.1).unwrap_err().to_string();
+    assert!(message.contains("again") && message.contains("twice"), "{message}");
     for (bad, word) in [
         (AdamWConfig { beta1: 1.0, ..config(1.0) }, "beta1"),
         (AdamWConfig { eps: 0.0, ..config(1.0) }, "eps"),

@@ -184,7 +184,7 @@ fn add_tensor(sum: &mut [f32], grad: &Tensor) -> Result<()> {
 
 fn add_slice(sum: &mut [f32], values: &[f32]) {
     debug_assert_eq!(sum.len(), values.len());
-    pulp::Arch::new().dispatch(|| sum.iter_mut().zip(values).for_each(|(s, v)| *s += v));
+    moe_core::ops::host::dispatch(|| sum.iter_mut().zip(values).for_each(|(s, v)| *s += v));
 }
 
 #[cfg(test)]
