@@ -4,45 +4,199 @@
 //! same for any number of threads.
 
 use std::cell::Cell;
-use std::sync::atomic::{AtomicUsize, Ordering};
+use std::ptr;
+use std::sync::atomic::{AtomicBool, AtomicPtr, AtomicU64, AtomicUsize, Ordering};
 
 thread_local! {
     static SERIAL: Cell<bool> = const { Cell::new(false) };
+    /// The team that the calling thread leads.
+    static TEAM: Cell<*const Team> = const { Cell::new(ptr::null()) };
+}
+
+/// Gives a thread-local its old value back when dropped.
+struct Restore<T: Copy + 'static>(&'static std::thread::LocalKey<Cell<T>>, T);
+
+impl<T: Copy> Drop for Restore<T> {
+    fn drop(&mut self) {
+        self.0.set(self.1);
+    }
 }
 
 /// Runs `body` with every kernel that it calls on the calling thread alone: for callers that are parallel themselves.
 pub fn serially<R>(body: impl FnOnce() -> R) -> R {
-    struct Restore(bool);
-    impl Drop for Restore {
-        fn drop(&mut self) {
-            SERIAL.set(self.0);
-        }
-    }
-    let _restore = Restore(SERIAL.replace(true));
+    let _restore = Restore(&SERIAL, SERIAL.replace(true));
     body()
 }
 
-/// Runs `work(i)` for every `i` in `0..count`; each thread takes the next number when it is free.
+/// Runs `body` with the pool's threads kept awake from one kernel to the next: a thread that has gone to sleep takes longer
+/// to wake (50 us and more) than a small product takes. For a chain of short kernels; the threads that wait do so busily.
+pub fn together<R>(body: impl FnOnce() -> R) -> R {
+    let threads = rayon::current_num_threads();
+    if threads <= 1 || SERIAL.get() || !TEAM.get().is_null() {
+        return body();
+    }
+    let team = Team::default();
+    rayon::in_place_scope(|scope| {
+        for _ in 1..threads {
+            scope.spawn(|_| team.help());
+        }
+        // Dropped before the scope waits for its threads, also if `body` panics.
+        let _dismiss = Dismiss(&team);
+        let _restore = Restore(&TEAM, TEAM.replace(&raw const team));
+        body()
+    })
+}
+
+/// Threads that wait for the kernels of one leader.
+#[derive(Debug, Default)]
+struct Team {
+    /// The tasks at hand, or null.
+    queue: AtomicPtr<Queue<'static>>,
+    /// Helpers that may be reading `queue`.
+    inside: AtomicUsize,
+    dismissed: AtomicBool,
+}
+
+struct Dismiss<'a>(&'a Team);
+
+impl Drop for Dismiss<'_> {
+    fn drop(&mut self) {
+        self.0.dismissed.store(true, Ordering::SeqCst);
+    }
+}
+
+/// Turns of a waiting loop before the thread offers its core to others.
+const PATIENCE: u32 = 4096;
+
+fn wait_until(mut ready: impl FnMut() -> bool) {
+    let mut turns = 0;
+    while !ready() {
+        turns += 1;
+        if turns < PATIENCE { std::hint::spin_loop() } else { std::thread::yield_now() }
+    }
+}
+
+impl Team {
+    fn help(&self) {
+        wait_until(|| {
+            if !self.queue.load(Ordering::Relaxed).is_null() {
+                let _inside = Inside::enter(&self.inside);
+                // A leader that takes its queue back waits for every helper that entered before, and one that enters
+                // after finds null.
+                let queue = self.queue.load(Ordering::SeqCst);
+                if !queue.is_null() {
+                    // SAFETY: the leader keeps the queue alive while a helper is inside.
+                    serially(|| unsafe { (*queue).run() });
+                }
+            }
+            self.dismissed.load(Ordering::Relaxed)
+        });
+    }
+
+    /// Runs a queue on the leader and every helper that is awake.
+    fn lead(&self, queue: &Queue<'_>) {
+        /// Takes the queue back, also if a task panics.
+        struct TakeBack<'a>(&'a Team);
+        impl Drop for TakeBack<'_> {
+            fn drop(&mut self) {
+                self.0.queue.store(ptr::null_mut(), Ordering::SeqCst);
+                wait_until(|| self.0.inside.load(Ordering::SeqCst) == 0);
+            }
+        }
+        let _take_back = TakeBack(self);
+        self.queue.store((&raw const *queue).cast_mut().cast(), Ordering::SeqCst);
+        // A kernel inside a task stays on its thread: there is one queue at a time.
+        serially(|| queue.run());
+    }
+}
+
+struct Inside<'a>(&'a AtomicUsize);
+
+impl<'a> Inside<'a> {
+    fn enter(count: &'a AtomicUsize) -> Self {
+        count.fetch_add(1, Ordering::SeqCst);
+        Self(count)
+    }
+}
+
+impl Drop for Inside<'_> {
+    fn drop(&mut self) {
+        self.0.fetch_sub(1, Ordering::SeqCst);
+    }
+}
+
+/// Numbered tasks, dealt out as one run of neighbours per thread: neighbours read neighbouring memory. A thread that is
+/// done takes from the end of the longest run that is left.
+struct Queue<'a> {
+    work: &'a (dyn Fn(usize) + Sync),
+    /// First task and end of what is left of each run, in the two halves.
+    runs: Vec<AtomicU64>,
+    /// Runs taken by threads so far.
+    taken: AtomicUsize,
+}
+
+impl<'a> Queue<'a> {
+    fn new(count: usize, threads: usize, work: &'a (dyn Fn(usize) + Sync)) -> Self {
+        assert!(u32::try_from(count).is_ok(), "a queue holds fewer than 2^32 tasks, got {count}");
+        let bound = |run: usize| (run * count / threads) as u64;
+        let runs = (0..threads).map(|run| AtomicU64::new(bound(run) << 32 | bound(run + 1))).collect();
+        Self { work, runs, taken: AtomicUsize::new(0) }
+    }
+
+    /// Takes tasks until none is left.
+    fn run(&self) {
+        let own = self.taken.fetch_add(1, Ordering::Relaxed);
+        if let Some(run) = self.runs.get(own) {
+            while let Some(task) = take(run, |first, end| (first, (first + 1, end))) {
+                (self.work)(task);
+            }
+        }
+        let left = |run: &&AtomicU64| {
+            let (first, end) = halves(run.load(Ordering::Relaxed));
+            end - first
+        };
+        while let Some(run) = self.runs.iter().max_by_key(left).filter(|run| left(run) > 0) {
+            if let Some(task) = take(run, |first, end| (end - 1, (first, end - 1))) {
+                (self.work)(task);
+            }
+        }
+    }
+}
+
+fn halves(run: u64) -> (u32, u32) {
+    ((run >> 32) as u32, run as u32)
+}
+
+/// One task of a run, if any is left: `split` gives it and the run without it.
+fn take(run: &AtomicU64, split: impl Fn(u32, u32) -> (u32, (u32, u32))) -> Option<usize> {
+    let without = |run| {
+        let (first, end) = halves(run);
+        (first < end).then(|| {
+            let (_, (first, end)) = split(first, end);
+            u64::from(first) << 32 | u64::from(end)
+        })
+    };
+    let (first, end) = halves(run.fetch_update(Ordering::Relaxed, Ordering::Relaxed, without).ok()?);
+    Some(split(first, end).0 as usize)
+}
+
+/// Runs `work(i)` for every `i` in `0..count`; each thread takes the next task when it is free.
 pub fn for_each(count: usize, work: impl Fn(usize) + Sync) {
     let threads = if SERIAL.get() { 1 } else { rayon::current_num_threads().min(count) };
     if threads <= 1 {
         return (0..count).for_each(work);
     }
-    let next = AtomicUsize::new(0);
-    let run = || {
-        loop {
-            let task = next.fetch_add(1, Ordering::Relaxed);
-            if task >= count {
-                return;
-            }
-            work(task);
-        }
-    };
+    let queue = Queue::new(count, threads, &work);
+    let team = TEAM.get();
+    if !team.is_null() {
+        // SAFETY: set by `together` on this thread for as long as the team lives.
+        return unsafe { (*team).lead(&queue) };
+    }
     rayon::scope(|scope| {
         for _ in 1..threads {
-            scope.spawn(|_| run());
+            scope.spawn(|_| queue.run());
         }
-        run();
+        queue.run();
     });
 }
 
@@ -110,6 +264,28 @@ mod tests {
         let here = std::thread::current().id();
         serially(|| for_each(1000, |_| assert_eq!(std::thread::current().id(), here)));
         assert!(!SERIAL.get());
+    }
+
+    #[test]
+    fn a_team_runs_one_kernel_after_another_and_survives_a_panic() {
+        let pool = rayon::ThreadPoolBuilder::new().num_threads(3).build().unwrap();
+        pool.install(|| {
+            let mut sums = vec![0u64; 500];
+            let total: u64 = together(|| {
+                for round in 0..200u64 {
+                    let shared = SharedMut::new(&mut sums);
+                    // SAFETY: each task has an element of its own.
+                    for_each(500, |i| unsafe { shared.slice(i, 1)[0] += round * i as u64 });
+                }
+                // A team inside a team is the same team.
+                together(|| for_each(3, |_| ()));
+                sums.iter().sum()
+            });
+            assert_eq!(total, (0..200).sum::<u64>() * (0..500).sum::<u64>());
+            let panicked = std::panic::catch_unwind(|| together(|| for_each(100, |i| assert!(i != 77, "task 77"))));
+            assert!(panicked.is_err() && TEAM.get().is_null());
+            for_each(10, |_| ());
+        });
     }
 
     #[test]

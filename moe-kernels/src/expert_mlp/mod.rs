@@ -10,8 +10,11 @@ use crate::buffer::with_scratch_f32;
 use crate::gemm::{Group, Operand, PackedWeights, Start, Weights, gemm};
 use crate::permute::{gather_into, sum_choices};
 use crate::quantized::{QuantFormat, QuantGroup, QuantizedWeights, quantized_gemm};
-use crate::{Error, Isa, Precision, Result};
+use crate::{Error, Isa, Precision, Result, parallel};
 use moe_core::{Activation, DispatchTable};
+
+/// Multiply-adds of a matrix from which on several threads are of use.
+const LEAST_WORK: usize = 1 << 18;
 
 /// How weights that never change are kept.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
@@ -185,16 +188,20 @@ impl PackedExperts {
         }
         let (num_rows, width) = (table.num_rows(), d_ff * self.activation.inputs());
         // Fresh pages for these would cost as much as the products of a few hundred tokens: they are kept from call to call.
-        Ok(with_scratch_f32(num_rows * d_model, |rows| {
-            gather_into(tokens, d_model, table, rows);
-            with_scratch_f32(num_rows * d_ff, |inner| {
-                with_scratch_f32(num_rows * width, |hidden| {
-                    self.fc_in.product(self.isa, rows, [width, d_model], &table.expert_offsets, hidden);
-                    apply_into(self.isa, self.activation, hidden, width, inner);
+        let run = || {
+            with_scratch_f32(num_rows * d_model, |rows| {
+                gather_into(tokens, d_model, table, rows);
+                with_scratch_f32(num_rows * d_ff, |inner| {
+                    with_scratch_f32(num_rows * width, |hidden| {
+                        self.fc_in.product(self.isa, rows, [width, d_model], &table.expert_offsets, hidden);
+                        apply_into(self.isa, self.activation, hidden, width, inner);
+                    });
+                    self.fc_out.product(self.isa, inner, [d_model, d_ff], &table.expert_offsets, rows);
                 });
-                self.fc_out.product(self.isa, inner, [d_model, d_ff], &table.expert_offsets, rows);
-            });
-            sum_choices(self.isa, rows, Some(combine_weights), table, d_model)
-        }))
+                sum_choices(self.isa, rows, Some(combine_weights), table, d_model)
+            })
+        };
+        // Small layers are one product and the next before a second thread has woken up.
+        Ok(if num_rows * d_model * d_ff >= LEAST_WORK { parallel::together(run) } else { run() })
     }
 }

@@ -453,8 +453,9 @@ fn run_task(isa: Isa, plan: &Plan, group: &Group<'_>, task: Task, a: &[u32], b: 
             let wide =
                 if tiles.len() == 1 { micro::panels_at_once(plan.a_format, rows).min(panels.end - panel) } else { 1 };
             let wide = if wide == 3 { 2 } else { wide };
-            // What is multiplied after this: the same part of the next panel, or the next part of the first.
-            let next = if panel + wide < panels.end {
+            // What is multiplied after this: the same part of the next panel (which may be the next task's), or the next part
+            // of the first.
+            let next = if tiles.len() == 1 || panel + wide < panels.end {
                 (wide * PANEL_COLS * b_words) as isize
             } else {
                 (block * PANEL_COLS) as isize - ((panel - panels.start) * PANEL_COLS * b_words) as isize
