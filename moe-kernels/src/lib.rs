@@ -23,6 +23,8 @@ pub mod ops;
 pub mod parallel;
 pub mod permute;
 pub mod quantized;
+pub mod rms_norm;
+pub mod rotary;
 pub mod select;
 
 pub use buffer::Words;

@@ -1,24 +1,56 @@
-//! Causal multi-head attention, forward and backward, and decoding over cached keys and values.
+//! Causal attention with as many key heads as query heads or fewer, forward and backward; decoding over cached keys and
+//! values, in one piece or in pages.
 //!
-//! Queries go in blocks of 48; a block sees the keys up to its last query, so no `[seq, seq]` matrix is kept and no time is
-//! spent on keys that no query of the block sees. A query's result depends on the keys before it only, not on the block
-//! it is in: decoding token by token gives the bits of the whole pass.
+//! Rows go in blocks of 48; a block sees the keys up to its last query, so no `[seq, seq]` matrix is kept and no time
+//! is spent on keys that no query of the block sees. A query's result depends on the keys before it only, not on the
+//! block it is in: decoding token by token gives the bits of the whole pass.
 
+mod blocks;
+mod paged;
 mod reference;
 #[cfg(test)]
 mod tests;
 
-pub use reference::causal_attention as causal_attention_reference;
+pub(crate) use blocks::row_max;
+pub use paged::{PagedKv, PagedSequence, paged_attention};
+pub use reference::{
+    causal_attention as causal_attention_reference, grouped_query_attention as grouped_query_attention_reference,
+};
 
-use crate::buffer::with_scratch_f32;
-use crate::gemm::{Group, Operand, Start, gemm_part};
 use crate::parallel::SharedMut;
-use crate::{Error, Isa, Precision, Result, ops, parallel, select};
-use candle_core::{CpuStorage, CustomOp1, Layout, Shape, Tensor};
-use moe_core::ops::host::{self, Real};
+use crate::{Error, Precision, Result, ops};
+use blocks::{Heads, Place, Sequence, Source, Strip, Training};
+use candle_core::{CpuStorage, CustomOp1, CustomOp3, Layout, Shape, Tensor};
+use moe_core::ops::host;
 
-/// Queries per block: a whole number of tiles.
-const BLOCK: usize = 48;
+/// How many heads an attention has. Query head `h` uses key and value head `h * num_kv_heads / num_heads`.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub struct AttentionShape {
+    /// Heads of the queries.
+    pub num_heads: usize,
+    /// Heads of the keys and of the values; divides `num_heads`.
+    pub num_kv_heads: usize,
+}
+
+impl AttentionShape {
+    /// The width of a head of queries `d_model` wide with keys and values `kv_width` wide.
+    fn head_dim(self, d_model: usize, kv_width: usize) -> Result<usize> {
+        let Self { num_heads, num_kv_heads } = self;
+        if num_heads == 0 || num_kv_heads == 0 || !num_heads.is_multiple_of(num_kv_heads) {
+            return Err(Error::Argument(format!(
+                "num_kv_heads {num_kv_heads} must divide num_heads {num_heads}, and neither may be 0"
+            )));
+        }
+        let head_dim = d_model / num_heads;
+        if head_dim == 0 || head_dim * num_heads != d_model || head_dim * num_kv_heads != kv_width {
+            return Err(Error::Argument(format!(
+                "queries of width {d_model} and keys of width {kv_width} must be num_heads {num_heads} and \
+                 num_kv_heads {num_kv_heads} heads of one head_dim"
+            )));
+        }
+        Ok(head_dim)
+    }
+}
 
 /// Attention of each token to itself and the tokens before it in its sequence.
 ///
@@ -32,11 +64,60 @@ const BLOCK: usize = 48;
 /// [`Error::Argument`] if `num_heads` does not divide `d_model`.
 pub fn causal_attention(qkv: &Tensor, num_heads: usize, precision: Precision) -> Result<Tensor> {
     let (_, _, width) = qkv.dims3()?;
-    let heads = Heads::new(width, num_heads, precision)?;
+    let head_dim = fused_head_dim(width, num_heads)?;
     if !ops::takes(qkv) {
         return reference::causal_attention(qkv, num_heads);
     }
-    Ok(qkv.contiguous()?.apply_op1(heads)?)
+    let shape = AttentionShape { num_heads, num_kv_heads: num_heads };
+    Ok(qkv.contiguous()?.apply_op1(Fused(Heads::new(shape, head_dim, precision)))?)
+}
+
+/// The width of a head of `[q | k | v]`.
+fn fused_head_dim(qkv_width: usize, num_heads: usize) -> Result<usize> {
+    let d_model = qkv_width / 3;
+    if num_heads == 0 || !qkv_width.is_multiple_of(3) || !d_model.is_multiple_of(num_heads) {
+        return Err(Error::Argument(format!(
+            "num_heads {num_heads} must divide the d_model of a [q | k | v] of width {qkv_width}"
+        )));
+    }
+    Ok(d_model / num_heads)
+}
+
+/// [`causal_attention`] of separate queries, keys and values, where several query heads may share a key and value head.
+///
+/// With as many key heads as query heads the bits are those of [`causal_attention`].
+///
+/// # Shapes
+/// `queries` `[batch, seq_len, num_heads * head_dim]`, `keys` and `values` `[batch, seq_len, num_kv_heads * head_dim]`;
+/// returns the shape of `queries`
+///
+/// # Errors
+/// [`Error::Argument`] if the shapes do not fit.
+///
+/// # Source
+/// GQA (Ainslie et al. 2023), section 2.2; the heads of a group are neighbours, as in transformers' `repeat_kv`.
+pub fn grouped_query_attention(
+    queries: &Tensor,
+    keys: &Tensor,
+    values: &Tensor,
+    shape: AttentionShape,
+    precision: Precision,
+) -> Result<Tensor> {
+    let ((batch, seq_len, d_model), (_, _, kv_width)) = (queries.dims3()?, keys.dims3()?);
+    let head_dim = shape.head_dim(d_model, kv_width)?;
+    if keys.dims() != values.dims() || keys.dims()[..2] != [batch, seq_len] {
+        return Err(Error::Argument(format!(
+            "keys {:?} and values {:?} must have one shape, and the batch and length of the queries {:?}",
+            keys.dims(),
+            values.dims(),
+            queries.dims()
+        )));
+    }
+    if ![queries, keys, values].into_iter().all(ops::takes) {
+        return reference::grouped_query_attention(queries, keys, values, shape);
+    }
+    let op = Grouped(Heads::new(shape, head_dim, precision));
+    Ok(queries.contiguous()?.apply_op3(&keys.contiguous()?, &values.contiguous()?, op)?)
 }
 
 /// Attention of the last `queries.dim(0)` tokens of one sequence over all its keys and values. No gradient.
@@ -54,25 +135,46 @@ pub fn causal_attention_cached(
     num_heads: usize,
     precision: Precision,
 ) -> Result<Tensor> {
-    let ((new, d_model), (len, _)) = (queries.dims2()?, keys.dims2()?);
-    let heads = Heads::new(3 * d_model, num_heads, precision)?;
-    if keys.dims() != values.dims() || keys.dim(1)? != d_model || len < new {
+    let shape = AttentionShape { num_heads, num_kv_heads: num_heads };
+    grouped_query_attention_cached(queries, keys, values, shape, precision)
+}
+
+/// [`causal_attention_cached`] where several query heads may share a key and value head. No gradient.
+///
+/// # Shapes
+/// `queries` `[new, num_heads * head_dim]`, `keys` and `values` `[len, num_kv_heads * head_dim]` with the new tokens at
+/// the end, f32 on the CPU; returns the shape of `queries`
+///
+/// # Errors
+/// [`Error::Argument`] if the shapes do not fit.
+pub fn grouped_query_attention_cached(
+    queries: &Tensor,
+    keys: &Tensor,
+    values: &Tensor,
+    shape: AttentionShape,
+    precision: Precision,
+) -> Result<Tensor> {
+    let ((new, d_model), (len, kv_width)) = (queries.dims2()?, keys.dims2()?);
+    let head_dim = shape.head_dim(d_model, kv_width)?;
+    if keys.dims() != values.dims() || len < new {
         return Err(Error::Argument(format!(
-            "keys {:?} and values {:?} must have the width of the queries {:?} and at least their length",
+            "keys {:?} and values {:?} must have one shape and at least the length of the queries {:?}",
             keys.dims(),
             values.dims(),
             queries.dims()
         )));
     }
     if !ops::takes(queries) {
-        return reference::causal_attention_cached(queries, keys, values, num_heads);
+        return reference::grouped_query_attention_cached(queries, keys, values, shape);
     }
+    let heads = Heads::new(shape, head_dim, precision);
     let out = host::with_elements::<f32, _>(queries, |q| {
         host::with_elements::<f32, _>(keys, |k| {
             host::with_elements::<f32, _>(values, |v| {
                 let mut out = vec![0.0; new * d_model];
-                let strip = |values, rows| Strip { values, rows, row_stride: d_model };
-                heads.forward(&[[strip(q, new), strip(k, len), strip(v, len)]], &mut out);
+                let [keys, values] = [k, v].map(|values| Source::Strip(Strip::new(values, kv_width)));
+                let sequence = Sequence { queries: Strip::new(q, d_model), new, keys, values, len };
+                heads.forward(&[sequence], &mut out);
                 Ok(out)
             })
         })
@@ -80,256 +182,156 @@ pub fn causal_attention_cached(
     Ok(Tensor::from_vec(out, (new, d_model), queries.device())?)
 }
 
-#[derive(Debug, Clone, Copy)]
-struct Heads {
-    d_model: usize,
-    num_heads: usize,
-    head_dim: usize,
-    precision: Precision,
-    isa: Isa,
-}
+/// Attention of one `[q | k | v]`.
+struct Fused(Heads);
 
-/// Rows of one sequence; a head is `head_dim` columns of them.
-#[derive(Debug, Clone, Copy)]
-struct Strip<'a> {
-    /// From the first element of the first row on.
-    values: &'a [f32],
-    rows: usize,
-    row_stride: usize,
-}
+/// Attention of separate queries, keys and values.
+struct Grouped(Heads);
 
-impl<'a> Strip<'a> {
-    fn at(&self, heads: &Heads, head: usize, start: usize) -> &'a [f32] {
-        &self.values[start * self.row_stride + head * heads.head_dim..]
-    }
-
-    /// `rows` rows from `start` on of one head, summed over the head's columns.
-    fn rows(&self, heads: &Heads, head: usize, start: usize, rows: usize) -> Operand<'a> {
-        Operand::rows(self.at(heads, head, start), rows, heads.head_dim, self.row_stride)
-    }
-
-    /// The same, one output per column of the head, summed over the rows.
-    fn columns(&self, heads: &Heads, head: usize, start: usize, rows: usize) -> Operand<'a> {
-        Operand::columns(self.at(heads, head, start), heads.head_dim, rows, self.row_stride)
-    }
+/// The sequences of a batch in which each of the three parts has its columns and its distance between rows.
+fn batch_of<'a>([q, k, v]: [Strip<'a>; 3], batch: usize, seq_len: usize) -> Vec<Sequence<'a>> {
+    let sequence = |b: usize| {
+        let [queries, k, v] = [q, k, v].map(|strip| strip.from(b * seq_len, 0));
+        Sequence { queries, new: seq_len, keys: Source::Strip(k), values: Source::Strip(v), len: seq_len }
+    };
+    (0..if seq_len == 0 { 0 } else { batch }).map(sequence).collect()
 }
 
 impl Heads {
-    fn new(qkv_width: usize, num_heads: usize, precision: Precision) -> Result<Self> {
-        let d_model = qkv_width / 3;
-        if num_heads == 0 || !qkv_width.is_multiple_of(3) || !d_model.is_multiple_of(num_heads) {
-            return Err(Error::Argument(format!(
-                "num_heads {num_heads} must divide the d_model of a [q | k | v] of width {qkv_width}"
-            )));
-        }
-        Ok(Self { d_model, num_heads, head_dim: d_model / num_heads, precision, isa: select::current() })
+    /// Of the output's shape; `[q, k, v]` hold `batch * seq_len` rows.
+    fn forward_batch(&self, qkv: [Strip<'_>; 3], batch: usize, seq_len: usize) -> Vec<f32> {
+        let mut out = vec![0.0; batch * seq_len * self.d_model()];
+        self.forward(&batch_of(qkv, batch, seq_len), &mut out);
+        out
     }
 
-    fn scale(&self) -> f32 {
-        1.0 / (self.head_dim as f32).sqrt()
-    }
-
-    /// One product on this thread into `out`, `out_stride` elements between rows.
+    /// Adds the gradients of all rows into their places.
     ///
     /// # Safety
-    /// The product's part of `out` must belong to the caller.
-    unsafe fn product(
-        &self,
-        a: Operand<'_>,
-        b: Operand<'_>,
-        start: Start<'_>,
-        (out, out_offset, out_stride): (SharedMut<f32>, usize, usize),
-    ) {
-        let group = Group { a, b: b.into(), start, out_offset, out_stride };
-        // SAFETY: passed on from the caller.
-        unsafe { gemm_part(self.isa, self.precision, group, out) }
-    }
-
-    /// Probabilities `[rows, visible]` of queries `start..start + rows` of which the last sees `visible` keys.
-    fn probabilities(&self, [q, k]: [Strip<'_>; 2], head: usize, start: usize, rows: usize, probs: &mut [f32]) {
-        let visible = probs.len() / rows;
-        let (queries, keys) = (q.rows(self, head, start, rows), k.rows(self, head, 0, visible));
-        // SAFETY: `probs` is borrowed for the call.
-        unsafe { self.product(queries, keys, Start::Zero, (SharedMut::new(probs), 0, visible)) };
-        let scale = self.scale();
-        self.isa.vectorize(|| softmax_rows(probs, visible, visible - rows, scale));
-    }
-
-    /// Attention of each sequence's queries, its last `q.rows` positions, into `out`, sequence after sequence.
-    fn forward(&self, sequences: &[[Strip<'_>; 3]], out: &mut [f32]) {
-        let blocks = sequences.first().map_or(0, |[q, ..]| q.rows.div_ceil(BLOCK));
-        let (per_sequence, work) = match sequences.first() {
-            Some([q, k, _]) => (q.rows * self.d_model, sequences.len() * q.rows * k.rows * self.d_model),
-            None => return,
+    /// The places must be the caller's, and must not overlap.
+    unsafe fn backward_batch(&self, all: Training<'_>, batch: usize, seq_len: usize) {
+        let sequence = |b: usize| Training {
+            qkv: all.qkv.map(|strip| strip.from(b * seq_len, 0)),
+            out: all.out.from(b * seq_len, 0),
+            grad: all.grad.from(b * seq_len, 0),
+            d_qkv: all.d_qkv.map(|place| place.from(b * seq_len, 0)),
         };
-        let out = SharedMut::new(out);
-        parallel::for_each_if(work, 1 << 17, sequences.len() * self.num_heads * blocks, |task| {
-            let (sequence, rest) = (task / (self.num_heads * blocks), task % (self.num_heads * blocks));
-            // The last blocks see the most keys: they go first.
-            let (head, block) = (rest % self.num_heads, blocks - 1 - rest / self.num_heads);
-            let [q, k, v] = sequences[sequence];
-            let start = block * BLOCK;
-            let rows = BLOCK.min(q.rows - start);
-            let visible = k.rows - q.rows + start + rows;
-            with_scratch_f32(rows * visible, |probs| {
-                self.probabilities([q, k], head, start, rows, probs);
-                let to = sequence * per_sequence + start * self.d_model + head * self.head_dim;
-                let (probs, values) = (Operand::rows(probs, rows, visible, visible), v.columns(self, head, 0, visible));
-                // SAFETY: each task writes the columns of its head in the rows of its block.
-                unsafe { self.product(probs, values, Start::Zero, (out, to, self.d_model)) };
-            });
-        });
-    }
-
-    /// Adds the gradient of one head of one sequence's `[q | k | v]` into `into` (`[seq_len, 3 d_model]` from `first` on).
-    ///
-    /// # Safety
-    /// The head's columns in `into` must belong to the caller.
-    unsafe fn backward(
-        &self,
-        [q, k, v]: [Strip<'_>; 3],
-        [grad, out]: [Strip<'_>; 2],
-        head: usize,
-        (into, first): (SharedMut<f32>, usize),
-    ) {
-        let stride = 3 * self.d_model;
-        let part =
-            |part: usize, row: usize| (into, first + row * stride + part * self.d_model + head * self.head_dim, stride);
-        for start in (0..q.rows).step_by(BLOCK) {
-            let rows = BLOCK.min(q.rows - start);
-            let visible = start + rows;
-            with_scratch_f32(2 * rows * visible, |scratch| {
-                let (probs, d_scores) = scratch.split_at_mut(rows * visible);
-                self.probabilities([q, k], head, start, rows, probs);
-                // 1. d_probs = grad V^T; d_scores = probs * (d_probs - rowsum(grad * out)) * scale.
-                let grads = grad.rows(self, head, start, rows);
-                // SAFETY: `d_scores` is borrowed for the call.
-                unsafe {
-                    let to = (SharedMut::new(d_scores), 0, visible);
-                    self.product(grads, v.rows(self, head, 0, visible), Start::Zero, to);
-                }
-                self.score_gradient((probs, visible), d_scores, |row| {
-                    [grad, out].map(|strip| &strip.at(self, head, start + row)[..self.head_dim])
-                });
-                // 2. dV += probs^T grad; dQ = d_scores K; dK += d_scores^T Q.
-                let (probs, d_scores) = (&*probs, &*d_scores);
-                // SAFETY: the caller's columns; each of the three parts has its own.
-                unsafe {
-                    let by_key = |values| Operand::columns(values, visible, rows, visible);
-                    let queries = q.columns(self, head, start, rows);
-                    self.product(by_key(probs), grad.columns(self, head, start, rows), Start::Output, part(2, 0));
-                    self.product(by_key(d_scores), queries, Start::Output, part(1, 0));
-                    let d_scores = Operand::rows(d_scores, rows, visible, visible);
-                    self.product(d_scores, k.columns(self, head, 0, visible), Start::Zero, part(0, start));
-                }
-            });
+        if seq_len > 0 {
+            let sequences: Vec<Training<'_>> = (0..batch).map(sequence).collect();
+            // SAFETY: sequences have rows of their own in the caller's places.
+            unsafe { self.backward(&sequences, seq_len) };
         }
     }
+}
 
-    /// `d_scores` `[rows, visible]`, which holds the gradient of the probabilities, becomes that of the scores; `row` gives
-    /// the gradient and the output of a query.
-    fn score_gradient<'a>(
-        &self,
-        (probs, visible): (&[f32], usize),
-        d_scores: &mut [f32],
-        row: impl Fn(usize) -> [&'a [f32]; 2],
-    ) {
-        let scale = self.scale();
-        self.isa.vectorize(|| {
-            for (index, (d_scores, probs)) in
-                d_scores.chunks_exact_mut(visible).zip(probs.chunks_exact(visible)).enumerate()
-            {
-                let [g, o] = row(index);
-                let dot = host::sum_by(self.head_dim, |i| g[i] * o[i]);
-                for (d, &p) in d_scores.iter_mut().zip(probs) {
-                    *d = p * (*d - dot) * scale;
-                }
-            }
-        });
+impl Fused {
+    fn parts<'a>(&self, qkv: &'a [f32]) -> [Strip<'a>; 3] {
+        let d_model = self.0.d_model();
+        [0, 1, 2].map(|part| Strip::new(&qkv[(part * d_model).min(qkv.len())..], 3 * d_model))
     }
 
-    fn sequences<'a>(&self, qkv: &'a [f32], batch: usize, seq: usize) -> Vec<[Strip<'a>; 3]> {
-        let row_stride = 3 * self.d_model;
-        let strip = |b: usize, part: usize| Strip {
-            values: &qkv[b * seq * row_stride + part * self.d_model..],
-            rows: seq,
-            row_stride,
-        };
-        (0..batch).map(|b| [0, 1, 2].map(|part| strip(b, part))).collect()
-    }
-
-    fn gradient(&self, qkv: &[f32], out: &[f32], grad: &[f32], batch: usize, seq: usize) -> Vec<f32> {
+    fn gradient(&self, qkv: &[f32], out: &[f32], grad: &[f32], batch: usize, seq_len: usize) -> Vec<f32> {
+        let d_model = self.0.d_model();
         let mut into = vec![0.0; qkv.len()];
-        let shared = SharedMut::new(&mut into);
-        let sequences = self.sequences(qkv, batch, seq);
-        let work = 2 * batch * seq * seq * self.d_model;
-        parallel::for_each_if(work, 1 << 17, batch * self.num_heads, |task| {
-            let (b, head) = (task / self.num_heads, task % self.num_heads);
-            let [grad, out] = [grad, out].map(|values| Strip {
-                values: &values[b * seq * self.d_model..],
-                rows: seq,
-                row_stride: self.d_model,
-            });
-            // SAFETY: each task adds into the columns of its head in its sequence.
-            unsafe {
-                self.backward(sequences[b], [grad, out], head, (shared, b * seq * 3 * self.d_model));
-            }
-        });
+        let place = Place::new(SharedMut::new(&mut into), 3 * d_model);
+        let all = Training {
+            qkv: self.parts(qkv),
+            out: Strip::new(out, d_model),
+            grad: Strip::new(grad, d_model),
+            d_qkv: [0, 1, 2].map(|part| place.from(0, part * d_model)),
+        };
+        // SAFETY: `into` is borrowed here alone, and the parts have columns of their own.
+        unsafe { self.0.backward_batch(all, batch, seq_len) };
         into
     }
 }
 
-/// Scaled softmax of row `i` over its first `before + i + 1` columns; the rest becomes 0.
-#[inline(always)]
-fn softmax_rows(scores: &mut [f32], cols: usize, before: usize, scale: f32) {
-    for (i, row) in scores.chunks_exact_mut(cols).enumerate() {
-        let (seen, hidden) = row.split_at_mut(before + i + 1);
-        let max = row_max(seen);
-        for s in seen.iter_mut() {
-            *s = ((*s - max) * scale).exp_();
-        }
-        let inverse = 1.0 / host::sum_by(seen.len(), |j| seen[j]);
-        seen.iter_mut().for_each(|s| *s *= inverse);
-        hidden.fill(0.0);
+impl Grouped {
+    fn parts<'a>(&self, [q, k, v]: [&'a [f32]; 3]) -> [Strip<'a>; 3] {
+        let (d_model, kv_width) = (self.0.d_model(), self.0.kv_width());
+        [Strip::new(q, d_model), Strip::new(k, kv_width), Strip::new(v, kv_width)]
+    }
+
+    fn gradient(&self, qkv: [&[f32]; 3], [out, grad]: [&[f32]; 2], (batch, seq_len): (usize, usize)) -> [Vec<f32>; 3] {
+        let (d_model, kv_width) = (self.0.d_model(), self.0.kv_width());
+        let mut into = qkv.map(|values| vec![0.0; values.len()]);
+        let [dq, dk, dv] = &mut into;
+        let place = |values: &mut [f32], stride| Place::new(SharedMut::new(values), stride);
+        let all = Training {
+            qkv: self.parts(qkv),
+            out: Strip::new(out, d_model),
+            grad: Strip::new(grad, d_model),
+            d_qkv: [place(dq, d_model), place(dk, kv_width), place(dv, kv_width)],
+        };
+        // SAFETY: the three buffers are borrowed here alone.
+        unsafe { self.0.backward_batch(all, batch, seq_len) };
+        into
     }
 }
 
-/// The largest value, in 16 lanes so that it vectorises.
-#[inline(always)]
-pub(crate) fn row_max(row: &[f32]) -> f32 {
-    let mut lanes = [f32::NEG_INFINITY; 16];
-    let chunks = row.chunks_exact(16);
-    for (lane, &v) in lanes.iter_mut().zip(chunks.remainder()) {
-        *lane = lane.max_(v);
-    }
-    for chunk in chunks {
-        for (lane, &v) in lanes.iter_mut().zip(chunk) {
-            *lane = lane.max_(v);
-        }
-    }
-    lanes.iter().fold(f32::NEG_INFINITY, |a, &b| a.max_(b))
-}
-
-impl CustomOp1 for Heads {
+impl CustomOp1 for Fused {
     fn name(&self) -> &'static str {
         "causal_attention"
     }
 
     fn cpu_fwd(&self, s: &CpuStorage, l: &Layout) -> candle_core::Result<(CpuStorage, Shape)> {
-        let (batch, seq, _) = l.shape().dims3()?;
-        let mut out = vec![0.0; batch * seq * self.d_model];
-        self.forward(&self.sequences(host::elements(s, l)?, batch, seq), &mut out);
-        Ok((CpuStorage::F32(out), Shape::from((batch, seq, self.d_model))))
+        let (batch, seq_len, _) = l.shape().dims3()?;
+        let out = self.0.forward_batch(self.parts(host::elements(s, l)?), batch, seq_len);
+        Ok((CpuStorage::F32(out), Shape::from((batch, seq_len, self.0.d_model()))))
     }
 
     fn bwd(&self, qkv: &Tensor, out: &Tensor, grad: &Tensor) -> candle_core::Result<Option<Tensor>> {
-        let (batch, seq, _) = qkv.dims3()?;
+        let (batch, seq_len, _) = qkv.dims3()?;
         host::with_elements::<f32, _>(qkv, |x| {
             host::with_elements::<f32, _>(out, |o| {
                 host::with_elements::<f32, _>(grad, |g| {
-                    Tensor::from_vec(self.gradient(x, o, g, batch, seq), qkv.shape(), qkv.device()).map(Some)
+                    Tensor::from_vec(self.gradient(x, o, g, batch, seq_len), qkv.shape(), qkv.device()).map(Some)
                 })
             })
         })
+    }
+}
+
+impl CustomOp3 for Grouped {
+    fn name(&self) -> &'static str {
+        "grouped_query_attention"
+    }
+
+    fn cpu_fwd(
+        &self,
+        q: &CpuStorage,
+        ql: &Layout,
+        k: &CpuStorage,
+        kl: &Layout,
+        v: &CpuStorage,
+        vl: &Layout,
+    ) -> candle_core::Result<(CpuStorage, Shape)> {
+        let (batch, seq_len, _) = ql.shape().dims3()?;
+        let parts = self.parts([host::elements(q, ql)?, host::elements(k, kl)?, host::elements(v, vl)?]);
+        Ok((CpuStorage::F32(self.0.forward_batch(parts, batch, seq_len)), ql.shape().clone()))
+    }
+
+    fn bwd(
+        &self,
+        q: &Tensor,
+        k: &Tensor,
+        v: &Tensor,
+        out: &Tensor,
+        grad: &Tensor,
+    ) -> candle_core::Result<(Option<Tensor>, Option<Tensor>, Option<Tensor>)> {
+        let (batch, seq_len, _) = q.dims3()?;
+        let [dq, dk, dv] = host::with_elements::<f32, _>(q, |qs| {
+            host::with_elements::<f32, _>(k, |ks| {
+                host::with_elements::<f32, _>(v, |vs| {
+                    host::with_elements::<f32, _>(out, |o| {
+                        host::with_elements::<f32, _>(grad, |g| {
+                            Ok(self.gradient([qs, ks, vs], [o, g], (batch, seq_len)))
+                        })
+                    })
+                })
+            })
+        })?;
+        let tensor = |values, like: &Tensor| Tensor::from_vec(values, like.shape(), like.device()).map(Some);
+        Ok((tensor(dq, q)?, tensor(dk, k)?, tensor(dv, v)?))
     }
 }

@@ -1,7 +1,7 @@
 //! Attention in ordinary candle operations: any device and type, with candle's own gradients.
 
-use super::Heads;
-use crate::{Precision, Result};
+use super::{AttentionShape, fused_head_dim};
+use crate::Result;
 use candle_core::{D, Tensor};
 
 /// [`super::causal_attention`] in ordinary operations.
@@ -9,30 +9,49 @@ use candle_core::{D, Tensor};
 /// # Errors
 /// As there.
 pub fn causal_attention(qkv: &Tensor, num_heads: usize) -> Result<Tensor> {
-    let (batch, seq, width) = qkv.dims3()?;
-    let heads = Heads::new(width, num_heads, Precision::F32)?;
-    let split = |part: usize| -> Result<Tensor> {
-        let x = qkv.narrow(D::Minus1, part * heads.d_model, heads.d_model)?;
-        Ok(x.reshape((batch, seq, num_heads, heads.head_dim))?.transpose(1, 2)?.contiguous()?)
-    };
-    let out = attend(&split(0)?, &split(1)?, &split(2)?, heads.scale())?;
-    Ok(out.transpose(1, 2)?.reshape((batch, seq, heads.d_model))?)
+    let width = qkv.dim(D::Minus1)?;
+    let d_model = fused_head_dim(width, num_heads)? * num_heads;
+    let part = |part: usize| qkv.narrow(D::Minus1, part * d_model, d_model);
+    let shape = AttentionShape { num_heads, num_kv_heads: num_heads };
+    grouped_query_attention(&part(0)?, &part(1)?, &part(2)?, shape)
 }
 
-/// [`super::causal_attention_cached`] in ordinary operations.
-pub(super) fn causal_attention_cached(
+/// [`super::grouped_query_attention`] in ordinary operations; the queries may be the last rows only.
+///
+/// # Errors
+/// As there.
+pub fn grouped_query_attention(
     queries: &Tensor,
     keys: &Tensor,
     values: &Tensor,
-    num_heads: usize,
+    shape: AttentionShape,
 ) -> Result<Tensor> {
-    let (new, d_model) = queries.dims2()?;
-    let heads = Heads::new(3 * d_model, num_heads, Precision::F32)?;
-    let split = |x: &Tensor| -> Result<Tensor> {
-        Ok(x.reshape((1, x.dim(0)?, num_heads, heads.head_dim))?.transpose(1, 2)?.contiguous()?)
+    let (batch, rows, d_model) = queries.dims3()?;
+    let head_dim = shape.head_dim(d_model, keys.dim(D::Minus1)?)?;
+    let (kv_heads, group) = (shape.num_kv_heads, shape.num_heads / shape.num_kv_heads);
+    let split = |x: &Tensor, heads: usize| -> Result<Tensor> {
+        Ok(x.reshape((batch, x.dim(1)?, heads, head_dim))?.transpose(1, 2)?.contiguous()?)
     };
-    let out = attend(&split(queries)?, &split(keys)?, &split(values)?, heads.scale())?;
-    Ok(out.transpose(1, 2)?.reshape((new, d_model))?)
+    // Each key head once per query head that uses it.
+    let repeated = |x: &Tensor| -> Result<Tensor> {
+        let (x, len) = (split(x, kv_heads)?.unsqueeze(2)?, x.dim(1)?);
+        let x = x.broadcast_as((batch, kv_heads, group, len, head_dim))?.contiguous()?;
+        Ok(x.reshape((batch, kv_heads * group, len, head_dim))?)
+    };
+    let scale = 1.0 / (head_dim as f32).sqrt();
+    let out = attend(&split(queries, shape.num_heads)?, &repeated(keys)?, &repeated(values)?, scale)?;
+    Ok(out.transpose(1, 2)?.reshape((batch, rows, d_model))?)
+}
+
+/// [`super::grouped_query_attention_cached`] in ordinary operations.
+pub(super) fn grouped_query_attention_cached(
+    queries: &Tensor,
+    keys: &Tensor,
+    values: &Tensor,
+    shape: AttentionShape,
+) -> Result<Tensor> {
+    let [q, k, v] = [queries, keys, values].map(|x| x.unsqueeze(0));
+    Ok(grouped_query_attention(&q?, &k?, &v?, shape)?.squeeze(0)?)
 }
 
 /// `[batch, heads, rows, head_dim]` each; the queries are the last rows.

@@ -1,6 +1,7 @@
 //! Attention and its gradient against ordinary candle operations in f64, which central differences check.
 
 use super::*;
+use crate::Isa;
 use candle_core::{DType, Var};
 use moe_core::testing::{assert_close, check_gradients, random, random_var, values};
 
@@ -75,4 +76,153 @@ fn the_number_of_threads_changes_nothing() {
     for threads in [2, 3, 5] {
         assert_eq!(run(threads), one, "{threads} threads");
     }
+}
+
+/// Query heads and key heads: equal, shared by two and by many, one key head for all.
+const SHAPES: [AttentionShape; 4] = [
+    AttentionShape { num_heads: 4, num_kv_heads: 4 },
+    AttentionShape { num_heads: 6, num_kv_heads: 3 },
+    AttentionShape { num_heads: 10, num_kv_heads: 2 },
+    AttentionShape { num_heads: 50, num_kv_heads: 1 },
+];
+
+/// Queries, keys and values of heads of `head_dim`.
+fn grouped(shape: AttentionShape, batch: usize, seq: usize, head_dim: usize, dtype: DType) -> [Var; 3] {
+    let AttentionShape { num_heads, num_kv_heads } = shape;
+    let part = |seed, heads| random_var(seed, &[batch, seq, heads * head_dim], 1.0, dtype);
+    [part(1, num_heads), part(2, num_kv_heads), part(3, num_kv_heads)]
+}
+
+#[test]
+fn grouped_values_and_gradients_equal_the_reference() {
+    for shape in SHAPES {
+        // One query, a border of the blocks of 48 / group queries, several blocks.
+        for (batch, seq) in [(1, 1), (2, 5), (1, 25), (1, 49), (2, 66)] {
+            for (precision, tolerance) in [(Precision::F32, 1e-5), (Precision::Bf16, 4e-2)] {
+                let vars = grouped(shape, batch, seq, 9, DType::F32);
+                let wide = vars.each_ref().map(|v| Var::from_tensor(&v.to_dtype(DType::F64).unwrap()).unwrap());
+                let run = |[q, k, v]: &[Var; 3]| grouped_query_attention(q, k, v, shape, precision).unwrap();
+                let (got, want) = (run(&vars), run(&wide));
+                let label = format!("{shape:?} {batch}x{seq} {precision:?}");
+                assert_close(&got, &want, tolerance, &label);
+                let factors = random(6, got.dims(), 1.0, DType::F32);
+                let backward = |y: Tensor, f: &Tensor| (y * f).unwrap().sum_all().unwrap().backward().unwrap();
+                let got = backward(got, &factors);
+                let want = backward(want, &factors.to_dtype(DType::F64).unwrap());
+                for (i, (var, wide)) in vars.iter().zip(&wide).enumerate() {
+                    // A key head's gradient is the sum of its query heads'.
+                    let tolerance = tolerance * (shape.num_heads / shape.num_kv_heads) as f64;
+                    assert_close(
+                        got.get(var).unwrap(),
+                        want.get(wide).unwrap(),
+                        2.0 * tolerance,
+                        &format!("{label} d{i}"),
+                    );
+                }
+            }
+        }
+    }
+}
+
+#[test]
+fn the_grouped_reference_by_central_differences() {
+    let shape = AttentionShape { num_heads: 4, num_kv_heads: 2 };
+    let [q, k, v] = grouped(shape, 2, 3, 3, DType::F64);
+    check_gradients(&[("q", &q), ("k", &k), ("v", &v)], || {
+        grouped_query_attention(&q, &k, &v, shape, Precision::F32).unwrap().sqr().unwrap().sum_all().unwrap()
+    });
+}
+
+/// The gradients of `sum(y^2)` for all of `vars`.
+fn square_gradients(y: &Tensor, vars: &[Var]) -> Vec<Vec<f64>> {
+    let grads = y.sqr().unwrap().sum_all().unwrap().backward().unwrap();
+    vars.iter().map(|v| values(grads.get(v).unwrap())).collect()
+}
+
+#[test]
+fn with_a_key_head_per_query_head_the_bits_are_those_of_the_fused_form() {
+    for precision in [Precision::F32, Precision::Bf16] {
+        let vars = grouped(SHAPES[0], 2, 70, 8, DType::F32);
+        let qkv = Tensor::cat(&vars.each_ref().map(|v| v.as_tensor()), 2).unwrap();
+        let fused = causal_attention(&qkv, 4, precision).unwrap();
+        let [q, k, v] = &vars;
+        let parts = grouped_query_attention(q, k, v, SHAPES[0], precision).unwrap();
+        assert_eq!(values(&parts), values(&fused), "{precision:?}");
+        assert_eq!(square_gradients(&parts, &vars), square_gradients(&fused, &vars), "{precision:?}");
+    }
+}
+
+/// Shared heads give the bits of the same heads written out, and decoding those of the whole pass.
+#[test]
+fn grouped_heads_have_the_bits_of_repeated_ones_and_decoding_those_of_the_whole_pass() {
+    for shape in SHAPES {
+        for precision in [Precision::F32, Precision::Bf16] {
+            let [q, k, v] = grouped(shape, 1, 60, 8, DType::F32);
+            let whole = grouped_query_attention(&q, &k, &v, shape, precision).unwrap();
+            let group = shape.num_heads / shape.num_kv_heads;
+            let repeat = |x: &Tensor| {
+                let heads = x.reshape((60, shape.num_kv_heads, 1, 8)).unwrap().repeat((1, 1, group, 1)).unwrap();
+                heads.reshape((1, 60, shape.num_heads * 8)).unwrap()
+            };
+            let qkv = Tensor::cat(&[q.as_tensor(), &repeat(&k), &repeat(&v)], 2).unwrap();
+            let want = causal_attention(&qkv, shape.num_heads, precision).unwrap();
+            assert_eq!(values(&whole), values(&want), "{shape:?} {precision:?}");
+            for (start, rows) in [(0, 60), (59, 1), (0, 1), (4, 1), (7, 30)] {
+                let upto = |x: &Tensor| x.get(0).unwrap().narrow(0, 0, start + rows).unwrap();
+                let queries = q.get(0).unwrap().narrow(0, start, rows).unwrap();
+                let got = grouped_query_attention_cached(&queries, &upto(&k), &upto(&v), shape, precision).unwrap();
+                let want = whole.get(0).unwrap().narrow(0, start, rows).unwrap();
+                assert_eq!(values(&got), values(&want), "{shape:?} {start}+{rows} {precision:?}");
+            }
+        }
+    }
+}
+
+#[test]
+fn neither_threads_nor_instruction_sets_change_grouped_attention() {
+    for shape in [SHAPES[0], SHAPES[2]] {
+        let parts = grouped(shape, 2, 101, 17, DType::F32).map(|v| v.flatten_all().unwrap().to_vec1::<f32>().unwrap());
+        let [q, k, v] = parts.each_ref().map(Vec::as_slice);
+        for precision in [Precision::F32, Precision::Bf16] {
+            let run = |isa: Isa, threads: usize| {
+                let op = Grouped(Heads::new(shape, 17, precision).on(isa));
+                let pool = rayon::ThreadPoolBuilder::new().num_threads(threads).build().unwrap();
+                pool.install(|| {
+                    let out = op.0.forward_batch(op.parts([q, k, v]), 2, 101);
+                    let gradients = op.gradient([q, k, v], [&out, q], (2, 101));
+                    (out, gradients)
+                })
+            };
+            for isa in Isa::available() {
+                // Tiles have bits of their own in bf16.
+                let one = run(if isa.has_common_bits(precision) { Isa::Portable } else { isa }, 1);
+                for threads in [1, 2, 3, 5] {
+                    assert!(run(isa, threads) == one, "{shape:?} {isa}, {threads} threads, {precision:?}");
+                }
+            }
+        }
+    }
+}
+
+#[test]
+fn no_tokens_are_fine_and_bad_heads_are_named() {
+    let empty = |batch, seq| grouped(SHAPES[1], batch, seq, 4, DType::F32);
+    for (batch, seq) in [(0, 3), (2, 0)] {
+        let vars = empty(batch, seq);
+        let [q, k, v] = &vars;
+        let y = grouped_query_attention(q, k, v, SHAPES[1], Precision::F32).unwrap();
+        assert_eq!(y.dims(), [batch, seq, 24]);
+        assert!(square_gradients(&y, &vars).iter().all(Vec::is_empty));
+    }
+    let [q, k, v] = empty(1, 3);
+    let refused = |num_heads, num_kv_heads, q: &Tensor, v: &Tensor, name: &str| {
+        let shape = AttentionShape { num_heads, num_kv_heads };
+        let error = grouped_query_attention(q, &k, v, shape, Precision::F32).unwrap_err();
+        assert!(matches!(&error, Error::Argument(text) if text.contains(name)), "{error}");
+    };
+    refused(6, 4, &q, &v, "num_kv_heads");
+    refused(6, 0, &q, &v, "num_kv_heads");
+    refused(6, 2, &q, &v, "head_dim");
+    refused(6, 3, &q, &v.narrow(1, 0, 2).unwrap(), "values");
+    refused(6, 3, &q.narrow(1, 0, 2).unwrap(), &v, "queries");
 }
