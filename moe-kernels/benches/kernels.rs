@@ -1,4 +1,4 @@
-//! Experts of one layer, forward, at the shapes of real models, beside the machine's ceilings measured in the same run.
+//! Experts of one layer, forward, at the shapes of real models, beside the machine's ceilings measured around each shape.
 //!
 //! Weights come from memory: several layers are cycled, each call routes anew. Prints a table, and one JSON line per row
 //! with `--json`. `cargo xtask bench kernels` keeps the output and sets peers beside it.
@@ -189,20 +189,12 @@ fn highest(a: Peaks, b: Peaks) -> Peaks {
     }
 }
 
-/// A measured row: shape, type, multipliers, tokens.
-struct Measured(&'static str, &'static str, Unit, usize, Row);
+/// A measured row: type, multipliers, tokens.
+struct Measured(&'static str, Unit, usize, Row);
 
-fn print(rows: &[Measured], peaks: &Peaks, isa: Isa, json: bool) {
-    println!("machine: {}; kernels: {isa}", machine::name());
-    println!(
-        "ceilings: {:.1} GB/s read, {:.1} GFLOP/s f32, {:.1} GFLOP/s bf16, {:.1} GOP/s int8\n",
-        peaks.read_gbps, peaks.f32_gflops, peaks.bf16_gflops, peaks.int8_gops
-    );
-    println!(
-        "{:<10}{:<6}{:>7}{:>11}{:>11}{:>12}{:>9}{:>10}{:>14}",
-        "shape", "type", "tokens", "ms", "best, ms", "tokens/s", "GB/s", "GFLOP/s", "of ceiling"
-    );
-    for Measured(shape, name, unit, tokens, row) in rows {
+/// Prints the rows of one shape beside the ceilings measured before and after them.
+fn print(shape: &str, rows: &[Measured], peaks: &Peaks, json: bool) {
+    for Measured(name, unit, tokens, row) in rows {
         let rate = match unit {
             Unit::F32 => peaks.f32_gflops,
             Unit::Bf16 => peaks.bf16_gflops,
@@ -211,18 +203,20 @@ fn print(rows: &[Measured], peaks: &Peaks, isa: Isa, json: bool) {
         let compute = if rate > 0.0 { row.flops / (rate * 1e9) } else { 0.0 };
         let floor = (row.bytes / (peaks.read_gbps * 1e9)).max(compute);
         println!(
-            "{shape:<10}{name:<6}{tokens:>7}{:>11.3}{:>11.3}{:>12.0}{:>9.1}{:>10.1}{:>13.1}%",
+            "{shape:<10}{name:<6}{tokens:>7}{:>11.3}{:>11.3}{:>12.0}{:>9.1}{:>10.1}{:>13.1}%{:>12.1}{:>12.1}",
             row.seconds * 1e3,
             row.best * 1e3,
             *tokens as f64 / row.seconds,
             row.bytes / row.seconds / 1e9,
             row.flops / row.seconds / 1e9,
-            100.0 * floor / row.seconds
+            100.0 * floor / row.seconds,
+            peaks.read_gbps,
+            rate
         );
         if json {
             let line = serde_json::json!({
                 "shape": shape, "type": name, "tokens": tokens, "seconds": row.seconds, "best": row.best,
-                "weight_bytes": row.bytes, "flops": row.flops, "of_ceiling": floor / row.seconds,
+                "weight_bytes": row.bytes, "flops": row.flops, "of_ceiling": floor / row.seconds, "read_gbps": peaks.read_gbps, "peak_gflops": rate,
             });
             println!("json {line}");
         }
@@ -237,8 +231,22 @@ fn main() {
         name.parse().and_then(select::force).expect("a known instruction set");
     }
     let isa = select::current();
-    let mut peaks = Peaks::measure();
-    let mut measured = Vec::new();
+    println!("machine: {}; kernels: {isa}", machine::name());
+    println!(
+        "{:<10}{:<6}{:>7}{:>11}{:>11}{:>12}{:>9}{:>10}{:>14}{:>12}{:>12}",
+        "shape",
+        "type",
+        "tokens",
+        "ms",
+        "best, ms",
+        "tokens/s",
+        "GB/s",
+        "GFLOP/s",
+        "of ceiling",
+        "read, GB/s",
+        "GFLOP/s max"
+    );
+    let mut before = Peaks::measure();
     // Words name shapes or types; without one of either, all of them run.
     let formats = formats(isa);
     let wanted =
@@ -253,8 +261,8 @@ fn main() {
             let layers = (0..shape.layers)
                 .map(|_| PackedExperts::new(isa, format, shape.activation, sizes, |_| [fc_in.clone(), fc_out.clone()]));
             let layers: Vec<PackedExperts> = layers.collect::<Result<_, _>>().expect("sizes fit");
-            let of = |&tokens: &usize| Measured(shape.name, name, unit, tokens, measure(shape, &layers, tokens));
-            measured.extend(TOKENS.iter().map(of));
+            let of = |&tokens: &usize| Measured(name, unit, tokens, measure(shape, &layers, tokens));
+            let mut measured: Vec<Measured> = TOKENS.iter().map(of).collect();
             if name == "bf16" && shape.activation == Activation::GeluTanh {
                 let mut rng = CounterRng::new(5, 0);
                 let weight = (0..shape.num_experts * shape.d_model).map(|_| rng.normal_f64() as f32 * 0.03);
@@ -262,14 +270,14 @@ fn main() {
                 let settings = DroplessConfig::softmax(shape.top_k, false);
                 let gate = FusedGate::new(isa, settings, &weight, [shape.num_experts, shape.d_model], None);
                 let gate = gate.expect("sizes fit");
-                let of = |&tokens: &usize| {
-                    Measured(shape.name, "layer", unit, tokens, measure_layer(shape, &gate, &layers, tokens))
-                };
+                let of =
+                    |&tokens: &usize| Measured("layer", unit, tokens, measure_layer(shape, &gate, &layers, tokens));
                 measured.extend(LAYER_TOKENS.iter().map(of));
             }
             drop(layers);
-            peaks = highest(peaks, Peaks::measure());
+            let after = Peaks::measure();
+            print(shape.name, &measured, &highest(before, after), json);
+            before = after;
         }
     }
-    print(&measured, &peaks, isa, json);
 }
