@@ -33,6 +33,10 @@ enum What {
     Layers,
     /// The experts' products at the shapes of real models, beside the machine's ceilings.
     Kernels,
+    /// Gate, dispatch and combine at 128 experts against the original's one-hot einsums.
+    Gating,
+    /// Every operation against candle's, forward and backward, with AVX2 forced too.
+    Operations,
     /// Whole training steps of a GPT with experts, split into forward, backward and optimizer.
     Training,
 }
@@ -66,22 +70,35 @@ fn header() -> Result<String> {
     ))
 }
 
+/// The shapes of the kernel bench.
+const KERNEL_SHAPES: [&str; 4] = ["gpt32", "gpt128", "olmoe", "mixsmall"];
+
+/// A bench without peers: the report's file and text.
+fn plain(args: &Args, package: &str, bench: &str, file: &'static str) -> Result<(&'static str, String)> {
+    anyhow::ensure!(args.peers.is_empty(), "--peers goes with `kernels` and `training`");
+    let table = output(&mut cargo(&["bench", "--quiet", "--package", package, "--bench", bench]))?;
+    Ok((file, header()? + &table))
+}
+
 pub(crate) fn run(args: &Args) -> Result<()> {
     anyhow::ensure!(args.shapes.is_empty() || args.what == What::Kernels, "--shapes goes with `kernels`");
     anyhow::ensure!(args.steps.is_none() || args.what == What::Training, "--steps goes with `training`");
     let out = root().join(&args.out);
     std::fs::create_dir_all(&out)?;
     let (name, report) = match args.what {
-        What::Layers => {
-            anyhow::ensure!(args.peers.is_empty(), "--peers goes with `kernels` and `training`");
-            let table = output(&mut cargo(&["bench", "--quiet", "--package", "moe-models", "--bench", "layers"]))?;
-            ("bench.txt", header()? + &table)
-        }
+        What::Layers => plain(args, "moe-models", "layers", "bench.txt")?,
+        What::Gating => plain(args, "moe-kernels", "gating", "gating.txt")?,
+        What::Operations => plain(args, "moe-kernels", "operations", "operations.txt")?,
         What::Kernels => {
-            let mut bench =
-                cargo(&["bench", "--quiet", "--package", "moe-kernels", "--bench", "kernels", "--", "--json"]);
-            let printed = output(bench.args(&args.shapes))?;
-            let comparison = peers::Comparison::new(&printed, &args.peers, &args.shapes)?;
+            // Shape by shape, ours and then the peers': the memory's speed drifts on shared machines.
+            let all = KERNEL_SHAPES.map(String::from);
+            let shapes = if args.shapes.is_empty() { &all[..] } else { &args.shapes };
+            let mut comparison = peers::Comparison::default();
+            for shape in shapes {
+                let mut bench = cargo(&["bench", "--quiet", "--package", "moe-kernels", "--bench", "kernels", "--"]);
+                let printed = output(bench.args(["--json", shape]))?;
+                comparison.add(peers::Comparison::new(&printed, &args.peers, std::slice::from_ref(shape))?);
+            }
             comparison.draw(&out.join("kernels.svg"))?;
             std::fs::write(out.join("kernels.json"), comparison.json()?)?;
             ("kernels.txt", header()? + &comparison.text())

@@ -31,6 +31,7 @@ pub(super) fn run_peers(script: &str, venvs: &[PathBuf], arguments: &[String]) -
 }
 
 /// What was measured, ours and the peers'.
+#[derive(Default)]
 pub(super) struct Comparison {
     /// What the bench printed, without its JSON lines.
     table: String,
@@ -46,6 +47,16 @@ impl Comparison {
         let (ours, table) = split_output(printed)?;
         let (peers, setup) = run_peers("moe-kernels/benches/peers.py", venvs, shapes)?;
         Ok(Self { table, ours, peers, setup })
+    }
+
+    /// Puts another shape's rows behind these.
+    pub(super) fn add(&mut self, other: Self) {
+        // Machine and column names stand above the first shape.
+        let head = if self.table.is_empty() { 0 } else { 2 };
+        self.table.extend(other.table.split_inclusive('\n').skip(head));
+        self.ours.extend(other.ours);
+        self.peers.extend(other.peers);
+        self.setup.extend(other.setup.into_iter().filter(|s| !self.setup.contains(s)).collect::<Vec<_>>());
     }
 
     /// The fastest peer on the work of one of our rows: its name and seconds.
@@ -138,6 +149,18 @@ mod tests {
         assert!(text.starts_with("table\n") && text.contains("fast") && text.contains("2.00x"), "{text}");
         assert!(!text.contains("slow") && !text.contains("other work"), "{text}");
         assert_eq!(row(&comparison.json().unwrap())["peers"].as_array().unwrap().len(), 3);
+    }
+
+    #[test]
+    fn shapes_follow_one_another_under_one_head() {
+        let of = |shape: &str| {
+            Comparison::new(&format!("machine\ncolumns\n{shape} row\njson {{\"shape\": \"{shape}\"}}\n"), &[], &[])
+                .unwrap()
+        };
+        let mut all = Comparison::default();
+        all.add(of("a"));
+        all.add(of("b"));
+        assert_eq!((all.text().as_str(), all.ours.len()), ("machine\ncolumns\na row\nb row\n", 2));
     }
 
     #[test]
