@@ -61,6 +61,7 @@ const SHAPES: [Shape; 4] = [
         layers: 6,
     },
 ];
+/// Measured from the last on: fresh memory is slower for its first seconds.
 const TOKENS: [usize; 5] = [1, 4, 32, 512, 2048];
 /// Tokens of the whole layers, gate included (bf16), which DeepSpeed's layer is set beside.
 const LAYER_TOKENS: [usize; 3] = [1, 4, 32];
@@ -262,7 +263,8 @@ fn main() {
                 .map(|_| PackedExperts::new(isa, format, shape.activation, sizes, |_| [fc_in.clone(), fc_out.clone()]));
             let layers: Vec<PackedExperts> = layers.collect::<Result<_, _>>().expect("sizes fit");
             let of = |&tokens: &usize| Measured(name, unit, tokens, measure(shape, &layers, tokens));
-            let mut measured: Vec<Measured> = TOKENS.iter().map(of).collect();
+            let mut measured: Vec<Measured> = TOKENS.iter().rev().map(of).collect();
+            measured.reverse();
             if name == "bf16" && shape.activation == Activation::GeluTanh {
                 let mut rng = CounterRng::new(5, 0);
                 let weight = (0..shape.num_experts * shape.d_model).map(|_| rng.normal_f64() as f32 * 0.03);
