@@ -88,7 +88,7 @@ pub(crate) fn draw_panels(panels: &[Panel], [x_name, y_name]: [&str; 2], out: &P
         }
         chart
             .configure_series_labels()
-            .position(SeriesLabelPosition::UpperLeft)
+            .position(SeriesLabelPosition::LowerRight)
             .background_style(WHITE.mix(0.8))
             .border_style(BLACK.mix(0.3))
             .draw()?;
