@@ -1,6 +1,6 @@
 //! From routing to rows and back: the token-to-row table, the [`Dispatcher`] trait and its single-rank implementation.
 
-use crate::ops::{MoeOps, default_ops};
+use crate::ops::{CandleOps, MoeOps};
 use crate::{DROPPED, Result, Routing};
 use candle_core::Tensor;
 use std::sync::Arc;
@@ -114,23 +114,47 @@ impl DispatchTable {
 pub struct ExpertRows {
     /// `[rows, d_model]`
     pub rows: Tensor,
-    /// First row of each expert, and the number of rows: `[experts + 1]`.
+    /// First row of each expert held here, and the number of rows: `[local experts + 1]`.
     pub offsets: Vec<usize>,
 }
 
 /// Takes tokens to their experts and back.
+///
+/// Each way has a beginning and a finish, so that other work can run while rows travel; [`Dispatcher::dispatch`] and
+/// [`Dispatcher::combine`] do both at once. Every call takes part in the graph, without rows too.
 pub trait Dispatcher {
+    /// Rows on their way to the experts.
+    type Dispatching;
     /// What `combine` needs to undo one `dispatch`. Taken by value, so each dispatch is combined at most once.
     type Receipt;
+    /// Results on their way back.
+    type Combining;
 
-    /// Groups copies of the tokens by expert.
+    /// How many of a router's experts are held here.
+    fn num_local_experts(&self, num_experts: usize) -> usize {
+        num_experts
+    }
+
+    /// Sends copies of the tokens to their experts.
     ///
     /// # Shapes
     /// - `tokens`: `[tokens, d_model]`
     ///
     /// # Errors
     /// If `tokens` and `routing` disagree.
-    fn dispatch(&self, tokens: &Tensor, routing: &Routing) -> Result<(ExpertRows, Self::Receipt)>;
+    fn begin_dispatch(&self, tokens: &Tensor, routing: &Routing) -> Result<Self::Dispatching>;
+
+    /// The rows of the experts held here, grouped by expert.
+    ///
+    /// # Errors
+    /// If the rows do not arrive.
+    fn finish_dispatch(&self, dispatching: Self::Dispatching) -> Result<(ExpertRows, Self::Receipt)>;
+
+    /// Sends the experts' results back.
+    ///
+    /// # Errors
+    /// If `rows` is not the shape that the dispatch gave.
+    fn begin_combine(&self, rows: ExpertRows, receipt: Self::Receipt) -> Result<Self::Combining>;
 
     /// Sums the experts' results per token, scaled by the combine weights.
     ///
@@ -138,24 +162,43 @@ pub trait Dispatcher {
     /// - returns: `[tokens, d_model]`
     ///
     /// # Errors
-    /// If `rows` is not the shape that `dispatch` gave.
-    fn combine(&self, rows: ExpertRows, receipt: Self::Receipt) -> Result<Tensor>;
+    /// If the results do not arrive.
+    fn finish_combine(&self, combining: Self::Combining) -> Result<Tensor>;
+
+    /// [`Dispatcher::begin_dispatch`] and its finish.
+    ///
+    /// # Errors
+    /// As these.
+    fn dispatch(&self, tokens: &Tensor, routing: &Routing) -> Result<(ExpertRows, Self::Receipt)> {
+        self.finish_dispatch(self.begin_dispatch(tokens, routing)?)
+    }
+
+    /// [`Dispatcher::begin_combine`] and its finish.
+    ///
+    /// # Errors
+    /// As these.
+    fn combine(&self, rows: ExpertRows, receipt: Self::Receipt) -> Result<Tensor> {
+        self.finish_combine(self.begin_combine(rows, receipt)?)
+    }
 }
 
-/// All experts on this rank, rows moved by table.
-#[derive(Debug, Clone, Default)]
+/// All experts here, rows moved by table.
+#[derive(Debug, Clone)]
 pub struct LocalDispatcher {
-    ops: Option<Arc<dyn MoeOps>>,
+    ops: Arc<dyn MoeOps>,
 }
 
 impl LocalDispatcher {
-    /// With the given operations instead of [`default_ops`].
-    pub fn with_ops(ops: Arc<dyn MoeOps>) -> Self {
-        Self { ops: Some(ops) }
+    /// With these operations.
+    pub fn new(ops: Arc<dyn MoeOps>) -> Self {
+        Self { ops }
     }
+}
 
-    fn ops(&self, like: &Tensor) -> Arc<dyn MoeOps> {
-        self.ops.clone().unwrap_or_else(|| default_ops(like))
+impl Default for LocalDispatcher {
+    /// In ordinary candle operations.
+    fn default() -> Self {
+        Self::new(Arc::new(CandleOps))
     }
 }
 
@@ -167,18 +210,28 @@ pub struct LocalReceipt {
 }
 
 impl Dispatcher for LocalDispatcher {
+    type Dispatching = (ExpertRows, LocalReceipt);
     type Receipt = LocalReceipt;
+    type Combining = Tensor;
 
-    fn dispatch(&self, tokens: &Tensor, routing: &Routing) -> Result<(ExpertRows, LocalReceipt)> {
+    fn begin_dispatch(&self, tokens: &Tensor, routing: &Routing) -> Result<Self::Dispatching> {
         let table = Arc::new(DispatchTable::new(routing));
-        let rows = self.ops(tokens).permute(tokens, &table)?;
+        let rows = self.ops.permute(tokens, &table)?;
         let offsets = table.expert_offsets.clone();
         Ok((ExpertRows { rows, offsets }, LocalReceipt { table, combine_weights: routing.combine_weights.clone() }))
     }
 
-    fn combine(&self, rows: ExpertRows, receipt: LocalReceipt) -> Result<Tensor> {
+    fn finish_dispatch(&self, dispatching: Self::Dispatching) -> Result<(ExpertRows, LocalReceipt)> {
+        Ok(dispatching)
+    }
+
+    fn begin_combine(&self, rows: ExpertRows, receipt: LocalReceipt) -> Result<Tensor> {
         let weights = receipt.combine_weights.to_dtype(rows.rows.dtype())?;
-        self.ops(&rows.rows).unpermute(&rows.rows, &weights, &receipt.table)
+        self.ops.unpermute(&rows.rows, &weights, &receipt.table)
+    }
+
+    fn finish_combine(&self, combining: Tensor) -> Result<Tensor> {
+        Ok(combining)
     }
 }
 

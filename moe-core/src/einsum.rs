@@ -31,9 +31,11 @@ fn one_hot(routing: &Routing, capacity: usize, dtype: DType, like: &Tensor) -> R
 }
 
 impl Dispatcher for EinsumDispatcher {
+    type Dispatching = (ExpertRows, EinsumReceipt);
     type Receipt = EinsumReceipt;
+    type Combining = Tensor;
 
-    fn dispatch(&self, tokens: &Tensor, routing: &Routing) -> Result<(ExpertRows, EinsumReceipt)> {
+    fn begin_dispatch(&self, tokens: &Tensor, routing: &Routing) -> Result<Self::Dispatching> {
         if tokens.dim(0)? != routing.num_tokens {
             return Err(Error::Input(format!("tokens must number {}, got {}", routing.num_tokens, tokens.dim(0)?)));
         }
@@ -48,7 +50,15 @@ impl Dispatcher for EinsumDispatcher {
         Ok((ExpertRows { rows, offsets }, EinsumReceipt { combine_mask }))
     }
 
-    fn combine(&self, rows: ExpertRows, receipt: EinsumReceipt) -> Result<Tensor> {
+    fn finish_dispatch(&self, dispatching: Self::Dispatching) -> Result<(ExpertRows, EinsumReceipt)> {
+        Ok(dispatching)
+    }
+
+    fn begin_combine(&self, rows: ExpertRows, receipt: EinsumReceipt) -> Result<Tensor> {
         Ok(receipt.combine_mask.matmul(&rows.rows)?)
+    }
+
+    fn finish_combine(&self, combining: Tensor) -> Result<Tensor> {
+        Ok(combining)
     }
 }

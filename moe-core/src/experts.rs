@@ -1,14 +1,15 @@
-//! Experts: the feed-forward networks behind a router, stacked.
+//! Experts: the feed-forward networks behind a router, stacked; and the same network alone.
 
 use crate::ops::host::expect_shape;
-use crate::ops::{MoeOps, default_ops};
-use crate::{Activation, Error, ExpertRows, Result};
+use crate::ops::{CandleOps, MoeOps, Ops};
+use crate::{Activation, Error, ExpertRows, MlpConfig, ParamSpec, Result, Weight, WeightSource, WeightUse};
 use candle_core::Tensor;
+use candle_nn::VarBuilder;
 use std::sync::Arc;
 
 /// Applies each expert to its rows.
 pub trait Experts {
-    /// Experts held.
+    /// Experts held here; no more than the router chooses among.
     fn num_experts(&self) -> usize;
 
     /// Maps rows `[rows, d_model]` to rows of the same shape and grouping.
@@ -22,16 +23,32 @@ pub trait Experts {
 #[derive(Debug, Clone)]
 pub struct MlpWeights {
     /// `[d_ff * activation.inputs(), d_model]`; gate before up for SwiGLU.
-    pub fc_in: Tensor,
+    pub fc_in: Weight,
     /// `[d_ff * activation.inputs()]`
     pub fc_in_bias: Option<Tensor>,
     /// `[d_model, d_ff]`
-    pub fc_out: Tensor,
+    pub fc_out: Weight,
     /// `[d_model]`
     pub fc_out_bias: Option<Tensor>,
 }
 
 impl MlpWeights {
+    /// The weights of one network below the prefix of `vb`, kept as `ops` keeps them; or of `stack` of them.
+    fn fetch(config: &MlpConfig, stack: Option<usize>, vb: &VarBuilder<'_>, ops: &dyn MoeOps) -> Result<Self> {
+        let stacked = |spec: ParamSpec| match stack {
+            Some(experts) => spec.stacked(experts),
+            None => spec,
+        };
+        let weight = |spec: ParamSpec| ops.weight(&WeightSource::new(vb, &stacked(spec)), WeightUse::Product);
+        let bias = |spec: Option<ParamSpec>| spec.map(|spec| stacked(spec).get(vb)).transpose();
+        Ok(Self {
+            fc_in: weight(config.fc_in())?,
+            fc_in_bias: bias(config.fc_in_bias())?,
+            fc_out: weight(config.fc_out())?,
+            fc_out_bias: bias(config.fc_out_bias())?,
+        })
+    }
+
     fn check(&self, stack: &[usize], activation: Activation) -> Result<()> {
         let dims = self.fc_out.dims();
         if dims.len() != stack.len() + 2 || dims[..stack.len()] != *stack {
@@ -39,9 +56,13 @@ impl MlpWeights {
         }
         let (d_model, d_ff) = (dims[stack.len()], dims[stack.len() + 1]);
         let shape = |tail: &[usize]| [stack, tail].concat();
-        expect_shape("fc_in", &self.fc_in, &shape(&[d_ff * activation.inputs(), d_model]))?;
+        let inner = d_ff * activation.inputs();
+        if self.fc_in.dims() != shape(&[inner, d_model]) {
+            let (want, got) = (shape(&[inner, d_model]), self.fc_in.dims());
+            return Err(Error::Config(format!("fc_in must have shape {want:?}, got {got:?}")));
+        }
         if let Some(bias) = &self.fc_in_bias {
-            expect_shape("fc_in_bias", bias, &shape(&[d_ff * activation.inputs()]))?;
+            expect_shape("fc_in_bias", bias, &shape(&[inner]))?;
         }
         self.fc_out_bias.as_ref().map_or(Ok(()), |bias| expect_shape("fc_out_bias", bias, &shape(&[d_model])))
     }
@@ -52,30 +73,37 @@ impl MlpWeights {
 pub struct Mlp {
     weights: MlpWeights,
     activation: Activation,
-    ops: Arc<dyn MoeOps>,
+    ops: Arc<dyn Ops>,
 }
 
 impl Mlp {
-    /// A network with these weights.
+    /// A network whose parameters lie under `vb`.
     ///
     /// # Errors
-    /// If a shape does not fit the others.
-    pub fn new(weights: MlpWeights, activation: Activation) -> Result<Self> {
-        let ops = default_ops(&weights.fc_in);
-        Self::with_ops(weights, activation, ops)
+    /// If a parameter is missing or has another shape.
+    pub fn new(config: &MlpConfig, vb: VarBuilder<'_>, ops: Arc<dyn Ops>) -> Result<Self> {
+        Self::of(MlpWeights::fetch(config, None, &vb, &*ops)?, config.activation, ops)
     }
 
-    /// The same with given operations.
+    /// A network with these weights, in ordinary candle operations.
     ///
     /// # Errors
     /// If a shape does not fit the others.
-    pub fn with_ops(weights: MlpWeights, activation: Activation, ops: Arc<dyn MoeOps>) -> Result<Self> {
+    pub fn from_weights(weights: MlpWeights, activation: Activation) -> Result<Self> {
+        Self::of(weights, activation, Arc::new(CandleOps))
+    }
+
+    /// A network with these weights and operations.
+    ///
+    /// # Errors
+    /// If a shape does not fit the others.
+    pub fn of(weights: MlpWeights, activation: Activation, ops: Arc<dyn Ops>) -> Result<Self> {
         weights.check(&[], activation)?;
         Ok(Self { weights, activation, ops })
     }
 
     /// The operations in use.
-    pub(crate) fn ops(&self) -> &dyn MoeOps {
+    pub(crate) fn ops(&self) -> &dyn Ops {
         &*self.ops
     }
 
@@ -103,20 +131,27 @@ pub struct ExpertMlps {
 }
 
 impl ExpertMlps {
-    /// Experts with stacked weights `[experts, ..]`.
+    /// `num_experts` experts whose parameters lie under `vb`, stacked or one by one.
+    ///
+    /// # Errors
+    /// If a parameter is missing or has another shape, or there is no expert.
+    pub fn new(config: &MlpConfig, num_experts: usize, vb: &VarBuilder<'_>, ops: Arc<dyn MoeOps>) -> Result<Self> {
+        Self::of(MlpWeights::fetch(config, Some(num_experts), vb, &*ops)?, config.activation, ops)
+    }
+
+    /// Experts with stacked weights `[experts, ..]`, in ordinary candle operations.
     ///
     /// # Errors
     /// If a shape does not fit the others or there is no expert.
-    pub fn new(weights: MlpWeights, activation: Activation) -> Result<Self> {
-        let ops = default_ops(&weights.fc_in);
-        Self::with_ops(weights, activation, ops)
+    pub fn from_weights(weights: MlpWeights, activation: Activation) -> Result<Self> {
+        Self::of(weights, activation, Arc::new(CandleOps))
     }
 
     /// The same with given operations.
     ///
     /// # Errors
     /// If a shape does not fit the others or there is no expert.
-    pub fn with_ops(weights: MlpWeights, activation: Activation, ops: Arc<dyn MoeOps>) -> Result<Self> {
+    pub fn of(weights: MlpWeights, activation: Activation, ops: Arc<dyn MoeOps>) -> Result<Self> {
         let experts = weights.fc_in.dims().first().copied().unwrap_or(0);
         if experts == 0 {
             return Err(Error::Config("num_experts must be at least 1, got 0".into()));
@@ -132,10 +167,8 @@ impl Experts for ExpertMlps {
     }
 
     fn forward(&self, rows: ExpertRows) -> Result<ExpertRows> {
-        let (w, offsets) = (&self.weights, rows.offsets);
-        let hidden = self.ops.grouped_linear(&rows.rows, &w.fc_in, w.fc_in_bias.as_ref(), &offsets)?;
-        let hidden = self.ops.activation(self.activation, &hidden)?;
-        let rows = self.ops.grouped_linear(&hidden, &w.fc_out, w.fc_out_bias.as_ref(), &offsets)?;
+        let ExpertRows { rows, offsets } = rows;
+        let rows = self.ops.experts(&rows, &self.weights, self.activation, &offsets)?;
         Ok(ExpertRows { rows, offsets })
     }
 }

@@ -1,7 +1,7 @@
 //! [`MoeLayer`]: route, dispatch, experts, combine; and its companions with a fixed branch beside the experts.
 
 use crate::ops::host::expect_shape;
-use crate::{Dispatcher, Error, ExpertLoad, Experts, Mlp, Result, RouteContext, Router, RouterLosses, Routing};
+use crate::{Dispatcher, Error, ExpertLoad, Experts, Mlp, Result, RouteContext, Router, RouterLosses, Routing, Weight};
 use candle_core::Tensor;
 
 /// What an MoE layer returns.
@@ -15,6 +15,12 @@ pub struct MoeOutput {
     pub load: ExpertLoad,
     /// The decision itself.
     pub routing: Routing,
+}
+
+impl MoeOutput {
+    fn new(hidden: Tensor, routing: Routing) -> Self {
+        Self { hidden, losses: routing.losses.clone(), load: routing.load.clone(), routing }
+    }
 }
 
 /// A mixture-of-experts layer over any router, dispatcher and experts.
@@ -31,11 +37,11 @@ impl<R: Router, D: Dispatcher, E: Experts> MoeLayer<R, D, E> {
     /// # Errors
     /// [`Error::Config`] if router and experts disagree on the number of experts.
     pub fn new(router: R, dispatcher: D, experts: E) -> Result<Self> {
-        if router.num_experts() != experts.num_experts() {
+        let (all, held) = (router.num_experts(), experts.num_experts());
+        let want = dispatcher.num_local_experts(all);
+        if want != held {
             return Err(Error::Config(format!(
-                "the router chooses among {} experts, but {} are given",
-                router.num_experts(),
-                experts.num_experts()
+                "the router chooses among {all} experts, {want} of them here, but {held} are given"
             )));
         }
         Ok(Self { router, dispatcher, experts })
@@ -56,7 +62,26 @@ impl<R: Router, D: Dispatcher, E: Experts> MoeLayer<R, D, E> {
         let (rows, receipt) = self.dispatcher.dispatch(tokens, &routing)?;
         let rows = self.experts.forward(rows)?;
         let hidden = self.dispatcher.combine(rows, receipt)?;
-        Ok(MoeOutput { hidden, losses: routing.losses.clone(), load: routing.load.clone(), routing })
+        Ok(MoeOutput::new(hidden, routing))
+    }
+
+    /// [`MoeLayer::forward`] with a branch that sees every token, run while the experts' results travel back.
+    ///
+    /// # Errors
+    /// If a part refuses the input.
+    pub fn forward_beside(
+        &self,
+        tokens: &Tensor,
+        context: &RouteContext<'_>,
+        branch: impl FnOnce() -> Result<Tensor>,
+    ) -> Result<(MoeOutput, Tensor)> {
+        let routing = self.router.route(tokens, context)?;
+        let (rows, receipt) = self.dispatcher.dispatch(tokens, &routing)?;
+        let rows = self.experts.forward(rows)?;
+        let combining = self.dispatcher.begin_combine(rows, receipt)?;
+        let branch = branch()?;
+        let hidden = self.dispatcher.finish_combine(combining)?;
+        Ok((MoeOutput::new(hidden, routing), branch))
     }
 
     /// The router.
@@ -74,7 +99,7 @@ impl<R: Router, D: Dispatcher, E: Experts> MoeLayer<R, D, E> {
 pub struct ResidualMoe<R, D, E> {
     moe: MoeLayer<R, D, E>,
     residual_mlp: Mlp,
-    coefficient: Tensor,
+    coefficient: Weight,
     coefficient_bias: Tensor,
 }
 
@@ -86,11 +111,10 @@ impl<R: Router, D: Dispatcher, E: Experts> ResidualMoe<R, D, E> {
     pub fn new(
         moe: MoeLayer<R, D, E>,
         residual_mlp: Mlp,
-        coefficient: Tensor,
+        coefficient: Weight,
         coefficient_bias: Tensor,
     ) -> Result<Self> {
-        let d_model = coefficient.dim(1)?;
-        expect_shape("coefficient", &coefficient, &[2, d_model])?;
+        expect_rows("coefficient", &coefficient, 2)?;
         expect_shape("coefficient_bias", &coefficient_bias, &[2])?;
         Ok(Self { moe, residual_mlp, coefficient, coefficient_bias })
     }
@@ -103,9 +127,8 @@ impl<R: Router, D: Dispatcher, E: Experts> ResidualMoe<R, D, E> {
     /// # Errors
     /// If a part refuses the input.
     pub fn forward(&self, tokens: &Tensor, context: &RouteContext<'_>) -> Result<MoeOutput> {
-        let routed = self.moe.forward(tokens, context)?;
-        let fixed = self.residual_mlp.forward(tokens)?;
-        let logits = self.residual_mlp.ops().router_linear(tokens, &self.coefficient, Some(&self.coefficient_bias))?;
+        let (routed, fixed) = self.moe.forward_beside(tokens, context, || self.residual_mlp.forward(tokens))?;
+        let logits = self.residual_mlp.ops().gate(tokens, &self.coefficient, Some(&self.coefficient_bias))?;
         let exp = logits.broadcast_sub(&logits.detach().max_keepdim(1)?)?.exp()?;
         let mix = exp.broadcast_div(&exp.sum_keepdim(1)?)?;
         let experts_part = routed.hidden.broadcast_mul(&mix.narrow(1, 0, 1)?)?;
@@ -122,7 +145,7 @@ impl<R: Router, D: Dispatcher, E: Experts> ResidualMoe<R, D, E> {
 pub struct SharedExpertMoe<R, D, E> {
     moe: MoeLayer<R, D, E>,
     shared_expert: Mlp,
-    shared_expert_gate: Option<Tensor>,
+    shared_expert_gate: Option<Weight>,
 }
 
 impl<R: Router, D: Dispatcher, E: Experts> SharedExpertMoe<R, D, E> {
@@ -130,9 +153,9 @@ impl<R: Router, D: Dispatcher, E: Experts> SharedExpertMoe<R, D, E> {
     ///
     /// # Errors
     /// [`Error::Input`] if the gate has another shape.
-    pub fn new(moe: MoeLayer<R, D, E>, shared_expert: Mlp, shared_expert_gate: Option<Tensor>) -> Result<Self> {
+    pub fn new(moe: MoeLayer<R, D, E>, shared_expert: Mlp, shared_expert_gate: Option<Weight>) -> Result<Self> {
         if let Some(gate) = &shared_expert_gate {
-            expect_shape("shared_expert_gate", gate, &[1, gate.dim(1)?])?;
+            expect_rows("shared_expert_gate", gate, 1)?;
         }
         Ok(Self { moe, shared_expert, shared_expert_gate })
     }
@@ -145,12 +168,18 @@ impl<R: Router, D: Dispatcher, E: Experts> SharedExpertMoe<R, D, E> {
     /// # Errors
     /// If a part refuses the input.
     pub fn forward(&self, tokens: &Tensor, context: &RouteContext<'_>) -> Result<MoeOutput> {
-        let routed = self.moe.forward(tokens, context)?;
-        let mut shared = self.shared_expert.forward(tokens)?;
+        let (routed, mut shared) = self.moe.forward_beside(tokens, context, || self.shared_expert.forward(tokens))?;
         if let Some(gate) = &self.shared_expert_gate {
-            let open = (self.shared_expert.ops().router_linear(tokens, gate, None)?.neg()?.exp()? + 1.0)?.recip()?;
+            let open = (self.shared_expert.ops().gate(tokens, gate, None)?.neg()?.exp()? + 1.0)?.recip()?;
             shared = shared.broadcast_mul(&open)?;
         }
         Ok(MoeOutput { hidden: (&routed.hidden + shared)?, ..routed })
+    }
+}
+
+fn expect_rows(name: &str, weight: &Weight, rows: usize) -> Result<()> {
+    match weight.dims() {
+        [got, _] if *got == rows => Ok(()),
+        dims => Err(Error::Input(format!("{name} must have shape [{rows}, d_model], got {dims:?}"))),
     }
 }

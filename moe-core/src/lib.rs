@@ -3,31 +3,39 @@
 //! The vocabulary and the reference semantics of the workspace. Does no I/O, has no unsafe code, reads no environment.
 //!
 //! ```
-//! use candle_core::{Device, Tensor};
-//! use moe_core::{Activation, ExpertMlps, Gate, LocalDispatcher, MlpWeights, Mode, MoeLayer, RouteContext, SeededNoise};
-//! use moe_core::{Top1Config, Top1Router};
+//! use candle_core::{DType, Device, Tensor};
+//! use candle_nn::{VarBuilder, VarMap};
+//! use moe_core::{Activation, BranchConfig, CandleOps, MlpConfig, Mode, MoeBlock, MoeConfig};
+//! use moe_core::{RouteContext, RouterConfig, SeededNoise, Top1Config};
+//! use std::sync::Arc;
 //!
 //! # fn main() -> moe_core::Result<()> {
-//! let (experts, d_model, d_ff) = (4, 8, 16);
-//! let random = |shape: &[usize]| Tensor::randn(0f32, 0.1, shape, &Device::Cpu);
-//! let router = Top1Router::new(Gate::new(random(&[experts, d_model])?)?, Top1Config::default())?;
-//! let weights = MlpWeights {
-//!     fc_in: random(&[experts, d_ff, d_model])?,
-//!     fc_in_bias: None,
-//!     fc_out: random(&[experts, d_model, d_ff])?,
-//!     fc_out_bias: None,
+//! let expert =
+//!     MlpConfig { d_model: 8, d_ff: 16, activation: Activation::GeluTanh, bias: true, in_std: 0.1, out_std: 0.1 };
+//! let config = MoeConfig {
+//!     num_experts: 4,
+//!     expert,
+//!     router: RouterConfig::Top1(Top1Config::default()),
+//!     branch: BranchConfig::Residual(expert),
+//!     gate_bound: 0.3,
+//!     load_balance_coef: 0.01,
+//!     router_z_coef: 0.0,
 //! };
-//! let experts = ExpertMlps::new(weights, Activation::GeluTanh)?;
-//! let layer = MoeLayer::new(router, LocalDispatcher::default(), experts)?;
+//! let variables = VarMap::new();
+//! let vb = VarBuilder::from_varmap(&variables, DType::F32, &Device::Cpu);
+//! let layer = MoeBlock::new(&config, vb.pp("moe"), Arc::new(CandleOps))?;
 //!
+//! let tokens = Tensor::randn(0f32, 1.0, (32, 8), &Device::Cpu)?;
 //! let noise = SeededNoise::new(42, 0);
-//! let output = layer.forward(&random(&[32, d_model])?, &RouteContext::new(Mode::Train, &noise))?;
-//! assert_eq!(output.hidden.dims(), [32, d_model]);
+//! let output = layer.forward(&tokens, &RouteContext::new(Mode::Train, &noise))?;
+//! assert_eq!(output.hidden.dims(), [32, 8]);
 //! println!("tokens per expert {:?}, imbalance {:.2}", output.load.tokens_per_expert, output.load.imbalance());
 //! # Ok(())
 //! # }
 //! ```
 
+mod block;
+mod config;
 mod dispatch;
 mod einsum;
 mod error;
@@ -35,23 +43,29 @@ mod experts;
 mod layer;
 mod loss;
 pub mod ops;
+mod params;
 mod rng;
 mod router;
 mod routing;
 #[cfg(feature = "testing")]
 pub mod testing;
+mod weight;
 
+pub use block::{MoeBlock, Routed};
+pub use config::{BranchConfig, MlpConfig, MoeConfig, RouterConfig};
 pub use dispatch::{DispatchTable, Dispatcher, ExpertRows, LocalDispatcher, LocalReceipt};
 pub use einsum::{EinsumDispatcher, EinsumReceipt};
 pub use error::{Error, Result};
 pub use experts::{ExpertMlps, Experts, Mlp, MlpWeights};
 pub use layer::{MoeLayer, MoeOutput, ResidualMoe, SharedExpertMoe};
 pub use loss::{load_balance_loss, load_balance_loss_per_sequence, router_z_loss, updated_selection_bias};
-pub use ops::{Activation, MoeOps};
+pub use ops::{Activation, CandleOps, DecoderOps, LossOps, MoeOps, Ops, WeightOps};
+pub use params::{ParamInit, ParamSpec, Split, SplitKind};
 pub use rng::CounterRng;
 pub use router::{
     DropPolicy, DroplessConfig, DroplessRouter, ExpertChoiceConfig, ExpertChoiceRouter, Gate, GroupScore, HashRouter,
-    Mode, NoiseSource, NoisyGate, RouteContext, Router, ScoreFunction, SeededNoise, Top1Config, Top1Router, Top2Config,
-    Top2Router, TopKConfig, TopKRouter,
+    Mode, NoiseSource, NoisyGate, PositionedNoise, RouteContext, Router, ScoreFunction, SeededNoise, Top1Config,
+    Top1Router, Top2Config, Top2Router, TopKConfig, TopKRouter,
 };
 pub use routing::{Capacity, DROPPED, ExpertLoad, RouterLosses, Routing, capacity_rows};
+pub use weight::{PackedWeight, Weight, WeightSource, WeightUse};

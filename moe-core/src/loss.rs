@@ -37,11 +37,14 @@ pub fn load_balance_loss_per_sequence(
     seq_len: usize,
 ) -> Result<Tensor> {
     let (tokens, experts) = router_probs.dims2()?;
-    if expert_ids.len() != tokens * top_k || seq_len == 0 || tokens % seq_len != 0 || tokens == 0 {
+    if expert_ids.len() != tokens * top_k || seq_len == 0 || tokens % seq_len != 0 {
         return Err(Error::Input(format!(
             "load-balance loss over {tokens} tokens in sequences of {seq_len} with top_k {top_k} got {} expert ids",
             expert_ids.len()
         )));
+    }
+    if tokens == 0 {
+        return Ok(router_probs.sum_all()?); // zero, and part of the graph
     }
     let sequences = tokens / seq_len;
     let mut shares = vec![0f32; sequences * experts];
@@ -60,11 +63,14 @@ pub fn load_balance_loss_per_sequence(
 /// `[tokens, num_experts]` to a scalar
 ///
 /// # Errors
-/// If there are no tokens.
+/// If it is not a matrix.
 ///
 /// # Source
 /// ST-MoE (Zoph et al. 2022), equation 5.
 pub fn router_z_loss(router_logits: &Tensor) -> Result<Tensor> {
+    if router_logits.dim(0)? == 0 {
+        return Ok(router_logits.sum_all()?); // zero, and part of the graph
+    }
     Ok(router_logits.log_sum_exp(D::Minus1)?.sqr()?.mean_all()?)
 }
 

@@ -40,7 +40,7 @@ impl Layer {
         let values = weight.flatten_all()?.to_vec1::<f32>()?;
         let settings = DroplessConfig::softmax(1, false);
         let fused = FusedGate::new(select::current(), settings, &values, [EXPERTS, D_MODEL], None)?;
-        let gate = Gate::with_ops(weight, Arc::new(KernelOps::frozen(Default::default())))?;
+        let gate = Gate::with_ops(weight.into(), Arc::new(KernelOps::default()))?;
         let config = Top1Config { capacity: CAPACITY, use_rts: false, noisy_gate: None };
         Ok(Self { fused: fused.with_capacity(CAPACITY)?, router: Top1Router::new(gate, config)? })
     }

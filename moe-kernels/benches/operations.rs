@@ -4,14 +4,14 @@
 //! Built by itself (`--package moe-kernels`), candle's matrix product has no AVX-512 path (its `x86-v4` feature is off).
 
 use candle_core::{Device, Tensor, Var};
-use moe_core::ops::{CandleOps, MoeOps};
+use moe_core::ops::{CandleOps, DecoderOps, LossOps, MoeOps};
 use moe_core::{Activation, CounterRng, DispatchTable};
-use moe_kernels::attention::{causal_attention, causal_attention_reference};
-use moe_kernels::cross_entropy::{linear_cross_entropy, linear_cross_entropy_reference};
-use moe_kernels::layer_norm::{layer_norm, layer_norm_reference};
+use moe_kernels::attention::causal_attention;
+use moe_kernels::cross_entropy::linear_cross_entropy;
+use moe_kernels::layer_norm::layer_norm;
 use moe_kernels::permute::{permute, unpermute};
-use moe_kernels::rms_norm::{rms_norm, rms_norm_reference};
-use moe_kernels::rotary::{Positions, RotaryLayout, RotaryTable, rotary, rotary_reference};
+use moe_kernels::rms_norm::rms_norm;
+use moe_kernels::rotary::{Positions, RotaryLayout, RotaryTable, rotary};
 use moe_kernels::{Isa, Precision, Result, activation, embedding, grouped_linear, machine, select};
 use std::sync::Arc;
 use std::time::Instant;
@@ -94,7 +94,7 @@ fn operations<'a>(
         "grouped linear",
         &[&[rows, D_MODEL], &[EXPERTS, 2 * D_MODEL, D_MODEL]],
         Box::new(move |x| grouped_linear::grouped_linear(&x[0], &x[1], None, &table.expert_offsets, f32)),
-        Box::new(move |x| Ok(CandleOps.grouped_linear(&x[0], &x[1], None, &table.expert_offsets)?)),
+        Box::new(move |x| Ok(CandleOps.grouped_linear(&x[0], &x[1].clone().into(), None, &table.expert_offsets)?)),
     )?;
     for (name, which) in [("GELU", Activation::GeluTanh), ("SwiGLU", Activation::SwiGlu)] {
         add(
@@ -108,25 +108,25 @@ fn operations<'a>(
         "layer norm",
         &[&[TOKENS, D_MODEL], &[D_MODEL], &[D_MODEL]],
         Box::new(move |x| layer_norm(&x[0], &x[1], &x[2], 1e-5)),
-        Box::new(move |x| layer_norm_reference(&x[0], &x[1], &x[2], 1e-5)),
+        Box::new(move |x| Ok(CandleOps.layer_norm(&x[0], &x[1], &x[2], 1e-5)?)),
     )?;
     add(
         "RMS norm",
         &[&[TOKENS, D_MODEL], &[D_MODEL]],
         Box::new(move |x| rms_norm(&x[0], &x[1], 1e-5)),
-        Box::new(move |x| rms_norm_reference(&x[0], &x[1], 1e-5)),
+        Box::new(move |x| Ok(CandleOps.rms_norm(&x[0], &x[1], 1e-5)?)),
     )?;
     add(
         "rotary",
         &[&[TOKENS / SEQ, SEQ, D_MODEL]],
         Box::new(move |x| rotary(&x[0], angles, RotaryLayout::Halves, Positions::From(0))),
-        Box::new(move |x| rotary_reference(&x[0], angles, RotaryLayout::Halves, Positions::From(0))),
+        Box::new(move |x| Ok(CandleOps.rotary(&x[0], angles, RotaryLayout::Halves, Positions::From(0))?)),
     )?;
     add(
         "attention",
         &[&[TOKENS / SEQ, SEQ, 3 * D_MODEL]],
         Box::new(move |x| causal_attention(&x[0], HEADS, f32)),
-        Box::new(move |x| causal_attention_reference(&x[0], HEADS)),
+        Box::new(move |x| Ok(CandleOps.attention_fused(&x[0], HEADS)?)),
     )?;
     add(
         "permute",
@@ -150,7 +150,7 @@ fn operations<'a>(
         "loss",
         &[&[TOKENS, D_MODEL], &[VOCAB, D_MODEL]],
         Box::new(move |x| linear_cross_entropy(&x[0], &x[1], ids, f32)),
-        Box::new(move |x| linear_cross_entropy_reference(&x[0], &x[1], ids)),
+        Box::new(move |x| Ok(CandleOps.linear_cross_entropy(&x[0], &x[1].clone().into(), ids)?)),
     )?;
     Ok(all)
 }

@@ -1,42 +1,37 @@
-//! [`KernelOps`]: the operations of an MoE layer on these kernels.
+//! [`KernelOps`]: these kernels as a backend of `moe-core`'s layers.
 
-use crate::gemm::{Operand, PackedWeights};
-use crate::{Error, Precision, Result, grouped_linear, permute, select};
-use candle_core::{DType, Tensor, TensorId};
-use moe_core::ops::{CandleOps, CpuOps, MoeOps, host};
-use moe_core::{Activation, DispatchTable};
-use std::collections::HashMap;
-use std::sync::{Arc, PoisonError, RwLock};
+use crate::custom::with_inputs;
+use crate::expert_mlp::{BorrowedMlp, experts};
+use crate::gate::BorrowedGate;
+use crate::packed::PackedMatrices;
+use crate::{
+    Error, Precision, Result, activation, attention, cross_entropy, embedding, grouped_linear, layer_norm, permute,
+    rms_norm, rotary, select,
+};
+use candle_core::Tensor;
+use moe_core::ops::{
+    AttentionShape, Choices, DecoderOps, LossOps, MoeOps, PagedKv, PagedSequence, Positions, RotaryLayout, RotaryTable,
+    WeightOps,
+};
+use moe_core::{Activation, DispatchTable, DroplessConfig, MlpWeights, Weight, WeightSource, WeightUse};
+use std::sync::Arc;
 
-/// The kernels as [`MoeOps`].
-///
-/// They take f32 tensors on the CPU; tensors of another type or device go to `moe-core`'s operations.
-#[derive(Debug, Clone, Default)]
+/// The kernels, for f32 tensors on the CPU; others are refused, [`moe_core::CandleOps`] takes them.
+#[derive(Debug, Clone, Copy, Default)]
 pub struct KernelOps {
     precision: Precision,
-    /// Weights packed at their first use, if they never change.
-    frozen: Option<Arc<Frozen>>,
+    packs: bool,
 }
 
-/// One packed matrix per expert.
-type PackedExperts = Arc<Vec<PackedWeights>>;
-
-/// Packed weights by tensor and precision.
-#[derive(Debug, Default)]
-struct Frozen(RwLock<HashMap<(TensorId, Precision), PackedExperts>>);
-
 impl KernelOps {
-    /// Operations of this precision: that of [`MoeOps::linear`] and [`MoeOps::grouped_linear`];
-    /// [`MoeOps::router_linear`] is f32 always.
+    /// Operations whose matrix products have this precision; router logits, sums, softmax and norms are f32 always.
     pub fn new(precision: Precision) -> Self {
-        Self { precision, frozen: None }
+        Self { precision, packs: false }
     }
 
-    /// The same for weights that never change: each is packed at its first use and kept, and nothing has a gradient.
-    ///
-    /// A weight is known by its tensor: one whose memory changes later gives the old results.
-    pub fn frozen(precision: Precision) -> Self {
-        Self { precision, frozen: Some(Arc::default()) }
+    /// The same for inference: weights are packed as they are fetched, and have no gradient.
+    pub fn packing(precision: Precision) -> Self {
+        Self { precision, packs: true }
     }
 
     /// The precision of the products.
@@ -45,50 +40,94 @@ impl KernelOps {
     }
 
     /// `x W^T + b` in a precision of its own.
-    fn linear_in(&self, precision: Precision, x: &Tensor, weight: &Tensor, bias: Option<&Tensor>) -> Result<Tensor> {
-        let Some(frozen) = &self.frozen else { return grouped_linear::linear(x, weight, bias, precision) };
-        let (out, inner) = weight.dims2()?;
-        let Some((&width, leading)) = x.dims().split_last() else {
-            return Err(Error::Argument("linear needs an input of at least one dimension".into()));
+    fn linear_in(&self, precision: Precision, x: &Tensor, weight: &Weight, bias: Option<&Tensor>) -> Result<Tensor> {
+        let Some(packed) = PackedMatrices::of(weight)? else {
+            return grouped_linear::linear(x, weight.tensor()?, bias, precision);
         };
-        let rows = leading.iter().product();
-        let packed = frozen.get(weight, precision, [out, inner])?;
-        let y = grouped_linear::grouped_linear_packed(&x.reshape((rows, width))?, &packed, bias, &[0, rows])?;
-        Ok(y.reshape([leading, &[out]].concat())?)
+        let rows = x.elem_count() / x.dims().last().copied().unwrap_or(1).max(1);
+        grouped_linear::grouped_linear_packed(x, &packed.matrices(), bias, &[0, rows])
     }
-}
 
-impl Frozen {
-    /// The weights of `weight`, one matrix of `shape` or a stack of them.
-    fn get(&self, weight: &Tensor, precision: Precision, shape: [usize; 2]) -> Result<PackedExperts> {
-        let key = (weight.id(), precision);
-        if let Some(found) = self.0.read().unwrap_or_else(PoisonError::into_inner).get(&key) {
-            return Ok(Arc::clone(found));
-        }
-        let [out, inner] = shape;
-        let packed = host::with_elements::<f32, _>(weight, |values| {
-            let pack = |matrix: &[f32]| {
-                PackedWeights::new(select::current(), precision, &Operand::rows(matrix, out, inner, inner))
-            };
-            Ok(Arc::new(values.chunks_exact(out * inner).map(pack).collect::<Vec<_>>()))
+    /// The experts in one chain of kernels, if all their weights are packed.
+    fn experts_packed(
+        &self,
+        rows: &Tensor,
+        weights: &MlpWeights,
+        activation: Activation,
+        offsets: &[usize],
+    ) -> Result<Option<Tensor>> {
+        let (Some(fc_in), Some(fc_out)) = (PackedMatrices::of(&weights.fc_in)?, PackedMatrices::of(&weights.fc_out)?)
+        else {
+            return Ok(None);
+        };
+        let (fc_in, fc_out) = (fc_in.matrices(), fc_out.matrices());
+        let (num_rows, width) = rows.dims2()?;
+        grouped_linear::check(offsets, num_rows, fc_in.len(), [width, fc_in[0].shape()[1]])?;
+        let biases = [&weights.fc_in_bias, &weights.fc_out_bias];
+        let inputs: Vec<&Tensor> = [rows].into_iter().chain(biases.into_iter().flatten()).collect();
+        let y = with_inputs("experts", &inputs, |inputs| {
+            let mut biases = inputs[1..].iter().map(|bias| bias.values);
+            let fc_in_bias = weights.fc_in_bias.as_ref().and_then(|_| biases.next());
+            let mlp = BorrowedMlp { fc_in: &fc_in, fc_in_bias, fc_out: &fc_out, fc_out_bias: biases.next() };
+            experts(select::current(), inputs[0].values, mlp, activation, offsets)
         })?;
-        self.0.write().unwrap_or_else(PoisonError::into_inner).insert(key, Arc::clone(&packed));
-        Ok(packed)
+        Ok(Some(Tensor::from_vec(y, rows.shape(), rows.device())?))
+    }
+
+    fn choose_packed(
+        &self,
+        tokens: &Tensor,
+        weight: &Weight,
+        selection_bias: Option<&Tensor>,
+        config: &DroplessConfig,
+    ) -> Result<Option<Choices>> {
+        let Some(packed) = PackedMatrices::of(weight)? else { return Ok(None) };
+        let matrices = packed.matrices();
+        let [weight] = matrices.as_slice() else {
+            return Err(Error::Argument("a gate has one matrix, got experts".into()));
+        };
+        config.validate(weight.shape()[0])?;
+        let inputs: Vec<&Tensor> = [tokens].into_iter().chain(selection_bias).collect();
+        let gated = with_inputs("choose", &inputs, |inputs| {
+            let gate = BorrowedGate {
+                isa: select::current(),
+                weight,
+                selection_bias: inputs.get(1).map(|bias| bias.values),
+                config,
+                capacity: None,
+            };
+            gate.forward(inputs[0].values)
+        })??;
+        Ok(Some(Choices { expert_ids: gated.expert_ids, combine_weights: gated.combine_weights, load: gated.load }))
     }
 }
 
-/// Whether the kernels can take this tensor.
-pub fn takes(tensor: &Tensor) -> bool {
-    tensor.device().is_cpu() && tensor.dtype() == DType::F32
-}
-
-fn fallback(tensor: &Tensor) -> &'static dyn MoeOps {
-    if host::is_host_real(tensor) { &CpuOps } else { &CandleOps }
+impl WeightOps for KernelOps {
+    fn weight(&self, source: &WeightSource<'_>, purpose: WeightUse) -> moe_core::Result<Weight> {
+        if !self.packs {
+            return Ok(Weight::Tensor(source.whole()?));
+        }
+        Ok(Weight::Packed(Arc::new(PackedMatrices::fetch(source, purpose, select::current(), self.precision)?)))
+    }
 }
 
 impl MoeOps for KernelOps {
+    fn gate(&self, x: &Tensor, weight: &Weight, bias: Option<&Tensor>) -> moe_core::Result<Tensor> {
+        Ok(self.linear_in(Precision::F32, x, weight, bias)?)
+    }
+
+    fn choose(
+        &self,
+        tokens: &Tensor,
+        weight: &Weight,
+        selection_bias: Option<&Tensor>,
+        config: &DroplessConfig,
+    ) -> moe_core::Result<Option<Choices>> {
+        Ok(self.choose_packed(tokens, weight, selection_bias, config)?)
+    }
+
     fn permute(&self, tokens: &Tensor, table: &Arc<DispatchTable>) -> moe_core::Result<Tensor> {
-        if takes(tokens) { Ok(permute::permute(tokens, table)?) } else { fallback(tokens).permute(tokens, table) }
+        Ok(permute::permute(tokens, table)?)
     }
 
     fn unpermute(
@@ -97,71 +136,212 @@ impl MoeOps for KernelOps {
         combine_weights: &Tensor,
         table: &Arc<DispatchTable>,
     ) -> moe_core::Result<Tensor> {
-        if takes(rows) && takes(combine_weights) {
-            return Ok(permute::unpermute(rows, combine_weights, table)?);
-        }
-        fallback(rows).unpermute(rows, combine_weights, table)
+        Ok(permute::unpermute(rows, combine_weights, table)?)
     }
 
     fn grouped_linear(
         &self,
         rows: &Tensor,
-        weight: &Tensor,
+        weight: &Weight,
         bias: Option<&Tensor>,
         offsets: &[usize],
     ) -> moe_core::Result<Tensor> {
-        if takes(rows) && takes(weight) && bias.is_none_or(takes) {
-            let Some(frozen) = &self.frozen else {
-                return Ok(grouped_linear::grouped_linear(rows, weight, bias, offsets, self.precision)?);
-            };
-            let (_, out, inner) = weight.dims3()?;
-            let packed = frozen.get(weight, self.precision, [out, inner])?;
-            return Ok(grouped_linear::grouped_linear_packed(rows, &packed, bias, offsets)?);
-        }
-        fallback(rows).grouped_linear(rows, weight, bias, offsets)
+        Ok(match PackedMatrices::of(weight)? {
+            Some(packed) => grouped_linear::grouped_linear_packed(rows, &packed.matrices(), bias, offsets)?,
+            None => grouped_linear::grouped_linear(rows, weight.tensor()?, bias, offsets, self.precision)?,
+        })
     }
 
     fn activation(&self, activation: Activation, x: &Tensor) -> moe_core::Result<Tensor> {
-        if takes(x) { Ok(crate::activation::activation(activation, x)?) } else { activation.apply(x) }
+        Ok(activation::activation(activation, x)?)
     }
 
-    fn linear(&self, x: &Tensor, weight: &Tensor, bias: Option<&Tensor>) -> moe_core::Result<Tensor> {
-        if takes(x) && takes(weight) && bias.is_none_or(takes) {
-            return Ok(self.linear_in(self.precision, x, weight, bias)?);
+    fn experts(
+        &self,
+        rows: &Tensor,
+        weights: &MlpWeights,
+        activation: Activation,
+        offsets: &[usize],
+    ) -> moe_core::Result<Tensor> {
+        if let Some(rows) = self.experts_packed(rows, weights, activation, offsets)? {
+            return Ok(rows);
         }
-        moe_core::ops::linear(x, weight, bias)
+        let hidden = self.grouped_linear(rows, &weights.fc_in, weights.fc_in_bias.as_ref(), offsets)?;
+        let hidden = MoeOps::activation(self, activation, &hidden)?;
+        self.grouped_linear(&hidden, &weights.fc_out, weights.fc_out_bias.as_ref(), offsets)
+    }
+}
+
+impl DecoderOps for KernelOps {
+    fn linear(&self, x: &Tensor, weight: &Weight, bias: Option<&Tensor>) -> moe_core::Result<Tensor> {
+        Ok(self.linear_in(self.precision, x, weight, bias)?)
     }
 
-    fn router_linear(&self, x: &Tensor, weight: &Tensor, bias: Option<&Tensor>) -> moe_core::Result<Tensor> {
-        if takes(x) && takes(weight) && bias.is_none_or(takes) {
-            return Ok(self.linear_in(Precision::F32, x, weight, bias)?);
-        }
-        moe_core::ops::linear(x, weight, bias)
+    fn layer_norm(&self, x: &Tensor, weight: &Tensor, bias: &Tensor, epsilon: f64) -> moe_core::Result<Tensor> {
+        Ok(layer_norm::layer_norm(x, weight, bias, epsilon)?)
+    }
+
+    fn rms_norm(&self, x: &Tensor, weight: &Tensor, epsilon: f64) -> moe_core::Result<Tensor> {
+        Ok(rms_norm::rms_norm(x, weight, epsilon)?)
+    }
+
+    fn rotary(
+        &self,
+        x: &Tensor,
+        table: &RotaryTable,
+        layout: RotaryLayout,
+        positions: Positions<'_>,
+    ) -> moe_core::Result<Tensor> {
+        Ok(rotary::rotary(x, table, layout, positions)?)
+    }
+
+    fn attention(
+        &self,
+        queries: &Tensor,
+        keys: &Tensor,
+        values: &Tensor,
+        shape: AttentionShape,
+    ) -> moe_core::Result<Tensor> {
+        Ok(attention::grouped_query_attention(queries, keys, values, shape, self.precision)?)
+    }
+
+    fn attention_fused(&self, qkv: &Tensor, num_heads: usize) -> moe_core::Result<Tensor> {
+        Ok(attention::causal_attention(qkv, num_heads, self.precision)?)
+    }
+
+    fn write_pages(&self, pool: PagedKv<'_>, keys: &Tensor, values: &Tensor, slots: &[u32]) -> moe_core::Result<()> {
+        Ok(attention::write_pages(pool, keys, values, slots)?)
+    }
+
+    fn paged_attention(
+        &self,
+        queries: &Tensor,
+        pool: PagedKv<'_>,
+        sequences: &[PagedSequence<'_>],
+        shape: AttentionShape,
+    ) -> moe_core::Result<Tensor> {
+        Ok(attention::paged_attention(queries, pool, sequences, shape, self.precision)?)
+    }
+
+    fn embedding(&self, table: &Weight, ids: &[u32]) -> moe_core::Result<Tensor> {
+        let Some(packed) = PackedMatrices::of(table)? else {
+            return Ok(embedding::embedding(table.tensor()?, ids)?);
+        };
+        let rows = packed.rows(ids)?;
+        Ok(Tensor::from_vec(rows, (ids.len(), table.dims()[1]), &candle_core::Device::Cpu)?)
+    }
+}
+
+impl LossOps for KernelOps {
+    fn linear_cross_entropy(&self, hidden: &Tensor, weight: &Weight, targets: &[u32]) -> moe_core::Result<Tensor> {
+        Ok(match PackedMatrices::of(weight)? {
+            Some(packed) => cross_entropy::linear_cross_entropy_packed(hidden, &packed.matrices()[0], targets)?,
+            None => cross_entropy::linear_cross_entropy(hidden, weight.tensor()?, targets, self.precision)?,
+        })
     }
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
+    use candle_core::{DType, Device};
+    use candle_nn::VarBuilder;
     use moe_core::testing::{random, values};
+    use moe_core::{MoeBlock, MoeConfig, ParamInit, ParamSpec, RouteContext};
+    use std::collections::HashMap;
+
+    fn source(name: &str, tensor: &Tensor) -> VarBuilder<'static> {
+        VarBuilder::from_tensors(HashMap::from([(name.to_owned(), tensor.clone())]), DType::F32, &Device::Cpu)
+    }
+
+    fn kept(ops: &KernelOps, tensor: &Tensor, purpose: WeightUse) -> Weight {
+        let mut spec = ParamSpec::new("w", &tensor.dims()[tensor.rank() - 2..], ParamInit::Zeros);
+        if tensor.rank() == 3 {
+            spec = spec.stacked(tensor.dims()[0]);
+        }
+        let vb = source(&spec.name, tensor);
+        ops.weight(&WeightSource::new(&vb, &spec), purpose).unwrap()
+    }
 
     #[test]
-    fn frozen_weights_give_the_bits_of_plain_ones() {
+    fn packed_weights_give_the_bits_of_plain_ones() {
         let (x, w) = (random(1, &[7, 21], 1.0, DType::F32), random(2, &[3, 40, 21], 1.0, DType::F32));
         let (b, gate) = (random(3, &[3, 40], 1.0, DType::F32), random(4, &[5, 21], 1.0, DType::F32));
         for precision in [Precision::F32, Precision::Bf16] {
-            let (plain, frozen) = (KernelOps::new(precision), KernelOps::frozen(precision));
-            for _ in 0..2 {
-                let run = |ops: &KernelOps| {
-                    let experts = ops.grouped_linear(&x, &w, Some(&b), &[0, 2, 2, 7]).unwrap();
-                    let linear = ops.linear(&x.reshape((1, 7, 21)).unwrap(), &gate, None).unwrap();
-                    [experts, linear, ops.router_linear(&x, &gate, None).unwrap()]
-                        .map(|t| (t.dims().to_vec(), values(&t)))
-                };
-                assert_eq!(run(&frozen), run(&plain), "{precision:?}");
+            let run = |ops: KernelOps| {
+                let [experts, linear] = [&w, &gate].map(|w| kept(&ops, w, WeightUse::Product));
+                let table = kept(&ops, &gate, WeightUse::Table);
+                let gate = kept(&ops, &gate, WeightUse::Gate);
+                let three = x.reshape((1, 7, 21)).unwrap();
+                [
+                    ops.grouped_linear(&x, &experts, Some(&b), &[0, 2, 2, 7]).unwrap(),
+                    ops.linear(&three, &linear, None).unwrap(),
+                    ops.gate(&x, &gate, None).unwrap(),
+                    ops.embedding(&table, &[4, 0, 4]).unwrap(),
+                    ops.linear_cross_entropy(&x, &table, &[0, 1, 2, u32::MAX, 4, 0, 1]).unwrap(),
+                ]
+                .map(|t| (t.dims().to_vec(), values(&t)))
+            };
+            assert_eq!(run(KernelOps::packing(precision)), run(KernelOps::new(precision)), "{precision:?}");
+            let ops = KernelOps::packing(precision);
+            let experts = kept(&ops, &w, WeightUse::Product);
+            assert!(ops.grouped_linear(&x, &experts, Some(&b), &[0, 2, 7]).is_err());
+            let linear = kept(&ops, &gate, WeightUse::Product);
+            assert!(ops.linear(&random(5, &[2, 20], 1.0, DType::F32), &linear, None).is_err());
+            assert!(moe_core::CandleOps.linear(&x, &linear, None).unwrap_err().to_string().contains("packed"));
+        }
+    }
+
+    #[test]
+    fn a_rewritten_weight_gives_the_new_results() {
+        let ops = KernelOps::packing(Precision::Bf16);
+        let x = random(1, &[4, 21], 1.0, DType::F32);
+        let (old, new) = (random(2, &[2, 40, 21], 1.0, DType::F32), random(3, &[2, 40, 21], 1.0, DType::F32));
+        let weight = kept(&ops, &old, WeightUse::Product);
+        let packed = PackedMatrices::of(&weight).unwrap().unwrap();
+        for expert in 0..2 {
+            let values = moe_core::ops::host::to_f32_vec(&new.get(expert).unwrap()).unwrap();
+            packed.rewrite(expert, select::current(), &values).unwrap();
+        }
+        let run = |weight: &Weight| values(&ops.grouped_linear(&x, weight, None, &[0, 1, 4]).unwrap());
+        assert_eq!(run(&weight), run(&kept(&ops, &new, WeightUse::Product)));
+        assert!(packed.rewrite(2, select::current(), &[0.0; 840]).unwrap_err().to_string().contains("matrix 2"));
+        assert!(packed.rewrite(0, select::current(), &[0.0; 3]).is_err());
+    }
+
+    /// The fused gate and the chain of experts inside a layer: the bits of the plain operations, and memory of one form only.
+    #[test]
+    fn a_packed_layer_gives_the_bits_of_a_plain_one() {
+        use moe_core::{BranchConfig, MlpConfig, RouterConfig, Top1Config, Top2Config};
+        for activation in [Activation::GeluTanh, Activation::SwiGlu] {
+            let expert = MlpConfig { d_model: 24, d_ff: 40, activation, bias: true, in_std: 0.3, out_std: 0.3 };
+            for (router, branch) in [
+                (RouterConfig::Top1(Top1Config::default()), BranchConfig::Residual(expert)),
+                (RouterConfig::Top2(Top2Config::default()), BranchConfig::None),
+                (
+                    RouterConfig::Dropless { config: DroplessConfig::softmax(3, true), selection_bias: true },
+                    BranchConfig::Shared { mlp: expert, gate: true },
+                ),
+            ] {
+                let (load_balance_coef, router_z_coef, gate_bound) = (0.0, 0.0, 0.5);
+                let config =
+                    MoeConfig { num_experts: 5, expert, router, branch, gate_bound, load_balance_coef, router_z_coef };
+                let tensors: HashMap<String, Tensor> = config
+                    .params()
+                    .iter()
+                    .map(|spec| (spec.name.clone(), spec.initial(7, &Device::Cpu).unwrap()))
+                    .collect();
+                let x = random(1, &[50, 24], 1.0, DType::F32);
+                for precision in [Precision::F32, Precision::Bf16] {
+                    let run = |ops: KernelOps| {
+                        let vb = VarBuilder::from_tensors(tensors.clone(), DType::F32, &Device::Cpu);
+                        let layer = MoeBlock::new(&config, vb, Arc::new(ops)).unwrap();
+                        let output = layer.forward(&x, &RouteContext::infer()).unwrap();
+                        (values(&output.hidden), output.routing.expert_ids, output.load)
+                    };
+                    assert_eq!(run(KernelOps::packing(precision)), run(KernelOps::new(precision)), "{router:?}");
+                }
             }
-            assert!(frozen.grouped_linear(&x, &w, Some(&b), &[0, 2, 7]).is_err());
-            assert!(frozen.linear(&random(5, &[2, 20], 1.0, DType::F32), &gate, None).is_err());
         }
     }
 }

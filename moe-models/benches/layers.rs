@@ -5,14 +5,15 @@
 
 use anyhow::Result;
 use candle_core::{DType, Device, Tensor};
-use moe_core::ops::{CandleOps, CpuOps, MoeOps};
+use candle_nn::VarBuilder;
 use moe_core::testing::{assert_close, random};
 use moe_core::{
-    Activation, Capacity, EinsumDispatcher, ExpertMlps, Gate, LocalDispatcher, MlpWeights, Mode, MoeLayer,
-    RouteContext, SeededNoise, Top1Config, Top1Router,
+    Activation, BranchConfig, CandleOps, Capacity, EinsumDispatcher, ExpertMlps, Gate, MlpConfig, MlpWeights, Mode,
+    MoeBlock, MoeConfig, MoeLayer, Ops, ParamSpec, RouteContext, RouterConfig, SeededNoise, Top1Config, Top1Router,
 };
 use moe_kernels::{KernelOps, Precision};
 use moe_models::gpt::{Gpt, GptConfig, Pass, TokenBatch};
+use std::collections::HashMap;
 use std::sync::Arc;
 use std::time::Instant;
 
@@ -62,17 +63,26 @@ fn layer_forward(peak: f64) -> Result<()> {
         "shape", "tokens", "form", "ms", "tokens/s", "GFLOP/s", "of peak"
     );
     for shape in &SHAPES {
-        let weights = MlpWeights {
-            fc_in: random(3, &[shape.num_experts, shape.d_ff, shape.d_model], 0.05, DType::F32),
-            fc_in_bias: Some(random(4, &[shape.num_experts, shape.d_ff], 0.05, DType::F32)),
-            fc_out: random(5, &[shape.num_experts, shape.d_model, shape.d_ff], 0.05, DType::F32),
-            fc_out_bias: Some(random(6, &[shape.num_experts, shape.d_model], 0.05, DType::F32)),
+        let expert = MlpConfig {
+            d_model: shape.d_model,
+            d_ff: shape.d_ff,
+            activation: Activation::GeluTanh,
+            bias: true,
+            in_std: 0.05,
+            out_std: 0.05,
         };
-        let gate = random(7, &[shape.num_experts, shape.d_model], 1.0, DType::F32);
-        let router = |ops: Arc<dyn MoeOps>| {
-            let config = Top1Config { capacity: Capacity::UNLIMITED, ..Top1Config::default() };
-            Top1Router::new(Gate::with_ops(gate.clone(), ops)?, config)
+        let router = Top1Config { capacity: Capacity::UNLIMITED, ..Top1Config::default() };
+        let config = MoeConfig {
+            num_experts: shape.num_experts,
+            expert,
+            router: RouterConfig::Top1(router),
+            branch: BranchConfig::None,
+            gate_bound: 1.0,
+            load_balance_coef: 0.0,
+            router_z_coef: 0.0,
         };
+        let initial = |spec: ParamSpec| Ok((spec.name.clone(), spec.initial(3, &Device::Cpu)?));
+        let tensors: HashMap<String, Tensor> = config.params().into_iter().map(initial).collect::<Result<_>>()?;
         for num_tokens in [1, 32, 512, 2048] {
             let tokens = random(8, &[num_tokens, shape.d_model], 1.0, DType::F32);
             let noise = SeededNoise::new(1, 0);
@@ -94,21 +104,25 @@ fn layer_forward(peak: f64) -> Result<()> {
                 );
                 Ok(hidden)
             };
-            let by_table = |ops: Arc<dyn MoeOps>| -> Result<Box<dyn Fn() -> Result<Tensor>>> {
-                let experts = ExpertMlps::with_ops(weights.clone(), Activation::GeluTanh, Arc::clone(&ops))?;
-                let layer = MoeLayer::new(router(Arc::clone(&ops))?, LocalDispatcher::with_ops(ops), experts)?;
+            let by_table = |ops: Arc<dyn Ops>| -> Result<Box<dyn Fn() -> Result<Tensor>>> {
+                let vb = VarBuilder::from_tensors(tensors.clone(), DType::F32, &Device::Cpu);
+                let layer = MoeBlock::new(&config, vb, ops)?;
                 let tokens = tokens.clone();
-                Ok(Box::new(move || {
-                    let noise = SeededNoise::new(1, 0);
-                    Ok(layer.forward(&tokens, &RouteContext::new(Mode::Eval, &noise))?.hidden)
-                }))
+                Ok(Box::new(move || Ok(layer.forward(&tokens, &RouteContext::infer())?.hidden)))
             };
             let want = report("candle", &by_table(Arc::new(CandleOps))?, None)?;
-            report("candle, fused", &by_table(Arc::new(CpuOps))?, Some(&want))?;
-            report("kernels f32", &by_table(Arc::new(KernelOps::frozen(Precision::F32)))?, Some(&want))?;
-            report("kernels bf16", &by_table(Arc::new(KernelOps::frozen(Precision::Bf16)))?, Some(&want))?;
-            let experts = ExpertMlps::new(weights.clone(), Activation::GeluTanh)?;
-            let einsum = MoeLayer::new(router(Arc::new(CandleOps))?, EinsumDispatcher, experts)?;
+            report("kernels f32", &by_table(Arc::new(KernelOps::packing(Precision::F32)))?, Some(&want))?;
+            report("kernels bf16", &by_table(Arc::new(KernelOps::packing(Precision::Bf16)))?, Some(&want))?;
+            let part = |name: &str| tensors[name].clone();
+            let weights = MlpWeights {
+                fc_in: part("experts.fc_in.weight").into(),
+                fc_in_bias: Some(part("experts.fc_in.bias")),
+                fc_out: part("experts.fc_out.weight").into(),
+                fc_out_bias: Some(part("experts.fc_out.bias")),
+            };
+            let experts = ExpertMlps::from_weights(weights, Activation::GeluTanh)?;
+            let gate = Top1Router::new(Gate::new(part("gate.weight"))?, router)?;
+            let einsum = MoeLayer::new(gate, EinsumDispatcher, experts)?;
             report("einsum", &|| Ok(einsum.forward(&tokens, &context)?.hidden), Some(&want))?;
         }
     }

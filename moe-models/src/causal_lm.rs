@@ -1,35 +1,8 @@
-//! [`CausalLm`]: token ids in, logits out. What a generator or a server needs of a model, and nothing else.
+//! [`CausalLm`]: token ids in, logits out, for many sequences at once. What a generator or a server needs of a model.
 
 use crate::Result;
+use crate::cache::{CacheLayout, CachedSequence, KvPool};
 use candle_core::{Device, Tensor};
-
-/// Cached keys and values of one sequence.
-///
-/// Created by [`CausalLm::new_cache`]; grows by the tokens of every [`CausalLm::forward`].
-#[derive(Debug, Clone)]
-pub struct KvCache {
-    /// Per layer: keys and values `[len, d_model]` each; empty before the first token.
-    pub(crate) layers: Vec<Option<(Tensor, Tensor)>>,
-    /// Tokens held.
-    pub(crate) len: usize,
-}
-
-impl KvCache {
-    /// An empty cache for `num_layers` layers.
-    pub fn new(num_layers: usize) -> Self {
-        Self { layers: vec![None; num_layers], len: 0 }
-    }
-
-    /// Tokens held.
-    pub fn len(&self) -> usize {
-        self.len
-    }
-
-    /// Whether no token is held.
-    pub fn is_empty(&self) -> bool {
-        self.len == 0
-    }
-}
 
 /// The experts one MoE layer used, token by token.
 #[derive(Debug, Clone, PartialEq)]
@@ -46,12 +19,34 @@ pub struct LayerExperts {
     pub weights: Vec<f32>,
 }
 
+/// After which of a step's tokens logits are wanted.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum LogitsOf {
+    /// None: more of the prompt follows.
+    None,
+    /// The last one.
+    Last,
+    /// Every one.
+    All,
+}
+
+/// New tokens of one sequence: its prompt, a part of that, or the token sampled last.
+#[derive(Debug)]
+pub struct SequenceStep<'a> {
+    /// Grows by the tokens if all goes well.
+    pub sequence: &'a mut CachedSequence,
+    /// At least one.
+    pub token_ids: &'a [u32],
+    /// Rows of the output.
+    pub logits: LogitsOf,
+}
+
 /// What one forward step returns.
 #[derive(Debug, Clone)]
 pub struct StepOutput {
-    /// `[tokens, vocab_size]`, f32: the next-token logits after each input token.
+    /// `[rows asked for, vocab_size]`, f32: the next-token logits, sequence after sequence.
     pub logits: Tensor,
-    /// One entry per MoE layer, in layer order.
+    /// One entry per MoE layer, in layer order, over all new tokens of all sequences.
     pub experts: Vec<LayerExperts>,
 }
 
@@ -65,16 +60,15 @@ pub trait CausalLm: Send + Sync {
     fn num_layers(&self) -> usize;
     /// `(layer, num_experts)` of each MoE layer, in layer order.
     fn moe_layers(&self) -> Vec<(usize, usize)>;
+    /// What a token takes in a cache.
+    fn cache_layout(&self) -> CacheLayout;
     /// Where the weights live.
     fn device(&self) -> &Device;
-    /// An empty cache.
-    fn new_cache(&self) -> KvCache {
-        KvCache::new(self.num_layers())
-    }
-    /// Runs `token_ids` after the tokens in `cache`, and appends them to it.
+    /// Runs new tokens of several sequences of `pool`, prompts and single tokens mixed. The logits of a sequence are the same
+    /// to the last bit as if it were alone and whatever chunks its tokens came in.
     ///
     /// # Errors
-    /// [`crate::Error::Argument`] for no tokens, an id outside the vocabulary, or more tokens than
-    /// [`CausalLm::max_seq_len`]; the cache is then unchanged.
-    fn forward(&self, token_ids: &[u32], cache: &mut KvCache) -> Result<StepOutput>;
+    /// [`crate::Error::Argument`] for no sequence, a sequence without tokens or of another pool, an id outside the vocabulary,
+    /// or more tokens than [`CausalLm::max_seq_len`]; [`crate::Error::OutOfPages`]. No sequence has grown then.
+    fn forward(&self, batch: &mut [SequenceStep<'_>], pool: &KvPool) -> Result<StepOutput>;
 }

@@ -37,6 +37,16 @@ pub enum Error {
     /// The tokenizer could not be trained, loaded or applied.
     #[error("tokenizer: {0}")]
     Tokenizer(String),
+    /// The pool of cached keys and values is used up.
+    #[error(
+        "{needed} pages of the key-value cache are needed and {free} are free; end sequences, or make a larger pool"
+    )]
+    OutOfPages {
+        /// To go on.
+        needed: usize,
+        /// In the pool.
+        free: usize,
+    },
     /// An argument of a call is out of range; the text names it and the fix.
     #[error("{0}")]
     Argument(String),

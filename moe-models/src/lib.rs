@@ -1,12 +1,29 @@
-//! Mixture-of-experts language models: the PR-MoE GPT family of DeepSpeed-MoE, checkpoints the Hugging Face way, and
-//! the trainer.
+//! Mixture-of-experts language models: the PR-MoE GPT family of DeepSpeed-MoE and families people have, checkpoints the
+//! Hugging Face way, and the trainer.
+//!
+//! A family's configuration becomes a [`DecoderConfig`]; [`Decoder`] is built from it and runs; [`Model`] owns the variables of
+//! a decoder that is trained.
 
+mod batch;
+pub mod blocks;
+mod cache;
 mod causal_lm;
+pub mod config;
+mod decoder;
 mod error;
-pub mod gpt;
+pub mod families;
 pub mod hf;
+mod model;
+mod params;
 pub mod train;
 
-pub use causal_lm::{CausalLm, KvCache, LayerExperts, StepOutput};
+pub use batch::{IGNORED, LayerLoad, LossOutput, Pass, TokenBatch};
+pub use cache::{CacheLayout, CachedSequence, KvPool, PagedStep, PoolConfig};
+pub use causal_lm::{CausalLm, LayerExperts, LogitsOf, SequenceStep, StepOutput};
+pub use config::DecoderConfig;
+pub use decoder::{Decoder, EvalRouting};
 pub use error::{Error, Result};
+pub use families::{Family, ReadFamily, gpt};
+pub use model::Model;
 pub use moe_kernels::Precision;
+pub use params::{Coordinates, ParamSource, ParamTable};

@@ -4,9 +4,7 @@ use crate::engine::EngineConfig;
 use crate::generation_config::GenerationDefaults;
 use crate::text::{ChatMessage, ChatTemplate, TextTokenizer};
 use crate::{Error, Result};
-use candle_core::Device;
-use moe_models::gpt::Gpt;
-use moe_models::{CausalLm, Precision};
+use moe_models::{CausalLm, Decoder, Precision};
 use std::path::Path;
 use std::sync::Arc;
 
@@ -77,7 +75,7 @@ impl ServedModel {
     /// # Errors
     /// What is wrong with which file.
     pub fn from_dir(dir: &Path, name: Option<String>, precision: Precision) -> Result<Self> {
-        let gpt = Gpt::load(dir, &Device::Cpu)?.with_precision(precision)?;
+        let lm = Decoder::load(dir, precision)?;
         let tokenizer = read(&dir.join("tokenizer.json"))?;
         let tokenizer_config = read_if_there(&dir.join("tokenizer_config.json"))?;
         let generation_config = read_if_there(&dir.join("generation_config.json"))?;
@@ -87,7 +85,7 @@ impl ServedModel {
             generation_config: generation_config.as_deref(),
         };
         let folder = || dir.file_name().map(|name| name.to_string_lossy().into_owned());
-        Self::from_files(name.or_else(folder).unwrap_or_else(|| "model".to_owned()), gpt, files)
+        Self::from_files(name.or_else(folder).unwrap_or_else(|| "model".to_owned()), lm, files)
     }
 
     /// The model inside this program, trained by this workspace's own trainer; `model/MODEL_CARD.md` describes it.
@@ -96,25 +94,25 @@ impl ServedModel {
     /// None in practice: a test loads it.
     pub fn embedded(name: Option<String>, precision: Precision) -> Result<Self> {
         let config = include_bytes!("../model/config.json");
-        let gpt = Gpt::from_bytes(config, include_bytes!("../model/model.safetensors"), &Device::Cpu)?
-            .with_precision(precision)?;
+        let weights: &[u8] = include_bytes!("../model/model.safetensors");
+        let lm = Decoder::from_bytes(config, weights, precision)?;
         let files = TextFiles {
             tokenizer: include_bytes!("../model/tokenizer.json"),
             tokenizer_config: Some(include_bytes!("../model/tokenizer_config.json")),
             generation_config: Some(include_bytes!("../model/generation_config.json")),
         };
-        Self::from_files(name.unwrap_or_else(|| EMBEDDED_NAME.to_owned()), gpt, files)
+        Self::from_files(name.unwrap_or_else(|| EMBEDDED_NAME.to_owned()), lm, files)
     }
 
-    fn from_files(name: String, gpt: Gpt, files: TextFiles<'_>) -> Result<Self> {
+    fn from_files(name: String, lm: Decoder, files: TextFiles<'_>) -> Result<Self> {
         let tokenizer = TextTokenizer::from_bytes(files.tokenizer)?;
         let chat = files.tokenizer_config.map_or_else(ChatTemplate::dialogue, ChatTemplate::from_tokenizer_config)?;
         let mut defaults =
             files.generation_config.map_or_else(|| Ok(Default::default()), GenerationDefaults::from_bytes)?;
         if defaults.eos_token_ids.is_empty() {
-            defaults.eos_token_ids.extend(gpt.config().eos_token_id);
+            defaults.eos_token_ids.extend(lm.config().eos_token_id);
         }
-        Self::new(name, Arc::new(gpt.frozen()?), tokenizer, chat, defaults)
+        Self::new(name, Arc::new(lm), tokenizer, chat, defaults)
     }
 
     /// What stands in for an empty prompt: the beginning-of-sequence token, or else the end of the text before.

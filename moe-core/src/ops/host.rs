@@ -1,9 +1,8 @@
-//! Access to tensors on the CPU as plain slices, vectorised loops over them, and candle's matrix product on parts of a
-//! buffer. What the custom operations of this and other crates are written with; knows no model.
+//! Access to tensors on the CPU as plain slices, and vectorised loops over them: what custom operations are written with.
+//! Knows no model.
 
 use crate::{Error, Result};
-use candle_core::backend::BackendStorage;
-use candle_core::{CpuStorage, Layout, Shape, Storage, Tensor, WithDType};
+use candle_core::{CpuStorage, Layout, Storage, Tensor, WithDType};
 
 /// The element types the custom operations compute in: f32, and f64 for gradient checks.
 pub trait Real: WithDType + std::ops::Neg<Output = Self> {
@@ -158,54 +157,6 @@ pub fn with_elements<T: Real, R>(
         Storage::Cpu(cpu) => body(elements(cpu, layout)?),
         _ => candle_core::bail!("expected a tensor on the CPU, got {:?}", tensor.device()),
     }
-}
-
-/// Whether the custom CPU operations can take this tensor.
-pub fn is_host_real(tensor: &Tensor) -> bool {
-    tensor.device().is_cpu() && matches!(tensor.dtype(), candle_core::DType::F32 | candle_core::DType::F64)
-}
-
-/// One operand of [`matmul`]: a `[rows, cols]` view into a buffer.
-#[derive(Debug, Clone, Copy)]
-pub struct View {
-    /// First element.
-    pub offset: usize,
-    /// Rows of the view.
-    pub rows: usize,
-    /// Columns of the view.
-    pub cols: usize,
-    /// Elements from one row to the next.
-    pub row_stride: usize,
-    /// Elements from one column to the next.
-    pub col_stride: usize,
-}
-
-impl View {
-    /// A row-major `[rows, cols]` block at `offset`.
-    pub fn row_major(offset: usize, rows: usize, cols: usize) -> Self {
-        Self { offset, rows, cols, row_stride: cols, col_stride: 1 }
-    }
-
-    /// The same elements as `[cols, rows]`.
-    pub fn transposed(self) -> Self {
-        Self { rows: self.cols, cols: self.rows, row_stride: self.col_stride, col_stride: self.row_stride, ..self }
-    }
-
-    fn layout(&self) -> Layout {
-        Layout::new(Shape::from((self.rows, self.cols)), vec![self.row_stride, self.col_stride], self.offset)
-    }
-}
-
-/// candle's matrix product of two views: a new row-major `[a.rows, b.cols]` buffer.
-///
-/// # Errors
-/// If the inner sizes differ or a stride is not supported.
-pub fn matmul(a: (&CpuStorage, View), b: (&CpuStorage, View)) -> candle_core::Result<CpuStorage> {
-    let (rows, inner, cols) = (a.1.rows, a.1.cols, b.1.cols);
-    if inner != b.1.rows {
-        candle_core::bail!("matmul of [{rows}, {inner}] and [{}, {cols}]", b.1.rows);
-    }
-    a.0.matmul(b.0, (1, rows, cols, inner), &a.1.layout(), &b.1.layout())
 }
 
 /// Copies a tensor's values to the host as f32, whatever its type and device.

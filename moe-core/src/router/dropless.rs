@@ -1,9 +1,10 @@
 //! The dropless top-k routing of today's models: softmax or sigmoid scores, selection bias, group limits.
 
 use super::gate::softmax;
+use super::infer::infer;
 use super::select::{Decision, Demand, kept_scores, normalized, slots_in_order, top_k_indices};
 use super::top_k::check_top_k;
-use super::{Gate, RouteContext, Router};
+use super::{Gate, Mode, RouteContext, Router};
 use crate::loss::load_balance_loss_per_sequence;
 use crate::ops::host::{expect_shape, to_f32_vec};
 use crate::{Error, Result, RouterLosses, Routing, router_z_loss};
@@ -130,26 +131,41 @@ impl DroplessRouter {
     /// # Errors
     /// [`Error::Input`] if the context does not fit.
     pub fn route_logits(&self, logits: &Tensor, context: &RouteContext<'_>) -> Result<Routing> {
+        self.config.decide(logits, self.selection_bias.as_ref(), context)
+    }
+}
+
+impl DroplessConfig {
+    /// The decision from logits `[tokens, num_experts]`; its losses are left out of inference passes.
+    pub(super) fn decide(
+        &self,
+        logits: &Tensor,
+        selection_bias: Option<&Tensor>,
+        context: &RouteContext<'_>,
+    ) -> Result<Routing> {
         let (tokens, experts) = logits.dims2()?;
         context.check(tokens)?;
-        let scores = match self.config.score_function {
+        let scores = match self.score_function {
             ScoreFunction::Softmax => softmax(logits)?,
             ScoreFunction::Sigmoid => ((logits.neg()?.exp()? + 1.0)?).recip()?,
         };
-        let selection = to_f32_vec(&match &self.selection_bias {
+        let selection = to_f32_vec(&match selection_bias {
             Some(bias) => scores.detach().broadcast_add(&bias.to_dtype(scores.dtype())?)?,
             None => scores.clone(),
         })?;
         let chosen = selection.chunks_exact(experts).flat_map(|row| self.choose(row)).collect();
-        let demand = Demand::new(chosen, self.config.top_k, experts, context);
+        let demand = Demand::new(chosen, self.top_k, experts, context);
         let kept = demand.expert_ids.clone();
         let slots = slots_in_order(&kept, experts, 0..kept.len());
-        let losses = self.losses(logits, &scores, &kept, context)?;
-        let mut weights = kept_scores(&scores, &demand.expert_ids, &kept, self.config.top_k)?;
-        if self.config.normalize {
+        let losses = match context.mode {
+            Mode::Infer => RouterLosses::default(),
+            Mode::Train | Mode::Eval => self.losses(logits, &scores, &kept, context)?,
+        };
+        let mut weights = kept_scores(&scores, &demand.expert_ids, &kept, self.top_k)?;
+        if self.normalize {
             weights = normalized(&weights, 1e-20)?;
         }
-        let combine_weights = (weights * self.config.scale)?;
+        let combine_weights = (weights * self.scale)?;
         Ok(Decision { demand, kept, slots, capacity: None, combine_weights, losses }.into_routing())
     }
 
@@ -161,44 +177,43 @@ impl DroplessRouter {
         context: &RouteContext<'_>,
     ) -> Result<RouterLosses> {
         let tokens = scores.dim(0)?;
-        let seq_len = match (self.config.sequence_loss, context.seq_len) {
+        let seq_len = match (self.sequence_loss, context.seq_len) {
             (false, _) => tokens,
             (true, Some(len)) => len,
             (true, None) => {
                 return Err(Error::Input("the per-sequence load-balance loss needs seq_len in the context".into()));
             }
         };
-        let probs = match self.config.score_function {
+        let probs = match self.score_function {
             ScoreFunction::Softmax => scores.clone(),
             ScoreFunction::Sigmoid => normalized(scores, 1e-20)?,
         };
         Ok(RouterLosses {
-            load_balance: Some(load_balance_loss_per_sequence(&probs, chosen, self.config.top_k, seq_len.max(1))?),
+            load_balance: Some(load_balance_loss_per_sequence(&probs, chosen, self.top_k, seq_len.max(1))?),
             router_z: Some(router_z_loss(logits)?),
         })
     }
 
     /// The chosen experts of one token, best first.
     fn choose(&self, selection: &[f32]) -> Vec<u32> {
-        let c = &self.config;
-        if c.num_groups == 1 || c.top_groups == c.num_groups {
-            return top_k_indices(selection, c.top_k);
+        if self.num_groups == 1 || self.top_groups == self.num_groups {
+            return top_k_indices(selection, self.top_k);
         }
-        let size = selection.len() / c.num_groups;
+        let size = selection.len() / self.num_groups;
         let group_scores: Vec<f32> = selection
             .chunks_exact(size)
             .map(|group| {
                 let best = top_k_indices(group, 2);
                 let value = |i: usize| best.get(i).map_or(0.0, |&e| group[e as usize]);
-                if c.group_score == GroupScore::Max { value(0) } else { value(0) + value(1) }
+                if self.group_score == GroupScore::Max { value(0) } else { value(0) + value(1) }
             })
             .collect();
         let mut masked = vec![f32::NEG_INFINITY; selection.len()];
-        for group in top_k_indices(&group_scores, c.top_groups) {
+        for group in top_k_indices(&group_scores, self.top_groups) {
             let range = group as usize * size..(group as usize + 1) * size;
             masked[range.clone()].copy_from_slice(&selection[range]);
         }
-        top_k_indices(&masked, c.top_k)
+        top_k_indices(&masked, self.top_k)
     }
 }
 
@@ -212,6 +227,9 @@ impl Router for DroplessRouter {
     }
 
     fn route(&self, tokens: &Tensor, context: &RouteContext<'_>) -> Result<Routing> {
+        if context.mode == Mode::Infer {
+            return infer(&self.gate, tokens, self.selection_bias.as_ref(), &self.config, context);
+        }
         self.route_logits(&self.gate.logits(tokens)?, context)
     }
 }

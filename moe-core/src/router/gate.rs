@@ -1,33 +1,32 @@
 //! The linear map inside a router.
 
 use crate::ops::host::expect_shape;
-use crate::ops::{MoeOps, default_ops};
-use crate::{Error, Result};
-use candle_core::{DType, Tensor};
+use crate::ops::{CandleOps, Choices, MoeOps};
+use crate::{DroplessConfig, Error, Result, Weight};
+use candle_core::Tensor;
 use std::sync::Arc;
 
 /// The gate: router logits `tokens W^T`, in f32 (or f64 if the weight is f64) whatever the tokens' type.
 #[derive(Debug, Clone)]
 pub struct Gate {
-    weight: Tensor,
+    weight: Weight,
     ops: Arc<dyn MoeOps>,
 }
 
 impl Gate {
-    /// A gate with weight `[num_experts, d_model]`, without bias.
+    /// A gate with weight `[num_experts, d_model]`, without bias, in ordinary candle operations.
     ///
     /// # Errors
     /// [`Error::Config`] if the weight is not two-dimensional or has no expert.
     pub fn new(weight: Tensor) -> Result<Self> {
-        let ops = default_ops(&weight);
-        Self::with_ops(weight, ops)
+        Self::with_ops(weight.into(), Arc::new(CandleOps))
     }
 
     /// The same with given operations.
     ///
     /// # Errors
     /// As [`Gate::new`].
-    pub fn with_ops(weight: Tensor, ops: Arc<dyn MoeOps>) -> Result<Self> {
+    pub fn with_ops(weight: Weight, ops: Arc<dyn MoeOps>) -> Result<Self> {
         match weight.dims() {
             [experts, width] if *experts > 0 && *width > 0 => Ok(Self { weight, ops }),
             dims => Err(Error::Config(format!(
@@ -49,15 +48,35 @@ impl Gate {
     /// # Errors
     /// [`Error::Input`] if the width differs from the weight's.
     pub fn logits(&self, tokens: &Tensor) -> Result<Tensor> {
+        self.check(tokens)?;
+        self.ops.gate(tokens, &self.weight, None)
+    }
+
+    /// [`MoeOps::choose`] with this weight.
+    ///
+    /// # Errors
+    /// [`Error::Input`] if the width differs from the weight's.
+    pub(super) fn choose(
+        &self,
+        tokens: &Tensor,
+        selection_bias: Option<&Tensor>,
+        config: &DroplessConfig,
+    ) -> Result<Option<Choices>> {
+        self.check(tokens)?;
+        self.ops.choose(tokens, &self.weight, selection_bias, config)
+    }
+
+    fn check(&self, tokens: &Tensor) -> Result<()> {
         let (num_tokens, _) = tokens.dims2()?;
-        expect_shape("tokens", tokens, &[num_tokens, self.weight.dims()[1]])?;
-        let dtype = if self.weight.dtype() == DType::F64 { DType::F64 } else { DType::F32 };
-        self.ops.router_linear(&tokens.to_dtype(dtype)?, &self.weight.to_dtype(dtype)?, None)
+        expect_shape("tokens", tokens, &[num_tokens, self.weight.dims()[1]])
     }
 }
 
 /// Softmax over the last dimension in ordinary operations, with its gradient.
 pub(super) fn softmax(logits: &Tensor) -> Result<Tensor> {
+    if logits.elem_count() == 0 {
+        return Ok(logits.clone()); // candle takes no maximum of nothing
+    }
     let max = logits.detach().max_keepdim(candle_core::D::Minus1)?;
     let exp = logits.broadcast_sub(&max)?.exp()?;
     Ok(exp.broadcast_div(&exp.sum_keepdim(candle_core::D::Minus1)?)?)

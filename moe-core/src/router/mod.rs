@@ -7,6 +7,7 @@ mod dropless;
 mod expert_choice;
 mod gate;
 mod hash;
+mod infer;
 mod noise;
 mod select;
 #[cfg(test)]
@@ -19,7 +20,7 @@ pub use dropless::{DroplessConfig, DroplessRouter, GroupScore, ScoreFunction};
 pub use expert_choice::{ExpertChoiceConfig, ExpertChoiceRouter};
 pub use gate::Gate;
 pub use hash::HashRouter;
-pub use noise::{NoiseSource, SeededNoise};
+pub use noise::{NoiseSource, PositionedNoise, SeededNoise};
 pub use top_k::{DropPolicy, TopKConfig, TopKRouter};
 pub use top1::{NoisyGate, Top1Config, Top1Router};
 pub use top2::{Top2Config, Top2Router};
@@ -63,8 +64,11 @@ impl<R: Router + ?Sized> Router for Box<R> {
 pub enum Mode {
     /// Training: noise policies apply, the training capacity factor is used.
     Train,
-    /// Evaluation and serving.
+    /// Evaluation as the original does it: its evaluation capacity, its draws.
     Eval,
+    /// Evaluation and serving without gradients and losses: nothing is drawn or dropped, so that a token's experts depend
+    /// on that token alone.
+    Infer,
 }
 
 /// What a routing decision may depend on besides the tokens.
@@ -86,6 +90,11 @@ impl<'a> RouteContext<'a> {
     /// A context with this mode and noise and nothing else.
     pub fn new(mode: Mode, noise: &'a dyn NoiseSource) -> Self {
         Self { mode, noise, used_tokens: None, token_ids: None, seq_len: None }
+    }
+
+    /// The context of an inference pass.
+    pub fn infer() -> Self {
+        Self::new(Mode::Infer, &SeededNoise::ZERO)
     }
 
     fn is_train(&self) -> bool {

@@ -1,8 +1,9 @@
 //! DeepSpeed's top-1 gating: one expert per token, its raw probability as weight, random token selection.
 
 use super::gate::softmax;
+use super::infer::infer;
 use super::select::{Decision, Demand, argmax, kept_scores, slots_in_order};
-use super::{Gate, RouteContext, Router};
+use super::{DroplessConfig, Gate, Mode, RouteContext, Router};
 use crate::ops::host::to_f32_vec;
 use crate::{Capacity, Result, RouterLosses, Routing, load_balance_loss, router_z_loss};
 use candle_core::Tensor;
@@ -106,6 +107,9 @@ impl Router for Top1Router {
     }
 
     fn route(&self, tokens: &Tensor, context: &RouteContext<'_>) -> Result<Routing> {
+        if context.mode == Mode::Infer {
+            return infer(&self.gate, tokens, None, &DroplessConfig::softmax(1, false), context);
+        }
         let jitter = self.config.noisy_gate == Some(NoisyGate::Jitter);
         let logits = self.gate.logits(&jittered(tokens, context, jitter)?)?;
         self.route_logits(&logits, context)

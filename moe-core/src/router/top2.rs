@@ -1,9 +1,10 @@
 //! DeepSpeed's (GShard's) top-2 gating: first choices outrank second ones, weights renormalised after dropping.
 
 use super::gate::softmax;
+use super::infer::infer;
 use super::select::{Decision, Demand, argmax, kept_scores, normalized, slots_in_order};
 use super::top1::jittered;
-use super::{Gate, RouteContext, Router};
+use super::{DroplessConfig, Gate, Mode, RouteContext, Router};
 use crate::ops::host::to_f32_vec;
 use crate::{Capacity, Error, Result, RouterLosses, Routing, load_balance_loss, router_z_loss};
 use candle_core::Tensor;
@@ -106,6 +107,9 @@ impl Router for Top2Router {
     }
 
     fn route(&self, tokens: &Tensor, context: &RouteContext<'_>) -> Result<Routing> {
+        if context.mode == Mode::Infer {
+            return infer(&self.gate, tokens, None, &DroplessConfig::softmax(2, true), context);
+        }
         let logits = self.gate.logits(&jittered(tokens, context, self.config.jitter)?)?;
         self.route_logits(&logits, context)
     }

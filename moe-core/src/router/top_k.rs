@@ -1,9 +1,10 @@
 //! DeepSpeed's top-k gating with its two drop policies.
 
 use super::gate::softmax;
+use super::infer::infer;
 use super::select::{Decision, Demand, kept_scores, normalized, slots_in_order, top_k_indices};
 use super::top1::jittered;
-use super::{Gate, RouteContext, Router};
+use super::{DroplessConfig, Gate, Mode, RouteContext, Router};
 use crate::ops::host::to_f32_vec;
 use crate::{Capacity, Error, Result, RouterLosses, Routing, load_balance_loss, router_z_loss};
 use candle_core::Tensor;
@@ -108,6 +109,9 @@ impl Router for TopKRouter {
     }
 
     fn route(&self, tokens: &Tensor, context: &RouteContext<'_>) -> Result<Routing> {
+        if context.mode == Mode::Infer {
+            return infer(&self.gate, tokens, None, &DroplessConfig::softmax(self.config.top_k, true), context);
+        }
         let logits = self.gate.logits(&jittered(tokens, context, self.config.jitter)?)?;
         self.route_logits(&logits, context)
     }

@@ -1,5 +1,7 @@
 //! Whole MoE layers against transformers: outputs and every gradient. `fixtures/make.py` made the files.
 
+mod examples;
+
 use candle_core::{DType, Device, Tensor, Var};
 use moe_core::testing::{assert_close, values};
 use moe_core::{
@@ -40,24 +42,24 @@ impl Fixture {
 
     fn layer(&self, router: DroplessRouter) -> MoeLayer<DroplessRouter, LocalDispatcher, ExpertMlps> {
         let weights = MlpWeights {
-            fc_in: self.var("experts.gate_up_proj"),
+            fc_in: self.var("experts.gate_up_proj").into(),
             fc_in_bias: None,
-            fc_out: self.var("experts.down_proj"),
+            fc_out: self.var("experts.down_proj").into(),
             fc_out_bias: None,
         };
-        let experts = ExpertMlps::new(weights, Activation::SwiGlu).unwrap();
+        let experts = ExpertMlps::from_weights(weights, Activation::SwiGlu).unwrap();
         MoeLayer::new(router, LocalDispatcher::default(), experts).unwrap()
     }
 
     fn shared(&self, prefix: &str) -> Mlp {
         let part = |name: &str| self.var(&format!("{prefix}.{name}.weight"));
         let weights = MlpWeights {
-            fc_in: Tensor::cat(&[part("gate_proj"), part("up_proj")], 0).unwrap(),
+            fc_in: Tensor::cat(&[part("gate_proj"), part("up_proj")], 0).unwrap().into(),
             fc_in_bias: None,
-            fc_out: part("down_proj"),
+            fc_out: part("down_proj").into(),
             fc_out_bias: None,
         };
-        Mlp::new(weights, Activation::SwiGlu).unwrap()
+        Mlp::from_weights(weights, Activation::SwiGlu).unwrap()
     }
 
     /// Compares the output and the gradients of `sum(output * factors)`.
@@ -90,7 +92,7 @@ fn mixtral_layer_equals_transformers() {
 fn qwen2_moe_layer_equals_transformers() {
     let fixture = Fixture::load("qwen2_moe");
     let routed = fixture.layer(DroplessRouter::new(fixture.gate(), None, DroplessConfig::softmax(3, false)).unwrap());
-    let gate = Some(fixture.var("shared_expert_gate.weight"));
+    let gate = Some(fixture.var("shared_expert_gate.weight").into());
     let layer = SharedExpertMoe::new(routed, fixture.shared("shared_expert"), gate).unwrap();
     fixture.check(|tokens, context| layer.forward(tokens, context));
 }

@@ -3,11 +3,12 @@
 #[cfg(test)]
 mod tests;
 
+use crate::custom::{self, Input, SliceOp};
 use crate::parallel::SharedMut;
 use crate::{Error, Isa, Result, parallel, select};
-use candle_core::{CpuStorage, CustomOp1, Layout, Shape, Tensor};
+use candle_core::Tensor;
 use moe_core::Activation;
-use moe_core::ops::host::{self, Real};
+use moe_core::ops::host::Real;
 
 /// Applies `activation` to the last dimension.
 ///
@@ -21,7 +22,7 @@ pub fn activation(activation: Activation, x: &Tensor) -> Result<Tensor> {
     if !width.is_multiple_of(activation.inputs()) {
         return Err(Error::Argument(format!("swiglu needs an even width [gate | up], got {width}")));
     }
-    Ok(x.contiguous()?.apply_op1(Elementwise { activation, isa: select::current() })?)
+    custom::apply(Elementwise { activation, isa: select::current() }, &[x])
 }
 
 /// [`activation`] of `[rows, width]` values into `[rows, width / inputs]`.
@@ -69,13 +70,6 @@ impl Elementwise {
         });
     }
 
-    /// `[rows, width]` to `[rows, width / inputs]`
-    fn forward(&self, x: &[f32], width: usize) -> Vec<f32> {
-        let mut out = vec![0.0; x.len() / self.activation.inputs()];
-        self.forward_into(x, width, &mut out);
-        out
-    }
-
     fn forward_into(&self, x: &[f32], width: usize, out: &mut [f32]) {
         let (rows, out_width) = (x.len() / width.max(1), width / self.activation.inputs());
         let shared = SharedMut::new(out);
@@ -95,7 +89,7 @@ impl Elementwise {
         });
     }
 
-    fn backward(&self, x: &[f32], grad: &[f32], width: usize) -> Vec<f32> {
+    fn gradient(&self, x: &[f32], grad: &[f32], width: usize) -> Vec<f32> {
         let (rows, out_width) = (x.len() / width.max(1), width / self.activation.inputs());
         let mut out = vec![0.0; x.len()];
         let shared = SharedMut::new(&mut out);
@@ -132,7 +126,7 @@ fn swiglu_gradient(row: &[f32], grads: &[f32], into: &mut [f32]) {
     }
 }
 
-impl CustomOp1 for Elementwise {
+impl SliceOp for Elementwise {
     fn name(&self) -> &'static str {
         match self.activation {
             Activation::GeluTanh => "gelu_tanh",
@@ -140,20 +134,15 @@ impl CustomOp1 for Elementwise {
         }
     }
 
-    fn cpu_fwd(&self, s: &CpuStorage, l: &Layout) -> candle_core::Result<(CpuStorage, Shape)> {
-        let mut dims = l.dims().to_vec();
-        let Some(last) = dims.last_mut() else { candle_core::bail!("an activation needs at least one dimension") };
-        let width = *last;
-        *last /= self.activation.inputs();
-        Ok((CpuStorage::F32(self.forward(host::elements(s, l)?, width)), Shape::from(dims)))
+    fn forward(&self, inputs: &[Input<'_>]) -> (Vec<f32>, Vec<usize>) {
+        let Input { values, dims } = inputs[0];
+        let mut out = vec![0.0; values.len() / self.activation.inputs()];
+        self.forward_into(values, inputs[0].width(), &mut out);
+        let leading = &dims[..dims.len() - 1];
+        (out, [leading, &[inputs[0].width() / self.activation.inputs()]].concat())
     }
 
-    fn bwd(&self, x: &Tensor, _: &Tensor, grad: &Tensor) -> candle_core::Result<Option<Tensor>> {
-        let width = x.dim(candle_core::D::Minus1)?;
-        host::with_elements::<f32, _>(x, |xs| {
-            host::with_elements::<f32, _>(grad, |g| {
-                Tensor::from_vec(self.backward(xs, g, width), x.shape(), x.device()).map(Some)
-            })
-        })
+    fn backward(&self, inputs: &[Input<'_>], _: &[f32], grad: &[f32]) -> Result<Vec<Vec<f32>>> {
+        Ok(vec![self.gradient(inputs[0].values, grad, inputs[0].width())])
     }
 }

@@ -7,50 +7,18 @@
 
 mod blocks;
 mod paged;
-mod reference;
 #[cfg(test)]
 mod tests;
 
 pub(crate) use blocks::row_max;
-pub use paged::{PagedKv, PagedSequence, paged_attention};
-pub use reference::{
-    causal_attention as causal_attention_reference, grouped_query_attention as grouped_query_attention_reference,
-};
+pub use moe_core::ops::{AttentionShape, PagedKv, PagedSequence};
+pub use paged::{paged_attention, write_pages};
 
+use crate::custom::{self, Input, SliceOp, with_inputs};
 use crate::parallel::SharedMut;
-use crate::{Error, Precision, Result, ops};
+use crate::{Error, Precision, Result};
 use blocks::{Heads, Place, Sequence, Source, Strip, Training};
-use candle_core::{CpuStorage, CustomOp1, CustomOp3, Layout, Shape, Tensor};
-use moe_core::ops::host;
-
-/// How many heads an attention has. Query head `h` uses key and value head `h * num_kv_heads / num_heads`.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
-pub struct AttentionShape {
-    /// Heads of the queries.
-    pub num_heads: usize,
-    /// Heads of the keys and of the values; divides `num_heads`.
-    pub num_kv_heads: usize,
-}
-
-impl AttentionShape {
-    /// The width of a head of queries `d_model` wide with keys and values `kv_width` wide.
-    fn head_dim(self, d_model: usize, kv_width: usize) -> Result<usize> {
-        let Self { num_heads, num_kv_heads } = self;
-        if num_heads == 0 || num_kv_heads == 0 || !num_heads.is_multiple_of(num_kv_heads) {
-            return Err(Error::Argument(format!(
-                "num_kv_heads {num_kv_heads} must divide num_heads {num_heads}, and neither may be 0"
-            )));
-        }
-        let head_dim = d_model / num_heads;
-        if head_dim == 0 || head_dim * num_heads != d_model || head_dim * num_kv_heads != kv_width {
-            return Err(Error::Argument(format!(
-                "queries of width {d_model} and keys of width {kv_width} must be num_heads {num_heads} and \
-                 num_kv_heads {num_kv_heads} heads of one head_dim"
-            )));
-        }
-        Ok(head_dim)
-    }
-}
+use candle_core::Tensor;
 
 /// Attention of each token to itself and the tokens before it in its sequence.
 ///
@@ -61,26 +29,11 @@ impl AttentionShape {
 /// `[batch, seq_len, d_model]`
 ///
 /// # Errors
-/// [`Error::Argument`] if `num_heads` does not divide `d_model`.
+/// If `num_heads` does not divide `d_model`.
 pub fn causal_attention(qkv: &Tensor, num_heads: usize, precision: Precision) -> Result<Tensor> {
     let (_, _, width) = qkv.dims3()?;
-    let head_dim = fused_head_dim(width, num_heads)?;
-    if !ops::takes(qkv) {
-        return reference::causal_attention(qkv, num_heads);
-    }
-    let shape = AttentionShape { num_heads, num_kv_heads: num_heads };
-    Ok(qkv.contiguous()?.apply_op1(Fused(Heads::new(shape, head_dim, precision)))?)
-}
-
-/// The width of a head of `[q | k | v]`.
-fn fused_head_dim(qkv_width: usize, num_heads: usize) -> Result<usize> {
-    let d_model = qkv_width / 3;
-    if num_heads == 0 || !qkv_width.is_multiple_of(3) || !d_model.is_multiple_of(num_heads) {
-        return Err(Error::Argument(format!(
-            "num_heads {num_heads} must divide the d_model of a [q | k | v] of width {qkv_width}"
-        )));
-    }
-    Ok(d_model / num_heads)
+    let head_dim = AttentionShape::fused_head_dim(width, num_heads)?;
+    custom::apply(Fused(Heads::new(AttentionShape::equal(num_heads), head_dim, precision)), &[qkv])
 }
 
 /// [`causal_attention`] of separate queries, keys and values, where several query heads may share a key and value head.
@@ -103,43 +56,12 @@ pub fn grouped_query_attention(
     shape: AttentionShape,
     precision: Precision,
 ) -> Result<Tensor> {
-    let ((batch, seq_len, d_model), (_, _, kv_width)) = (queries.dims3()?, keys.dims3()?);
-    let head_dim = shape.head_dim(d_model, kv_width)?;
-    if keys.dims() != values.dims() || keys.dims()[..2] != [batch, seq_len] {
-        return Err(Error::Argument(format!(
-            "keys {:?} and values {:?} must have one shape, and the batch and length of the queries {:?}",
-            keys.dims(),
-            values.dims(),
-            queries.dims()
-        )));
-    }
-    if ![queries, keys, values].into_iter().all(ops::takes) {
-        return reference::grouped_query_attention(queries, keys, values, shape);
-    }
-    let op = Grouped(Heads::new(shape, head_dim, precision));
-    Ok(queries.contiguous()?.apply_op3(&keys.contiguous()?, &values.contiguous()?, op)?)
+    let head_dim = shape.check(queries, keys, values)?;
+    custom::apply(Grouped(Heads::new(shape, head_dim, precision)), &[queries, keys, values])
 }
 
-/// Attention of the last `queries.dim(0)` tokens of one sequence over all its keys and values. No gradient.
-///
-/// # Shapes
-/// `queries` `[new, d_model]`, `keys` and `values` `[len, d_model]` with the new tokens at the end, f32 on the CPU;
-/// returns `[new, d_model]`
-///
-/// # Errors
-/// [`Error::Argument`] if the shapes do not fit.
-pub fn causal_attention_cached(
-    queries: &Tensor,
-    keys: &Tensor,
-    values: &Tensor,
-    num_heads: usize,
-    precision: Precision,
-) -> Result<Tensor> {
-    let shape = AttentionShape { num_heads, num_kv_heads: num_heads };
-    grouped_query_attention_cached(queries, keys, values, shape, precision)
-}
-
-/// [`causal_attention_cached`] where several query heads may share a key and value head. No gradient.
+/// [`grouped_query_attention`] of the last `queries.dim(0)` tokens of one sequence over all its keys and values. No
+/// gradient.
 ///
 /// # Shapes
 /// `queries` `[new, num_heads * head_dim]`, `keys` and `values` `[len, num_kv_heads * head_dim]` with the new tokens at
@@ -164,20 +86,13 @@ pub fn grouped_query_attention_cached(
             queries.dims()
         )));
     }
-    if !ops::takes(queries) {
-        return reference::grouped_query_attention_cached(queries, keys, values, shape);
-    }
     let heads = Heads::new(shape, head_dim, precision);
-    let out = host::with_elements::<f32, _>(queries, |q| {
-        host::with_elements::<f32, _>(keys, |k| {
-            host::with_elements::<f32, _>(values, |v| {
-                let mut out = vec![0.0; new * d_model];
-                let [keys, values] = [k, v].map(|values| Source::Strip(Strip::new(values, kv_width)));
-                let sequence = Sequence { queries: Strip::new(q, d_model), new, keys, values, len };
-                heads.forward(&[sequence], &mut out);
-                Ok(out)
-            })
-        })
+    let out = with_inputs("attention", &[queries, keys, values], |qkv| {
+        let mut out = vec![0.0; new * d_model];
+        let [keys, values] = [1, 2].map(|part| Source::Strip(Strip::new(qkv[part].values, kv_width)));
+        let sequence = Sequence { queries: Strip::new(qkv[0].values, d_model), new, keys, values, len };
+        heads.forward(&[sequence], &mut out);
+        out
     })?;
     Ok(Tensor::from_vec(out, (new, d_model), queries.device())?)
 }
@@ -269,69 +184,36 @@ impl Grouped {
     }
 }
 
-impl CustomOp1 for Fused {
+impl SliceOp for Fused {
     fn name(&self) -> &'static str {
         "causal_attention"
     }
 
-    fn cpu_fwd(&self, s: &CpuStorage, l: &Layout) -> candle_core::Result<(CpuStorage, Shape)> {
-        let (batch, seq_len, _) = l.shape().dims3()?;
-        let out = self.0.forward_batch(self.parts(host::elements(s, l)?), batch, seq_len);
-        Ok((CpuStorage::F32(out), Shape::from((batch, seq_len, self.0.d_model()))))
+    fn forward(&self, inputs: &[Input<'_>]) -> (Vec<f32>, Vec<usize>) {
+        let Input { values, dims } = inputs[0];
+        let out = self.0.forward_batch(self.parts(values), dims[0], dims[1]);
+        (out, vec![dims[0], dims[1], self.0.d_model()])
     }
 
-    fn bwd(&self, qkv: &Tensor, out: &Tensor, grad: &Tensor) -> candle_core::Result<Option<Tensor>> {
-        let (batch, seq_len, _) = qkv.dims3()?;
-        host::with_elements::<f32, _>(qkv, |x| {
-            host::with_elements::<f32, _>(out, |o| {
-                host::with_elements::<f32, _>(grad, |g| {
-                    Tensor::from_vec(self.gradient(x, o, g, batch, seq_len), qkv.shape(), qkv.device()).map(Some)
-                })
-            })
-        })
+    fn backward(&self, inputs: &[Input<'_>], out: &[f32], grad: &[f32]) -> Result<Vec<Vec<f32>>> {
+        let Input { values, dims } = inputs[0];
+        Ok(vec![self.gradient(values, out, grad, dims[0], dims[1])])
     }
 }
 
-impl CustomOp3 for Grouped {
+impl SliceOp for Grouped {
     fn name(&self) -> &'static str {
         "grouped_query_attention"
     }
 
-    fn cpu_fwd(
-        &self,
-        q: &CpuStorage,
-        ql: &Layout,
-        k: &CpuStorage,
-        kl: &Layout,
-        v: &CpuStorage,
-        vl: &Layout,
-    ) -> candle_core::Result<(CpuStorage, Shape)> {
-        let (batch, seq_len, _) = ql.shape().dims3()?;
-        let parts = self.parts([host::elements(q, ql)?, host::elements(k, kl)?, host::elements(v, vl)?]);
-        Ok((CpuStorage::F32(self.0.forward_batch(parts, batch, seq_len)), ql.shape().clone()))
+    fn forward(&self, inputs: &[Input<'_>]) -> (Vec<f32>, Vec<usize>) {
+        let dims = inputs[0].dims;
+        let parts = self.parts([0, 1, 2].map(|part| inputs[part].values));
+        (self.0.forward_batch(parts, dims[0], dims[1]), dims.to_vec())
     }
 
-    fn bwd(
-        &self,
-        q: &Tensor,
-        k: &Tensor,
-        v: &Tensor,
-        out: &Tensor,
-        grad: &Tensor,
-    ) -> candle_core::Result<(Option<Tensor>, Option<Tensor>, Option<Tensor>)> {
-        let (batch, seq_len, _) = q.dims3()?;
-        let [dq, dk, dv] = host::with_elements::<f32, _>(q, |qs| {
-            host::with_elements::<f32, _>(k, |ks| {
-                host::with_elements::<f32, _>(v, |vs| {
-                    host::with_elements::<f32, _>(out, |o| {
-                        host::with_elements::<f32, _>(grad, |g| {
-                            Ok(self.gradient([qs, ks, vs], [o, g], (batch, seq_len)))
-                        })
-                    })
-                })
-            })
-        })?;
-        let tensor = |values, like: &Tensor| Tensor::from_vec(values, like.shape(), like.device()).map(Some);
-        Ok((tensor(dq, q)?, tensor(dk, k)?, tensor(dv, v)?))
+    fn backward(&self, inputs: &[Input<'_>], out: &[f32], grad: &[f32]) -> Result<Vec<Vec<f32>>> {
+        let qkv = [0, 1, 2].map(|part| inputs[part].values);
+        Ok(self.gradient(qkv, [out, grad], (inputs[0].dims[0], inputs[0].dims[1])).into())
     }
 }

@@ -5,31 +5,54 @@
 //! fills blocks: that is the caller's.
 
 use super::blocks::{Heads, Sequence, Source, Strip};
-use super::{AttentionShape, reference};
+use super::{AttentionShape, PagedKv, PagedSequence};
 use crate::buffer::with_scratch_f32;
-use crate::{Error, Precision, Result, ops};
-use candle_core::Tensor;
+use crate::custom::{expect_f32, with_inputs};
+use crate::{Precision, Result};
+use candle_core::{CpuStorage, InplaceOp2, Layout, Tensor};
 use moe_core::ops::host;
 
-/// The pool of one layer.
-#[derive(Debug, Clone, Copy)]
-pub struct PagedKv<'a> {
-    /// `[num_blocks, block_size, num_kv_heads * head_dim]`
-    pub keys: &'a Tensor,
-    /// As the keys.
-    pub values: &'a Tensor,
+/// Writes keys and values of new tokens into their places, in place.
+///
+/// # Shapes
+/// `keys` and `values` `[tokens, width]`, f32 on the CPU; `slots` `[tokens]`: `block * block_size + row` of each
+///
+/// # Errors
+/// If a shape does not fit or a slot is outside the pool.
+pub fn write_pages(pool: PagedKv<'_>, keys: &Tensor, values: &Tensor, slots: &[u32]) -> Result<()> {
+    pool.check_write(keys, values, slots)?;
+    expect_f32("write_pages", &[pool.keys, pool.values, keys, values])?;
+    for (pages, rows) in [(pool.keys, keys), (pool.values, values)] {
+        pages.inplace_op2(&rows.contiguous()?, &WriteRows(slots))?;
+    }
+    Ok(())
 }
 
-/// One sequence of a batch.
-#[derive(Debug, Clone, Copy)]
-pub struct PagedSequence<'a> {
-    /// Blocks in the order of the sequence's tokens: token `t` is row `t % block_size` of block
-    /// `blocks[t / block_size]`. Blocks past its last token are not read.
-    pub blocks: &'a [u32],
-    /// Tokens, the new ones included, whose keys and values are in the pool.
-    pub len: usize,
-    /// Tokens at its end that have a query in this call.
-    pub new: usize,
+/// Copies row `i` to row `slots[i]` of a pool.
+struct WriteRows<'a>(&'a [u32]);
+
+impl InplaceOp2 for WriteRows<'_> {
+    fn name(&self) -> &'static str {
+        "write_pages"
+    }
+
+    fn cpu_fwd(
+        &self,
+        pages: &mut CpuStorage,
+        pages_layout: &Layout,
+        rows: &CpuStorage,
+        rows_layout: &Layout,
+    ) -> candle_core::Result<()> {
+        let (CpuStorage::F32(pages), Some((start, end))) = (pages, pages_layout.contiguous_offsets()) else {
+            candle_core::bail!("a pool must be contiguous and f32")
+        };
+        let pages = &mut pages[start..end];
+        let (_, width) = rows_layout.shape().dims2()?;
+        for (row, &slot) in host::elements::<f32>(rows, rows_layout)?.chunks_exact(width.max(1)).zip(self.0) {
+            pages[slot as usize * width..][..width].copy_from_slice(row);
+        }
+        Ok(())
+    }
 }
 
 /// Attention of the new tokens of each sequence over all tokens of that sequence. No gradient.
@@ -53,105 +76,31 @@ pub fn paged_attention(
     shape: AttentionShape,
     precision: Precision,
 ) -> Result<Tensor> {
-    let (d_model, kv_width) = (queries.dims2()?.1, pool.keys.dims3()?.2);
-    let head_dim = shape.head_dim(d_model, kv_width)?;
-    pool.check(queries, sequences)?;
-    if ![queries, pool.keys, pool.values].into_iter().all(ops::takes) {
-        return pool.attend_by_gathering(queries, sequences, shape);
-    }
+    let head_dim = shape.head_dim(queries.dims2()?.1, pool.keys.dims3()?.2)?;
+    pool.check_read(queries, sequences)?;
     let heads = Heads::new(shape, head_dim, precision);
-    let out = host::with_elements::<f32, _>(queries, |q| {
-        host::with_elements::<f32, _>(pool.keys, |k| {
-            host::with_elements::<f32, _>(pool.values, |v| Ok(pool.attend(&heads, [q, k, v], sequences)))
-        })
+    let out = with_inputs("paged_attention", &[queries, pool.keys, pool.values], |inputs| {
+        attend(&heads, [0, 1, 2].map(|part| inputs[part].values), pool.block_size(), sequences)
     })?;
     Ok(Tensor::from_vec(out, queries.shape(), queries.device())?)
 }
 
-impl PagedKv<'_> {
-    fn block_size(&self) -> usize {
-        self.keys.dims()[1]
-    }
-
-    fn check(&self, queries: &Tensor, sequences: &[PagedSequence<'_>]) -> Result<()> {
-        let (num_blocks, block_size, _) = self.keys.dims3()?;
-        if self.keys.dims() != self.values.dims() || block_size == 0 {
-            return Err(Error::Argument(format!(
-                "keys {:?} and values {:?} of a pool must have one shape [num_blocks, block_size, width], with a \
-                 block_size above 0",
-                self.keys.dims(),
-                self.values.dims()
-            )));
-        }
-        let mut rows = 0;
-        for (index, PagedSequence { blocks, len, new }) in sequences.iter().enumerate() {
-            if new > len {
-                return Err(Error::Argument(format!(
-                    "new of sequence {index} must be at most its len of {len}, got {new}"
-                )));
-            }
-            let Some(used) = blocks.get(..len.div_ceil(block_size)) else {
-                return Err(Error::Argument(format!(
-                    "blocks of sequence {index} must hold its {len} tokens, got {} blocks of {block_size}",
-                    blocks.len()
-                )));
-            };
-            if let Some(bad) = used.iter().find(|&&block| block as usize >= num_blocks) {
-                return Err(Error::Argument(format!(
-                    "blocks of sequence {index} name block {bad}, but the pool has {num_blocks}"
-                )));
-            }
-            rows += new;
-        }
-        if queries.dim(0)? != rows {
-            return Err(Error::Argument(format!(
-                "queries must have one row per new token of the sequences, {rows}, got {}",
-                queries.dim(0)?
-            )));
-        }
-        Ok(())
-    }
-
-    /// `[new tokens, d_model]`
-    fn attend(&self, heads: &Heads, [q, k, v]: [&[f32]; 3], sequences: &[PagedSequence<'_>]) -> Vec<f32> {
-        let mut out = vec![0.0; q.len()];
-        let mut first = 0;
-        let parts: Vec<Sequence<'_>> = sequences
-            .iter()
-            .map(|&PagedSequence { blocks, len, new }| {
-                let [keys, values] = [k, v].map(|pool| {
-                    let (block_size, width) = (self.block_size(), heads.kv_width());
-                    Source::Paged(PagedRows { pool, blocks, block_size, width })
-                });
-                let queries = Strip::new(&q[first..], heads.d_model());
-                first += new * heads.d_model();
-                Sequence { queries, new, keys, values, len }
-            })
-            .collect();
-        heads.forward(&parts, &mut out);
-        out
-    }
-
-    /// In ordinary operations, one sequence at a time.
-    fn attend_by_gathering(
-        &self,
-        queries: &Tensor,
-        sequences: &[PagedSequence<'_>],
-        shape: AttentionShape,
-    ) -> Result<Tensor> {
-        let mut first = 0;
-        let mut outputs = Vec::new();
-        for &PagedSequence { blocks, len, new } in sequences.iter().filter(|sequence| sequence.new > 0) {
-            let used = len.div_ceil(self.block_size());
-            let ids = Tensor::from_slice(&blocks[..used], used, queries.device())?;
-            let gather = |pool: &Tensor| pool.contiguous()?.index_select(&ids, 0)?.flatten(0, 1)?.narrow(0, 0, len);
-            let queries = queries.narrow(0, first, new)?;
-            first += new;
-            let (keys, values) = (gather(self.keys)?, gather(self.values)?);
-            outputs.push(reference::grouped_query_attention_cached(&queries, &keys, &values, shape)?);
-        }
-        if outputs.is_empty() { Ok(queries.clone()) } else { Ok(Tensor::cat(&outputs, 0)?) }
-    }
+/// `[new tokens, d_model]`
+fn attend(heads: &Heads, [q, k, v]: [&[f32]; 3], block_size: usize, sequences: &[PagedSequence<'_>]) -> Vec<f32> {
+    let mut out = vec![0.0; q.len()];
+    let mut first = 0;
+    let parts: Vec<Sequence<'_>> = sequences
+        .iter()
+        .map(|&PagedSequence { blocks, len, new }| {
+            let width = heads.kv_width();
+            let [keys, values] = [k, v].map(|pool| Source::Paged(PagedRows { pool, blocks, block_size, width }));
+            let queries = Strip::new(&q[first..], heads.d_model());
+            first += new * heads.d_model();
+            Sequence { queries, new, keys, values, len }
+        })
+        .collect();
+    heads.forward(&parts, &mut out);
+    out
 }
 
 /// Rows per piece: even, because products of bf16 take rows in pairs. 128 KiB of a head of 128 columns.
@@ -203,6 +152,8 @@ mod tests {
     use crate::Isa;
     use crate::attention::grouped_query_attention_cached;
     use candle_core::DType;
+    use moe_core::CandleOps;
+    use moe_core::ops::DecoderOps;
     use moe_core::testing::{assert_close, random, values};
 
     const SHAPES: [AttentionShape; 3] = [
@@ -297,7 +248,7 @@ mod tests {
             let [q, k, v] =
                 [&case.queries, &case.keys, &case.values].map(|t| t.flatten_all().unwrap().to_vec1::<f32>().unwrap());
             let pool = rayon::ThreadPoolBuilder::new().num_threads(threads).build().unwrap();
-            pool.install(|| case.pool().attend(&heads, [&q, &k, &v], &case.sequences()))
+            pool.install(|| attend(&heads, [&q, &k, &v], 16, &case.sequences()))
         };
         for precision in [Precision::F32, Precision::Bf16] {
             for isa in Isa::available() {
@@ -321,15 +272,44 @@ mod tests {
     }
 
     #[test]
-    fn other_types_take_ordinary_operations() {
+    fn pages_equal_the_reference() {
         for shape in SHAPES {
-            let wide = Case::new(shape, 4, DType::F64, &[(9, 2), (3, 0), (1, 1)]);
-            let narrow = Case::new(shape, 4, DType::F32, &[(9, 2), (3, 0), (1, 1)]);
-            let (got, want) = (narrow.run(shape, Precision::F32), wide.run(shape, Precision::F32));
-            assert_close(&got, &want, 1e-5, &format!("{shape:?}"));
+            let case = Case::new(shape, 4, DType::F32, &[(9, 2), (3, 0), (1, 1), (70, 69)]);
+            let want = CandleOps.paged_attention(&case.queries, case.pool(), &case.sequences(), shape).unwrap();
+            assert_close(&case.run(shape, Precision::F32), &want, 1e-5, &format!("{shape:?}"));
         }
-        let none = Case::new(SHAPES[0], 4, DType::F64, &[(3, 0)]);
+        let none = Case::new(SHAPES[0], 4, DType::F32, &[(3, 0)]);
         assert_eq!(none.run(SHAPES[0], Precision::F32).dims(), [0, 30]);
+        let wide = Case::new(SHAPES[0], 4, DType::F64, &[(3, 1)]);
+        let error = paged_attention(&wide.queries, wide.pool(), &wide.sequences(), SHAPES[0], Precision::F32);
+        assert!(error.unwrap_err().to_string().contains("F64"), "other types are refused by name");
+    }
+
+    #[test]
+    fn rows_are_written_to_their_slots_and_nowhere_else() {
+        let shape = SHAPES[1];
+        let case = Case::new(shape, 4, DType::F32, &[(9, 2), (6, 1)]);
+        let width = shape.num_kv_heads * HEAD_DIM;
+        let (keys, rows) = (random(8, &[3, width], 1.0, DType::F32), random(9, &[3, width], 1.0, DType::F32));
+        let slots = [17, 3, 0];
+        let copy = || PagedKvOwned(case.keys.copy().unwrap(), case.values.copy().unwrap());
+        let (ours, reference) = (copy(), copy());
+        write_pages(ours.pool(), &keys, &rows, &slots).unwrap();
+        CandleOps.write_pages(reference.pool(), &keys, &rows, &slots).unwrap();
+        assert_eq!(values(&ours.0), values(&reference.0));
+        assert_eq!(values(&ours.1), values(&reference.1));
+        let kept = |t: &Tensor| values(&t.flatten(0, 1).unwrap().narrow(0, 4, 13).unwrap());
+        assert_eq!(kept(&ours.0), kept(&case.keys));
+        assert_eq!(values(&ours.1.flatten(0, 1).unwrap().get(17).unwrap()), values(&rows.get(0).unwrap()));
+        assert!(write_pages(ours.pool(), &keys, &rows, &[0, 1, 4000]).unwrap_err().to_string().contains("slot 4000"));
+    }
+
+    struct PagedKvOwned(Tensor, Tensor);
+
+    impl PagedKvOwned {
+        fn pool(&self) -> PagedKv<'_> {
+            PagedKv { keys: &self.0, values: &self.1 }
+        }
     }
 
     #[test]
@@ -339,7 +319,7 @@ mod tests {
         let refused = |queries: usize, sequences: &[PagedSequence<'_>], part: &str| {
             let queries = case.queries.narrow(0, 0, queries).unwrap();
             let error = paged_attention(&queries, case.pool(), sequences, shape, Precision::F32).unwrap_err();
-            assert!(matches!(&error, Error::Argument(text) if text.contains(part)), "{error}");
+            assert!(error.to_string().contains(part), "{error}");
         };
         let good = case.sequences();
         refused(2, &good, "queries");

@@ -3,23 +3,21 @@
 //! With gradients, those of the hidden states and of the output layer are computed in the forward pass, while a block's
 //! logits are at hand; the backward pass scales them. Nothing of size `[tokens, vocab_size]` is ever kept.
 
-mod reference;
 #[cfg(test)]
 mod tests;
 
-pub use reference::linear_cross_entropy as linear_cross_entropy_reference;
+pub use moe_core::ops::IGNORED;
 
 use crate::attention::row_max;
 use crate::buffer::with_scratch_f32;
+use crate::custom::{self, Input, SliceOp, with_inputs};
 use crate::gemm::{Group, Operand, PackedWeights, Start, Weights, gemm};
 use crate::parallel::SharedMut;
-use crate::{Error, Isa, Precision, Result, ops, parallel, select};
-use candle_core::{CpuStorage, CustomOp2, Layout, Shape, Tensor};
+use crate::{Error, Isa, Precision, Result, parallel, select};
+use candle_core::Tensor;
+use moe_core::ops::check_targets;
 use moe_core::ops::host::{self, Real};
-use std::sync::Mutex;
-
-/// A target that does not count.
-pub const IGNORED: u32 = u32::MAX;
+use std::sync::{Mutex, PoisonError};
 
 /// Mean over the counted targets of `-log softmax(hidden weight^T)[target]`, in nats.
 ///
@@ -28,21 +26,9 @@ pub const IGNORED: u32 = u32::MAX;
 /// returns a scalar, 0 if no target counts
 ///
 /// # Errors
-/// [`Error::Argument`] if the sizes differ or a target is outside the vocabulary.
+/// If the sizes differ or a target is outside the vocabulary.
 pub fn linear_cross_entropy(hidden: &Tensor, weight: &Tensor, targets: &[u32], precision: Precision) -> Result<Tensor> {
-    let ((tokens, width), (vocab, weight_width)) = (hidden.dims2()?, weight.dims2()?);
-    if targets.len() != tokens || width != weight_width {
-        return Err(Error::Argument(format!(
-            "hidden [{tokens}, {width}] needs a weight of its width and {tokens} targets, got [{vocab}, {weight_width}] and {}",
-            targets.len()
-        )));
-    }
-    if let Some(target) = targets.iter().find(|&&t| t != IGNORED && t as usize >= vocab) {
-        return Err(Error::Argument(format!("target {target} is outside the vocabulary of {vocab}")));
-    }
-    if !ops::takes(hidden) || !ops::takes(weight) {
-        return reference::linear_cross_entropy(hidden, weight, targets);
-    }
+    check_targets(hidden.dims(), weight.dims(), targets)?;
     let op = LinearCrossEntropy {
         targets: targets.to_vec(),
         precision,
@@ -50,7 +36,28 @@ pub fn linear_cross_entropy(hidden: &Tensor, weight: &Tensor, targets: &[u32], p
         wants_gradients: hidden.track_op() || weight.track_op(),
         gradients: Mutex::new(None),
     };
-    Ok(hidden.contiguous()?.apply_op2(&weight.contiguous()?, op)?)
+    custom::apply(op, &[hidden, weight])
+}
+
+/// [`linear_cross_entropy`] without gradients, with a weight packed before.
+///
+/// # Errors
+/// As there.
+pub fn linear_cross_entropy_packed(hidden: &Tensor, weight: &PackedWeights, targets: &[u32]) -> Result<Tensor> {
+    let [vocab, width] = weight.shape();
+    check_targets(hidden.dims(), &[vocab, width], targets)?;
+    let op = LinearCrossEntropy {
+        targets: targets.to_vec(),
+        precision: weight.precision(),
+        isa: select::current(),
+        wants_gradients: false,
+        gradients: Mutex::new(None),
+    };
+    let sizes = Sizes { tokens: targets.len(), width, vocab };
+    let loss = with_inputs("linear_cross_entropy", &[hidden], |inputs| {
+        op.loss_packed(inputs[0].values, weight, None, sizes).0
+    })?;
+    Ok(Tensor::new(loss, hidden.device())?)
 }
 
 /// Tokens whose logits exist at a time.
@@ -81,21 +88,33 @@ impl LinearCrossEntropy {
     }
 
     /// The loss, and the gradients if they are wanted.
-    fn forward(&self, hidden: &[f32], weight: &[f32], sizes: Sizes) -> (f32, Option<[Vec<f32>; 2]>) {
-        let Sizes { tokens, width, vocab } = sizes;
+    fn loss(&self, hidden: &[f32], weight: &[f32], sizes: Sizes) -> (f32, Option<[Vec<f32>; 2]>) {
+        let Sizes { width, vocab, .. } = sizes;
         let pack = |operand| PackedWeights::new(self.isa, self.precision, &operand);
         let forward_weight = pack(Operand::rows(weight, vocab, width, width));
         let backward_weight = self.wants_gradients.then(|| pack(Operand::columns(weight, width, vocab, width)));
-        let mut gradients = self.wants_gradients.then(|| [vec![0.0; hidden.len()], vec![0.0; weight.len()]]);
+        self.loss_packed(hidden, &forward_weight, backward_weight.as_ref(), sizes)
+    }
+
+    /// The same with the weight packed for the forward pass, and transposed for the backward pass if gradients are wanted.
+    fn loss_packed(
+        &self,
+        hidden: &[f32],
+        forward_weight: &PackedWeights,
+        backward_weight: Option<&PackedWeights>,
+        sizes: Sizes,
+    ) -> (f32, Option<[Vec<f32>; 2]>) {
+        let Sizes { tokens, width, vocab } = sizes;
+        let mut gradients = self.wants_gradients.then(|| [vec![0.0; hidden.len()], vec![0.0; vocab * width]]);
         let mut losses = vec![0.0; tokens];
         with_scratch_f32(BLOCK.min(tokens) * vocab, |scratch| {
             for start in (0..tokens).step_by(BLOCK) {
                 let rows = BLOCK.min(tokens - start);
                 let logits = &mut scratch[..rows * vocab];
                 let block = &hidden[start * width..][..rows * width];
-                self.product(Operand::rows(block, rows, width, width), &forward_weight, Start::Zero, logits);
+                self.product(Operand::rows(block, rows, width, width), forward_weight, Start::Zero, logits);
                 self.softmax(logits, vocab, start, &mut losses[start..start + rows]);
-                if let (Some([d_hidden, d_weight]), Some(packed)) = (&mut gradients, &backward_weight) {
+                if let (Some([d_hidden, d_weight]), Some(packed)) = (&mut gradients, backward_weight) {
                     let logits = &*logits;
                     let into = &mut d_hidden[start * width..][..rows * width];
                     self.product(Operand::rows(logits, rows, vocab, vocab), packed, Start::Zero, into);
@@ -161,43 +180,32 @@ fn exponentials(row: &mut [f32]) -> (f32, f32) {
     (max, host::sum_by(row.len(), |i| row[i]))
 }
 
-impl CustomOp2 for LinearCrossEntropy {
+impl SliceOp for LinearCrossEntropy {
     fn name(&self) -> &'static str {
         "linear_cross_entropy"
     }
 
-    fn cpu_fwd(
-        &self,
-        x: &CpuStorage,
-        xl: &Layout,
-        w: &CpuStorage,
-        wl: &Layout,
-    ) -> candle_core::Result<(CpuStorage, Shape)> {
-        let ((tokens, width), (vocab, _)) = (xl.shape().dims2()?, wl.shape().dims2()?);
-        let (loss, gradients) =
-            self.forward(host::elements(x, xl)?, host::elements(w, wl)?, Sizes { tokens, width, vocab });
-        *self.gradients.lock().unwrap_or_else(std::sync::PoisonError::into_inner) = gradients;
-        Ok((CpuStorage::F32(vec![loss]), Shape::from(())))
+    fn forward(&self, inputs: &[Input<'_>]) -> (Vec<f32>, Vec<usize>) {
+        let (hidden, weight) = (inputs[0], inputs[1]);
+        let sizes = Sizes { tokens: hidden.rows(), width: hidden.width(), vocab: weight.rows() };
+        let (loss, gradients) = self.loss(hidden.values, weight.values, sizes);
+        *self.gradients.lock().unwrap_or_else(PoisonError::into_inner) = gradients;
+        (vec![loss], Vec::new())
     }
 
-    fn bwd(
-        &self,
-        x: &Tensor,
-        w: &Tensor,
-        _: &Tensor,
-        grad: &Tensor,
-    ) -> candle_core::Result<(Option<Tensor>, Option<Tensor>)> {
-        let kept = self.gradients.lock().unwrap_or_else(std::sync::PoisonError::into_inner).take();
-        let Some([mut dx, mut dw]) = kept else {
-            candle_core::bail!("linear_cross_entropy can be differentiated once; compute the loss again")
+    fn backward(&self, _: &[Input<'_>], _: &[f32], grad: &[f32]) -> Result<Vec<Vec<f32>>> {
+        let kept = self.gradients.lock().unwrap_or_else(PoisonError::into_inner).take();
+        let Some(mut gradients) = kept else {
+            return Err(Error::Argument(
+                "linear_cross_entropy can be differentiated once; compute the loss again".into(),
+            ));
         };
-        let upstream = grad.to_scalar::<f32>()?;
+        let upstream = grad[0];
         if upstream != 1.0 {
-            for values in [&mut dx, &mut dw] {
+            for values in &mut gradients {
                 self.isa.vectorize(|| values.iter_mut().for_each(|v| *v *= upstream));
             }
         }
-        let tensor = |v, like: &Tensor| Tensor::from_vec(v, like.shape(), x.device()).map(Some);
-        Ok((tensor(dx, x)?, tensor(dw, w)?))
+        Ok(gradients.into())
     }
 }

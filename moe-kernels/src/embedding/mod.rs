@@ -4,17 +4,15 @@
 #[cfg(test)]
 mod tests;
 
+use crate::custom::{self, Input, SliceOp};
 use crate::parallel::SharedMut;
-use crate::{Error, Isa, Result, ops, parallel, select};
-use candle_core::{CpuStorage, CustomOp1, Layout, Shape, Tensor};
-use moe_core::ops::host;
+use crate::{Error, Isa, Result, parallel, select};
+use candle_core::Tensor;
 
 /// The rows of `weight` that `ids` name.
 ///
-/// Tensors of another type or device than f32 on the CPU go to candle's `index_select`.
-///
 /// # Shapes
-/// `weight` `[vocab_size, d_model]`, `ids` `[tokens]`; returns `[tokens, d_model]`
+/// `weight` `[vocab_size, d_model]`, f32 on the CPU, `ids` `[tokens]`; returns `[tokens, d_model]`
 ///
 /// # Errors
 /// [`Error::Argument`] if an id is outside the vocabulary.
@@ -23,10 +21,7 @@ pub fn embedding(weight: &Tensor, ids: &[u32]) -> Result<Tensor> {
     if let Some(id) = ids.iter().find(|&&id| id as usize >= vocab) {
         return Err(Error::Argument(format!("id {id} is outside the vocabulary of {vocab}")));
     }
-    if !ops::takes(weight) {
-        return Ok(weight.index_select(&Tensor::new(ids, weight.device())?, 0)?);
-    }
-    Ok(weight.contiguous()?.apply_op1(Embedding { ids: ids.to_vec(), isa: select::current() })?)
+    custom::apply(Embedding { ids: ids.to_vec(), isa: select::current() }, &[weight])
 }
 
 /// Rows moved by one task.
@@ -73,7 +68,7 @@ impl TokensById {
 }
 
 impl Embedding {
-    fn forward(&self, weight: &[f32], width: usize) -> Vec<f32> {
+    fn rows(&self, weight: &[f32], width: usize) -> Vec<f32> {
         let mut out = vec![0.0; self.ids.len() * width];
         let shared = SharedMut::new(&mut out);
         parallel::for_each_if(shared.len(), LEAST_WORK, self.ids.len().div_ceil(TASK_ROWS), |task| {
@@ -87,7 +82,7 @@ impl Embedding {
     }
 
     /// Gradient of the weight.
-    fn backward(&self, grad: &[f32], vocab: usize, width: usize) -> Vec<f32> {
+    fn gradient(&self, grad: &[f32], vocab: usize, width: usize) -> Vec<f32> {
         let sorted = TokensById::new(&self.ids, vocab);
         let mut sums = vec![0.0; vocab * width];
         let shared = SharedMut::new(&mut sums);
@@ -107,21 +102,17 @@ impl Embedding {
     }
 }
 
-impl CustomOp1 for Embedding {
+impl SliceOp for Embedding {
     fn name(&self) -> &'static str {
         "embedding"
     }
 
-    fn cpu_fwd(&self, s: &CpuStorage, l: &Layout) -> candle_core::Result<(CpuStorage, Shape)> {
-        let (_, width) = l.shape().dims2()?;
-        let rows = self.forward(host::elements(s, l)?, width);
-        Ok((CpuStorage::F32(rows), Shape::from((self.ids.len(), width))))
+    fn forward(&self, inputs: &[Input<'_>]) -> (Vec<f32>, Vec<usize>) {
+        let width = inputs[0].width();
+        (self.rows(inputs[0].values, width), vec![self.ids.len(), width])
     }
 
-    fn bwd(&self, weight: &Tensor, _: &Tensor, grad: &Tensor) -> candle_core::Result<Option<Tensor>> {
-        let (vocab, width) = weight.dims2()?;
-        host::with_elements::<f32, _>(grad, |g| {
-            Tensor::from_vec(self.backward(g, vocab, width), weight.shape(), weight.device()).map(Some)
-        })
+    fn backward(&self, inputs: &[Input<'_>], _: &[f32], grad: &[f32]) -> Result<Vec<Vec<f32>>> {
+        Ok(vec![self.gradient(grad, inputs[0].rows(), inputs[0].width())])
     }
 }

@@ -2,7 +2,7 @@
 
 use super::*;
 use candle_core::{DType, Var};
-use moe_core::testing::{check_gradients, random, random_var};
+use moe_core::testing::{random, random_var};
 
 fn bits(tensor: &Tensor) -> Vec<u32> {
     tensor.flatten_all().unwrap().to_vec1::<f32>().unwrap().into_iter().map(f32::to_bits).collect()
@@ -45,8 +45,8 @@ fn neither_threads_nor_instruction_set_change_a_bit() {
         let pool = rayon::ThreadPoolBuilder::new().num_threads(threads).build().unwrap();
         let op = Embedding { ids: ids.clone(), isa };
         pool.install(|| {
-            let rows = op.forward(&weight, width);
-            let sums = op.backward(&rows, vocab, width);
+            let rows = op.rows(&weight, width);
+            let sums = op.gradient(&rows, vocab, width);
             [rows, sums].map(|v| v.into_iter().map(f32::to_bits).collect::<Vec<_>>())
         })
     };
@@ -59,14 +59,10 @@ fn neither_threads_nor_instruction_set_change_a_bit() {
 }
 
 #[test]
-fn other_types_take_candles_way_and_bad_ids_are_named() {
-    let weight = random_var(1, &[5, 3], 1.0, DType::F64);
-    check_gradients(&[("weight", &weight)], || {
-        embedding(&weight, &[4, 0, 4]).unwrap().sqr().unwrap().sum_all().unwrap()
-    });
-    for dtype in [DType::F32, DType::F64] {
-        let weight = random(1, &[5, 3], 1.0, dtype);
-        let message = embedding(&weight, &[0, 5]).unwrap_err().to_string();
-        assert!(message.contains("id 5") && message.contains("vocabulary of 5"), "{message}");
-    }
+fn bad_ids_and_other_types_are_named() {
+    let weight = random(1, &[5, 3], 1.0, DType::F32);
+    let message = embedding(&weight, &[0, 5]).unwrap_err().to_string();
+    assert!(message.contains("id 5") && message.contains("vocabulary of 5"), "{message}");
+    let message = embedding(&weight.to_dtype(DType::F64).unwrap(), &[0]).unwrap_err().to_string();
+    assert!(message.contains("F64"), "{message}");
 }

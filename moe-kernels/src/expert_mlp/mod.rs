@@ -7,7 +7,8 @@ mod tests;
 
 use crate::activation::apply_into;
 use crate::buffer::with_scratch_f32;
-use crate::gemm::{Group, Operand, PackedWeights, Start, Weights, gemm};
+use crate::gemm::{Group, Operand, PackedWeights, Start, Weights, gemm, gemm_new};
+use crate::grouped_linear::packed_groups;
 use crate::permute::{gather_into, sum_choices};
 use crate::quantized::{QuantFormat, QuantGroup, QuantizedWeights, quantized_gemm};
 use crate::{Error, Isa, Precision, Result, parallel};
@@ -204,4 +205,41 @@ impl PackedExperts {
         // Small layers are one product and the next before a second thread has woken up.
         Ok(if num_rows * d_model * d_ff >= LEAST_WORK { parallel::together(run) } else { run() })
     }
+}
+
+/// Weights of packed experts of [`experts`], borrowed.
+#[derive(Clone, Copy)]
+pub(crate) struct BorrowedMlp<'a> {
+    /// `[d_ff * inputs, d_model]` each.
+    pub(crate) fc_in: &'a [PackedWeights],
+    /// `[experts, d_ff * inputs]`
+    pub(crate) fc_in_bias: Option<&'a [f32]>,
+    /// `[d_model, d_ff]` each.
+    pub(crate) fc_out: &'a [PackedWeights],
+    /// `[experts, d_model]`
+    pub(crate) fc_out_bias: Option<&'a [f32]>,
+}
+
+/// The two linear maps of each expert over its rows, with the activation between them; sizes have been checked.
+pub(crate) fn experts(
+    isa: Isa,
+    rows: &[f32],
+    mlp: BorrowedMlp<'_>,
+    activation: Activation,
+    offsets: &[usize],
+) -> Vec<f32> {
+    let ([width, d_model], d_ff) = (mlp.fc_in[0].shape(), mlp.fc_out[0].shape()[1]);
+    let precision = mlp.fc_in[0].precision();
+    let num_rows = offsets[offsets.len() - 1];
+    let run = || {
+        with_scratch_f32(num_rows * d_ff, |inner| {
+            with_scratch_f32(num_rows * width, |hidden| {
+                gemm(isa, precision, &packed_groups(rows, mlp.fc_in, mlp.fc_in_bias, offsets), hidden);
+                apply_into(isa, activation, hidden, width, inner);
+            });
+            let groups = packed_groups(inner, mlp.fc_out, mlp.fc_out_bias, offsets);
+            gemm_new(isa, precision, &groups, num_rows * d_model)
+        })
+    };
+    if num_rows * d_model * d_ff >= LEAST_WORK { parallel::together(run) } else { run() }
 }

@@ -43,9 +43,10 @@ fn reference(
     table: &DispatchTable,
 ) -> Tensor {
     let wide = |t: &Tensor| t.to_dtype(DType::F64).unwrap();
-    let weights = MlpWeights { fc_in: wide(fc_in), fc_in_bias: None, fc_out: wide(fc_out), fc_out_bias: None };
+    let weights =
+        MlpWeights { fc_in: wide(fc_in).into(), fc_in_bias: None, fc_out: wide(fc_out).into(), fc_out_bias: None };
     let ops: Arc<dyn MoeOps> = Arc::new(CandleOps);
-    let mlps = ExpertMlps::with_ops(weights, activation, Arc::clone(&ops)).unwrap();
+    let mlps = ExpertMlps::of(weights, activation, Arc::clone(&ops)).unwrap();
     let shared = Arc::new(table.clone());
     let rows = ops.permute(&wide(x), &shared).unwrap();
     let rows = mlps.forward(ExpertRows { rows, offsets: table.expert_offsets.clone() }).unwrap().rows;

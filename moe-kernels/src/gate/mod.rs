@@ -116,6 +116,16 @@ impl FusedGate {
         self.config.top_k
     }
 
+    fn borrowed(&self) -> BorrowedGate<'_> {
+        BorrowedGate {
+            isa: self.isa,
+            weight: &self.weight,
+            selection_bias: self.selection_bias.as_deref(),
+            config: &self.config,
+            capacity: self.capacity,
+        }
+    }
+
     /// Decides for every token.
     ///
     /// # Shapes
@@ -124,20 +134,7 @@ impl FusedGate {
     /// # Errors
     /// [`Error::Argument`] if `tokens` is not a whole number of rows.
     pub fn forward(&self, tokens: &[f32]) -> Result<Gated> {
-        let [experts, width] = self.weight.shape();
-        let count = rows_of("tokens", tokens, width)?;
-        Ok(self.decide(count, experts * width, |first, logits| {
-            let rows = logits.len() / experts;
-            let group = Group {
-                a: Operand::rows(&tokens[first * width..][..rows * width], rows, width, width),
-                b: Weights::Packed(&self.weight),
-                start: Start::Zero,
-                out_offset: 0,
-                out_stride: experts,
-            };
-            // SAFETY: the logits belong to this task.
-            unsafe { gemm_part(self.isa, Precision::F32, group, SharedMut::new(logits)) };
-        }))
+        self.borrowed().forward(tokens)
     }
 
     /// Decides from router logits.
@@ -151,15 +148,44 @@ impl FusedGate {
         let experts = self.num_experts();
         let count = rows_of("logits", logits, experts)?;
         // A score costs about as much as a few dozen multiply-adds.
-        Ok(self.decide(count, 32 * experts, |first, block| {
+        Ok(self.borrowed().decide(count, 32 * experts, |first, block| {
             block.copy_from_slice(&logits[first * experts..][..block.len()]);
+        }))
+    }
+}
+
+/// A [`FusedGate`] whose parts belong to others.
+#[derive(Clone, Copy)]
+pub(crate) struct BorrowedGate<'a> {
+    pub(crate) isa: Isa,
+    pub(crate) weight: &'a PackedWeights,
+    pub(crate) selection_bias: Option<&'a [f32]>,
+    pub(crate) config: &'a DroplessConfig,
+    pub(crate) capacity: Option<Capacity>,
+}
+
+impl BorrowedGate<'_> {
+    pub(crate) fn forward(&self, tokens: &[f32]) -> Result<Gated> {
+        let [experts, width] = self.weight.shape();
+        let count = rows_of("tokens", tokens, width)?;
+        Ok(self.decide(count, experts * width, |first, logits| {
+            let rows = logits.len() / experts;
+            let group = Group {
+                a: Operand::rows(&tokens[first * width..][..rows * width], rows, width, width),
+                b: Weights::Packed(self.weight),
+                start: Start::Zero,
+                out_offset: 0,
+                out_stride: experts,
+            };
+            // SAFETY: the logits belong to this task.
+            unsafe { gemm_part(self.isa, Precision::F32, group, SharedMut::new(logits)) };
         }))
     }
 
     /// Blocks of tokens side by side: `fill` writes the logits of a block that starts at a token, then each token
     /// chooses.
     fn decide(&self, count: usize, work_per_token: usize, fill: impl Fn(usize, &mut [f32]) + Sync) -> Gated {
-        let (experts, top_k) = (self.num_experts(), self.config.top_k);
+        let (experts, top_k) = (self.weight.shape()[0], self.config.top_k);
         let block = count.div_ceil(rayon::current_num_threads()).clamp(MIN_BLOCK, MAX_BLOCK);
         let mut expert_ids = vec![0; count * top_k];
         let mut combine_weights = vec![0.0; count * top_k];
@@ -170,7 +196,7 @@ impl FusedGate {
             // SAFETY: each task has tokens of its own.
             let (ids, weights) =
                 unsafe { (ids.slice(first * top_k, rows * top_k), weights.slice(first * top_k, rows * top_k)) };
-            let mut chooser = Chooser::new(&self.config, self.selection_bias.as_deref(), experts);
+            let mut chooser = Chooser::new(self.config, self.selection_bias, experts);
             with_scratch_f32(rows * experts, |logits| {
                 fill(first, logits);
                 self.isa.vectorize(|| {
@@ -186,7 +212,7 @@ impl FusedGate {
 
     /// Drops what exceeds the capacity, and gives every choice that is left its row.
     fn arrange(&self, count: usize, mut expert_ids: Vec<u32>, mut combine_weights: Vec<f32>) -> Gated {
-        let (experts, top_k) = (self.num_experts(), self.config.top_k);
+        let (experts, top_k) = (self.weight.shape()[0], self.config.top_k);
         let capacity = self.capacity.and_then(|c| c.rows(false, count, experts, top_k)).unwrap_or(usize::MAX);
         let mut load = ExpertLoad { tokens_per_expert: vec![0; experts], dropped: 0 };
         for (expert, weight) in expert_ids.iter_mut().zip(&mut combine_weights) {

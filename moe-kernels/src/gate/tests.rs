@@ -80,7 +80,7 @@ fn chooses_as_the_dropless_router_does() {
     for case in cases() {
         let weight = random(2, &[case.experts, WIDTH], 0.4, DType::F32);
         let bias = case.bias.then(|| random(3, &[case.experts], 0.2, DType::F32));
-        let gate = Gate::with_ops(weight.clone(), Arc::new(KernelOps::default())).unwrap();
+        let gate = Gate::with_ops(weight.clone().into(), Arc::new(KernelOps::default())).unwrap();
         let router = DroplessRouter::new(gate, bias.clone(), case.config).unwrap();
         for tokens in [1, 2, 13, 300] {
             let x = random(4, &[tokens, WIDTH], 1.0, DType::F32);
@@ -149,7 +149,7 @@ fn a_limited_gate_drops_as_the_top_1_router_does() {
     for (tokens, factor) in [(3, Some(1.0)), (200, Some(0.5)), (200, Some(1.25)), (64, None)] {
         let capacity = Capacity { eval_factor: factor, ..Capacity::DEEPSPEED };
         let config = Top1Config { capacity, use_rts: false, noisy_gate: None };
-        let router = Gate::with_ops(weight.clone(), Arc::new(KernelOps::default())).unwrap();
+        let router = Gate::with_ops(weight.clone().into(), Arc::new(KernelOps::default())).unwrap();
         let router = Top1Router::new(router, config).unwrap();
         let x = random(2, &[tokens, width], 1.0, DType::F32);
         let gate = FusedGate::new(

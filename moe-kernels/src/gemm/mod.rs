@@ -159,6 +159,25 @@ impl PackedWeights {
     pub fn bytes(&self) -> usize {
         self.words.as_slice().len() * 4
     }
+
+    /// Row `row` of the weights, as it was rounded.
+    ///
+    /// # Panics
+    /// If there is no such row or `to` has another length.
+    pub fn copy_row(&self, row: usize, to: &mut [f32]) {
+        let [rows, inner] = self.shape;
+        assert!(row < rows && to.len() == inner, "row {row} of {rows}, {} values of {inner}", to.len());
+        let words_per_col = Format::of_b(self.precision).words(inner);
+        let panel = &self.words.as_slice()[row / PANEL_COLS * PANEL_COLS * words_per_col..];
+        let word = |index: usize| panel[index * PANEL_COLS + row % PANEL_COLS];
+        match self.precision {
+            Precision::F32 => to.iter_mut().enumerate().for_each(|(p, value)| *value = f32::from_bits(word(p))),
+            Precision::Bf16 => to.iter_mut().enumerate().for_each(|(p, value)| {
+                let pair = word(p / 2);
+                *value = f32::from_bits(if p % 2 == 0 { pair << 16 } else { pair & 0xffff_0000 });
+            }),
+        }
+    }
 }
 
 /// One product of a [`gemm`].

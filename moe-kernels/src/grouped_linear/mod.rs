@@ -5,9 +5,10 @@
 #[cfg(test)]
 mod tests;
 
+use crate::custom::{self, Input, SliceOp, with_inputs};
 use crate::gemm::{Group, Operand, PackedWeights, Start, Weights, gemm_new};
 use crate::{Error, Isa, Precision, Result, parallel, select};
-use candle_core::{CpuStorage, CustomOp2, CustomOp3, Layout, Shape, Tensor};
+use candle_core::Tensor;
 use moe_core::ops::host;
 
 /// `x W^T + b` over the last dimension.
@@ -25,11 +26,24 @@ pub fn linear(x: &Tensor, weight: &Tensor, bias: Option<&Tensor>, precision: Pre
     if width != inner {
         return Err(Error::Argument(format!("linear with weight [{out}, {inner}] got an input of width {width}")));
     }
-    let rows: usize = leading.iter().product();
-    let shape = [leading, &[out]].concat();
-    let bias = bias.map(|b| b.reshape((1, out))).transpose()?;
-    let y = grouped_linear(&x.reshape((rows, inner))?, &weight.unsqueeze(0)?, bias.as_ref(), &[0, rows], precision)?;
-    Ok(y.reshape(shape)?)
+    if let Some(bias) = bias {
+        host::expect_shape("bias", bias, &[out])?;
+    }
+    apply_linear(x, weight, bias, vec![0, leading.iter().product()], precision)
+}
+
+fn apply_linear(
+    x: &Tensor,
+    weight: &Tensor,
+    bias: Option<&Tensor>,
+    offsets: Vec<usize>,
+    precision: Precision,
+) -> Result<Tensor> {
+    let op = GroupedLinear { offsets, precision, isa: select::current() };
+    match bias {
+        Some(bias) => custom::apply(op, &[x, weight, bias]),
+        None => custom::apply(op, &[x, weight]),
+    }
 }
 
 /// `rows_e W_e^T + b_e` for each expert `e` over its rows `offsets[e]..offsets[e + 1]`.
@@ -51,18 +65,14 @@ pub fn grouped_linear(
     if let Some(bias) = bias {
         host::expect_shape("bias", bias, &[experts, out])?;
     }
-    let op = GroupedLinear { offsets: offsets.to_vec(), precision, isa: select::current() };
-    let (rows, weight) = (rows.contiguous()?, weight.contiguous()?);
-    Ok(match bias {
-        Some(bias) => rows.apply_op3(&weight, &bias.contiguous()?, op)?,
-        None => rows.apply_op2(&weight, op)?,
-    })
+    apply_linear(rows, weight, bias, offsets.to_vec(), precision)
 }
 
 /// [`grouped_linear`] without gradients, with weights packed before, one matrix per expert.
 ///
 /// # Shapes
-/// `rows` `[rows, in]`, `weights` `[out, in]` each, `bias` `[experts, out]`; returns `[rows, out]`
+/// `rows` `[rows, in]` (with one matrix: `[.., in]`), `weights` `[out, in]` each, `bias` `[experts, out]`; returns
+/// `[rows, out]`
 ///
 /// # Errors
 /// [`Error::Argument`] if a shape does not fit `offsets`.
@@ -72,38 +82,51 @@ pub fn grouped_linear_packed(
     bias: Option<&Tensor>,
     offsets: &[usize],
 ) -> Result<Tensor> {
-    let (num_rows, inner) = rows.dims2()?;
-    let Some(first) = weights.first() else {
-        return Err(Error::Argument("grouped_linear needs at least one expert".into()));
+    let (Some(first), Some((&inner, leading))) = (weights.first(), rows.dims().split_last()) else {
+        return Err(Error::Argument("grouped_linear needs at least one expert and rows of at least one column".into()));
     };
     let [out, weight_inner] = first.shape();
-    check(offsets, num_rows, weights.len(), [inner, weight_inner])?;
     let experts = weights.len();
-    let run = |x: &[f32], bias: Option<&[f32]>| {
-        let groups: Vec<Group<'_>> = (offsets.windows(2).zip(weights).enumerate())
-            .map(|(e, (pair, packed))| Group {
-                a: Operand::rows(&x[pair[0] * inner..pair[1] * inner], pair[1] - pair[0], inner, inner),
-                b: Weights::Packed(packed),
-                start: Start::bias(bias.map(|b| &b[e * out..][..out])),
-                out_offset: pair[0] * out,
-                out_stride: out,
-            })
-            .collect();
-        Ok(gemm_new(select::current(), first.precision(), &groups, num_rows * out))
-    };
-    let y = host::with_elements::<f32, _>(rows, |x| match bias {
-        Some(bias) => {
-            if bias.elem_count() != experts * out {
-                candle_core::bail!("bias must have {experts} x {out} values, got shape {:?}", bias.dims());
-            }
-            host::with_elements::<f32, _>(bias, |b| run(x, Some(b)))
-        }
-        None => run(x, None),
+    check(offsets, leading.iter().product(), experts, [inner, weight_inner])?;
+    if let Some(bias) = bias.filter(|bias| bias.elem_count() != experts * out) {
+        let dims = bias.dims();
+        return Err(Error::Argument(format!("bias must have {experts} x {out} values, got shape {dims:?}")));
+    }
+    let inputs: Vec<&Tensor> = [rows].into_iter().chain(bias).collect();
+    let y = with_inputs("linear", &inputs, |inputs| {
+        let (x, bias) = (inputs[0].values, inputs.get(1).map(|bias| bias.values));
+        let groups = packed_groups(x, weights, bias, offsets);
+        gemm_new(select::current(), first.precision(), &groups, offsets[experts] * out)
     })?;
-    Ok(Tensor::from_vec(y, (num_rows, out), rows.device())?)
+    Ok(Tensor::from_vec(y, [leading, &[out]].concat(), rows.device())?)
 }
 
-fn check(offsets: &[usize], num_rows: usize, experts: usize, [inner, weight_inner]: [usize; 2]) -> Result<()> {
+/// The products of each expert's rows `x` with its matrix.
+pub(crate) fn packed_groups<'a>(
+    x: &'a [f32],
+    weights: &'a [PackedWeights],
+    bias: Option<&'a [f32]>,
+    offsets: &[usize],
+) -> Vec<Group<'a>> {
+    let group = |(expert, (pair, packed)): (usize, (&[usize], &'a PackedWeights))| {
+        let [out, inner] = packed.shape();
+        Group {
+            a: Operand::rows(&x[pair[0] * inner..pair[1] * inner], pair[1] - pair[0], inner, inner),
+            b: Weights::Packed(packed),
+            start: Start::bias(bias.map(|bias| &bias[expert * out..][..out])),
+            out_offset: pair[0] * out,
+            out_stride: out,
+        }
+    };
+    offsets.windows(2).zip(weights).enumerate().filter(|(_, (pair, _))| pair[1] > pair[0]).map(group).collect()
+}
+
+pub(crate) fn check(
+    offsets: &[usize],
+    num_rows: usize,
+    experts: usize,
+    [inner, weight_inner]: [usize; 2],
+) -> Result<()> {
     let rising = offsets.windows(2).all(|pair| pair[0] <= pair[1]);
     if offsets.len() != experts + 1 || offsets[0] != 0 || offsets[experts] != num_rows || !rising {
         return Err(Error::Argument(format!(
@@ -129,7 +152,7 @@ impl GroupedLinear {
     }
 
     /// `[rows, out]`
-    fn forward(&self, x: &[f32], w: &[f32], bias: Option<&[f32]>, inner: usize, out: usize) -> Vec<f32> {
+    fn product(&self, x: &[f32], w: &[f32], bias: Option<&[f32]>, inner: usize, out: usize) -> Vec<f32> {
         let groups: Vec<Group<'_>> = (self.experts())
             .map(|(e, first, rows)| Group {
                 a: Operand::rows(&x[first * inner..][..rows * inner], rows, inner, inner),
@@ -193,93 +216,28 @@ impl GroupedLinear {
         });
         sums
     }
-
-    /// Gradients of rows and weights, and of the bias if asked.
-    fn gradients(&self, x: &Tensor, w: &Tensor, grad: &Tensor, bias: bool) -> candle_core::Result<Vec<Tensor>> {
-        let (experts, out, inner) = w.dims3()?;
-        host::with_elements::<f32, _>(x, |xs| {
-            host::with_elements::<f32, _>(w, |ws| {
-                host::with_elements::<f32, _>(grad, |gs| {
-                    let mut grads = vec![
-                        Tensor::from_vec(self.input_gradient(gs, ws, inner, out), x.shape(), x.device())?,
-                        Tensor::from_vec(self.weight_gradient(gs, xs, inner, out), w.shape(), x.device())?,
-                    ];
-                    if bias {
-                        grads.push(Tensor::from_vec(self.bias_gradient(gs, out), (experts, out), x.device())?);
-                    }
-                    Ok(grads)
-                })
-            })
-        })
-    }
-
-    fn run(
-        &self,
-        (x, xl): (&CpuStorage, &Layout),
-        (w, wl): (&CpuStorage, &Layout),
-        bias: Option<&[f32]>,
-    ) -> candle_core::Result<(CpuStorage, Shape)> {
-        let ((rows, inner), (_, out, _)) = (xl.shape().dims2()?, wl.shape().dims3()?);
-        let y = self.forward(host::elements(x, xl)?, host::elements(w, wl)?, bias, inner, out);
-        Ok((CpuStorage::F32(y), Shape::from((rows, out))))
-    }
 }
 
-impl CustomOp2 for GroupedLinear {
+impl SliceOp for GroupedLinear {
     fn name(&self) -> &'static str {
         "grouped_linear"
     }
 
-    fn cpu_fwd(
-        &self,
-        x: &CpuStorage,
-        xl: &Layout,
-        w: &CpuStorage,
-        wl: &Layout,
-    ) -> candle_core::Result<(CpuStorage, Shape)> {
-        self.run((x, xl), (w, wl), None)
+    fn forward(&self, inputs: &[Input<'_>]) -> (Vec<f32>, Vec<usize>) {
+        let (x, w) = (inputs[0], inputs[1]);
+        let out = w.rows() / (self.offsets.len() - 1);
+        let y = self.product(x.values, w.values, inputs.get(2).map(|b| b.values), x.width(), out);
+        (y, [&x.dims[..x.dims.len() - 1], &[out]].concat())
     }
 
-    fn bwd(
-        &self,
-        x: &Tensor,
-        w: &Tensor,
-        _: &Tensor,
-        grad: &Tensor,
-    ) -> candle_core::Result<(Option<Tensor>, Option<Tensor>)> {
-        let mut grads = self.gradients(x, w, grad, false)?;
-        let dw = grads.pop();
-        Ok((grads.pop(), dw))
-    }
-}
-
-impl CustomOp3 for GroupedLinear {
-    fn name(&self) -> &'static str {
-        "grouped_linear_bias"
-    }
-
-    fn cpu_fwd(
-        &self,
-        x: &CpuStorage,
-        xl: &Layout,
-        w: &CpuStorage,
-        wl: &Layout,
-        b: &CpuStorage,
-        bl: &Layout,
-    ) -> candle_core::Result<(CpuStorage, Shape)> {
-        self.run((x, xl), (w, wl), Some(host::elements(b, bl)?))
-    }
-
-    fn bwd(
-        &self,
-        x: &Tensor,
-        w: &Tensor,
-        _: &Tensor,
-        _: &Tensor,
-        grad: &Tensor,
-    ) -> candle_core::Result<(Option<Tensor>, Option<Tensor>, Option<Tensor>)> {
-        let mut grads = self.gradients(x, w, grad, true)?;
-        let (db, dw) = (grads.pop(), grads.pop());
-        Ok((grads.pop(), dw, db))
+    fn backward(&self, inputs: &[Input<'_>], _: &[f32], grad: &[f32]) -> Result<Vec<Vec<f32>>> {
+        let (x, w) = (inputs[0], inputs[1]);
+        let (inner, out) = (x.width(), w.rows() / (self.offsets.len() - 1));
+        let mut gradients =
+            vec![self.input_gradient(grad, w.values, inner, out), self.weight_gradient(grad, x.values, inner, out)];
+        if inputs.len() == 3 {
+            gradients.push(self.bias_gradient(grad, out));
+        }
+        Ok(gradients)
     }
 }

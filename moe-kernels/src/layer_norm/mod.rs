@@ -3,15 +3,16 @@
 #[cfg(test)]
 mod tests;
 
+use crate::custom::{self, Input, SliceOp};
 use crate::parallel::SharedMut;
-use crate::{Isa, Result, ops, parallel, select};
-use candle_core::{CpuStorage, CustomOp3, D, Layout, Shape, Tensor};
+use crate::{Isa, Result, parallel, select};
+use candle_core::{D, Tensor};
 use moe_core::ops::host;
 
 /// `(x - mean) / sqrt(variance + epsilon) * weight + bias` over the last dimension.
 ///
 /// # Shapes
-/// `x` `[.., d_model]`, `weight` and `bias` `[d_model]`; returns the shape of `x`
+/// `x` `[.., d_model]`, `weight` and `bias` `[d_model]`, f32 on the CPU; returns the shape of `x`
 ///
 /// # Errors
 /// If a shape does not fit.
@@ -19,22 +20,7 @@ pub fn layer_norm(x: &Tensor, weight: &Tensor, bias: &Tensor, epsilon: f64) -> R
     let width = x.dim(D::Minus1)?;
     host::expect_shape("layer norm weight", weight, &[width])?;
     host::expect_shape("layer norm bias", bias, &[width])?;
-    if [x, weight, bias].into_iter().all(ops::takes) {
-        let op = LayerNorm { epsilon: epsilon as f32, isa: select::current() };
-        return Ok(x.contiguous()?.apply_op3(&weight.contiguous()?, &bias.contiguous()?, op)?);
-    }
-    layer_norm_reference(x, weight, bias, epsilon)
-}
-
-/// The same in ordinary candle operations, on any device and type.
-///
-/// # Errors
-/// If a shape does not fit.
-pub fn layer_norm_reference(x: &Tensor, weight: &Tensor, bias: &Tensor, epsilon: f64) -> Result<Tensor> {
-    let centered = x.broadcast_sub(&x.mean_keepdim(D::Minus1)?)?;
-    let variance = centered.sqr()?.mean_keepdim(D::Minus1)?;
-    let normed = centered.broadcast_div(&(variance + epsilon)?.sqrt()?)?;
-    Ok(normed.broadcast_mul(weight)?.broadcast_add(bias)?)
+    custom::apply(LayerNorm { epsilon: epsilon as f32, isa: select::current() }, &[x, weight, bias])
 }
 
 /// Rows per task, and per partial sum of the gradients of weight and bias.
@@ -64,7 +50,7 @@ impl LayerNorm {
         });
     }
 
-    fn forward(&self, x: &[f32], weight: &[f32], bias: &[f32]) -> Vec<f32> {
+    fn normed(&self, x: &[f32], weight: &[f32], bias: &[f32]) -> Vec<f32> {
         let width = weight.len();
         let mut out = vec![0.0; x.len()];
         let shared = SharedMut::new(&mut out);
@@ -85,7 +71,7 @@ impl LayerNorm {
     }
 
     /// Gradients of input, weight and bias; the last two are summed over the tasks in their order.
-    fn backward(&self, x: &[f32], weight: &[f32], grad: &[f32]) -> [Vec<f32>; 3] {
+    fn gradients(&self, x: &[f32], weight: &[f32], grad: &[f32]) -> [Vec<f32>; 3] {
         let width = weight.len();
         let rows = x.len() / width.max(1);
         let tasks = rows.div_ceil(TASK_ROWS);
@@ -129,40 +115,16 @@ impl LayerNorm {
     }
 }
 
-impl CustomOp3 for LayerNorm {
+impl SliceOp for LayerNorm {
     fn name(&self) -> &'static str {
         "layer_norm"
     }
 
-    fn cpu_fwd(
-        &self,
-        x: &CpuStorage,
-        xl: &Layout,
-        w: &CpuStorage,
-        wl: &Layout,
-        b: &CpuStorage,
-        bl: &Layout,
-    ) -> candle_core::Result<(CpuStorage, Shape)> {
-        let out = self.forward(host::elements(x, xl)?, host::elements(w, wl)?, host::elements(b, bl)?);
-        Ok((CpuStorage::F32(out), xl.shape().clone()))
+    fn forward(&self, inputs: &[Input<'_>]) -> (Vec<f32>, Vec<usize>) {
+        (self.normed(inputs[0].values, inputs[1].values, inputs[2].values), inputs[0].dims.to_vec())
     }
 
-    fn bwd(
-        &self,
-        x: &Tensor,
-        w: &Tensor,
-        _: &Tensor,
-        _: &Tensor,
-        grad: &Tensor,
-    ) -> candle_core::Result<(Option<Tensor>, Option<Tensor>, Option<Tensor>)> {
-        host::with_elements::<f32, _>(x, |xs| {
-            host::with_elements::<f32, _>(w, |ws| {
-                host::with_elements::<f32, _>(grad, |gs| {
-                    let [dx, dw, db] = self.backward(xs, ws, gs);
-                    let tensor = |v, like: &Tensor| Tensor::from_vec(v, like.shape(), x.device()).map(Some);
-                    Ok((tensor(dx, x)?, tensor(dw, w)?, tensor(db, w)?))
-                })
-            })
-        })
+    fn backward(&self, inputs: &[Input<'_>], _: &[f32], grad: &[f32]) -> Result<Vec<Vec<f32>>> {
+        Ok(self.gradients(inputs[0].values, inputs[1].values, grad).into())
     }
 }

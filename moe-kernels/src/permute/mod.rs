@@ -5,9 +5,10 @@
 #[cfg(test)]
 mod tests;
 
+use crate::custom::{self, Input, SliceOp};
 use crate::parallel::SharedMut;
 use crate::{Error, Isa, Result, parallel, select};
-use candle_core::{CpuStorage, CustomOp1, CustomOp2, Layout, Shape, Tensor};
+use candle_core::Tensor;
 use moe_core::ops::host;
 use moe_core::{DROPPED, DispatchTable};
 use std::sync::Arc;
@@ -24,7 +25,7 @@ pub fn permute(tokens: &Tensor, table: &Arc<DispatchTable>) -> Result<Tensor> {
     if num_tokens != table.num_tokens {
         return Err(Error::Argument(format!("tokens must number {}, got {num_tokens}", table.num_tokens)));
     }
-    Ok(tokens.contiguous()?.apply_op1(Permute(Arc::clone(table)))?)
+    custom::apply(Permute(Arc::clone(table)), &[tokens])
 }
 
 /// Sums each token's rows, scaled by its weights; a token without rows gets zeros.
@@ -40,7 +41,7 @@ pub fn unpermute(rows: &Tensor, combine_weights: &Tensor, table: &Arc<DispatchTa
         return Err(Error::Argument(format!("rows must number {}, got {num_rows}", table.num_rows())));
     }
     host::expect_shape("combine_weights", combine_weights, &[table.num_tokens, table.top_k])?;
-    Ok(rows.contiguous()?.apply_op2(&combine_weights.contiguous()?, Unpermute(Arc::clone(table)))?)
+    custom::apply(Unpermute(Arc::clone(table)), &[rows, combine_weights])
 }
 
 /// Rows moved by one task.
@@ -101,24 +102,20 @@ pub(crate) fn sum_choices(
 
 struct Permute(Arc<DispatchTable>);
 
-impl CustomOp1 for Permute {
+impl SliceOp for Permute {
     fn name(&self) -> &'static str {
         "moe_permute"
     }
 
-    fn cpu_fwd(&self, s: &CpuStorage, l: &Layout) -> candle_core::Result<(CpuStorage, Shape)> {
-        let (_, width) = l.shape().dims2()?;
+    fn forward(&self, inputs: &[Input<'_>]) -> (Vec<f32>, Vec<usize>) {
+        let width = inputs[0].width();
         let mut rows = vec![0.0; self.0.num_rows() * width];
-        gather_into(host::elements(s, l)?, width, &self.0, &mut rows);
-        Ok((CpuStorage::F32(rows), Shape::from((self.0.num_rows(), width))))
+        gather_into(inputs[0].values, width, &self.0, &mut rows);
+        (rows, vec![self.0.num_rows(), width])
     }
 
-    fn bwd(&self, x: &Tensor, _: &Tensor, grad: &Tensor) -> candle_core::Result<Option<Tensor>> {
-        let width = x.dim(1)?;
-        host::with_elements::<f32, _>(grad, |g| {
-            let sums = sum_choices(select::current(), g, None, &self.0, width);
-            Tensor::from_vec(sums, x.shape(), x.device()).map(Some)
-        })
+    fn backward(&self, inputs: &[Input<'_>], _: &[f32], grad: &[f32]) -> Result<Vec<Vec<f32>>> {
+        Ok(vec![sum_choices(select::current(), grad, None, &self.0, inputs[0].width())])
     }
 }
 
@@ -149,43 +146,21 @@ impl Unpermute {
     }
 }
 
-impl CustomOp2 for Unpermute {
+impl SliceOp for Unpermute {
     fn name(&self) -> &'static str {
         "moe_unpermute"
     }
 
-    fn cpu_fwd(
-        &self,
-        s: &CpuStorage,
-        l: &Layout,
-        w: &CpuStorage,
-        wl: &Layout,
-    ) -> candle_core::Result<(CpuStorage, Shape)> {
-        let (_, width) = l.shape().dims2()?;
-        let (rows, weights) = (host::elements(s, l)?, host::elements(w, wl)?);
-        let sums = sum_choices(select::current(), rows, Some(weights), &self.0, width);
-        Ok((CpuStorage::F32(sums), Shape::from((self.0.num_tokens, width))))
+    fn forward(&self, inputs: &[Input<'_>]) -> (Vec<f32>, Vec<usize>) {
+        let (rows, weights, width) = (inputs[0].values, inputs[1].values, inputs[0].width());
+        (sum_choices(select::current(), rows, Some(weights), &self.0, width), vec![self.0.num_tokens, width])
     }
 
-    fn bwd(
-        &self,
-        rows: &Tensor,
-        weights: &Tensor,
-        _: &Tensor,
-        grad: &Tensor,
-    ) -> candle_core::Result<(Option<Tensor>, Option<Tensor>)> {
-        let (width, isa) = (rows.dim(1)?, select::current());
-        host::with_elements::<f32, _>(rows, |r| {
-            host::with_elements::<f32, _>(weights, |w| {
-                host::with_elements::<f32, _>(grad, |g| {
-                    let d_rows = self.row_gradient(isa, w, g, width);
-                    let d_weights = self.weight_gradient(isa, r, g, width);
-                    Ok((
-                        Some(Tensor::from_vec(d_rows, rows.shape(), rows.device())?),
-                        Some(Tensor::from_vec(d_weights, weights.shape(), weights.device())?),
-                    ))
-                })
-            })
-        })
+    fn backward(&self, inputs: &[Input<'_>], _: &[f32], grad: &[f32]) -> Result<Vec<Vec<f32>>> {
+        let (isa, width) = (select::current(), inputs[0].width());
+        Ok(vec![
+            self.row_gradient(isa, inputs[1].values, grad, width),
+            self.weight_gradient(isa, inputs[0].values, grad, width),
+        ])
     }
 }

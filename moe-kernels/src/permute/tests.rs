@@ -2,7 +2,7 @@
 
 use super::*;
 use candle_core::{DType, Var};
-use moe_core::ops::{CpuOps, MoeOps};
+use moe_core::ops::{CandleOps, MoeOps};
 use moe_core::testing::{assert_close, random, random_var, skewed_expert_ids};
 
 fn table(tokens: usize, experts: usize, top_k: usize, skew: f64, drop: bool) -> Arc<DispatchTable> {
@@ -51,10 +51,10 @@ fn moves_and_their_gradients_equal_those_of_the_core() {
                 assert_close(got.get(var).unwrap(), want.get(var).unwrap(), 1e-5, &label);
             }
         };
-        check(permute(&x, &table).unwrap(), CpuOps.permute(&x, &table).unwrap(), &[&x]);
+        check(permute(&x, &table).unwrap(), CandleOps.permute(&x, &table).unwrap(), &[&x]);
         check(
             unpermute(&rows, &weights, &table).unwrap(),
-            CpuOps.unpermute(&rows, &weights, &table).unwrap(),
+            CandleOps.unpermute(&rows, &weights, &table).unwrap(),
             &[&rows, &weights],
         );
         assert!(permute(&random(5, &[tokens + 1, 4], 1.0, DType::F32), &table).is_err());

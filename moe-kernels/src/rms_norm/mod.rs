@@ -1,22 +1,18 @@
 //! RMSNorm over the last dimension, forward and backward in one pass over memory each.
 
-mod reference;
 #[cfg(test)]
 mod tests;
 
-pub use reference::rms_norm as rms_norm_reference;
-
+use crate::custom::{self, Input, SliceOp};
 use crate::parallel::SharedMut;
-use crate::{Error, Isa, Result, ops, parallel, select};
-use candle_core::{CpuStorage, CustomOp2, D, Layout, Shape, Tensor};
+use crate::{Error, Isa, Result, parallel, select};
+use candle_core::{D, Tensor};
 use moe_core::ops::host;
 
 /// `x / sqrt(mean(x^2) + epsilon) * weight` over the last dimension.
 ///
-/// Tensors of another type than f32, or of another device, take [`rms_norm_reference`], which has the same gradients.
-///
 /// # Shapes
-/// `x` `[.., d_model]`, `weight` `[d_model]`; returns the shape of `x`
+/// `x` `[.., d_model]`, `weight` `[d_model]`, f32 on the CPU; returns the shape of `x`
 ///
 /// # Errors
 /// [`Error::Argument`] if the weight has not one entry per column, or `epsilon` is negative or not finite.
@@ -34,11 +30,7 @@ pub fn rms_norm(x: &Tensor, weight: &Tensor, epsilon: f64) -> Result<Tensor> {
     if !epsilon.is_finite() || epsilon < 0.0 {
         return Err(Error::Argument(format!("epsilon of an rms norm must be finite and at least 0, got {epsilon}")));
     }
-    if !ops::takes(x) || !ops::takes(weight) {
-        return reference::rms_norm(x, weight, epsilon);
-    }
-    let op = RmsNorm { epsilon: epsilon as f32, isa: select::current() };
-    Ok(x.contiguous()?.apply_op2(&weight.contiguous()?, op)?)
+    custom::apply(RmsNorm { epsilon: epsilon as f32, isa: select::current() }, &[x, weight])
 }
 
 /// Rows per task, and per partial sum of the gradient of the weight.
@@ -66,7 +58,7 @@ impl RmsNorm {
         1.0 / (mean_square + self.epsilon).sqrt()
     }
 
-    fn forward(&self, x: &[f32], weight: &[f32]) -> Vec<f32> {
+    fn normed(&self, x: &[f32], weight: &[f32]) -> Vec<f32> {
         let width = weight.len();
         let mut out = vec![0.0; x.len()];
         let shared = SharedMut::new(&mut out);
@@ -87,7 +79,7 @@ impl RmsNorm {
     }
 
     /// Gradients of input and weight; the latter is summed over the tasks in their order.
-    fn backward(&self, x: &[f32], weight: &[f32], grad: &[f32]) -> [Vec<f32>; 2] {
+    fn gradients(&self, x: &[f32], weight: &[f32], grad: &[f32]) -> [Vec<f32>; 2] {
         let width = weight.len();
         let rows = x.len() / width.max(1);
         let mut dx = vec![0.0; x.len()];
@@ -125,37 +117,16 @@ impl RmsNorm {
     }
 }
 
-impl CustomOp2 for RmsNorm {
+impl SliceOp for RmsNorm {
     fn name(&self) -> &'static str {
         "rms_norm"
     }
 
-    fn cpu_fwd(
-        &self,
-        x: &CpuStorage,
-        xl: &Layout,
-        w: &CpuStorage,
-        wl: &Layout,
-    ) -> candle_core::Result<(CpuStorage, Shape)> {
-        let out = self.forward(host::elements(x, xl)?, host::elements(w, wl)?);
-        Ok((CpuStorage::F32(out), xl.shape().clone()))
+    fn forward(&self, inputs: &[Input<'_>]) -> (Vec<f32>, Vec<usize>) {
+        (self.normed(inputs[0].values, inputs[1].values), inputs[0].dims.to_vec())
     }
 
-    fn bwd(
-        &self,
-        x: &Tensor,
-        w: &Tensor,
-        _: &Tensor,
-        grad: &Tensor,
-    ) -> candle_core::Result<(Option<Tensor>, Option<Tensor>)> {
-        host::with_elements::<f32, _>(x, |xs| {
-            host::with_elements::<f32, _>(w, |ws| {
-                host::with_elements::<f32, _>(grad, |gs| {
-                    let [dx, dw] = self.backward(xs, ws, gs);
-                    let tensor = |v, like: &Tensor| Tensor::from_vec(v, like.shape(), x.device()).map(Some);
-                    Ok((tensor(dx, x)?, tensor(dw, w)?))
-                })
-            })
-        })
+    fn backward(&self, inputs: &[Input<'_>], _: &[f32], grad: &[f32]) -> Result<Vec<Vec<f32>>> {
+        Ok(self.gradients(inputs[0].values, inputs[1].values, grad).into())
     }
 }

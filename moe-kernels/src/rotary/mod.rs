@@ -3,41 +3,15 @@
 //! The backward pass is the inverse rotation. Knows positions, not caches: a row's result depends on its own position
 //! only, so decoding token by token gives the bits of the whole pass.
 
-mod reference;
-mod table;
 #[cfg(test)]
 mod tests;
 
-pub use reference::rotary as rotary_reference;
-pub use table::RotaryTable;
+pub use moe_core::ops::{Positions, RotaryLayout, RotaryTable};
 
+use crate::custom::{self, Input, SliceOp};
 use crate::parallel::SharedMut;
-use crate::{Isa, Result, ops, parallel, select};
-use candle_core::{CpuStorage, CustomOp1, Layout, Shape, Tensor};
-use moe_core::ops::host;
-
-/// Which columns of a head form a pair; `h` is half of the table's `rotary_dim`.
-///
-/// ```text
-/// Halves       (0, h) (1, h + 1) (2, h + 2) ..
-/// Interleaved  (0, 1) (2, 3)     (4, 5)     ..
-/// ```
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
-pub enum RotaryLayout {
-    /// `rotate_half` of Llama, Mixtral and GPT-NeoX in transformers.
-    Halves,
-    /// That of the RoFormer paper, GPT-J and DeepSeek.
-    Interleaved,
-}
-
-/// The positions of the rows.
-#[derive(Debug, Clone, Copy)]
-pub enum Positions<'a> {
-    /// `start`, `start + 1`, .. along the dimension before the last.
-    From(u32),
-    /// One per row, all leading dimensions flattened.
-    Each(&'a [u32]),
-}
+use crate::{Isa, Result, parallel, select};
+use candle_core::Tensor;
 
 /// Turns the first `rotary_dim` columns of each head by the angles of the row's position.
 ///
@@ -52,11 +26,7 @@ pub enum Positions<'a> {
 /// RoFormer (Su et al. 2021), equations 14, 15 and 34; both orders of columns as in transformers.
 pub fn rotary(x: &Tensor, table: &RotaryTable, layout: RotaryLayout, positions: Positions<'_>) -> Result<Tensor> {
     let positions = table.resolve(x.dims(), positions)?;
-    if !ops::takes(x) {
-        return reference::rotate(x, table, layout, &positions);
-    }
-    let op = Rotary { table: table.clone(), layout, positions, isa: select::current() };
-    Ok(x.contiguous()?.apply_op1(op)?)
+    custom::apply(Rotary { table: table.clone(), layout, positions, isa: select::current() }, &[x])
 }
 
 /// Elements per task.
@@ -131,16 +101,16 @@ fn turn_pairs(head: &[f32], cos: &[f32], sin: &[f32], sign: f32, into: &mut [f32
     }
 }
 
-impl CustomOp1 for Rotary {
+impl SliceOp for Rotary {
     fn name(&self) -> &'static str {
         "rotary"
     }
 
-    fn cpu_fwd(&self, s: &CpuStorage, l: &Layout) -> candle_core::Result<(CpuStorage, Shape)> {
-        Ok((CpuStorage::F32(self.turn(host::elements(s, l)?, 1.0)), l.shape().clone()))
+    fn forward(&self, inputs: &[Input<'_>]) -> (Vec<f32>, Vec<usize>) {
+        (self.turn(inputs[0].values, 1.0), inputs[0].dims.to_vec())
     }
 
-    fn bwd(&self, x: &Tensor, _: &Tensor, grad: &Tensor) -> candle_core::Result<Option<Tensor>> {
-        host::with_elements::<f32, _>(grad, |g| Tensor::from_vec(self.turn(g, -1.0), x.shape(), x.device()).map(Some))
+    fn backward(&self, _: &[Input<'_>], _: &[f32], grad: &[f32]) -> Result<Vec<Vec<f32>>> {
+        Ok(vec![self.turn(grad, -1.0)])
     }
 }

@@ -1,10 +1,10 @@
-//! Rotation and its gradient against ordinary candle operations in f64, which central differences check; the table
+//! Rotation and its gradient against ordinary candle operations in f64, which central differences check in `moe-core`; the table
 //! against angles computed here.
 
 use super::*;
-use crate::Error;
 use candle_core::{DType, Var};
-use moe_core::testing::{assert_close, check_gradients, random, random_var, values};
+use moe_core::ops::{CandleOps, DecoderOps};
+use moe_core::testing::{assert_close, random, random_var, values};
 
 const LAYOUTS: [RotaryLayout; 2] = [RotaryLayout::Halves, RotaryLayout::Interleaved];
 
@@ -18,28 +18,15 @@ fn values_and_gradients_equal_the_reference() {
         for layout in LAYOUTS {
             let x = random_var(1, shape, 1.0, DType::F32);
             let wide = Var::from_tensor(&x.to_dtype(DType::F64).unwrap()).unwrap();
-            let run = |x: &Tensor| rotary(x, &table, layout, Positions::From(9)).unwrap();
             let label = format!("{shape:?} {head_dim} {rotary_dim} {layout:?}");
-            let (got, want) = (run(&x), run(&wide));
+            let got = rotary(&x, &table, layout, Positions::From(9)).unwrap();
+            let want = CandleOps.rotary(&wide, &table, layout, Positions::From(9)).unwrap();
             assert_close(&got, &want, 1e-6, &label);
             let factors = random(4, shape, 1.0, DType::F32);
             let backward = |y: &Tensor, f: &Tensor| (y * f).unwrap().sum_all().unwrap().backward().unwrap();
             let (got, want) = (backward(&got, &factors), backward(&want, &factors.to_dtype(DType::F64).unwrap()));
             assert_close(got.get(&x).unwrap(), want.get(&wide).unwrap(), 1e-6, &label);
         }
-    }
-}
-
-#[test]
-fn the_reference_by_central_differences() {
-    let x = random_var(1, &[3, 12], 1.0, DType::F64);
-    let factors = random(2, &[3, 12], 1.0, DType::F64);
-    let table = RotaryTable::new(6, 4, 100.0, 30).unwrap();
-    for layout in LAYOUTS {
-        check_gradients(&[("x", &x)], || {
-            let y = rotary(&x, &table, layout, Positions::Each(&[7, 0, 29])).unwrap();
-            (y.sqr().unwrap() * &factors).unwrap().sum_all().unwrap()
-        });
     }
 }
 
@@ -107,14 +94,12 @@ fn neither_threads_nor_instruction_sets_change_anything() {
 fn no_rows_are_fine_and_bad_arguments_are_named() {
     let table = RotaryTable::new(4, 4, 10_000.0, 8).unwrap();
     let halves = RotaryLayout::Halves;
-    for dtype in [DType::F32, DType::F64] {
-        let none = random(1, &[2, 0, 8], 1.0, dtype);
-        assert_eq!(rotary(&none, &table, halves, Positions::From(100)).unwrap().dims(), [2, 0, 8]);
-    }
+    let none = random(1, &[2, 0, 8], 1.0, DType::F32);
+    assert_eq!(rotary(&none, &table, halves, Positions::From(100)).unwrap().dims(), [2, 0, 8]);
     let x = random(1, &[2, 3, 8], 1.0, DType::F32);
     let refused = |positions, name: &str| {
         let error = rotary(&x, &table, halves, positions).unwrap_err();
-        assert!(matches!(&error, Error::Argument(text) if text.contains(name)), "{error}");
+        assert!(error.to_string().contains(name), "{error}");
     };
     refused(Positions::From(6), "max_positions");
     refused(Positions::From(u32::MAX), "max_positions");

@@ -1,6 +1,8 @@
 //! Every operation against PyTorch: outputs and all gradients, on every instruction set of this machine.
 //! `fixtures/make.py` made the files, in f64.
 
+mod examples;
+
 use candle_core::{Device, Tensor, Var};
 use moe_core::Activation;
 use moe_core::testing::{assert_close, values};

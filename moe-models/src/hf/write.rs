@@ -1,9 +1,9 @@
 //! Writing weights: per expert, in one file or in shards with an index.
 
-use super::{expert_name, write_atomically};
-use crate::gpt::Gpt;
-use crate::{Error, Result};
-use candle_core::{DType, Tensor};
+use super::{NameTable, write_atomically};
+use crate::params::ParamTable;
+use crate::{Error, Family, Model, Result};
+use candle_core::{DType, Tensor, Var};
 use safetensors::tensor::TensorView;
 use std::collections::BTreeMap;
 use std::path::Path;
@@ -18,15 +18,15 @@ struct Entry {
     bytes: Vec<u8>,
 }
 
-pub(crate) fn save(model: &Gpt, dir: &Path, dtype: DType) -> Result<()> {
+pub(crate) fn save<F: Family>(model: &Model<F>, dir: &Path, dtype: DType) -> Result<()> {
     save_sharded(model, dir, dtype, SHARD_BYTES)
 }
 
 /// [`save`] with a given size of shards.
-pub(super) fn save_sharded(model: &Gpt, dir: &Path, dtype: DType, shard_bytes: usize) -> Result<()> {
+pub(super) fn save_sharded<F: Family>(model: &Model<F>, dir: &Path, dtype: DType, shard_bytes: usize) -> Result<()> {
     let mut shards: Vec<Vec<Entry>> = vec![vec![]];
     let mut held = 0;
-    for entry in entries(model, dtype)? {
+    for entry in entries(model.table(), model.params(), model.config().names(), dtype)? {
         if held > 0 && held + entry.bytes.len() > shard_bytes {
             shards.push(vec![]);
             held = 0;
@@ -38,15 +38,15 @@ pub(super) fn save_sharded(model: &Gpt, dir: &Path, dtype: DType, shard_bytes: u
     }
     write_shards(dir, &shards)?;
     write_json(&dir.join("generation_config.json"), &generation_config(model))?;
-    let config = model.config().to_json()?;
+    let config = model.config().to_json(dtype)?;
     write_atomically(&dir.join("config.json"), |out| out.write_all(config.as_bytes()))
 }
 
-fn generation_config(model: &Gpt) -> serde_json::Value {
+fn generation_config<F: Family>(model: &Model<F>) -> serde_json::Value {
     let mut json = serde_json::json!({
-        "do_sample": true, "temperature": 0.8, "top_p": 0.95, "max_length": model.config().max_seq_len,
+        "do_sample": true, "temperature": 0.8, "top_p": 0.95, "max_length": model.decoder_config().max_seq_len,
     });
-    if let Some(eos) = model.config().eos_token_id {
+    if let Some(eos) = model.decoder_config().eos_token_id {
         json["bos_token_id"] = eos.into();
         json["eos_token_id"] = eos.into();
     }
@@ -94,19 +94,23 @@ fn write_shard(path: &Path, entries: &[Entry]) -> Result<()> {
     write_atomically(path, |out| out.write_all(&bytes))
 }
 
-/// Every tensor under its name in the file.
-fn entries(model: &Gpt, dtype: DType) -> Result<Vec<Entry>> {
+/// Every tensor under its names in the file.
+fn entries(table: &ParamTable, params: &[(String, Var)], names: NameTable, dtype: DType) -> Result<Vec<Entry>> {
     let mut out = Vec::new();
-    for (name, var) in model.params() {
+    for (spec, (_, var)) in table.specs().iter().zip(params) {
         let tensor = var.as_tensor().detach();
-        if expert_name(name, 0).is_none() {
-            out.push(entry(name.clone(), &tensor, dtype)?);
-            continue;
-        }
-        for expert in 0..tensor.dim(0)? {
-            if let Some(name) = expert_name(name, expert) {
-                out.push(entry(name, &tensor.get(expert)?, dtype)?);
+        let mut split = |expert: Option<usize>, tensor: &Tensor| -> Result<()> {
+            let names = names.in_files(spec, expert);
+            let rows = tensor.dim(0)? / names.len();
+            for (index, name) in names.into_iter().enumerate() {
+                out.push(entry(name, &tensor.narrow(0, index * rows, rows)?, dtype)?);
             }
+            Ok(())
+        };
+        if spec.is_stacked() {
+            (0..spec.shape[0]).try_for_each(|expert| split(Some(expert), &tensor.get(expert)?))?;
+        } else {
+            split(None, &tensor)?;
         }
     }
     Ok(out)

@@ -1,10 +1,10 @@
 //! [`TrainModel`]: what the training loop needs of a model, and nothing else.
 
-use crate::Result;
+use crate::{Family, Model, Result};
 use candle_core::Var;
 use std::path::Path;
 
-pub use crate::gpt::{LayerLoad, LossOutput, Pass, TokenBatch};
+pub use crate::batch::{LayerLoad, LossOutput, Pass, TokenBatch};
 
 /// A model that can be trained: parameters, a loss with a graph, and a way to disk.
 ///
@@ -37,18 +37,18 @@ pub(crate) fn decay_flags<M: TrainModel>(model: &M) -> Vec<bool> {
     model.params().iter().map(|(name, var)| model.has_weight_decay(name, var.dims())).collect()
 }
 
-impl TrainModel for crate::gpt::Gpt {
+impl<F: Family> TrainModel for Model<F> {
     fn vocab_size(&self) -> usize {
-        self.config().vocab_size
+        self.decoder_config().vocab_size
     }
     fn max_seq_len(&self) -> usize {
-        self.config().max_seq_len
+        self.decoder_config().max_seq_len
     }
     fn params(&self) -> &[(String, Var)] {
         self.params()
     }
-    fn has_weight_decay(&self, name: &str, shape: &[usize]) -> bool {
-        crate::gpt::has_weight_decay(name, shape)
+    fn has_weight_decay(&self, name: &str, _: &[usize]) -> bool {
+        self.table().get(name).is_some_and(|spec| spec.decay)
     }
     fn loss(&self, batch: &TokenBatch, pass: Pass) -> Result<LossOutput> {
         self.loss(batch, pass)

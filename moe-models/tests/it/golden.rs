@@ -3,18 +3,26 @@
 
 use candle_core::{Device, Tensor, Var};
 use moe_core::testing::{assert_close, values};
-use moe_models::CausalLm;
 use moe_models::gpt::{Gpt, Pass, TokenBatch};
 use moe_models::train::optimizer::{AdamW, AdamWConfig};
+use moe_models::{CausalLm, Decoder, KvPool, LogitsOf, PoolConfig, SequenceStep};
 use std::collections::HashMap;
 use std::path::PathBuf;
 
-fn fixtures() -> PathBuf {
+pub(crate) fn fixtures() -> PathBuf {
     PathBuf::from(env!("CARGO_MANIFEST_DIR")).join("tests/fixtures")
 }
 
-fn read(name: &str) -> HashMap<String, Tensor> {
+pub(crate) fn read(name: &str) -> HashMap<String, Tensor> {
     candle_core::safetensors::load(fixtures().join(name), &Device::Cpu).unwrap()
+}
+
+/// The logits of every token of one sequence.
+pub(crate) fn logits(decoder: &Decoder, token_ids: &[u32]) -> Tensor {
+    let config = PoolConfig::for_tokens(1, decoder.max_seq_len());
+    let pool = KvPool::new(&decoder.cache_layout(), config, &Device::Cpu).unwrap();
+    let step = SequenceStep { sequence: &mut pool.sequence(), token_ids, logits: LogitsOf::All };
+    decoder.forward(&mut [step], &pool).unwrap().logits
 }
 
 #[test]
@@ -25,7 +33,7 @@ fn dense_model_equals_gpt2_of_transformers() {
     let batch = TokenBatch { input_ids: ids("input_ids"), target_ids: ids("target_ids"), batch: 2, seq_len: 20 };
     for sequence in 0..2 {
         let tokens = &batch.input_ids[sequence * 20..][..20];
-        let logits = model.forward(tokens, &mut model.new_cache()).unwrap().logits;
+        let logits = logits(model.decoder(), tokens);
         assert_close(&logits, &expected["logits"].get(sequence).unwrap(), 5e-5, "logits");
     }
     let output = model.loss(&batch, Pass::Train { seed: 1 }).unwrap();

@@ -1,6 +1,9 @@
 //! Public behaviour of `moe-models`, one module per topic.
 
+mod examples;
+mod family;
 mod golden;
+mod ragged;
 mod toy;
 mod train_checkpoint;
 mod train_cli;

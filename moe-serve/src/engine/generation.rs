@@ -8,12 +8,13 @@ use super::sampler::Sampler;
 use crate::{Error, Result};
 use candle_core::Tensor;
 use moe_core::CounterRng;
-use moe_models::{CausalLm, KvCache, StepOutput};
+use moe_models::{CachedSequence, CausalLm, KvPool, LayerExperts, LogitsOf, SequenceStep, StepOutput};
 use std::time::Instant;
 
 /// Everything one job's run needs.
 pub(super) struct Generation<'a> {
     pub(super) lm: &'a dyn CausalLm,
+    pub(super) pool: &'a KvPool,
     pub(super) config: &'a EngineConfig,
     pub(super) observer: &'a dyn Observer,
     pub(super) job: &'a Job,
@@ -23,7 +24,7 @@ pub(super) struct Generation<'a> {
 
 /// A prompt that was read: what its continuations start from.
 struct Prefilled {
-    cache: KvCache,
+    sequence: CachedSequence,
     /// `[vocab_size]`: logits after the prompt's last token.
     next_logits: Vec<f32>,
 }
@@ -50,39 +51,64 @@ impl Generation<'_> {
         if self.cancel.is_cancelled() { Err(Error::Cancelled) } else { Ok(()) }
     }
 
-    fn forward(&self, token_ids: &[u32], cache: &mut KvCache) -> Result<StepOutput> {
+    fn forward(&self, token_ids: &[u32], sequence: &mut CachedSequence, logits: LogitsOf) -> Result<StepOutput> {
         self.check_cancelled()?;
-        let step = self.lm.forward(token_ids, cache)?;
+        let step = self.lm.forward(&mut [SequenceStep { sequence, token_ids, logits }], self.pool)?;
         self.observer.experts(&step.experts);
         Ok(step)
     }
 
-    /// Reads the whole prompt in one step: a capacity limit in the model counts the tokens of a step.
+    /// Reads the prompt in chunks, which change no bit of what follows: a request that is given up midway ends soon.
     fn prefill(&self, prompt_index: usize, prompt: &[u32], listener: &mut dyn Listener) -> Result<Prefilled> {
-        let mut cache = self.lm.new_cache();
-        let step = self.forward(prompt, &mut cache)?;
-        let next_logits = row(&step.logits, prompt.len() - 1)?;
-        let logprobs = match self.job.prompt_logprobs {
-            Some(num_top) => self.score(&step.logits, prompt, num_top)?,
-            None => Vec::new(),
-        };
-        let experts = if self.job.experts { step.experts } else { Vec::new() };
+        let mut sequence = self.pool.sequence().with_seed(self.job.sampling.seed);
+        let mut output = PromptOutput { logprobs: Vec::new(), experts: Vec::new() };
+        if self.job.prompt_logprobs.is_some() {
+            output.logprobs.push(None);
+        }
+        let mut next_logits = Vec::new();
+        for chunk in prompt.chunks(PREFILL_CHUNK) {
+            let start = sequence.len();
+            let is_last = start + chunk.len() == prompt.len();
+            let wanted = match (self.job.prompt_logprobs, is_last) {
+                (Some(_), _) => LogitsOf::All,
+                (None, true) => LogitsOf::Last,
+                (None, false) => LogitsOf::None,
+            };
+            let step = self.forward(chunk, &mut sequence, wanted)?;
+            if let Some(num_top) = self.job.prompt_logprobs {
+                output.logprobs.extend(self.score(&step.logits, &prompt[start..], num_top, start)?);
+            }
+            if is_last {
+                next_logits = row(&step.logits, step.logits.dim(0)? - 1)?;
+            }
+            if self.job.experts {
+                append_experts(&mut output.experts, step.experts);
+            }
+        }
         self.observer.prompt(prompt.len());
-        listener.prompt(prompt_index, PromptOutput { logprobs, experts });
-        Ok(Prefilled { cache, next_logits })
+        listener.prompt(prompt_index, output);
+        Ok(Prefilled { sequence, next_logits })
     }
 
-    /// The log-probability of each prompt token under the logits of the one before it.
-    fn score(&self, logits: &Tensor, prompt: &[u32], num_top: usize) -> Result<Vec<Option<TokenLogprobs>>> {
-        let mut logprobs = vec![None];
-        for (i, &token_id) in prompt[1..].iter().enumerate() {
-            let logits = row(logits, i)?;
-            if logits.iter().any(|x| x.is_nan()) {
-                return Err(Error::LogitsNotFinite { position: i + 1 });
-            }
-            logprobs.push(Some(TokenLogprobs::of(&logits, token_id, num_top, self.config.num_tokens)));
-        }
-        Ok(logprobs)
+    /// The log-probability of each token that follows a row of `logits` in `tokens`, of which the first is at `position`.
+    fn score(
+        &self,
+        logits: &Tensor,
+        tokens: &[u32],
+        num_top: usize,
+        position: usize,
+    ) -> Result<Vec<Option<TokenLogprobs>>> {
+        let following = tokens[1..].iter().take(logits.dim(0)?);
+        following
+            .enumerate()
+            .map(|(i, &token_id)| {
+                let logits = row(logits, i)?;
+                if logits.iter().any(|x| x.is_nan()) {
+                    return Err(Error::LogitsNotFinite { position: position + i + 1 });
+                }
+                Ok(Some(TokenLogprobs::of(&logits, token_id, num_top, self.config.num_tokens)))
+            })
+            .collect()
     }
 
     fn continue_prompt(
@@ -97,7 +123,7 @@ impl Generation<'_> {
         let stop_ids = self.stop_ids();
         let mut rng = CounterRng::new(job.sampling.seed, choice as u64);
         let mut sampler = Sampler::new(&job.sampling, self.config.num_tokens, &self.config.suppressed, prompt);
-        let mut cache = prefilled.cache.clone();
+        let mut sequence = prefilled.sequence.clone();
         let mut logits = prefilled.next_logits.clone();
         let mut last = self.submitted;
 
@@ -122,7 +148,7 @@ impl Generation<'_> {
             };
             // The last token is read only by those who want to see its experts.
             if ended.is_none() || job.experts && len < self.lm.max_seq_len() {
-                let step = self.forward(&[token_id], &mut cache)?;
+                let step = self.forward(&[token_id], &mut sequence, LogitsOf::Last)?;
                 logits = row(&step.logits, 0)?;
                 if job.experts {
                     listener.experts(choice, step.experts);
@@ -139,6 +165,21 @@ impl Generation<'_> {
         let stop = &self.job.stop;
         let eos: &[u32] = if stop.ignore_eos { &[] } else { &self.config.eos_token_ids };
         stop.stop_token_ids.iter().chain(eos).copied().collect()
+    }
+}
+
+/// Most tokens of a prompt that are read between two looks at whether anybody still waits.
+const PREFILL_CHUNK: usize = 256;
+
+/// Adds the experts of more tokens, layer by layer.
+fn append_experts(all: &mut Vec<LayerExperts>, more: Vec<LayerExperts>) {
+    if all.is_empty() {
+        *all = more;
+        return;
+    }
+    for (all, more) in all.iter_mut().zip(more) {
+        all.expert_ids.extend(more.expert_ids);
+        all.weights.extend(more.weights);
     }
 }
 

@@ -4,7 +4,7 @@ use super::generation::Generation;
 use super::queue::{CancelFlag, Queue};
 use super::request::{FinishReason, Job, Listener};
 use crate::{Error, Result};
-use moe_models::{CausalLm, LayerExperts};
+use moe_models::{CausalLm, KvPool, LayerExperts, PoolConfig};
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::thread::JoinHandle;
@@ -70,13 +70,15 @@ impl std::fmt::Debug for Engine {
 }
 
 impl Engine {
-    /// Starts the engine's thread.
+    /// Starts the engine's thread, with pages for one sequence of the model's length and its continuations.
     ///
     /// # Errors
-    /// [`Error::Io`] if the system gives no thread.
+    /// [`Error::Io`] if the system gives no thread; the model's error if there is no memory for the pages.
     pub fn start(lm: Arc<dyn CausalLm>, config: EngineConfig, observer: Arc<dyn Observer>) -> Result<Self> {
         let queue = Arc::new(Queue::new(config.max_queue));
-        let worker = Worker { lm, config, queue: queue.clone(), observer: observer.clone() };
+        let pages = PoolConfig::for_tokens(1, lm.max_seq_len());
+        let pool = KvPool::new(&lm.cache_layout(), pages, lm.device())?;
+        let worker = Worker { lm, pool, config, queue: queue.clone(), observer: observer.clone() };
         let thread = std::thread::Builder::new()
             .name("moe-engine".into())
             .spawn(move || worker.run())
@@ -135,6 +137,7 @@ impl Drop for Engine {
 
 struct Worker {
     lm: Arc<dyn CausalLm>,
+    pool: KvPool,
     config: EngineConfig,
     queue: Arc<Queue<Waiting>>,
     observer: Arc<dyn Observer>,
@@ -157,13 +160,14 @@ impl Worker {
         self.observer.started(submitted.elapsed());
         let generation = Generation {
             lm: self.lm.as_ref(),
+            pool: &self.pool,
             config: &self.config,
             observer: self.observer.as_ref(),
             job: &job,
             cancel,
             submitted,
         };
-        // The caches of an interrupted run are dropped with it; model and configuration are only read.
+        // The sequences of an interrupted run are dropped with it and give their pages back; model and configuration are only read.
         let result = catch_unwind(AssertUnwindSafe(|| generation.run(listener.as_mut())))
             .unwrap_or_else(|payload| Err(Error::EnginePanic(panic_text(payload.as_ref()))));
         let outcome = match &result {

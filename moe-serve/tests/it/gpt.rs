@@ -3,7 +3,7 @@
 use crate::support::{TestServer, ids, served, tokenizer};
 use candle_core::{DType, Device};
 use moe_models::gpt::{Gpt, GptConfig};
-use moe_models::{CausalLm, Precision};
+use moe_models::{CausalLm, KvPool, LogitsOf, PoolConfig, Precision, SequenceStep, StepOutput};
 use moe_serve::ServedModel;
 use moe_serve::api::Limits;
 use serde_json::{Value, json};
@@ -19,12 +19,21 @@ fn tiny() -> Gpt {
 }
 
 fn server() -> TestServer {
-    TestServer::start(served(Arc::new(tiny())), Limits::default())
+    TestServer::start(served(Arc::new(tiny().into_packed().expect("packs"))), Limits::default())
+}
+
+/// One forward pass over all of `ids`.
+fn whole_pass(gpt: &Gpt, token_ids: &[u32]) -> StepOutput {
+    let decoder = gpt.decoder();
+    let config = PoolConfig::for_tokens(1, token_ids.len());
+    let pool = KvPool::new(&decoder.cache_layout(), config, &Device::Cpu).expect("a pool");
+    let step = SequenceStep { sequence: &mut pool.sequence(), token_ids, logits: LogitsOf::All };
+    decoder.forward(&mut [step], &pool).expect("runs")
 }
 
 /// Log-softmax of the model's logits after each token of `ids`, in one forward pass.
 fn log_softmax(gpt: &Gpt, ids: &[u32]) -> Vec<Vec<f64>> {
-    let rows = gpt.forward(ids, &mut gpt.new_cache()).and_then(|step| Ok(step.logits.to_vec2::<f32>()?)).expect("runs");
+    let rows = whole_pass(gpt, ids).logits.to_vec2::<f32>().expect("a matrix");
     let normalise = |row: Vec<f32>| {
         let log_sum = row.iter().map(|&x| f64::from(x).exp()).sum::<f64>().ln();
         row.into_iter().map(|x| f64::from(x) - log_sum).collect()
@@ -72,8 +81,7 @@ fn the_experts_are_the_models_own() {
     let choice = server().client.post(PATH, &body).ok()["choices"][0].clone();
     let tokens = choice["expert_choices"].as_array().expect("list").clone();
     let all: Vec<u32> = tokens.iter().map(|t| t["token_id"].as_u64().expect("id") as u32).collect();
-    let gpt = tiny();
-    let step = gpt.forward(&all, &mut gpt.new_cache()).expect("runs");
+    let step = whole_pass(&tiny(), &all);
     assert_eq!(step.experts.len(), 3, "every second of 6 layers");
     for (l, layer) in step.experts.iter().enumerate() {
         for (i, token) in tokens.iter().enumerate() {
@@ -160,7 +168,7 @@ fn files_that_do_not_fit_are_refused() {
     let gpt = || {
         let mut config = GptConfig::preset("tiny-dense").expect("a preset");
         (config.vocab_size, config.d_model, config.d_ff) = (200, 16, 16);
-        Arc::new(Gpt::new(config, 1, &Device::Cpu).expect("valid"))
+        Arc::new(Gpt::new(config, 1, &Device::Cpu).and_then(Gpt::into_packed).expect("valid"))
     };
     let tokenizer = moe_serve::text::TextTokenizer::new(tokenizer()).expect("byte-level");
     let chat = moe_serve::text::ChatTemplate::dialogue().expect("compiles");

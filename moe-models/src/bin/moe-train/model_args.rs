@@ -2,6 +2,7 @@
 
 use anyhow::{Context, Result};
 use clap::{Args, ValueEnum};
+use moe_models::ReadFamily;
 use moe_models::gpt::{GptConfig, GptMoeConfig};
 use moe_models::train::{TokenizerChoice, tokenizer};
 use std::path::PathBuf;
@@ -99,7 +100,7 @@ impl ModelArgs {
 
     fn base(&self) -> Result<GptConfig> {
         if let Some(path) = &self.model_config {
-            return Ok(GptConfig::from_json_file(path)?);
+            return Ok(GptConfig::read_file(path)?);
         }
         let name = self.preset.as_deref().unwrap_or(DEFAULT_PRESET);
         GptConfig::preset(name).with_context(|| {

@@ -2,8 +2,7 @@
 
 use super::{ids, tokenizer};
 use candle_core::{Device, Tensor};
-use moe_models::{CausalLm, KvCache, LayerExperts, Result, StepOutput};
-use std::sync::Mutex;
+use moe_models::{CacheLayout, CausalLm, KvPool, LayerExperts, LogitsOf, PagedStep, Result, SequenceStep, StepOutput};
 use std::time::Duration;
 
 /// Reading this makes the model panic.
@@ -21,8 +20,6 @@ pub(crate) struct ScriptedLm {
     step: Duration,
     panic_id: u32,
     nan_id: u32,
-    /// Tokens read since the last `new_cache`.
-    len: Mutex<usize>,
 }
 
 impl ScriptedLm {
@@ -35,7 +32,6 @@ impl ScriptedLm {
             step: Duration::ZERO,
             panic_id: ids(PANIC_TEXT)[0],
             nan_id: ids(NAN_TEXT)[0],
-            len: Mutex::new(0),
         }
     }
 
@@ -84,21 +80,30 @@ impl CausalLm for ScriptedLm {
         &Device::Cpu
     }
 
-    fn new_cache(&self) -> KvCache {
-        *self.len.lock().expect("no panic while locked") = 0;
-        KvCache::new(0)
+    fn cache_layout(&self) -> CacheLayout {
+        CacheLayout::default()
     }
 
-    fn forward(&self, token_ids: &[u32], _cache: &mut KvCache) -> Result<StepOutput> {
+    fn forward(&self, batch: &mut [SequenceStep<'_>], pool: &KvPool) -> Result<StepOutput> {
         std::thread::sleep(self.step);
-        assert!(!token_ids.contains(&self.panic_id), "the model read what it cannot bear");
-        let mut rows = Vec::new();
-        for &token_id in token_ids {
-            let mut len = self.len.lock().expect("no panic while locked");
-            *len += 1;
-            rows.extend(self.logits(token_id, *len));
+        let (mut rows, mut all) = (Vec::new(), Vec::new());
+        for SequenceStep { sequence, token_ids, logits } in batch {
+            assert!(!token_ids.contains(&self.panic_id), "the model read what it cannot bear");
+            for (i, &token_id) in token_ids.iter().enumerate() {
+                let is_wanted = match logits {
+                    LogitsOf::None => false,
+                    LogitsOf::Last => i + 1 == token_ids.len(),
+                    LogitsOf::All => true,
+                };
+                if is_wanted {
+                    rows.extend(self.logits(token_id, sequence.len() + i + 1));
+                }
+            }
+            PagedStep::default().add(sequence, token_ids.len(), pool)?;
+            sequence.grow(token_ids.len());
+            all.extend_from_slice(token_ids);
         }
-        let logits = Tensor::from_vec(rows, (token_ids.len(), self.vocab_size), &Device::Cpu)?;
-        Ok(StepOutput { logits, experts: vec![experts(1, 4, 1, token_ids), experts(3, 8, 2, token_ids)] })
+        let logits = Tensor::from_vec(rows.clone(), (rows.len() / self.vocab_size, self.vocab_size), &Device::Cpu)?;
+        Ok(StepOutput { logits, experts: vec![experts(1, 4, 1, &all), experts(3, 8, 2, &all)] })
     }
 }

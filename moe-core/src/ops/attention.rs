@@ -1,0 +1,165 @@
+//! How many heads an attention has, and keys and values in pages.
+
+use crate::{Error, Result};
+use candle_core::Tensor;
+
+/// How many heads an attention has. Query head `h` uses key and value head `h * num_kv_heads / num_heads`.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub struct AttentionShape {
+    /// Heads of the queries.
+    pub num_heads: usize,
+    /// Heads of the keys and of the values; divides `num_heads`.
+    pub num_kv_heads: usize,
+}
+
+impl AttentionShape {
+    /// As many key heads as query heads.
+    pub fn equal(num_heads: usize) -> Self {
+        Self { num_heads, num_kv_heads: num_heads }
+    }
+
+    /// The width of a head of queries `d_model` wide with keys and values `kv_width` wide.
+    ///
+    /// # Errors
+    /// [`Error::Input`] if the heads do not divide the widths.
+    pub fn head_dim(self, d_model: usize, kv_width: usize) -> Result<usize> {
+        let Self { num_heads, num_kv_heads } = self;
+        if num_heads == 0 || num_kv_heads == 0 || !num_heads.is_multiple_of(num_kv_heads) {
+            return Err(Error::Input(format!(
+                "num_kv_heads {num_kv_heads} must divide num_heads {num_heads}, and neither may be 0"
+            )));
+        }
+        let head_dim = d_model / num_heads;
+        if head_dim == 0 || head_dim * num_heads != d_model || head_dim * num_kv_heads != kv_width {
+            return Err(Error::Input(format!(
+                "queries of width {d_model} and keys of width {kv_width} must be num_heads {num_heads} and \
+                 num_kv_heads {num_kv_heads} heads of one head_dim"
+            )));
+        }
+        Ok(head_dim)
+    }
+
+    /// The width of a head of `[q | k | v]`, with as many key heads as query heads.
+    ///
+    /// # Errors
+    /// [`Error::Input`] if the width is not three times a whole number of heads.
+    pub fn fused_head_dim(qkv_width: usize, num_heads: usize) -> Result<usize> {
+        let d_model = qkv_width / 3;
+        if num_heads == 0 || !qkv_width.is_multiple_of(3) || !d_model.is_multiple_of(num_heads) {
+            return Err(Error::Input(format!(
+                "num_heads {num_heads} must divide the d_model of a [q | k | v] of width {qkv_width}"
+            )));
+        }
+        Ok(d_model / num_heads)
+    }
+
+    /// Checks queries, keys and values of whole sequences; returns the width of a head.
+    ///
+    /// # Errors
+    /// [`Error::Input`] if the shapes do not fit.
+    pub fn check(self, queries: &Tensor, keys: &Tensor, values: &Tensor) -> Result<usize> {
+        let ((batch, seq_len, d_model), (_, _, kv_width)) = (queries.dims3()?, keys.dims3()?);
+        let head_dim = self.head_dim(d_model, kv_width)?;
+        if keys.dims() != values.dims() || keys.dims()[..2] != [batch, seq_len] {
+            return Err(Error::Input(format!(
+                "keys {:?} and values {:?} must have one shape, and the batch and length of the queries {:?}",
+                keys.dims(),
+                values.dims(),
+                queries.dims()
+            )));
+        }
+        Ok(head_dim)
+    }
+}
+
+/// The pool of one layer: blocks of tokens.
+#[derive(Debug, Clone, Copy)]
+pub struct PagedKv<'a> {
+    /// `[num_blocks, block_size, num_kv_heads * head_dim]`
+    pub keys: &'a Tensor,
+    /// As the keys.
+    pub values: &'a Tensor,
+}
+
+/// One sequence of a batch over a [`PagedKv`].
+#[derive(Debug, Clone, Copy)]
+pub struct PagedSequence<'a> {
+    /// Blocks in the order of the sequence's tokens: token `t` is row `t % block_size` of block
+    /// `blocks[t / block_size]`. Blocks past its last token are not read.
+    pub blocks: &'a [u32],
+    /// Tokens, the new ones included, whose keys and values are in the pool.
+    pub len: usize,
+    /// Tokens at its end that have a query in this call.
+    pub new: usize,
+}
+
+impl PagedKv<'_> {
+    /// Tokens per block.
+    pub fn block_size(&self) -> usize {
+        self.keys.dims()[1]
+    }
+
+    fn check_pool(&self) -> Result<(usize, usize, usize)> {
+        let (num_blocks, block_size, width) = self.keys.dims3()?;
+        if self.keys.dims() != self.values.dims() || block_size == 0 {
+            return Err(Error::Input(format!(
+                "keys {:?} and values {:?} of a pool must have one shape [num_blocks, block_size, width], with a \
+                 block_size above 0",
+                self.keys.dims(),
+                self.values.dims()
+            )));
+        }
+        Ok((num_blocks, block_size, width))
+    }
+
+    /// Checks new rows and the slots they go to.
+    ///
+    /// # Errors
+    /// [`Error::Input`] naming what does not fit.
+    pub fn check_write(&self, keys: &Tensor, values: &Tensor, slots: &[u32]) -> Result<()> {
+        let (num_blocks, block_size, width) = self.check_pool()?;
+        super::host::expect_shape("keys", keys, &[slots.len(), width])?;
+        super::host::expect_shape("values", values, &[slots.len(), width])?;
+        match slots.iter().find(|&&slot| slot as usize >= num_blocks * block_size) {
+            Some(slot) => {
+                Err(Error::Input(format!("slot {slot} is outside a pool of {num_blocks} blocks of {block_size}")))
+            }
+            None => Ok(()),
+        }
+    }
+
+    /// Checks queries and the sequences they belong to.
+    ///
+    /// # Errors
+    /// [`Error::Input`] naming what does not fit.
+    pub fn check_read(&self, queries: &Tensor, sequences: &[PagedSequence<'_>]) -> Result<()> {
+        let (num_blocks, block_size, _) = self.check_pool()?;
+        let mut rows = 0;
+        for (index, PagedSequence { blocks, len, new }) in sequences.iter().enumerate() {
+            if new > len {
+                return Err(Error::Input(format!(
+                    "new of sequence {index} must be at most its len of {len}, got {new}"
+                )));
+            }
+            let Some(used) = blocks.get(..len.div_ceil(block_size)) else {
+                return Err(Error::Input(format!(
+                    "blocks of sequence {index} must hold its {len} tokens, got {} blocks of {block_size}",
+                    blocks.len()
+                )));
+            };
+            if let Some(bad) = used.iter().find(|&&block| block as usize >= num_blocks) {
+                return Err(Error::Input(format!(
+                    "blocks of sequence {index} name block {bad}, but the pool has {num_blocks}"
+                )));
+            }
+            rows += new;
+        }
+        if queries.dim(0)? != rows {
+            return Err(Error::Input(format!(
+                "queries must have one row per new token of the sequences, {rows}, got {}",
+                queries.dim(0)?
+            )));
+        }
+        Ok(())
+    }
+}

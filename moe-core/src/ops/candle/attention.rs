@@ -1,0 +1,42 @@
+//! Attention with the whole matrix of scores.
+
+use crate::Result;
+use crate::ops::AttentionShape;
+use candle_core::{D, Tensor};
+
+/// `[batch, rows, heads * head_dim]` each; the queries may be the last rows only.
+pub(super) fn grouped_query_attention(
+    queries: &Tensor,
+    keys: &Tensor,
+    values: &Tensor,
+    shape: AttentionShape,
+) -> Result<Tensor> {
+    let (batch, rows, d_model) = queries.dims3()?;
+    let head_dim = shape.head_dim(d_model, keys.dim(D::Minus1)?)?;
+    let (kv_heads, group) = (shape.num_kv_heads, shape.num_heads / shape.num_kv_heads);
+    let split = |x: &Tensor, heads: usize| -> Result<Tensor> {
+        Ok(x.reshape((batch, x.dim(1)?, heads, head_dim))?.transpose(1, 2)?.contiguous()?)
+    };
+    // Each key head once per query head that uses it.
+    let repeated = |x: &Tensor| -> Result<Tensor> {
+        let (x, len) = (split(x, kv_heads)?.unsqueeze(2)?, x.dim(1)?);
+        let x = x.broadcast_as((batch, kv_heads, group, len, head_dim))?.contiguous()?;
+        Ok(x.reshape((batch, kv_heads * group, len, head_dim))?)
+    };
+    let scale = 1.0 / (head_dim as f32).sqrt();
+    let out = attend(&split(queries, shape.num_heads)?, &repeated(keys)?, &repeated(values)?, scale)?;
+    Ok(out.transpose(1, 2)?.reshape((batch, rows, d_model))?)
+}
+
+/// `[batch, heads, rows, head_dim]` each; the queries are the last rows.
+fn attend(q: &Tensor, k: &Tensor, v: &Tensor, scale: f32) -> Result<Tensor> {
+    let (rows, len) = (q.dim(2)?, k.dim(2)?);
+    let scores = (q.matmul(&k.t()?.contiguous()?)? * f64::from(scale))?;
+    let hidden: Vec<f32> =
+        (0..rows * len).map(|i| if i % len > i / len + (len - rows) { f32::NEG_INFINITY } else { 0.0 }).collect();
+    let mask = Tensor::from_vec(hidden, (rows, len), q.device())?.to_dtype(q.dtype())?;
+    let scores = scores.broadcast_add(&mask)?;
+    let exp = scores.broadcast_sub(&scores.detach().max_keepdim(D::Minus1)?)?.exp()?;
+    let probs = exp.broadcast_div(&exp.sum_keepdim(D::Minus1)?)?;
+    Ok(probs.matmul(v)?)
+}

@@ -1,0 +1,95 @@
+//! The reference against central differences in f64, and by hand where that is short.
+
+use super::CandleOps;
+use crate::ops::{
+    AttentionShape, DecoderOps, IGNORED, LossOps, PagedKv, PagedSequence, Positions, RotaryLayout, RotaryTable,
+};
+use crate::testing::{assert_close, check_gradients, random, random_var, values};
+use candle_core::{DType, Tensor};
+
+fn square(y: crate::Result<Tensor>) -> Tensor {
+    y.unwrap().sqr().unwrap().sum_all().unwrap()
+}
+
+#[test]
+fn norms_by_central_differences() {
+    let x = random_var(1, &[3, 7], 1.3, DType::F64);
+    let (w, b) = (random_var(2, &[7], 1.0, DType::F64), random_var(3, &[7], 1.0, DType::F64));
+    check_gradients(&[("x", &x), ("w", &w), ("b", &b)], || square(CandleOps.layer_norm(&x, &w, &b, 1e-5)));
+    check_gradients(&[("x", &x), ("w", &w)], || square(CandleOps.rms_norm(&x, &w, 1e-5)));
+    assert!(CandleOps.layer_norm(&x, &b.narrow(0, 0, 3).unwrap(), &b, 1e-5).is_err());
+    assert!(CandleOps.rms_norm(&x, &b.narrow(0, 0, 3).unwrap(), 1e-5).is_err());
+}
+
+#[test]
+fn half_types_are_rounded_once() {
+    let (x, w) = (random(1, &[3, 40], 1.0, DType::BF16), random(2, &[40], 1.0, DType::BF16));
+    let wide = |t: &Tensor| t.to_dtype(DType::F64).unwrap();
+    let got = CandleOps.rms_norm(&x, &w, 1e-5).unwrap();
+    assert_eq!(got.dtype(), DType::BF16);
+    assert_close(&got, &CandleOps.rms_norm(&wide(&x), &wide(&w), 1e-5).unwrap(), 4e-3, "bf16");
+}
+
+#[test]
+fn rotary_by_central_differences() {
+    let x = random_var(1, &[3, 12], 1.0, DType::F64);
+    let factors = random(2, &[3, 12], 1.0, DType::F64);
+    let table = RotaryTable::new(6, 4, 100.0, 30).unwrap();
+    for layout in [RotaryLayout::Halves, RotaryLayout::Interleaved] {
+        check_gradients(&[("x", &x)], || {
+            let y = CandleOps.rotary(&x, &table, layout, Positions::Each(&[7, 0, 29])).unwrap();
+            (y.sqr().unwrap() * &factors).unwrap().sum_all().unwrap()
+        });
+    }
+}
+
+#[test]
+fn attention_by_central_differences() {
+    let qkv = random_var(8, &[1, 5, 12], 1.0, DType::F64);
+    check_gradients(&[("qkv", &qkv)], || square(CandleOps.attention_fused(&qkv, 2)));
+    let shape = AttentionShape { num_heads: 4, num_kv_heads: 2 };
+    let [q, k, v] = [(1, 12), (2, 6), (3, 6)].map(|(seed, width)| random_var(seed, &[2, 3, width], 1.0, DType::F64));
+    check_gradients(&[("q", &q), ("k", &k), ("v", &v)], || square(CandleOps.attention(&q, &k, &v, shape)));
+}
+
+#[test]
+fn paged_attention_gives_the_last_rows_of_the_whole_pass() {
+    let shape = AttentionShape { num_heads: 4, num_kv_heads: 2 };
+    let [q, k, v] = [(1, 12), (2, 6), (3, 6)].map(|(seed, width)| random(seed, &[1, 7, width], 1.0, DType::F64));
+    let want = CandleOps.attention(&q, &k, &v, shape).unwrap().squeeze(0).unwrap();
+    let pages = || Tensor::zeros((4, 2, 6), DType::F64, q.device()).unwrap();
+    let (keys, values) = (pages(), pages());
+    let pool = PagedKv { keys: &keys, values: &values };
+    let blocks = [2, 0, 3, 1];
+    let slots: Vec<u32> = (0..7).map(|t| blocks[t as usize / 2] * 2 + t % 2).collect();
+    CandleOps.write_pages(pool, &k.squeeze(0).unwrap(), &v.squeeze(0).unwrap(), &slots).unwrap();
+    for new in [1, 3, 7] {
+        let last = |t: &Tensor| t.narrow(0, 7 - new, new).unwrap();
+        let sequence = PagedSequence { blocks: &blocks, len: 7, new };
+        let got = CandleOps.paged_attention(&last(&q.squeeze(0).unwrap()), pool, &[sequence], shape).unwrap();
+        assert_close(&got, &last(&want), 1e-12, &format!("{new} new"));
+    }
+}
+
+#[test]
+fn the_loss_by_hand_and_by_central_differences() {
+    let (x, w) = (random_var(1, &[4, 3], 1.0, DType::F64), random_var(2, &[7, 3], 1.0, DType::F64));
+    let targets = [3, 0, IGNORED, 6];
+    let logits = values(&x.matmul(&w.t().unwrap()).unwrap());
+    let nats = |row: usize, t: usize| {
+        let row = &logits[row * 7..][..7];
+        row.iter().map(|v| v.exp()).sum::<f64>().ln() - row[t]
+    };
+    let want = (nats(0, 3) + nats(1, 0) + nats(3, 6)) / 3.0;
+    let loss = || CandleOps.linear_cross_entropy(&x, &w.as_tensor().clone().into(), &targets).unwrap();
+    assert!((loss().to_scalar::<f64>().unwrap() - want).abs() < 1e-12);
+    check_gradients(&[("hidden", &x), ("weight", &w)], loss);
+}
+
+#[test]
+fn embedding_by_central_differences() {
+    let table = random_var(1, &[5, 3], 1.0, DType::F64);
+    let rows = |ids: &[u32]| CandleOps.embedding(&table.as_tensor().clone().into(), ids);
+    check_gradients(&[("table", &table)], || square(rows(&[4, 0, 4])));
+    assert!(rows(&[0, 5]).unwrap_err().to_string().contains("id 5"));
+}

@@ -1,0 +1,96 @@
+//! [`DecoderOps`]: what a decoder needs of a backend besides its experts.
+
+use super::{AttentionShape, PagedKv, PagedSequence, Positions, RotaryLayout, RotaryTable, WeightOps};
+use crate::{Result, Weight};
+use candle_core::Tensor;
+
+/// Linear maps, norms, rotary positions, attention and the embedding.
+pub trait DecoderOps: WeightOps {
+    /// `x W^T + b` over the last dimension.
+    ///
+    /// # Shapes
+    /// `x` `[.., in]`, `weight` `[out, in]`, `bias` `[out]` to `[.., out]`
+    ///
+    /// # Errors
+    /// If the sizes do not fit.
+    fn linear(&self, x: &Tensor, weight: &Weight, bias: Option<&Tensor>) -> Result<Tensor>;
+
+    /// `(x - mean) / sqrt(variance + epsilon) * weight + bias` over the last dimension.
+    ///
+    /// # Shapes
+    /// `x` `[.., width]`, `weight` and `bias` `[width]`
+    ///
+    /// # Errors
+    /// If a shape does not fit.
+    fn layer_norm(&self, x: &Tensor, weight: &Tensor, bias: &Tensor, epsilon: f64) -> Result<Tensor>;
+
+    /// `x / sqrt(mean(x^2) + epsilon) * weight` over the last dimension.
+    ///
+    /// # Shapes
+    /// `x` `[.., width]`, `weight` `[width]`
+    ///
+    /// # Errors
+    /// If a shape does not fit.
+    fn rms_norm(&self, x: &Tensor, weight: &Tensor, epsilon: f64) -> Result<Tensor>;
+
+    /// Turns the first columns of each head by the angles of the row's position.
+    ///
+    /// # Shapes
+    /// `x` `[.., seq_len, heads * head_dim]`
+    ///
+    /// # Errors
+    /// If the width is no whole number of heads or a position is not in the table.
+    fn rotary(&self, x: &Tensor, table: &RotaryTable, layout: RotaryLayout, positions: Positions<'_>)
+    -> Result<Tensor>;
+
+    /// Attention of each token to itself and those before it in its sequence.
+    ///
+    /// # Shapes
+    /// `queries` `[batch, seq_len, num_heads * head_dim]`, `keys` and `values` `[batch, seq_len, num_kv_heads * head_dim]`
+    ///
+    /// # Errors
+    /// If the shapes do not fit.
+    fn attention(&self, queries: &Tensor, keys: &Tensor, values: &Tensor, shape: AttentionShape) -> Result<Tensor>;
+
+    /// [`DecoderOps::attention`] of `[q | k | v]` with as many key heads as query heads, without taking it apart.
+    ///
+    /// # Shapes
+    /// `[batch, seq_len, 3 * d_model]` to `[batch, seq_len, d_model]`
+    ///
+    /// # Errors
+    /// If the shapes do not fit.
+    fn attention_fused(&self, qkv: &Tensor, num_heads: usize) -> Result<Tensor>;
+
+    /// Writes keys and values of new tokens into their places in a pool, in place. No gradient.
+    ///
+    /// # Shapes
+    /// `keys` and `values` `[tokens, width]`; `slots` `[tokens]`: `block * block_size + row` of each
+    ///
+    /// # Errors
+    /// If a shape does not fit or a slot is outside the pool.
+    fn write_pages(&self, pool: PagedKv<'_>, keys: &Tensor, values: &Tensor, slots: &[u32]) -> Result<()>;
+
+    /// Attention of the new tokens of each sequence over all tokens of that sequence. No gradient.
+    ///
+    /// # Shapes
+    /// `queries` `[sum of new, num_heads * head_dim]`, sequence after sequence; returns the same shape
+    ///
+    /// # Errors
+    /// If the shapes do not fit.
+    fn paged_attention(
+        &self,
+        queries: &Tensor,
+        pool: PagedKv<'_>,
+        sequences: &[PagedSequence<'_>],
+        shape: AttentionShape,
+    ) -> Result<Tensor>;
+
+    /// Rows of a table.
+    ///
+    /// # Shapes
+    /// `table` `[vocab_size, d_model]`, `ids` `[tokens]` to `[tokens, d_model]`
+    ///
+    /// # Errors
+    /// If an id is outside the table.
+    fn embedding(&self, table: &Weight, ids: &[u32]) -> Result<Tensor>;
+}

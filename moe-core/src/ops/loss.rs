@@ -1,0 +1,42 @@
+//! [`LossOps`]: the loss of a language model.
+
+use super::WeightOps;
+use crate::{Error, Result, Weight};
+use candle_core::Tensor;
+
+/// A target that does not count.
+pub const IGNORED: u32 = u32::MAX;
+
+/// The output layer together with its loss.
+pub trait LossOps: WeightOps {
+    /// Mean over the counted targets of `-log softmax(hidden weight^T)[target]`, in nats; 0 if no target counts.
+    ///
+    /// # Shapes
+    /// `hidden` `[tokens, d_model]`, `weight` `[vocab_size, d_model]`, `targets` `[tokens]` ([`IGNORED`] entries do not
+    /// count); returns a scalar
+    ///
+    /// # Errors
+    /// If the sizes differ or a target is outside the vocabulary.
+    fn linear_cross_entropy(&self, hidden: &Tensor, weight: &Weight, targets: &[u32]) -> Result<Tensor>;
+}
+
+/// Refuses targets that do not fit.
+///
+/// # Errors
+/// [`Error::Input`] naming the sizes or the target.
+pub fn check_targets(hidden: &[usize], weight: &[usize], targets: &[u32]) -> Result<()> {
+    let (&[tokens, width], &[vocab, weight_width]) = (hidden, weight) else {
+        return Err(Error::Input(format!("hidden {hidden:?} and weight {weight:?} must have two dimensions each")));
+    };
+    if targets.len() != tokens || width != weight_width {
+        return Err(Error::Input(format!(
+            "hidden [{tokens}, {width}] needs a weight of its width and {tokens} targets, got [{vocab}, {weight_width}] \
+             and {}",
+            targets.len()
+        )));
+    }
+    match targets.iter().find(|&&t| t != IGNORED && t as usize >= vocab) {
+        Some(target) => Err(Error::Input(format!("target {target} is outside the vocabulary of {vocab}"))),
+        None => Ok(()),
+    }
+}

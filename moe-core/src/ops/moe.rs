@@ -1,0 +1,153 @@
+//! [`MoeOps`]: what an MoE layer needs of a backend.
+
+use super::{Activation, WeightOps, host};
+use crate::{DispatchTable, DroplessConfig, ExpertLoad, MlpWeights, Result, Weight};
+use candle_core::Tensor;
+use std::sync::Arc;
+
+/// Moves rows between token order and expert order, and multiplies each expert's rows with that expert's weights.
+pub trait MoeOps: WeightOps {
+    /// `x W^T + b` for router logits and mixing coefficients: never in less than f32, whatever the precision of the other
+    /// products, because a rounded logit sends a token to another expert.
+    ///
+    /// # Shapes
+    /// `x` `[tokens, d_model]`, `weight` `[out, d_model]`, `bias` `[out]` to `[tokens, out]`
+    ///
+    /// # Errors
+    /// If the sizes do not fit.
+    fn gate(&self, x: &Tensor, weight: &Weight, bias: Option<&Tensor>) -> Result<Tensor>;
+
+    /// The whole decision of a [`crate::DroplessRouter`] in one sweep, without gradients and losses; `None` where a backend
+    /// has no such form for this weight.
+    ///
+    /// # Shapes
+    /// `tokens` `[tokens, d_model]`, `weight` `[num_experts, d_model]`, `selection_bias` `[num_experts]`
+    ///
+    /// # Errors
+    /// If the sizes do not fit.
+    fn choose(
+        &self,
+        tokens: &Tensor,
+        weight: &Weight,
+        selection_bias: Option<&Tensor>,
+        config: &DroplessConfig,
+    ) -> Result<Option<Choices>> {
+        let _ = (tokens, weight, selection_bias, config);
+        Ok(None)
+    }
+
+    /// Copies each routed token to its row. Without rows the result still takes part in the graph.
+    ///
+    /// # Shapes
+    /// `tokens` `[tokens, d_model]` to `[rows, d_model]`, in the order of `table`
+    ///
+    /// # Errors
+    /// If `tokens` does not have `table.num_tokens` rows.
+    fn permute(&self, tokens: &Tensor, table: &Arc<DispatchTable>) -> Result<Tensor>;
+
+    /// Sums each token's rows, scaled by its weights; a token without rows gets zeros.
+    ///
+    /// # Shapes
+    /// `rows` `[rows, d_model]`, `combine_weights` `[tokens, top_k]` to `[tokens, d_model]`
+    ///
+    /// # Errors
+    /// If a shape does not fit `table`.
+    fn unpermute(&self, rows: &Tensor, combine_weights: &Tensor, table: &Arc<DispatchTable>) -> Result<Tensor>;
+
+    /// `rows_e W_e^T + b_e` for each expert `e` over its rows `offsets[e]..offsets[e + 1]`.
+    ///
+    /// # Shapes
+    /// `rows` `[rows, in]`, `weight` `[experts, out, in]`, `bias` `[experts, out]` to `[rows, out]`
+    ///
+    /// # Errors
+    /// If a shape does not fit `offsets`.
+    fn grouped_linear(
+        &self,
+        rows: &Tensor,
+        weight: &Weight,
+        bias: Option<&Tensor>,
+        offsets: &[usize],
+    ) -> Result<Tensor>;
+
+    /// Applies an activation to the last dimension.
+    ///
+    /// # Shapes
+    /// `[.., d_ff * activation.inputs()]` to `[.., d_ff]`
+    ///
+    /// # Errors
+    /// If the width does not fit.
+    fn activation(&self, activation: Activation, x: &Tensor) -> Result<Tensor>;
+
+    /// The two linear maps of each expert over its rows, with the activation between them.
+    ///
+    /// # Shapes
+    /// `rows` `[rows, d_model]` to the same
+    ///
+    /// # Errors
+    /// If a shape does not fit `offsets`.
+    fn experts(
+        &self,
+        rows: &Tensor,
+        weights: &MlpWeights,
+        activation: Activation,
+        offsets: &[usize],
+    ) -> Result<Tensor> {
+        let hidden = self.grouped_linear(rows, &weights.fc_in, weights.fc_in_bias.as_ref(), offsets)?;
+        let hidden = self.activation(activation, &hidden)?;
+        self.grouped_linear(&hidden, &weights.fc_out, weights.fc_out_bias.as_ref(), offsets)
+    }
+}
+
+/// What [`MoeOps::choose`] decided.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Choices {
+    /// Chosen experts, `[tokens, top_k]`, best first.
+    pub expert_ids: Vec<u32>,
+    /// Factors of the combine, `[tokens, top_k]`.
+    pub combine_weights: Vec<f32>,
+    /// Demand.
+    pub load: ExpertLoad,
+}
+
+pub(super) fn check_grouped(
+    (num_rows, inner): (usize, usize),
+    weight: &[usize],
+    bias: Option<&Tensor>,
+    offsets: &[usize],
+) -> Result<()> {
+    let &[experts, out, weight_inner] = weight else {
+        return Err(crate::Error::Input(format!("weights of experts must be [experts, out, in], got {weight:?}")));
+    };
+    let fits = offsets.len() == experts + 1
+        && offsets.first() == Some(&0)
+        && offsets.last() == Some(&num_rows)
+        && offsets.windows(2).all(|pair| pair[0] <= pair[1]);
+    if !fits {
+        return Err(crate::Error::Input(format!(
+            "offsets {offsets:?} must rise from 0 to {num_rows} rows with one entry more than {experts} experts"
+        )));
+    }
+    if inner != weight_inner {
+        return Err(crate::Error::Input(format!(
+            "rows of width {inner} do not fit weights of input width {weight_inner}"
+        )));
+    }
+    bias.map_or(Ok(()), |b| host::expect_shape("bias", b, &[experts, out]))
+}
+
+pub(super) fn check_unpermute(rows: &Tensor, weights: &Tensor, table: &DispatchTable) -> Result<usize> {
+    let (num_rows, width) = rows.dims2()?;
+    if num_rows != table.num_rows() {
+        return Err(crate::Error::Input(format!("rows must number {}, got {num_rows}", table.num_rows())));
+    }
+    host::expect_shape("combine_weights", weights, &[table.num_tokens, table.top_k])?;
+    Ok(width)
+}
+
+pub(super) fn check_permute(tokens: &Tensor, table: &DispatchTable) -> Result<usize> {
+    let (num_tokens, width) = tokens.dims2()?;
+    if num_tokens != table.num_tokens {
+        return Err(crate::Error::Input(format!("tokens must number {}, got {num_tokens}", table.num_tokens)));
+    }
+    Ok(width)
+}

@@ -1,0 +1,158 @@
+//! Rotary position embedding as data: which columns turn, and the cosines and sines of every position, computed once per
+//! model.
+
+use crate::{Error, Result};
+use std::sync::Arc;
+
+/// Which columns of a head form a pair; `h` is half of the table's `rotary_dim`.
+///
+/// ```text
+/// Halves       (0, h) (1, h + 1) (2, h + 2) ..
+/// Interleaved  (0, 1) (2, 3)     (4, 5)     ..
+/// ```
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub enum RotaryLayout {
+    /// `rotate_half` of Llama, Mixtral and GPT-NeoX in transformers.
+    Halves,
+    /// That of the RoFormer paper, GPT-J and DeepSeek.
+    Interleaved,
+}
+
+/// The positions of the rows.
+#[derive(Debug, Clone, Copy)]
+pub enum Positions<'a> {
+    /// `start`, `start + 1`, .. along the dimension before the last.
+    From(u32),
+    /// One per row, all leading dimensions flattened.
+    Each(&'a [u32]),
+}
+
+/// Cosines and sines of the angles `position * frequency`, for positions `0..max_positions`. Clones share memory.
+///
+/// Angles are f64; cosines and sines are rounded to f32 at the end, so that late positions are as exact as early ones.
+#[derive(Debug, Clone)]
+pub struct RotaryTable {
+    head_dim: usize,
+    /// Pairs of columns that turn, half of the rotary dimension.
+    pairs: usize,
+    max_positions: usize,
+    /// `[max_positions, 2, pairs]`: cosines, then sines.
+    values: Arc<[f32]>,
+}
+
+impl RotaryTable {
+    /// Frequencies `theta^(-2 i / rotary_dim)` for pair `i`; columns of a head from `rotary_dim` on stay as they are.
+    ///
+    /// # Errors
+    /// [`Error::Input`] if `rotary_dim` is odd, 0 or above `head_dim`, `theta` is not positive, or there are more
+    /// than 2^32 positions.
+    pub fn new(head_dim: usize, rotary_dim: usize, theta: f64, max_positions: usize) -> Result<Self> {
+        if !rotary_dim.is_multiple_of(2) {
+            return Err(Error::Input(format!("rotary_dim must be even, as columns turn in pairs; got {rotary_dim}")));
+        }
+        if !theta.is_finite() || theta <= 0.0 {
+            return Err(Error::Input(format!(
+                "theta must be finite and positive, got {theta}; models use 10000 and up"
+            )));
+        }
+        let frequency = |i: usize| theta.powf(-2.0 * i as f64 / rotary_dim as f64);
+        let frequencies: Vec<f64> = (0..rotary_dim / 2).map(frequency).collect();
+        Self::from_frequencies(head_dim, &frequencies, max_positions)
+    }
+
+    /// Any frequencies, one per pair, in radians per position: for models that scale them.
+    ///
+    /// # Errors
+    /// [`Error::Input`] if there is none, one is not finite, they need more columns than `head_dim` has, or there
+    /// are more than 2^32 positions.
+    pub fn from_frequencies(head_dim: usize, frequencies: &[f64], max_positions: usize) -> Result<Self> {
+        let pairs = frequencies.len();
+        if pairs == 0 || 2 * pairs > head_dim {
+            return Err(Error::Input(format!(
+                "rotary_dim must be from 2 to the head_dim of {head_dim}, got {}",
+                2 * pairs
+            )));
+        }
+        if let Some(bad) = frequencies.iter().find(|f| !f.is_finite()) {
+            return Err(Error::Input(format!("frequencies must be finite, got {bad}")));
+        }
+        if u32::try_from(max_positions.saturating_sub(1)).is_err() {
+            return Err(Error::Input(format!("max_positions must be at most 2^32, got {max_positions}")));
+        }
+        let angles = |position: usize| frequencies.iter().map(move |f| position as f64 * f);
+        let values = (0..max_positions)
+            .flat_map(|position| angles(position).map(f64::cos).chain(angles(position).map(f64::sin)))
+            .map(|value| value as f32)
+            .collect();
+        Ok(Self { head_dim, pairs, max_positions, values })
+    }
+
+    /// Columns of a head.
+    pub fn head_dim(&self) -> usize {
+        self.head_dim
+    }
+
+    /// Columns of a head that turn: the first ones.
+    pub fn rotary_dim(&self) -> usize {
+        2 * self.pairs
+    }
+
+    /// Positions in the table.
+    pub fn max_positions(&self) -> usize {
+        self.max_positions
+    }
+
+    /// Cosines and sines `[rotary_dim / 2]` of a position.
+    ///
+    /// # Panics
+    /// If the position is not in the table.
+    #[inline(always)]
+    pub fn at(&self, position: u32) -> (&[f32], &[f32]) {
+        self.values[position as usize * 2 * self.pairs..][..2 * self.pairs].split_at(self.pairs)
+    }
+
+    /// One position per row of a tensor of this shape.
+    ///
+    /// # Errors
+    /// [`Error::Input`] if the width is no multiple of `head_dim`, there is not one position per row, or a position is not in
+    /// the table.
+    pub fn resolve(&self, dims: &[usize], positions: Positions<'_>) -> Result<Vec<u32>> {
+        let [leading @ .., width] = dims else {
+            return Err(Error::Input("rotary needs an input of at least one dimension".into()));
+        };
+        if !width.is_multiple_of(self.head_dim) {
+            return Err(Error::Input(format!(
+                "rotary with a head_dim of {} got an input of width {width}, which is not a whole number of heads",
+                self.head_dim
+            )));
+        }
+        let rows: usize = leading.iter().product();
+        let seq_len = leading.last().copied().unwrap_or(1);
+        if rows == 0 {
+            return Ok(Vec::new());
+        }
+        let too_far = |position: u64| {
+            Error::Input(format!(
+                "position {position} is not in a table of max_positions {}; make a longer table",
+                self.max_positions
+            ))
+        };
+        let max = self.max_positions as u64;
+        match positions {
+            Positions::From(start) => {
+                let last = u64::from(start) + seq_len as u64 - 1;
+                if last >= max {
+                    return Err(too_far(last));
+                }
+                Ok((0..rows).map(|row| start + (row % seq_len) as u32).collect())
+            }
+            Positions::Each(each) if each.len() != rows => {
+                Err(Error::Input(format!("positions must be one per row, {rows}, got {}", each.len())))
+            }
+            Positions::Each(each) => match each.iter().find(|&&p| u64::from(p) >= max) {
+                Some(&p) => Err(too_far(p.into())),
+                None => Ok(each.to_vec()),
+            },
+        }
+    }
+}

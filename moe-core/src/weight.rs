@@ -1,0 +1,116 @@
+//! [`Weight`]: what a layer multiplies with, as a tensor or in a backend's own form; [`WeightSource`]: where it comes from.
+
+use crate::{Error, ParamSpec, Result};
+use candle_core::Tensor;
+use candle_nn::VarBuilder;
+use std::any::Any;
+use std::fmt::Debug;
+use std::sync::Arc;
+
+/// A matrix `[out, in]`, or one per expert, `[experts, out, in]`.
+#[derive(Debug, Clone)]
+pub enum Weight {
+    /// As it is, with its gradient if it is a variable.
+    Tensor(Tensor),
+    /// In the form a backend multiplies with; without a gradient.
+    Packed(Arc<dyn PackedWeight>),
+}
+
+/// A backend's form of a weight. Its owner may rewrite it in place between two passes; whoever reads sees either form whole.
+pub trait PackedWeight: Debug + Send + Sync {
+    /// `[out, in]` or `[experts, out, in]`
+    fn dims(&self) -> &[usize];
+    /// Size in memory.
+    fn bytes(&self) -> usize;
+    /// For the backend that made it.
+    fn as_any(&self) -> &dyn Any;
+}
+
+impl Weight {
+    /// `[out, in]` or `[experts, out, in]`
+    pub fn dims(&self) -> &[usize] {
+        match self {
+            Self::Tensor(tensor) => tensor.dims(),
+            Self::Packed(packed) => packed.dims(),
+        }
+    }
+
+    /// Size in memory.
+    pub fn bytes(&self) -> usize {
+        match self {
+            Self::Tensor(tensor) => tensor.elem_count() * tensor.dtype().size_in_bytes(),
+            Self::Packed(packed) => packed.bytes(),
+        }
+    }
+
+    /// The tensor.
+    ///
+    /// # Errors
+    /// [`Error::Input`] if the weight is packed: another backend than the one that packed it was asked.
+    pub fn tensor(&self) -> Result<&Tensor> {
+        match self {
+            Self::Tensor(tensor) => Ok(tensor),
+            Self::Packed(packed) => Err(Error::Input(format!(
+                "a weight of shape {:?} is packed for another backend; use the operations it was made with",
+                packed.dims()
+            ))),
+        }
+    }
+}
+
+impl From<Tensor> for Weight {
+    fn from(tensor: Tensor) -> Self {
+        Self::Tensor(tensor)
+    }
+}
+
+/// What a weight is for: a backend may keep each kind in a form of its own.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum WeightUse {
+    /// Matrix products, in the backend's precision.
+    Product,
+    /// Router logits and mixing coefficients, never in less than f32.
+    Gate,
+    /// Rows that are looked up, and perhaps the output layer's products.
+    Table,
+}
+
+/// A parameter that is still where it came from: fetched whole, or matrix by matrix so that no stack is ever held.
+#[derive(Clone)]
+pub struct WeightSource<'a> {
+    vb: &'a VarBuilder<'a>,
+    spec: &'a ParamSpec,
+}
+
+impl<'a> WeightSource<'a> {
+    /// The parameter `spec` below the prefix of `vb`.
+    pub fn new(vb: &'a VarBuilder<'a>, spec: &'a ParamSpec) -> Self {
+        Self { vb, spec }
+    }
+
+    /// `[out, in]` or `[experts, out, in]`
+    pub fn dims(&self) -> &[usize] {
+        &self.spec.shape
+    }
+
+    /// All of it.
+    ///
+    /// # Errors
+    /// If there is no such tensor or it has another shape.
+    pub fn whole(&self) -> Result<Tensor> {
+        self.spec.get(self.vb)
+    }
+
+    /// Matrices: the experts, or 1.
+    pub fn num_matrices(&self) -> usize {
+        if self.spec.is_stacked() { self.spec.shape[0] } else { 1 }
+    }
+
+    /// Matrix `index` alone, `[out, in]`.
+    ///
+    /// # Errors
+    /// If there is no such tensor or it has another shape.
+    pub fn matrix(&self, index: usize) -> Result<Tensor> {
+        if self.spec.is_stacked() { self.spec.get_expert(self.vb, index) } else { self.whole() }
+    }
+}

@@ -1,0 +1,140 @@
+//! [`Attention`]: projections, norms of heads, rotary positions and the attention itself, over whole sequences or over pages.
+
+use super::{Linear, Norm};
+use crate::Result;
+use crate::cache::PagedStep;
+use crate::config::{AttentionConfig, Projection, RotaryConfig};
+use candle_core::{D, Tensor};
+use candle_nn::VarBuilder;
+use moe_core::Ops;
+use moe_core::ops::{AttentionShape, PagedKv, Positions, RotaryTable};
+use std::sync::Arc;
+
+/// Causal attention.
+#[derive(Debug)]
+pub struct Attention {
+    projections: Vec<Linear>,
+    out: Linear,
+    /// Over each head of queries and keys.
+    head_norms: Option<[Norm; 2]>,
+    rotary: Option<RotaryTable>,
+    config: AttentionConfig,
+    ops: Arc<dyn Ops>,
+}
+
+/// Tables of angles, one for all layers that turn alike.
+#[derive(Debug)]
+pub struct Rotaries {
+    max_positions: usize,
+    tables: Vec<(RotaryConfig, usize, RotaryTable)>,
+}
+
+impl Rotaries {
+    /// For sequences of up to `max_positions` tokens.
+    pub fn new(max_positions: usize) -> Self {
+        Self { max_positions, tables: Vec::new() }
+    }
+
+    fn get(&mut self, config: RotaryConfig, head_dim: usize) -> Result<RotaryTable> {
+        if let Some((_, _, table)) = self.tables.iter().find(|(c, dim, _)| *c == config && *dim == head_dim) {
+            return Ok(table.clone());
+        }
+        let table = RotaryTable::new(head_dim, config.rotary_dim, config.theta, self.max_positions)?;
+        self.tables.push((config, head_dim, table.clone()));
+        Ok(table)
+    }
+}
+
+impl Attention {
+    /// The attention whose parameters lie under `vb`.
+    ///
+    /// # Errors
+    /// If a parameter is missing or has another shape.
+    pub fn new(
+        config: &AttentionConfig,
+        vb: VarBuilder<'_>,
+        ops: Arc<dyn Ops>,
+        rotaries: &mut Rotaries,
+    ) -> Result<Self> {
+        let linear = |(name, linear): (&str, _)| Linear::new(&linear, vb.pp(name), Arc::clone(&ops));
+        let norm = |name: &str, norm| Norm::new(&norm, vb.pp(name), Arc::clone(&ops));
+        let head_norms = match config.head_norm() {
+            Some(config) => Some([norm("q_norm", config)?, norm("k_norm", config)?]),
+            None => None,
+        };
+        Ok(Self {
+            projections: config.projections().into_iter().map(linear).collect::<Result<_>>()?,
+            out: linear(("o_proj", config.out()))?,
+            head_norms,
+            rotary: config.rotary.map(|rotary| rotaries.get(rotary, config.head_dim)).transpose()?,
+            config: *config,
+            ops: Arc::clone(&ops),
+        })
+    }
+
+    fn shape(&self) -> AttentionShape {
+        AttentionShape { num_heads: self.config.num_heads, num_kv_heads: self.config.num_kv_heads }
+    }
+
+    /// Queries, keys and values of `[tokens, d_model]`, ready to be multiplied.
+    fn qkv(&self, x: &Tensor, positions: Positions<'_>) -> Result<[Tensor; 3]> {
+        let (q_width, kv_width) = (self.config.q_width(), self.config.kv_width());
+        let [mut q, mut k, v] = match self.projections.as_slice() {
+            [q, k, v] => [q.forward(x)?, k.forward(x)?, v.forward(x)?],
+            all => {
+                let qkv = all[0].forward(x)?;
+                let part = |start, width| qkv.narrow(D::Minus1, start, width);
+                [part(0, q_width)?, part(q_width, kv_width)?, part(q_width + kv_width, kv_width)?]
+            }
+        };
+        if let Some([q_norm, k_norm]) = &self.head_norms {
+            (q, k) = (q_norm.forward_heads(&q)?, k_norm.forward_heads(&k)?);
+        }
+        if let (Some(table), Some(rotary)) = (&self.rotary, self.config.rotary) {
+            q = self.ops.rotary(&q, table, rotary.layout, positions)?;
+            k = self.ops.rotary(&k, table, rotary.layout, positions)?;
+        }
+        Ok([q, k, v])
+    }
+
+    /// Whole sequences of `seq_len` tokens, one after the other.
+    ///
+    /// # Shapes
+    /// `[batch * seq_len, d_model]` to the same
+    ///
+    /// # Errors
+    /// If a shape does not fit.
+    pub fn forward(&self, x: &Tensor, seq_len: usize) -> Result<Tensor> {
+        let tokens = x.dim(0)?;
+        let batch = tokens / seq_len.max(1);
+        let plain = self.head_norms.is_none() && self.rotary.is_none();
+        let attended = if self.config.projection == Projection::Fused
+            && plain
+            && self.config.num_heads == self.config.num_kv_heads
+        {
+            let qkv = self.projections[0].forward(x)?;
+            let width = qkv.dim(1)?;
+            self.ops.attention_fused(&qkv.reshape((batch, seq_len, width))?, self.config.num_heads)?
+        } else {
+            let positions: Vec<u32> = (0..tokens).map(|token| (token % seq_len) as u32).collect();
+            let [q, k, v] = self.qkv(x, Positions::Each(&positions))?;
+            let split = |part: &Tensor| part.reshape((batch, seq_len, part.dim(1)?));
+            self.ops.attention(&split(&q)?, &split(&k)?, &split(&v)?, self.shape())?
+        };
+        self.out.forward(&attended.reshape((tokens, self.config.q_width()))?)
+    }
+
+    /// The new tokens of a ragged batch, whose keys and values go into `pages`.
+    ///
+    /// # Shapes
+    /// `[new tokens, d_model]` to the same
+    ///
+    /// # Errors
+    /// If a shape does not fit.
+    pub fn forward_paged(&self, x: &Tensor, step: &PagedStep, pages: PagedKv<'_>) -> Result<Tensor> {
+        let [q, k, v] = self.qkv(x, Positions::Each(&step.positions))?;
+        self.ops.write_pages(pages, &k, &v, &step.slots)?;
+        let attended = self.ops.paged_attention(&q, pages, &step.sequences(), self.shape())?;
+        self.out.forward(&attended)
+    }
+}

@@ -1,0 +1,48 @@
+//! [`Norm`]: LayerNorm or RMSNorm.
+
+use crate::Result;
+use crate::config::NormConfig;
+use candle_core::Tensor;
+use candle_nn::VarBuilder;
+use moe_core::Ops;
+use std::sync::Arc;
+
+/// A norm over the last dimension: LayerNorm if it has a bias, else RMSNorm.
+#[derive(Debug, Clone)]
+pub struct Norm {
+    weight: Tensor,
+    bias: Option<Tensor>,
+    epsilon: f64,
+    ops: Arc<dyn Ops>,
+}
+
+impl Norm {
+    /// The norm whose parameters lie under `vb`.
+    ///
+    /// # Errors
+    /// If a parameter is missing or has another shape.
+    pub fn new(config: &NormConfig, vb: VarBuilder<'_>, ops: Arc<dyn Ops>) -> Result<Self> {
+        let bias = config.bias().map(|spec| spec.get(&vb)).transpose()?;
+        Ok(Self { weight: config.weight().get(&vb)?, bias, epsilon: config.epsilon, ops })
+    }
+
+    /// Shape `[.., width]` stays.
+    ///
+    /// # Errors
+    /// If the width is another.
+    pub fn forward(&self, x: &Tensor) -> Result<Tensor> {
+        Ok(match &self.bias {
+            Some(bias) => self.ops.layer_norm(x, &self.weight, bias, self.epsilon)?,
+            None => self.ops.rms_norm(x, &self.weight, self.epsilon)?,
+        })
+    }
+
+    /// The same over each head of `[.., heads * width]`.
+    ///
+    /// # Errors
+    /// If the last dimension is no whole number of heads.
+    pub fn forward_heads(&self, x: &Tensor) -> Result<Tensor> {
+        let heads = x.reshape(((), self.weight.dim(0)?))?;
+        Ok(self.forward(&heads)?.reshape(x.shape())?)
+    }
+}

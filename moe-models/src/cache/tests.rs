@@ -1,0 +1,100 @@
+//! Pages: taken, shared, copied before a write, given back.
+
+use super::*;
+use crate::Error;
+use candle_core::{Device, Tensor};
+use moe_core::testing::values;
+
+const SIZE: usize = 4;
+
+fn pool(num_pages: usize) -> KvPool {
+    let layout = CacheLayout { widths: vec![2, 3] };
+    KvPool::new(&layout, PoolConfig { num_pages, page_size: SIZE }, &Device::Cpu).unwrap()
+}
+
+/// Appends tokens that are numbered from `first`; each layer's keys become that number.
+fn append(pool: &KvPool, sequence: &mut CachedSequence, new: usize, first: u32) -> crate::Result<()> {
+    let mut step = PagedStep::default();
+    step.add(sequence, new, pool)?;
+    for layer in 0..2 {
+        let pages = pool.layer(layer);
+        let width = pages.keys.dims()[2];
+        let rows = (0..new).flat_map(|t| vec![(first + t as u32) as f32; width]).collect::<Vec<_>>();
+        let rows = Tensor::from_vec(rows, (new, width), &Device::Cpu)?;
+        moe_kernels::attention::write_pages(pages, &rows, &rows, &step.slots)?;
+    }
+    sequence.grow(new);
+    Ok(())
+}
+
+fn read(pool: &KvPool, sequence: &CachedSequence) -> Vec<f64> {
+    let row = |t: usize| {
+        let page = sequence.page_ids()[t / SIZE] as usize;
+        let of = |layer: usize| values(&pool.layer(layer).values.get(page).unwrap().get(t % SIZE).unwrap())[0];
+        assert_eq!(of(0), of(1), "layers agree");
+        of(0)
+    };
+    (0..sequence.len()).map(row).collect()
+}
+
+#[test]
+fn clones_share_pages_until_one_is_written_to() {
+    let pool = pool(8);
+    let mut first = pool.sequence();
+    append(&pool, &mut first, 6, 10).unwrap();
+    assert_eq!(pool.free_pages(), 6);
+    let mut second = first.clone();
+    assert_eq!(pool.free_pages(), 6, "a clone takes nothing");
+
+    append(&pool, &mut second, 1, 90).unwrap();
+    assert_eq!(pool.free_pages(), 5, "the shared last page was copied");
+    assert_eq!(second.page_ids()[0], first.page_ids()[0], "the full page is still shared");
+    append(&pool, &mut first, 3, 50).unwrap();
+    assert_eq!(pool.free_pages(), 4, "the first owns its last page alone and grows by one");
+    assert_eq!(read(&pool, &first), [10., 11., 12., 13., 14., 15., 50., 51., 52.]);
+    assert_eq!(read(&pool, &second), [10., 11., 12., 13., 14., 15., 90.]);
+
+    drop(first);
+    assert_eq!(pool.free_pages(), 6);
+    second.truncate(3);
+    assert_eq!(pool.free_pages(), 7);
+    append(&pool, &mut second, 2, 70).unwrap();
+    assert_eq!(read(&pool, &second), [10., 11., 12., 70., 71.]);
+    drop(second);
+    assert_eq!(pool.free_pages(), 8);
+}
+
+#[test]
+fn an_empty_pool_is_an_error_and_takes_nothing() {
+    let pool = pool(2);
+    let mut sequence = pool.sequence();
+    append(&pool, &mut sequence, 5, 0).unwrap();
+    let error = append(&pool, &mut sequence, 4, 5).unwrap_err();
+    assert!(matches!(error, Error::OutOfPages { needed: 1, free: 0 }), "{error}");
+    assert_eq!(sequence.len(), 5);
+    append(&pool, &mut sequence, 3, 5).unwrap();
+    let mut other = pool.sequence();
+    assert!(append(&pool, &mut other, 1, 0).is_err());
+    sequence.truncate(0);
+    append(&pool, &mut other, 1, 0).unwrap();
+    for bad in [PoolConfig { num_pages: 0, page_size: 4 }, PoolConfig { num_pages: 1 << 40, page_size: 4 }] {
+        let error = KvPool::new(&CacheLayout { widths: vec![1] }, bad, &Device::Cpu).unwrap_err().to_string();
+        assert!(error.contains("pool"), "{error}");
+    }
+}
+
+#[test]
+fn steps_number_positions_and_slots() {
+    let pool = pool(4);
+    let (mut a, mut b) = (pool.sequence().with_seed(7), pool.sequence());
+    append(&pool, &mut a, 3, 0).unwrap();
+    let mut step = PagedStep::default();
+    step.add(&mut a, 2, &pool).unwrap();
+    step.add(&mut b, 1, &pool).unwrap();
+    assert_eq!(step.positions, [3, 4, 0]);
+    assert_eq!(step.draws, [(7, 3), (7, 4), (0, 0)]);
+    let (pages_a, pages_b) = (a.page_ids(), b.page_ids());
+    assert_eq!(step.slots, [pages_a[0] * 4 + 3, pages_a[1] * 4, pages_b[0] * 4]);
+    let lens: Vec<_> = step.sequences().iter().map(|s| (s.len, s.new)).collect();
+    assert_eq!(lens, [(5, 2), (1, 1)]);
+}

@@ -1,0 +1,358 @@
+//! [`DecoderConfig`]: what every layer of a decoder is made of. Plain data; a family's configuration becomes one.
+
+use crate::params::ParamTable;
+use crate::{Error, Result};
+use moe_core::ops::RotaryLayout;
+use moe_core::{MlpConfig, MoeConfig, ParamInit, ParamSpec, SplitKind};
+
+/// A decoder-only language model.
+#[derive(Debug, Clone, PartialEq)]
+pub struct DecoderConfig {
+    /// Entries of the vocabulary, padding included.
+    pub vocab_size: usize,
+    /// The longest sequence.
+    pub max_seq_len: usize,
+    /// Width of the residual stream.
+    pub d_model: usize,
+    /// From the first to the last.
+    pub layers: Vec<LayerConfig>,
+    /// The norm before the output layer.
+    pub norm: NormConfig,
+    /// Whether positions are learned and added to the embedding.
+    pub learned_positions: bool,
+    /// Whether the output layer is the embedding.
+    pub tie_embeddings: bool,
+    /// Standard deviation of the initial embedding.
+    pub init_std: f64,
+    /// Token that separates and ends documents.
+    pub eos_token_id: Option<u32>,
+}
+
+/// One layer: attention and a feed-forward part, each behind a norm and added to the residual stream.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub struct LayerConfig {
+    /// The norms of both parts.
+    pub norm: NormConfig,
+    /// The first part.
+    pub attention: AttentionConfig,
+    /// The second part.
+    pub feed_forward: FeedForwardConfig,
+}
+
+/// A norm over the last dimension.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub struct NormConfig {
+    /// Its formula.
+    pub kind: NormKind,
+    /// Columns.
+    pub width: usize,
+    /// Added to the variance.
+    pub epsilon: f64,
+}
+
+/// The formula of a norm.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum NormKind {
+    /// Mean and variance, with weight and bias.
+    LayerNorm,
+    /// Root of the mean square, with weight.
+    RmsNorm,
+}
+
+/// Causal attention.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub struct AttentionConfig {
+    /// Width of the residual stream.
+    pub d_model: usize,
+    /// Heads of the queries.
+    pub num_heads: usize,
+    /// Heads of the keys and values; divides `num_heads`.
+    pub num_kv_heads: usize,
+    /// Width of a head.
+    pub head_dim: usize,
+    /// How queries, keys and values are projected.
+    pub projection: Projection,
+    /// Whether the projections of queries, keys and values have a bias.
+    pub qkv_bias: bool,
+    /// Whether the output projection has a bias.
+    pub out_bias: bool,
+    /// Epsilon of an RMSNorm over each head of queries and keys.
+    pub qk_norm: Option<f64>,
+    /// Rotary positions; none if `None`.
+    pub rotary: Option<RotaryConfig>,
+    /// Standard deviation of the initial projections.
+    pub in_std: f64,
+    /// The same of the output projection.
+    pub out_std: f64,
+}
+
+/// Whether queries, keys and values come from one matrix.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Projection {
+    /// `qkv_proj`
+    Fused,
+    /// `q_proj`, `k_proj`, `v_proj`
+    Separate,
+}
+
+/// Rotary positions.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub struct RotaryConfig {
+    /// Which columns turn together.
+    pub layout: RotaryLayout,
+    /// Columns of a head that turn.
+    pub rotary_dim: usize,
+    /// Base of the frequencies.
+    pub theta: f64,
+}
+
+/// The part of a layer that looks at each token alone.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub enum FeedForwardConfig {
+    /// One network for all tokens.
+    Dense(MlpConfig),
+    /// Routed experts.
+    Moe(MoeConfig),
+}
+
+/// A linear map.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub struct LinearConfig {
+    /// Columns of the input.
+    pub in_features: usize,
+    /// Columns of the output.
+    pub out_features: usize,
+    /// Whether there is a bias.
+    pub bias: bool,
+    /// How ranks may split it.
+    pub split: LinearSplit,
+    /// Standard deviation of the initial weight.
+    pub std: f64,
+}
+
+/// How ranks may split a linear map.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum LinearSplit {
+    /// Every rank holds all of it.
+    Whole,
+    /// Each rank computes columns of the output; `parts` equal parts of them are each split by themselves.
+    Columns {
+        /// 3 of `[q | k | v]`, else 1.
+        parts: usize,
+    },
+    /// Each rank takes columns of the input, and the results are summed.
+    Rows,
+}
+
+impl LinearConfig {
+    /// `weight` `[out_features, in_features]`
+    pub fn weight(&self) -> ParamSpec {
+        let spec = ParamSpec::new("weight", &[self.out_features, self.in_features], ParamInit::Normal(self.std));
+        match self.split {
+            LinearSplit::Whole => spec,
+            LinearSplit::Columns { parts } => spec.split(SplitKind::Tensor, 0, parts),
+            LinearSplit::Rows => spec.split(SplitKind::Tensor, 1, 1),
+        }
+    }
+
+    /// `bias` `[out_features]`
+    pub fn bias(&self) -> Option<ParamSpec> {
+        let spec = || ParamSpec::new("bias", &[self.out_features], ParamInit::Zeros);
+        self.bias.then(|| match self.split {
+            LinearSplit::Columns { parts } => spec().split(SplitKind::Tensor, 0, parts),
+            LinearSplit::Whole | LinearSplit::Rows => spec(),
+        })
+    }
+
+    /// All parameters.
+    pub fn params(&self) -> Vec<ParamSpec> {
+        [self.weight()].into_iter().chain(self.bias()).collect()
+    }
+}
+
+impl NormConfig {
+    /// `weight` `[width]`
+    pub fn weight(&self) -> ParamSpec {
+        ParamSpec::new("weight", &[self.width], ParamInit::Ones)
+    }
+
+    /// `bias` `[width]`
+    pub fn bias(&self) -> Option<ParamSpec> {
+        (self.kind == NormKind::LayerNorm).then(|| ParamSpec::new("bias", &[self.width], ParamInit::Zeros))
+    }
+
+    /// All parameters.
+    pub fn params(&self) -> Vec<ParamSpec> {
+        [self.weight()].into_iter().chain(self.bias()).collect()
+    }
+}
+
+impl AttentionConfig {
+    /// Columns of keys and of values: what a layer's cache keeps of a token, twice.
+    pub fn kv_width(&self) -> usize {
+        self.num_kv_heads * self.head_dim
+    }
+
+    /// Columns of the queries.
+    pub fn q_width(&self) -> usize {
+        self.num_heads * self.head_dim
+    }
+
+    /// The projections with their names: one, or those of queries, keys and values.
+    pub fn projections(&self) -> Vec<(&'static str, LinearConfig)> {
+        let linear = |out_features, parts| LinearConfig {
+            in_features: self.d_model,
+            out_features,
+            bias: self.qkv_bias,
+            split: LinearSplit::Columns { parts },
+            std: self.in_std,
+        };
+        match self.projection {
+            Projection::Fused => vec![("qkv_proj", linear(self.q_width() + 2 * self.kv_width(), 3))],
+            Projection::Separate => vec![
+                ("q_proj", linear(self.q_width(), 1)),
+                ("k_proj", linear(self.kv_width(), 1)),
+                ("v_proj", linear(self.kv_width(), 1)),
+            ],
+        }
+    }
+
+    /// `o_proj`
+    pub fn out(&self) -> LinearConfig {
+        LinearConfig {
+            in_features: self.q_width(),
+            out_features: self.d_model,
+            bias: self.out_bias,
+            split: LinearSplit::Rows,
+            std: self.out_std,
+        }
+    }
+
+    /// The norm over each head of queries (`q_norm`) and keys (`k_norm`).
+    pub fn head_norm(&self) -> Option<NormConfig> {
+        self.qk_norm.map(|epsilon| NormConfig { kind: NormKind::RmsNorm, width: self.head_dim, epsilon })
+    }
+
+    fn params(&self) -> Vec<ParamSpec> {
+        let mut params = Vec::new();
+        for (name, linear) in self.projections() {
+            params.extend(below(name, linear.params()));
+        }
+        params.extend(below("o_proj", self.out().params()));
+        for name in ["q_norm", "k_norm"] {
+            params.extend(below(name, self.head_norm().map_or_else(Vec::new, |norm| norm.params())));
+        }
+        params
+    }
+}
+
+impl FeedForwardConfig {
+    fn params(&self) -> Vec<ParamSpec> {
+        match self {
+            Self::Dense(mlp) => mlp.params(),
+            Self::Moe(moe) => moe.params(),
+        }
+    }
+
+    /// The experts, if there are any.
+    pub fn moe(&self) -> Option<&MoeConfig> {
+        match self {
+            Self::Dense(_) => None,
+            Self::Moe(moe) => Some(moe),
+        }
+    }
+}
+
+impl LayerConfig {
+    fn params(&self) -> Vec<ParamSpec> {
+        let parts = [
+            ("input_layernorm", self.norm.params()),
+            ("self_attn", self.attention.params()),
+            ("post_attention_layernorm", self.norm.params()),
+            ("mlp", self.feed_forward.params()),
+        ];
+        parts.into_iter().flat_map(|(name, params)| below(name, params)).collect()
+    }
+}
+
+fn below(prefix: &str, params: Vec<ParamSpec>) -> Vec<ParamSpec> {
+    params.into_iter().map(|spec| spec.below(prefix)).collect()
+}
+
+/// Refuses sizes no model has, before anything of that size is allocated.
+const MOST: usize = 1 << 24;
+
+impl DecoderConfig {
+    /// Checks that the layers fit each other. A family checks its own values first and names them as its files do.
+    ///
+    /// # Errors
+    /// [`Error::Config`] naming the layer and the value.
+    pub fn validate(&self) -> Result<()> {
+        let refuse = |text: String| Err(Error::Config(text));
+        let sizes = [("vocab_size", self.vocab_size), ("max_seq_len", self.max_seq_len), ("d_model", self.d_model)];
+        for (name, size) in sizes {
+            if !(1..=MOST).contains(&size) {
+                return refuse(format!("{name} must be between 1 and {MOST}, got {size}"));
+            }
+        }
+        if self.layers.is_empty() || self.layers.len() > 1 << 12 {
+            return refuse(format!("num_layers must be between 1 and 4096, got {}", self.layers.len()));
+        }
+        for (index, layer) in self.layers.iter().enumerate() {
+            let attention = &layer.attention;
+            let (heads, kv_heads, dim) = (attention.num_heads, attention.num_kv_heads, attention.head_dim);
+            if heads == 0 || kv_heads == 0 || !heads.is_multiple_of(kv_heads) || !(1..=MOST).contains(&dim) {
+                return refuse(format!(
+                    "layer {index}: num_kv_heads {kv_heads} must divide num_heads {heads}, and neither they nor head_dim {dim} may be 0"
+                ));
+            }
+            if heads.saturating_mul(dim) > MOST {
+                return refuse(format!("layer {index}: {heads} heads of {dim} columns are more than {MOST}"));
+            }
+            let width = match &layer.feed_forward {
+                FeedForwardConfig::Dense(mlp) => mlp.d_model,
+                FeedForwardConfig::Moe(moe) => {
+                    moe.validate().map_err(|e| Error::Config(format!("layer {index}: {e}")))?;
+                    moe.expert.d_model
+                }
+            };
+            for got in [width, attention.d_model, layer.norm.width] {
+                if got != self.d_model {
+                    return refuse(format!("layer {index} has width {got}, but d_model is {}", self.d_model));
+                }
+            }
+        }
+        Ok(())
+    }
+
+    /// `model.embed_tokens.weight`, `model.embed_positions.weight`: a table of `rows`.
+    pub(crate) fn table(&self, rows: usize) -> ParamSpec {
+        ParamSpec::new("weight", &[rows, self.d_model], ParamInit::Normal(self.init_std))
+    }
+
+    /// `lm_head`, if it is not the embedding.
+    pub(crate) fn lm_head(&self) -> Option<ParamSpec> {
+        (!self.tie_embeddings).then(|| self.table(self.vocab_size).split(SplitKind::Tensor, 0, 1))
+    }
+
+    /// Every parameter under its whole name, in the order of the forward pass.
+    pub fn params(&self) -> ParamTable {
+        let embed = self.table(self.vocab_size).split(SplitKind::Tensor, 0, 1);
+        let mut all = vec![embed.below("model.embed_tokens")];
+        if self.learned_positions {
+            all.push(self.table(self.max_seq_len).below("model.embed_positions"));
+        }
+        for (index, layer) in self.layers.iter().enumerate() {
+            all.extend(below(&format!("model.layers.{index}"), layer.params()));
+        }
+        all.extend(below("model.norm", self.norm.params()));
+        all.extend(self.lm_head().map(|spec| spec.below("lm_head")));
+        ParamTable::new(all)
+    }
+
+    /// `(layer, num_experts)` of each MoE layer, in layer order.
+    pub fn moe_layers(&self) -> Vec<(usize, usize)> {
+        let experts = |(index, layer): (usize, &LayerConfig)| Some((index, layer.feed_forward.moe()?.num_experts));
+        self.layers.iter().enumerate().filter_map(experts).collect()
+    }
+}

@@ -1,0 +1,317 @@
+//! [`Decoder`]: the blocks in order. One pass over whole sequences with its graph, for training; one over a ragged batch and
+//! pages of keys and values, for inference. Both run the same blocks.
+
+use crate::batch::{LayerLoad, LossOutput, Pass, TokenBatch};
+use crate::blocks::{Attention, Embedding, FeedForward, Norm, OutputHead, Rotaries};
+use crate::cache::{CacheLayout, KvPool, PagedStep};
+use crate::causal_lm::{CausalLm, LayerExperts, LogitsOf, SequenceStep, StepOutput};
+use crate::config::{DecoderConfig, LayerConfig};
+use crate::{Error, Result};
+use candle_core::{DType, Device, Tensor};
+use candle_nn::VarBuilder;
+use moe_core::{Mode, MoeOutput, NoiseSource, Ops, PositionedNoise, RouteContext, RouterConfig, SeededNoise};
+use std::sync::Arc;
+
+/// How tokens are routed outside training.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub enum EvalRouting {
+    /// Nothing is drawn and nothing dropped: a token's experts depend on that token alone.
+    #[default]
+    TokenByToken,
+    /// As the original does in evaluation: its evaluation capacity, and the second expert of top-2 drawn with noise that is
+    /// a function of the sequence's seed, the position and the layer.
+    Original,
+}
+
+#[derive(Debug)]
+struct Layer {
+    attention_norm: Norm,
+    attention: Attention,
+    feed_forward_norm: Norm,
+    feed_forward: FeedForward,
+}
+
+impl Layer {
+    fn new(config: &LayerConfig, vb: VarBuilder<'_>, ops: &Arc<dyn Ops>, rotaries: &mut Rotaries) -> Result<Self> {
+        let norm = |name: &str| Norm::new(&config.norm, vb.pp(name), Arc::clone(ops));
+        Ok(Self {
+            attention_norm: norm("input_layernorm")?,
+            attention: Attention::new(&config.attention, vb.pp("self_attn"), Arc::clone(ops), rotaries)?,
+            feed_forward_norm: norm("post_attention_layernorm")?,
+            feed_forward: FeedForward::new(&config.feed_forward, vb.pp("mlp"), Arc::clone(ops))?,
+        })
+    }
+
+    /// `attend` maps the normed `[tokens, d_model]` to what attention adds.
+    fn forward(
+        &self,
+        x: &Tensor,
+        context: &RouteContext<'_>,
+        attend: impl FnOnce(&Attention, &Tensor) -> Result<Tensor>,
+    ) -> Result<(Tensor, Option<MoeOutput>)> {
+        let x = (x + attend(&self.attention, &self.attention_norm.forward(x)?)?)?;
+        let (added, output) = self.feed_forward.forward(&self.feed_forward_norm.forward(&x)?, context)?;
+        Ok(((x + added)?, output))
+    }
+}
+
+/// The output of one MoE layer, with the layer's index.
+type LayerOutput = (usize, MoeOutput);
+
+/// A decoder-only language model over one set of weights.
+#[derive(Debug)]
+pub struct Decoder {
+    config: DecoderConfig,
+    embed_tokens: Embedding,
+    embed_positions: Option<Embedding>,
+    layers: Vec<Layer>,
+    norm: Norm,
+    head: OutputHead,
+    eval_routing: EvalRouting,
+    device: Device,
+}
+
+impl Decoder {
+    /// A decoder whose parameters lie under `vb`, kept in the form that `ops` keeps weights in.
+    ///
+    /// # Errors
+    /// [`Error::Config`] for an impossible configuration; if a parameter is missing or has another shape.
+    pub fn new(config: DecoderConfig, vb: VarBuilder<'_>, ops: Arc<dyn Ops>) -> Result<Self> {
+        config.validate()?;
+        let model = vb.pp("model");
+        let embed = |name: &str, rows| Embedding::new(&config.table(rows), model.pp(name), Arc::clone(&ops));
+        let embed_tokens = embed("embed_tokens", config.vocab_size)?;
+        let embed_positions =
+            config.learned_positions.then(|| embed("embed_positions", config.max_seq_len)).transpose()?;
+        let mut rotaries = Rotaries::new(config.max_seq_len);
+        let layer = |(index, layer): (usize, &LayerConfig)| {
+            Layer::new(layer, model.pp("layers").pp(index), &ops, &mut rotaries)
+        };
+        let layers = config.layers.iter().enumerate().map(layer).collect::<Result<_>>()?;
+        let head = match config.lm_head() {
+            Some(spec) => OutputHead::new(&spec, vb.pp("lm_head"), Arc::clone(&ops))?,
+            None => OutputHead::tied(embed_tokens.table(), Arc::clone(&ops)),
+        };
+        let norm = Norm::new(&config.norm, model.pp("norm"), ops)?;
+        let (eval_routing, device) = (EvalRouting::default(), vb.device().clone());
+        Ok(Self { config, embed_tokens, embed_positions, layers, norm, head, eval_routing, device })
+    }
+
+    /// The same with another routing outside training.
+    #[must_use]
+    pub fn with_eval_routing(self, eval_routing: EvalRouting) -> Self {
+        Self { eval_routing, ..self }
+    }
+
+    /// What it is made of.
+    pub fn config(&self) -> &DecoderConfig {
+        &self.config
+    }
+
+    /// The output layer, for losses of one's own over [`Decoder::hidden`].
+    pub fn head(&self) -> &OutputHead {
+        &self.head
+    }
+
+    fn embed(&self, ids: &[u32], positions: impl Iterator<Item = u32>) -> Result<Tensor> {
+        let tokens = self.embed_tokens.forward(ids)?;
+        match &self.embed_positions {
+            Some(table) => Ok((tokens + table.forward(&positions.collect::<Vec<_>>())?)?),
+            None => Ok(tokens),
+        }
+    }
+
+    /// What the output layer sees of whole sequences, `[batch * seq_len, d_model]`, with its graph in a training pass; and the
+    /// output of each MoE layer.
+    ///
+    /// # Errors
+    /// If the ids do not fit the model.
+    pub fn hidden(&self, ids: &[u32], seq_len: usize, pass: Pass) -> Result<(Tensor, Vec<LayerOutput>)> {
+        self.check_ids(ids, seq_len)?;
+        let mut x = self.embed(ids, (0..ids.len()).map(|i| (i % seq_len) as u32))?;
+        let mut outputs = Vec::new();
+        for (index, layer) in self.layers.iter().enumerate() {
+            let (mode, seed) = match (pass, self.eval_routing) {
+                (Pass::Train { seed }, _) => (Mode::Train, seed),
+                (Pass::Eval, EvalRouting::TokenByToken) => (Mode::Infer, 0),
+                (Pass::Eval, EvalRouting::Original) => (Mode::Eval, 0),
+            };
+            let noise = SeededNoise::new(seed, index as u64);
+            let context = RouteContext { seq_len: Some(seq_len), ..RouteContext::new(mode, &noise) };
+            let (next, output) = layer.forward(&x, &context, |attention, x| attention.forward(x, seq_len))?;
+            x = next;
+            outputs.extend(output.map(|output| (index, output)));
+        }
+        Ok((self.norm.forward(&x)?, outputs))
+    }
+
+    /// The training loss of a batch.
+    ///
+    /// # Errors
+    /// [`Error::Argument`] if the sizes do not fit or an id is outside the vocabulary.
+    ///
+    /// # Source
+    /// Megatron-DeepSpeed `pretrain_gpt.py`: LM loss plus coefficient times the sum over layers of the load-balance loss.
+    pub fn loss(&self, batch: &TokenBatch, pass: Pass) -> Result<LossOutput> {
+        batch.check()?;
+        let (hidden, outputs) = self.hidden(&batch.input_ids, batch.seq_len, pass)?;
+        let lm_loss = self.head.loss(&hidden, &batch.target_ids)?;
+        let mut loss = lm_loss.clone();
+        for (layer, output) in &outputs {
+            let Some(moe) = self.config.layers[*layer].feed_forward.moe() else { continue };
+            for (part, coef) in
+                [(&output.losses.load_balance, moe.load_balance_coef), (&output.losses.router_z, moe.router_z_coef)]
+            {
+                if let (Some(part), true) = (part, coef > 0.0) {
+                    loss = (loss + (part.to_dtype(lm_loss.dtype())? * coef)?)?;
+                }
+            }
+        }
+        let scalar = |t: &Tensor| -> Result<f64> { Ok(t.to_dtype(DType::F64)?.to_scalar()?) };
+        let lm = scalar(&lm_loss)?;
+        let aux_loss = scalar(&loss)? - lm;
+        let layers = outputs.into_iter().map(|(layer, output)| LayerLoad { layer, load: output.load }).collect();
+        Ok(LossOutput { loss, lm_loss: lm, aux_loss, layers })
+    }
+
+    fn check_ids(&self, ids: &[u32], len: usize) -> Result<()> {
+        if let Some(id) = ids.iter().find(|&&id| id as usize >= self.config.vocab_size) {
+            let vocab = self.config.vocab_size;
+            return Err(Error::Argument(format!("token id {id} is outside the vocabulary of {vocab}")));
+        }
+        if len > self.config.max_seq_len {
+            let max = self.config.max_seq_len;
+            return Err(Error::Argument(format!("{len} tokens exceed the model's longest sequence of {max}")));
+        }
+        Ok(())
+    }
+
+    /// Refuses what an inference pass cannot do token by token.
+    fn check_routing(&self) -> Result<()> {
+        if self.eval_routing == EvalRouting::TokenByToken {
+            return Ok(());
+        }
+        for (index, layer) in self.config.layers.iter().enumerate() {
+            let capacity = layer.feed_forward.moe().and_then(|moe| match moe.router {
+                RouterConfig::Top1(router) => router.capacity.eval_factor,
+                RouterConfig::Top2(router) => router.capacity.eval_factor,
+                RouterConfig::TopK(router) => router.capacity.eval_factor,
+                RouterConfig::Dropless { .. } => None,
+            });
+            if let Some(factor) = capacity {
+                return Err(Error::Argument(format!(
+                    "layer {index} drops tokens past an eval_capacity_factor of {factor}, so that they depend on their batch; \
+                     decode with the token-by-token routing, or set the factor to null in config.json"
+                )));
+            }
+        }
+        Ok(())
+    }
+
+    fn check_batch(&self, batch: &[SequenceStep<'_>], pool: &KvPool) -> Result<()> {
+        if batch.is_empty() || batch.iter().any(|step| step.token_ids.is_empty()) {
+            return Err(Error::Argument("forward needs at least one token of each sequence".into()));
+        }
+        if pool.num_layers() != self.layers.len() {
+            let (got, want) = (pool.num_layers(), self.layers.len());
+            return Err(Error::Argument(format!("the pool is for {got} layers, the model has {want}")));
+        }
+        if batch.iter().any(|step| !pool.owns(step.sequence)) {
+            return Err(Error::Argument("a sequence belongs to another pool; make it with KvPool::sequence".into()));
+        }
+        batch.iter().try_for_each(|step| self.check_ids(step.token_ids, step.sequence.len() + step.token_ids.len()))?;
+        self.check_routing()
+    }
+
+    /// The rows of `hidden` that logits are wanted of.
+    fn wanted(&self, hidden: &Tensor, batch: &[SequenceStep<'_>]) -> Result<Tensor> {
+        let mut rows = Vec::new();
+        let mut first = 0;
+        for step in batch {
+            let end = first + step.token_ids.len() as u32;
+            match step.logits {
+                LogitsOf::None => {}
+                LogitsOf::Last => rows.push(end - 1),
+                LogitsOf::All => rows.extend(first..end),
+            }
+            first = end;
+        }
+        if rows.len() == hidden.dim(0)? {
+            return Ok(hidden.clone());
+        }
+        Ok(hidden.index_select(&Tensor::new(rows, hidden.device())?, 0)?)
+    }
+}
+
+impl CausalLm for Decoder {
+    fn vocab_size(&self) -> usize {
+        self.config.vocab_size
+    }
+
+    fn max_seq_len(&self) -> usize {
+        self.config.max_seq_len
+    }
+
+    fn num_layers(&self) -> usize {
+        self.config.layers.len()
+    }
+
+    fn moe_layers(&self) -> Vec<(usize, usize)> {
+        self.config.moe_layers()
+    }
+
+    fn cache_layout(&self) -> CacheLayout {
+        CacheLayout { widths: self.config.layers.iter().map(|layer| layer.attention.kv_width()).collect() }
+    }
+
+    fn device(&self) -> &Device {
+        &self.device
+    }
+
+    fn forward(&self, batch: &mut [SequenceStep<'_>], pool: &KvPool) -> Result<StepOutput> {
+        self.check_batch(batch, pool)?;
+
+        // 1. Where every new token stands, and room for its keys and values.
+        let mut step = PagedStep::default();
+        let mut ids = Vec::new();
+        for part in &mut *batch {
+            step.add(part.sequence, part.token_ids.len(), pool)?;
+            ids.extend_from_slice(part.token_ids);
+        }
+
+        // 2. The blocks.
+        let mut x = self.embed(&ids, step.positions.iter().copied())?;
+        let mut experts = Vec::new();
+        for (index, layer) in self.layers.iter().enumerate() {
+            let noise = PositionedNoise::new(&step.draws, index as u64);
+            let context = match self.eval_routing {
+                EvalRouting::TokenByToken => RouteContext::infer(),
+                EvalRouting::Original => RouteContext::new(Mode::Eval, &noise as &dyn NoiseSource),
+            };
+            let attend = |attention: &Attention, x: &Tensor| attention.forward_paged(x, &step, pool.layer(index));
+            let (next, output) = layer.forward(&x, &context, attend)?;
+            x = next;
+            experts.extend(output.map(|output| layer_experts(index, &output)).transpose()?);
+        }
+
+        // 3. Logits of the rows asked for; the sequences grow only now.
+        let logits = match self.wanted(&x, batch)? {
+            none if none.dim(0)? == 0 => Tensor::zeros((0, self.config.vocab_size), DType::F32, &self.device)?,
+            rows => self.head.logits(&self.norm.forward(&rows)?)?,
+        };
+        batch.iter_mut().for_each(|step| step.sequence.grow(step.token_ids.len()));
+        Ok(StepOutput { logits, experts })
+    }
+}
+
+/// What a caller learns of a layer's routing.
+fn layer_experts(layer: usize, output: &MoeOutput) -> Result<LayerExperts> {
+    let routing = &output.routing;
+    Ok(LayerExperts {
+        layer,
+        num_experts: routing.num_experts,
+        top_k: routing.top_k,
+        expert_ids: routing.expert_ids.clone(),
+        weights: moe_core::ops::host::to_f32_vec(&routing.combine_weights)?,
+    })
+}

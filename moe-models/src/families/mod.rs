@@ -1,0 +1,94 @@
+//! Families of models. Each is one file: its `config.json`, the [`DecoderConfig`] that follows from it, and the names of its
+//! tensors in published files. `FAMILIES` lists them.
+
+pub mod gpt;
+pub mod qwen3_moe;
+
+use crate::hf::NameTable;
+use crate::{DecoderConfig, Error, Result};
+use candle_core::DType;
+use serde::de::DeserializeOwned;
+use std::fmt::Debug;
+use std::path::Path;
+
+/// Reads the configuration of one family.
+type Read = fn(&[u8], &Path) -> Result<Box<dyn Family>>;
+
+/// What `config.json` calls a family, and who reads its configuration.
+const FAMILIES: &[(&str, Read)] =
+    &[(gpt::MODEL_TYPE, boxed::<gpt::GptConfig>), (qwen3_moe::MODEL_TYPE, boxed::<qwen3_moe::Qwen3MoeConfig>)];
+
+/// A family's configuration.
+pub trait Family: Debug + Send + Sync {
+    /// What the layers are made of, checked.
+    ///
+    /// # Errors
+    /// [`Error::Config`] naming the value.
+    fn decoder(&self) -> Result<DecoderConfig>;
+
+    /// The names of its tensors in files.
+    fn names(&self) -> NameTable;
+
+    /// The content of its `config.json` beside weights saved as `dtype`.
+    ///
+    /// # Errors
+    /// If a value cannot be written as JSON (NaN).
+    fn to_json(&self, dtype: DType) -> Result<String>;
+}
+
+impl<T: Family + ?Sized> Family for Box<T> {
+    fn decoder(&self) -> Result<DecoderConfig> {
+        (**self).decoder()
+    }
+    fn names(&self) -> NameTable {
+        (**self).names()
+    }
+    fn to_json(&self, dtype: DType) -> Result<String> {
+        (**self).to_json(dtype)
+    }
+}
+
+/// A family whose `config.json` can be read.
+pub trait ReadFamily: Family + Sized {
+    /// Reads and checks the content of a `config.json`, of which `path` is the name for messages.
+    ///
+    /// # Errors
+    /// [`Error::Format`] naming the field.
+    fn read(json: &[u8], path: &Path) -> Result<Self>;
+
+    /// Reads and checks a `config.json`.
+    ///
+    /// # Errors
+    /// [`Error::Io`] or [`Error::Format`].
+    fn read_file(path: &Path) -> Result<Self> {
+        Self::read(&std::fs::read(path).map_err(|e| Error::io(path, e))?, path)
+    }
+}
+
+/// Whatever family the file names.
+impl ReadFamily for Box<dyn Family> {
+    fn read(json: &[u8], path: &Path) -> Result<Self> {
+        #[derive(serde::Deserialize)]
+        struct Head {
+            model_type: String,
+        }
+        let head: Head = parse(json, path)?;
+        match FAMILIES.iter().find(|(name, _)| *name == head.model_type) {
+            Some((_, read)) => read(json, path),
+            None => {
+                let known: Vec<&str> = FAMILIES.iter().map(|(name, _)| *name).collect();
+                let reason = format!("model_type {:?} is not one of {}", head.model_type, known.join(", "));
+                Err(Error::format(path, reason))
+            }
+        }
+    }
+}
+
+fn boxed<F: ReadFamily + 'static>(json: &[u8], path: &Path) -> Result<Box<dyn Family>> {
+    Ok(Box::new(F::read(json, path)?))
+}
+
+/// A JSON file as a `T`; a `T` that denies unknown fields refuses by name what this project does not implement.
+pub(crate) fn parse<T: DeserializeOwned>(json: &[u8], path: &Path) -> Result<T> {
+    serde_json::from_slice(json).map_err(|e| Error::format(path, e.to_string()))
+}

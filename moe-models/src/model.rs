@@ -1,0 +1,225 @@
+//! [`Model`]: a family's configuration and its parameters as variables, for training, checkpoints and evaluation; and the
+//! packed form of a model, for inference alone.
+
+use crate::batch::{LossOutput, Pass, TokenBatch};
+use crate::families::{Family, ReadFamily};
+use crate::hf::{self, Checkpoint};
+use crate::params::{Coordinates, ParamSource, ParamTable};
+use crate::{Decoder, DecoderConfig, Error, Result};
+use candle_core::{DType, Device, Var};
+use moe_core::{CandleOps, Ops};
+use moe_kernels::{KernelOps, Precision};
+use std::borrow::Cow;
+use std::path::Path;
+use std::sync::Arc;
+
+/// A model of family `F`, with its weights.
+#[derive(Debug)]
+pub struct Model<F = Box<dyn Family>> {
+    family: F,
+    table: Arc<ParamTable>,
+    variables: Vec<(String, Var)>,
+    precision: Precision,
+    /// Over the variables: gradients are recorded.
+    training: Decoder,
+    /// Over the same memory, detached.
+    inference: Decoder,
+    device: Device,
+}
+
+impl<F: Family> Model<F> {
+    /// A fresh model; the same seed gives the same weights.
+    ///
+    /// # Errors
+    /// [`Error::Config`] if the configuration is not valid.
+    pub fn new(family: F, seed: u64, device: &Device) -> Result<Self> {
+        let config = family.decoder()?;
+        let table = Arc::new(config.params());
+        let values = table.specs().iter().map(|spec| spec.initial(seed, device));
+        let variables = values.map(|value| Ok(Var::from_tensor(&value?)?)).collect::<Result<Vec<_>>>()?;
+        Self::assemble(family, config, table, variables, Precision::F32, device)
+    }
+
+    /// A model with the weights of a checkpoint.
+    ///
+    /// # Errors
+    /// [`Error::Format`] if the checkpoint is another model's.
+    pub fn from_checkpoint(family: F, checkpoint: &Checkpoint, device: &Device) -> Result<Self> {
+        let config = family.decoder()?;
+        let table = Arc::new(config.params());
+        checkpoint.check(&table)?;
+        let values =
+            table.specs().iter().map(|spec| checkpoint.tensor(spec, device)?.to_dtype(DType::F32).map_err(Error::from));
+        let variables = values.map(|value| Ok(Var::from_tensor(&value?)?)).collect::<Result<Vec<_>>>()?;
+        Self::assemble(family, config, table, variables, Precision::F32, device)
+    }
+
+    fn assemble(
+        family: F,
+        config: DecoderConfig,
+        table: Arc<ParamTable>,
+        variables: Vec<Var>,
+        precision: Precision,
+        device: &Device,
+    ) -> Result<Self> {
+        let names = table.specs().iter().map(|spec| spec.name.clone());
+        let variables: Vec<(String, Var)> = names.zip(variables).collect();
+        let ops = plain_ops(precision, device)?;
+        let build = |source: ParamSource| Decoder::new(config.clone(), source.builder(device), Arc::clone(&ops));
+        let training = build(ParamSource::variables(Arc::clone(&table), &variables))?;
+        let inference = build(ParamSource::detached(Arc::clone(&table), &variables))?;
+        Ok(Self { family, table, variables, precision, training, inference, device: device.clone() })
+    }
+
+    /// The same model with its matrix products in `precision`; sums, softmax, norms and the router stay f32. A new model
+    /// computes in f32.
+    ///
+    /// # Errors
+    /// [`Error::Argument`] for a precision that the device has no operations for.
+    pub fn with_precision(self, precision: Precision) -> Result<Self> {
+        let config = self.training.config().clone();
+        let variables = self.variables.into_iter().map(|(_, var)| var).collect();
+        Self::assemble(self.family, config, self.table, variables, precision, &self.device)
+    }
+
+    /// The precision of the matrix products.
+    pub fn precision(&self) -> Precision {
+        self.precision
+    }
+
+    /// The same model for inference alone: weights packed for the kernels, the variables gone.
+    ///
+    /// # Errors
+    /// As [`Model::with_precision`].
+    pub fn into_packed(self) -> Result<Decoder> {
+        let Self { table, variables, precision, training, inference, device, .. } = self;
+        let config = inference.config().clone();
+        drop((training, inference));
+        packed(config, ParamSource::detached(table, &variables), precision, &device)
+    }
+
+    /// Writes `config.json`, `generation_config.json` and `model.safetensors` (in shards past 5 GB) into an existing
+    /// folder, under the names the family publishes. Each file is written whole under another name first.
+    ///
+    /// # Errors
+    /// [`Error::Io`] if the folder cannot be written.
+    pub fn save(&self, dir: &Path, dtype: DType) -> Result<()> {
+        hf::save(self, dir, dtype)
+    }
+
+    /// The family's configuration.
+    pub fn config(&self) -> &F {
+        &self.family
+    }
+
+    /// What the layers are made of.
+    pub fn decoder_config(&self) -> &DecoderConfig {
+        self.inference.config()
+    }
+
+    /// Every parameter as a description.
+    pub fn table(&self) -> &ParamTable {
+        &self.table
+    }
+
+    /// Every parameter with its name, in the order of the forward pass; experts are stacked.
+    pub fn params(&self) -> &[(String, Var)] {
+        &self.variables
+    }
+
+    /// The decoder over the variables' memory, without gradients.
+    pub fn decoder(&self) -> &Decoder {
+        &self.inference
+    }
+
+    /// The decoder over the variables, with gradients.
+    pub fn training_decoder(&self) -> &Decoder {
+        &self.training
+    }
+
+    /// The loss of a batch.
+    ///
+    /// # Errors
+    /// As [`Decoder::loss`].
+    pub fn loss(&self, batch: &TokenBatch, pass: Pass) -> Result<LossOutput> {
+        match pass {
+            Pass::Train { .. } => self.training.loss(batch, pass),
+            Pass::Eval => self.inference.loss(batch, pass),
+        }
+    }
+}
+
+impl<F: ReadFamily> Model<F> {
+    /// Reads a Hugging Face folder.
+    ///
+    /// # Errors
+    /// If a file is missing, damaged, or does not fit the configuration.
+    pub fn load(dir: &Path, device: &Device) -> Result<Self> {
+        let family = F::read_file(&dir.join("config.json"))?;
+        let checkpoint = Checkpoint::open(dir, family.names())?;
+        Self::from_checkpoint(family, &checkpoint, device)
+    }
+
+    /// Reads a model from the contents of `config.json` and `model.safetensors`.
+    ///
+    /// # Errors
+    /// If one of them is damaged or they do not fit each other.
+    pub fn from_bytes(config_json: &[u8], weights: impl Into<Cow<'static, [u8]>>, device: &Device) -> Result<Self> {
+        let family = F::read(config_json, Path::new("config.json"))?;
+        let checkpoint = Checkpoint::from_bytes(weights.into(), family.names())?;
+        Self::from_checkpoint(family, &checkpoint, device)
+    }
+}
+
+impl Decoder {
+    /// Reads a Hugging Face folder of any family for inference alone: weights are packed as they are read, and no other form of
+    /// them is ever whole in memory.
+    ///
+    /// # Errors
+    /// If a file is missing, damaged, or does not fit the configuration.
+    pub fn load(dir: &Path, precision: Precision) -> Result<Self> {
+        let family = <Box<dyn Family>>::read_file(&dir.join("config.json"))?;
+        let checkpoint = Checkpoint::open(dir, family.names())?;
+        Self::from_checkpoint(&family, checkpoint, precision)
+    }
+
+    /// The same from the contents of `config.json` and `model.safetensors`.
+    ///
+    /// # Errors
+    /// If one of them is damaged or they do not fit each other.
+    pub fn from_bytes(
+        config_json: &[u8],
+        weights: impl Into<Cow<'static, [u8]>>,
+        precision: Precision,
+    ) -> Result<Self> {
+        let family = <Box<dyn Family>>::read(config_json, Path::new("config.json"))?;
+        let checkpoint = Checkpoint::from_bytes(weights.into(), family.names())?;
+        Self::from_checkpoint(&family, checkpoint, precision)
+    }
+
+    fn from_checkpoint(family: &dyn Family, checkpoint: Checkpoint, precision: Precision) -> Result<Self> {
+        let config = family.decoder()?;
+        let table = Arc::new(config.params());
+        checkpoint.check(&table)?;
+        let source = ParamSource::checkpoint(table, Arc::new(checkpoint), Coordinates::WHOLE);
+        packed(config, source, precision, &Device::Cpu)
+    }
+}
+
+/// The backend of a device for weights that stay as they are.
+fn plain_ops(precision: Precision, device: &Device) -> Result<Arc<dyn Ops>> {
+    match (device, precision) {
+        (Device::Cpu, _) => Ok(Arc::new(KernelOps::new(precision))),
+        (_, Precision::F32) => Ok(Arc::new(CandleOps)),
+        (_, Precision::Bf16) => Err(Error::Argument(format!(
+            "there are no operations that read bf16 on {device:?} yet; use precision f32 there, or the CPU"
+        ))),
+    }
+}
+
+fn packed(config: DecoderConfig, source: ParamSource, precision: Precision, device: &Device) -> Result<Decoder> {
+    if !device.is_cpu() {
+        return Err(Error::Argument(format!("weights are packed for the CPU only, not for {device:?}")));
+    }
+    Decoder::new(config, source.builder(device), Arc::new(KernelOps::packing(precision)))
+}

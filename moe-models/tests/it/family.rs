@@ -1,0 +1,181 @@
+//! What every family must do, as one check that knows the API; a family adds a line and a fixture of transformers.
+//! `fixtures/<family>/make.py` made the files.
+
+use crate::golden::{fixtures, logits, read};
+use candle_core::{DType, Device, Tensor};
+use moe_core::testing::values;
+use moe_models::train::export::export;
+use moe_models::{
+    CausalLm, Decoder, Family, KvPool, LogitsOf, Model, PoolConfig, Precision, ReadFamily, SequenceStep, TokenBatch,
+};
+use std::collections::HashMap;
+use std::path::PathBuf;
+
+type Any = Model<Box<dyn Family>>;
+
+struct Fixture {
+    folder: PathBuf,
+    expected: HashMap<String, Tensor>,
+}
+
+impl Fixture {
+    fn load(name: &str) -> Self {
+        Self { folder: fixtures().join(name), expected: read(&format!("{name}/expected/expected.safetensors")) }
+    }
+
+    fn ids(&self, name: &str) -> Vec<u32> {
+        self.expected[name].flatten_all().unwrap().to_vec1().unwrap()
+    }
+
+    fn model(&self) -> Any {
+        Any::load(&self.folder, &Device::Cpu).unwrap()
+    }
+}
+
+/// The largest difference over the largest magnitude of `want`.
+fn difference(got: &Tensor, want: &Tensor, what: &str) -> f64 {
+    assert_eq!(got.dims(), want.dims(), "{what}");
+    let (got, want) = (values(got), values(want));
+    let largest = want.iter().fold(0f64, |a, b| a.max(b.abs()));
+    let worst = got.iter().zip(&want).fold(0f64, |a, (g, w)| a.max((g - w).abs()));
+    assert!(!worst.is_nan() && largest > 0.0, "{what}: nothing to compare");
+    worst / largest
+}
+
+const TOLERANCE: f64 = 1e-4;
+
+fn logits_and_gradients_equal_transformers(fixture: &Fixture) {
+    let model = fixture.model();
+    let batch = TokenBatch {
+        input_ids: fixture.ids("input_ids"),
+        target_ids: fixture.ids("target_ids"),
+        batch: 2,
+        seq_len: 20,
+    };
+    let packed = Decoder::load(&fixture.folder, Precision::F32).unwrap();
+    for sequence in 0..2 {
+        let ids = &batch.input_ids[sequence * 20..][..20];
+        let want = fixture.expected["logits"].get(sequence).unwrap();
+        for decoder in [model.decoder(), &packed] {
+            let off = difference(&logits(decoder, ids), &want, "logits");
+            assert!(off <= TOLERANCE, "logits of sequence {sequence} are off by {off:e}");
+        }
+    }
+    // Without auxiliary losses, which transformers adds only where it is asked to.
+    let decoder = model.training_decoder();
+    let (hidden, _) = decoder.hidden(&batch.input_ids, 20, moe_models::Pass::Train { seed: 1 }).unwrap();
+    let loss = decoder.head().loss(&hidden, &batch.target_ids).unwrap();
+    let want = values(&fixture.expected["loss"])[0];
+    assert!((values(&loss)[0] - want).abs() <= TOLERANCE * want, "loss {} want {want}", values(&loss)[0]);
+    let grads = loss.backward().unwrap();
+    let (mut compared, mut worst) = (0, 0f64);
+    for (spec, (name, var)) in model.table().specs().iter().zip(model.params()) {
+        let grad = grads.get(var).unwrap_or_else(|| panic!("{name} has no gradient"));
+        let experts = if spec.is_stacked() { spec.shape[0] } else { 1 };
+        for expert in 0..experts {
+            let (grad, index) =
+                if spec.is_stacked() { (grad.get(expert).unwrap(), Some(expert)) } else { (grad.clone(), None) };
+            let names = model.config().names().in_files(spec, index);
+            let rows = grad.dim(0).unwrap() / names.len();
+            for (part, name) in names.iter().enumerate() {
+                let got = grad.narrow(0, part * rows, rows).unwrap();
+                let off = difference(&got, &fixture.expected[&format!("grad.{name}")], name);
+                assert!(off <= TOLERANCE, "the gradient of {name} is off by {off:e}");
+                (compared, worst) = (compared + 1, worst.max(off));
+            }
+        }
+    }
+    let gradients = fixture.expected.keys().filter(|name| name.starts_with("grad.")).count();
+    assert_eq!(compared, gradients, "every tensor of the files has its gradient compared");
+    println!("{compared} gradients, worst difference {worst:e} of the largest magnitude");
+}
+
+fn greedy_text_equals_transformers(fixture: &Fixture) {
+    let want = fixture.ids("greedy");
+    for precision in [Precision::F32] {
+        let decoder = Decoder::load(&fixture.folder, precision).unwrap();
+        let pool = KvPool::new(&decoder.cache_layout(), PoolConfig::for_tokens(1, want.len()), &Device::Cpu).unwrap();
+        let mut sequence = pool.sequence();
+        let mut ids = want[..7].to_vec();
+        let mut next = ids.clone();
+        while ids.len() < want.len() {
+            let step = SequenceStep { sequence: &mut sequence, token_ids: &next, logits: LogitsOf::Last };
+            let row = decoder.forward(&mut [step], &pool).unwrap().logits.get(0).unwrap().to_vec1::<f32>().unwrap();
+            let best = (0..row.len()).fold(0, |best, i| if row[i] > row[best] { i } else { best }) as u32;
+            ids.push(best);
+            next = vec![best];
+        }
+        assert_eq!(ids, want);
+    }
+}
+
+/// Saved under the names it came with: the same tensors, bit for bit, and the same configuration.
+fn round_trips_under_the_published_names(fixture: &Fixture) {
+    let model = fixture.model();
+    let dir = tempfile::tempdir().unwrap();
+    model.save(dir.path(), DType::F32).unwrap();
+    let saved = candle_core::safetensors::load(dir.path().join("model.safetensors"), &Device::Cpu).unwrap();
+    let mut names = 0;
+    for file in std::fs::read_dir(&fixture.folder).unwrap().map(|f| f.unwrap().path()) {
+        if file.extension().is_some_and(|e| e == "safetensors") {
+            for (name, tensor) in candle_core::safetensors::load(&file, &Device::Cpu).unwrap() {
+                assert_eq!(values(&saved[&name]), values(&tensor), "{name}");
+                names += 1;
+            }
+        }
+    }
+    assert_eq!(saved.len(), names);
+    let json = |path: PathBuf| -> serde_json::Value { serde_json::from_slice(&std::fs::read(path).unwrap()).unwrap() };
+    assert_eq!(json(dir.path().join("config.json")), json(fixture.folder.join("config.json")));
+    let exported = dir.path().join("exported");
+    export(&model, "{}", &exported, DType::BF16).unwrap();
+    assert_eq!(json(exported.join("config.json"))["dtype"], "bfloat16");
+    Any::load(&exported, &Device::Cpu).unwrap();
+}
+
+fn check(name: &str) {
+    let fixture = Fixture::load(name);
+    logits_and_gradients_equal_transformers(&fixture);
+    greedy_text_equals_transformers(&fixture);
+    round_trips_under_the_published_names(&fixture);
+}
+
+#[test]
+fn qwen3_moe_equals_transformers() {
+    check("qwen3_moe");
+}
+
+/// What a configuration asks for and this project does not do is refused by the name of the field.
+#[test]
+fn qwen3_moe_refuses_what_it_does_not_implement() {
+    let path = fixtures().join("qwen3_moe/config.json");
+    let good = std::fs::read_to_string(&path).unwrap();
+    for (find, replace, part) in [
+        ("\"hidden_act\": \"silu\"", "\"hidden_act\": \"gelu\"", "hidden_act"),
+        ("\"use_sliding_window\": false", "\"use_sliding_window\": true", "use_sliding_window"),
+        ("\"rope_type\": \"default\"", "\"rope_type\": \"yarn\"", "rope_type \"yarn\""),
+        ("\"attention_dropout\": 0.0", "\"attention_dropout\": 0.1", "attention_dropout"),
+        ("\"use_cache\": true", "\"use_cache\": true, \"rope_scaling\": {\"type\": \"yarn\"}", "rope_scaling"),
+        ("\"use_cache\": true", "\"use_cache\": true, \"shared_expert_intermediate_size\": 5", "shared_expert"),
+        ("\"num_experts_per_tok\": 2", "\"num_experts_per_tok\": 7", "between 1 and the 6 experts"),
+        ("\"num_key_value_heads\": 2", "\"num_key_value_heads\": 3", "num_kv_heads 3 must divide"),
+        ("\"head_dim\": 12", "\"head_dim\": 11", "head_dim"),
+        ("\"num_hidden_layers\": 3", "\"num_hidden_layers\": 99999999999", "num_hidden_layers"),
+        ("\"model_type\": \"qwen3_moe\"", "\"model_type\": \"qwen9\"", "qwen9"),
+    ] {
+        assert!(good.contains(find), "{find}");
+        let text = <Box<dyn Family>>::read(good.replacen(find, replace, 1).as_bytes(), &path).unwrap_err().to_string();
+        assert!(text.contains(part) && text.contains("config.json"), "{text:?} should name {part:?}");
+    }
+    // Published files say it in the words of transformers 4.
+    let old =
+        good.replace("\"num_local_experts\"", "\"num_experts\"").replace("\"dtype\"", "\"torch_dtype\"").replacen(
+            "\"use_cache\": true",
+            "\"use_cache\": true, \"rope_theta\": 1000000.0, \"rope_scaling\": null, \"max_window_layers\": 3",
+            1,
+        );
+    let start = old.find("\"rope_parameters\"").unwrap();
+    let end = start + old[start..].find("},").unwrap() + 2;
+    let old = format!("{}{}", &old[..start], &old[end..]);
+    <Box<dyn Family>>::read(old.as_bytes(), &path).unwrap().decoder().unwrap();
+}
