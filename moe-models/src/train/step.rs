@@ -8,6 +8,7 @@ use super::model::{LayerLoad, Pass, TokenBatch, TrainModel};
 use crate::{Error, Result};
 use candle_core::backprop::GradStore;
 use candle_core::{CpuStorage, Storage, Tensor, Var};
+use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Condvar, Mutex, PoisonError};
 
@@ -29,10 +30,14 @@ pub struct BatchSums {
 }
 
 /// Runs `work(i)` for `i` in `0..count` on `workers` threads and hands the results to `consume` in the order of `i`.
-/// At most `workers` results wait at a time. The first error (by `i` among those reached) stops the rest.
+/// At most `workers` results wait at a time. The first error (by `i` among those reached) stops the rest: each thread
+/// ends when the work it is in returns.
+///
+/// A panic counts as an error: a thread that just ended would leave the others waiting for its turn for ever, and a run
+/// that ends with an error keeps the checkpoints it has.
 ///
 /// # Errors
-/// Whatever `work` or `consume` returned.
+/// Whatever `work` or `consume` returned; [`Error::Argument`] with the text of a panic in one of them.
 pub fn ordered_parallel<T: Send>(
     count: usize,
     workers: usize,
@@ -52,7 +57,7 @@ pub fn ordered_parallel<T: Send>(
             if i >= count {
                 return;
             }
-            let result = work(i);
+            let result = no_panic(i, || work(i));
             let mut turn = turn.lock().unwrap_or_else(PoisonError::into_inner);
             while turn.next != i && turn.error.is_none() {
                 turn = changed.wait(turn).unwrap_or_else(PoisonError::into_inner);
@@ -60,11 +65,12 @@ pub fn ordered_parallel<T: Send>(
             if turn.error.is_some() {
                 return;
             }
-            if let Err(e) = result.and_then(|value| (turn.consume)(value)) {
-                turn.error = Some(e);
-            }
+            turn.error = result.and_then(|value| no_panic(i, || (turn.consume)(value))).err();
             turn.next += 1;
             changed.notify_all();
+            if turn.error.is_some() {
+                return;
+            }
         }
     };
     if workers.min(count) <= 1 {
@@ -76,6 +82,19 @@ pub fn ordered_parallel<T: Send>(
         Some(e) => Err(e),
         None => Ok(()),
     }
+}
+
+/// Turns a panic in the work on micro-batch `i` into an error.
+///
+/// What the panic left half done is seen by nobody: the error ends the call that owns the results.
+fn no_panic<T>(i: usize, body: impl FnOnce() -> Result<T>) -> Result<T> {
+    catch_unwind(AssertUnwindSafe(body)).unwrap_or_else(|payload| {
+        let text = payload.downcast_ref::<&str>().copied();
+        let text = text.or_else(|| payload.downcast_ref::<String>().map(String::as_str)).unwrap_or("without a text");
+        Err(Error::Argument(format!(
+            "a worker panicked at micro-batch {i}: {text}; this is a defect of the program or the model, please report it"
+        )))
+    })
 }
 
 /// Stack of a worker: candle walks the graph by recursion, 20,000 operations fit in far less.
@@ -219,6 +238,50 @@ mod tests {
             });
             assert_eq!(error.unwrap_err().to_string(), "five");
             assert_eq!(seen, [0, 1, 2, 3, 4]);
+        }
+    }
+    /// Runs `body` on a thread of its own, so that a hang fails the test and not the whole run.
+    fn must_end<T: Send + 'static>(body: impl FnOnce() -> T + Send + 'static) -> T {
+        let (sender, receiver) = std::sync::mpsc::channel();
+        std::thread::spawn(move || sender.send(body()));
+        receiver.recv_timeout(std::time::Duration::from_secs(60)).expect("a panicking worker must not hang the others")
+    }
+
+    #[test]
+    fn a_panic_in_a_worker_ends_in_an_error_with_its_text() {
+        for workers in [1, 2, 4] {
+            let (error, started) = must_end(move || {
+                let started = AtomicUsize::new(0);
+                let work = |i: usize| {
+                    started.fetch_add(1, Ordering::Relaxed);
+                    assert!(i != 5, "index {i} out of bounds");
+                    Ok(i)
+                };
+                let error = ordered_parallel(1000, workers, work, |_| Ok(())).unwrap_err();
+                (error.to_string(), started.into_inner())
+            });
+            assert!(error.contains("micro-batch 5") && error.contains("index 5 out of bounds"), "{workers}: {error}");
+            assert!(started <= 5 + workers, "{workers} workers went on: {started} pieces of work were begun");
+        }
+    }
+
+    #[test]
+    fn a_panic_of_the_consumer_ends_in_an_error_with_its_text() {
+        for workers in [1, 3] {
+            let (error, seen) = must_end(move || {
+                let mut seen = 0;
+                let consume = |i: usize| {
+                    if i == 7 {
+                        std::panic::panic_any("a constant text");
+                    }
+                    seen += 1;
+                    Ok(())
+                };
+                let error = ordered_parallel(1000, workers, Ok, consume).unwrap_err();
+                (error.to_string(), seen)
+            });
+            assert!(error.contains("micro-batch 7") && error.contains("a constant text"), "{workers}: {error}");
+            assert_eq!(seen, 7, "{workers} workers");
         }
     }
 }
