@@ -35,14 +35,16 @@ impl RunText {
     /// If a source cannot be read, has a broken line or no text.
     pub fn read(data: &[String], valid: &[String], observer: &mut dyn Observer) -> Result<Self> {
         let train = if data.is_empty() { excerpt::sources() } else { SourceSpec::parse_list(data)? };
-        let mut read_all = |specs: Vec<SourceSpec>| -> Result<Vec<Documents>> {
-            let mut read = |spec: &SourceSpec| {
-                observer.event(&Event::Preparing { what: format!("reading {}", spec.path().display()) });
-                read_documents(spec)
-            };
-            specs.iter().map(&mut read).collect()
-        };
-        Ok(Self { train: read_all(train)?, valid: read_all(SourceSpec::parse_list(valid)?)? })
+        let valid = SourceSpec::parse_valid_list(valid)?;
+        Ok(Self { train: read_all(train, observer)?, valid: read_all(valid, observer)? })
+    }
+
+    /// Reads validation text alone.
+    ///
+    /// # Errors
+    /// As [`RunText::read`].
+    pub fn read_valid(valid: &[String], observer: &mut dyn Observer) -> Result<Self> {
+        Ok(Self { train: Vec::new(), valid: read_all(SourceSpec::parse_valid_list(valid)?, observer)? })
     }
 
     /// Trains or loads the tokenizer.
@@ -80,4 +82,12 @@ impl RunText {
         };
         Ok((pack_all(self.train)?, pack_all(self.valid)?))
     }
+}
+
+fn read_all(specs: Vec<SourceSpec>, observer: &mut dyn Observer) -> Result<Vec<Documents>> {
+    let mut read = |spec: &SourceSpec| {
+        observer.event(&Event::Preparing { what: format!("reading {}", spec.path().display()) });
+        read_documents(spec)
+    };
+    specs.iter().map(&mut read).collect()
 }

@@ -82,8 +82,9 @@ impl<M: TrainModel> Trainer<M> {
     ///
     /// # Errors
     /// [`Error::Argument`] if `out` already holds checkpoints; [`Error::Io`] if it cannot be written to;
-    /// [`Error::Config`] for impossible settings.
+    /// [`Error::Config`] for impossible settings, and for a `precision` that is not the model's.
     pub fn new(model: M, config: TrainConfig, corpus: Corpus, tokenizer_json: String, out: &Path) -> Result<Self> {
+        check_precision(&model, &config)?;
         let store = CheckpointStore::open(out, config.keep_last)?;
         if !store.steps()?.is_empty() {
             return Err(Error::Argument(format!(
@@ -98,8 +99,8 @@ impl<M: TrainModel> Trainer<M> {
     /// Continues the run in `out` from the checkpoint `folder`, whose weights `model` already holds.
     ///
     /// # Errors
-    /// [`Error::Config`] if settings or data differ in a way that would change the run's course; [`Error::Io`] and
-    /// [`Error::Format`] for a checkpoint that cannot be read or is damaged.
+    /// [`Error::Config`] if settings or data differ in a way that would change the run's course, or the model's precision
+    /// is not that of `config`; [`Error::Io`] and [`Error::Format`] for a checkpoint that cannot be read or is damaged.
     pub fn resume(
         model: M,
         config: TrainConfig,
@@ -108,6 +109,7 @@ impl<M: TrainModel> Trainer<M> {
         out: &Path,
         folder: &Path,
     ) -> Result<Self> {
+        check_precision(&model, &config)?;
         let store = CheckpointStore::open(out, config.keep_last)?;
         let state = read_state(folder)?;
         verify(folder, &state)?;
@@ -295,6 +297,17 @@ struct Start {
     store: CheckpointStore,
     step: u64,
     best: Option<BestCheckpoint>,
+}
+
+/// The setting is recorded in checkpoints, so one that the model does not follow would tell a lie about the run.
+fn check_precision<M: TrainModel>(model: &M, config: &TrainConfig) -> Result<()> {
+    let (asked, computed) = (config.precision, model.precision());
+    if asked != computed {
+        return Err(Error::Config(format!(
+            "precision is {asked:?} in the settings, the model computes in {computed:?}; build the model with the settings' precision (Gpt::with_precision) or change the setting"
+        )));
+    }
+    Ok(())
 }
 
 fn check_same_data(corpus: &Corpus, state: &TrainerState) -> Result<()> {

@@ -7,7 +7,7 @@ use moe_models::train::data::{Documents, Packer};
 use moe_models::train::model::{LayerLoad, LossOutput, Pass, TokenBatch};
 use moe_models::train::tokenizer::{to_json, train_bpe};
 use moe_models::train::{Corpus, TrainConfig, TrainModel};
-use moe_models::{Error, Result};
+use moe_models::{Error, Precision, Result};
 use std::collections::HashMap;
 use std::path::Path;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -119,6 +119,7 @@ pub(crate) fn config() -> TrainConfig {
         lr_warmup_tokens: Some(96),
         eval_interval: 5,
         eval_iters: 2,
+        precision: Precision::F32,
         save_interval: 4,
         log_interval: 1,
         ..TrainConfig::default()

@@ -161,3 +161,56 @@ fn a_model_folder_is_evaluated_on_any_text() {
     let refused = evaluate(&[]);
     assert!(!refused.status.success() && String::from_utf8_lossy(&refused.stderr).contains("--valid"));
 }
+
+/// Every flag that is accepted has an effect; one that would have none is refused by its name.
+#[test]
+fn flags_without_effect_are_refused() {
+    let dir = folder();
+    let check = |more: &[&str], words: &[&str]| check_refused(dir.path(), more, words);
+    check(&["--data", "text.txt", "--valid", "text.txt=2"], &["text.txt", "weight 2"]);
+    check(&["--evaluate", "model", "--valid", "text.txt=2"], &["model"]);
+    for flag in ["--eval-interval", "--eval-iters"] {
+        check(&["--data", "text.txt", "--valid-fraction", "0", flag, "3"], &[flag, "--valid"]);
+    }
+    check(&["--data", "text.txt", "--valid-fraction", "0", "--export", "model", "--export-best"], &["--export-best"]);
+    for flags in ["--lr 1", "--data text.txt", "--out run", "--tokenizer t.json", "--hidden-size 8", "--train-tokens 5"]
+    {
+        let mut arguments = vec!["--evaluate", "model", "--valid", "text.txt"];
+        arguments.extend(flags.split(' '));
+        check(&arguments, &["--evaluate", flags.split(' ').next().unwrap()]);
+    }
+}
+
+#[test]
+fn a_held_out_fraction_beside_validation_text_is_told_of() {
+    let dir = folder();
+    let more = ["--out", "run", "--train-tokens", "64", "--valid", "text.txt"];
+    let text = succeed(&moe_train(dir.path(), &arguments(&more)).output().unwrap());
+    assert!(text.contains("(text.txt), so --valid-fraction 0.1 has no effect"), "{text}");
+}
+
+#[test]
+fn a_resumed_run_keeps_its_tokenizer() {
+    let dir = folder();
+    succeed(&moe_train(dir.path(), &arguments(&["--out", "run", "--train-tokens", "64"])).output().unwrap());
+    let own = "run/step-00000001/tokenizer.json";
+    let resume = |more: &[&str]| {
+        let mut arguments = vec!["--out", "run", "--resume", "--train-tokens", "128"];
+        arguments.extend(more);
+        moe_train(dir.path(), &arguments).output().unwrap()
+    };
+    let refused = |output: Output, words: &[&str]| {
+        let text = String::from_utf8_lossy(&output.stderr);
+        assert!(!output.status.success() && words.iter().all(|word| text.contains(word)), "{text}");
+    };
+    refused(resume(&["--vocab-size", "300"]), &["--vocab-size 300", "262", "drop --vocab-size"]);
+    let other = std::fs::read_to_string(dir.path().join(own))
+        .unwrap()
+        .replace("\"add_prefix_space\": false", "\"add_prefix_space\": true");
+    std::fs::write(dir.path().join("other.json"), other).unwrap();
+    refused(resume(&["--tokenizer", "other.json"]), &["--tokenizer other.json", "drop --tokenizer"]);
+    refused(resume(&["--tokenizer", "missing.json"]), &["missing.json"]);
+    std::fs::copy(dir.path().join(own), dir.path().join("same.json")).unwrap();
+    succeed(&resume(&["--tokenizer", "same.json"]));
+    succeed(&resume(&["--vocab-size", "262"]));
+}

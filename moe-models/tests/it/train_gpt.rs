@@ -2,6 +2,7 @@
 
 use candle_core::{DType, Device};
 use moe_core::CounterRng;
+use moe_models::Precision;
 use moe_models::gpt::{Gpt, GptConfig};
 use moe_models::train::data::{Documents, Packer};
 use moe_models::train::export::export;
@@ -44,15 +45,19 @@ fn corpus(config: &TrainConfig) -> (Corpus, String) {
     (Corpus::new(vec![packed], Vec::new(), config).unwrap(), to_json(&tokenizer).unwrap())
 }
 
+fn new_model(config: &TrainConfig) -> Gpt {
+    Gpt::new(shape(), config.seed, &Device::Cpu).unwrap().with_precision(config.precision).unwrap()
+}
+
 fn run(config: &TrainConfig, out: &Path, resume: Option<&Path>, stop_after: u64) -> (Outcome, Trainer<Gpt>) {
     let (corpus, tokenizer) = corpus(config);
     let mut trainer = match resume {
         None => {
-            let model = Gpt::new(shape(), config.seed, &Device::Cpu).unwrap();
+            let model = new_model(config);
             Trainer::new(model, config.clone(), corpus, tokenizer, out).unwrap()
         }
         Some(folder) => {
-            let model = Gpt::load(folder, &Device::Cpu).unwrap();
+            let model = Gpt::load(folder, &Device::Cpu).unwrap().with_precision(config.precision).unwrap();
             Trainer::resume(model, config.clone(), corpus, tokenizer, out, folder).unwrap()
         }
     };
@@ -132,4 +137,36 @@ fn the_exported_folder_is_the_trained_model() {
         assert_eq!(difference, 0.0, "{name} is not the bf16 rounding of the trained weight");
     }
     tokenizers::Tokenizer::from_file(target.join("tokenizer.json")).unwrap();
+}
+
+/// The setting is part of every checkpoint, so it must be what the model does.
+#[test]
+fn a_precision_that_is_not_the_models_is_refused() {
+    let dir = tempfile::tempdir().unwrap();
+    let out = dir.path().join("run");
+    let start = |model: Precision, config: Precision| {
+        let config = TrainConfig { precision: config, ..config_of_one_step() };
+        let (corpus, tokenizer) = corpus(&config);
+        let model = Gpt::new(shape(), config.seed, &Device::Cpu).unwrap().with_precision(model).unwrap();
+        Trainer::new(model, config, corpus, tokenizer, &out).map(|_| ()).map_err(|e| e.to_string())
+    };
+    for (model, config) in [(Precision::F32, Precision::Bf16), (Precision::Bf16, Precision::F32)] {
+        let message = start(model, config).unwrap_err();
+        let (asked, computed) = (format!("is {config:?}"), format!("computes in {model:?}"));
+        assert!(message.contains(&asked) && message.contains(&computed), "{message}");
+        assert!(!out.exists(), "refused before anything is written");
+    }
+    start(Precision::Bf16, Precision::Bf16).unwrap();
+    let config = config_of_one_step();
+    let (_, trainer) = run(&config, &dir.path().join("saved"), None, u64::MAX);
+    let (corpus, tokenizer) = corpus(&config);
+    let folder = dir.path().join("saved/step-00000001");
+    let model = Gpt::load(&folder, &Device::Cpu).unwrap();
+    drop(trainer);
+    let resumed = Trainer::resume(model, config, corpus, tokenizer, &dir.path().join("saved"), &folder);
+    assert!(resumed.unwrap_err().to_string().contains("with_precision"));
+}
+
+fn config_of_one_step() -> TrainConfig {
+    TrainConfig { train_tokens: 96, lr_warmup_tokens: None, lr_decay_tokens: None, ..config() }.resolved(16).unwrap()
 }

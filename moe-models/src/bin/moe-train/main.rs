@@ -48,6 +48,9 @@ fn run(args: &Args) -> Result<()> {
     let checkpoint = if args.resume { find_checkpoint(&args.out)? } else { None };
     let base = base_config(args, checkpoint.as_ref())?;
     let config = args.apply_to(base);
+    if args.evaluate.is_none() {
+        args.check_all_used(&config)?;
+    }
     process::set_up(config.workers)?;
     if args.resume && checkpoint.is_none() {
         eprintln!("no checkpoint in {}; starting a new run", args.out.display());
@@ -110,6 +113,7 @@ fn resumed_run(args: &Args, config: TrainConfig, folder: &Path, progress: &mut P
     let model = Gpt::load(folder, &Device::Cpu)?.with_precision(config.precision)?;
     let config = config.resolved(model.config().max_seq_len)?;
     let tokenizer = tokenizer::load(&folder.join("tokenizer.json"))?;
+    args.model.check_tokenizer(&tokenizer)?;
     if args.model.is_given() {
         let mut asked = args.model.config(config.seq_length)?;
         args.model.fit_to(&mut asked, &tokenizer)?;
@@ -172,10 +176,14 @@ fn stop_on_signal() -> Result<Arc<AtomicBool>> {
 fn finish(args: &Args, trainer: &Trainer<Gpt>) -> Result<()> {
     eprintln!("done after step {}: {}", trainer.step(), args.out.display());
     let Some(target) = &args.export else { return Ok(()) };
-    let tokenizer = trainer.tokenizer_json();
-    match trainer.best_checkpoint().filter(|_| args.export_best) {
-        Some(best) => export::export(&Gpt::load(&best, &Device::Cpu)?, tokenizer, target, args.export_dtype.into())?,
-        None => export::export(trainer.model(), tokenizer, target, args.export_dtype.into())?,
+    let (tokenizer, dtype) = (trainer.tokenizer_json(), args.export_dtype.into());
+    if args.export_best {
+        let best = trainer.best_checkpoint().context(
+            "no checkpoint has a finite validation loss, so none is the best; export the last by --resume without --export-best",
+        )?;
+        export::export(&Gpt::load(&best, &Device::Cpu)?, tokenizer, target, dtype)?;
+    } else {
+        export::export(trainer.model(), tokenizer, target, dtype)?;
     }
     eprintln!("exported to {}", target.display());
     Ok(())
