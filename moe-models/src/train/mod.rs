@@ -13,6 +13,7 @@ pub mod export;
 mod files;
 pub mod metrics;
 pub mod model;
+pub mod non_finite;
 pub mod observer;
 pub mod optimizer;
 pub mod prepare;
@@ -23,6 +24,7 @@ pub mod trainer;
 
 pub use config::{Blend, TrainConfig};
 pub use model::TrainModel;
+pub use non_finite::{NonFinite, NonFiniteLoss};
 pub use observer::{Event, Observer, Silent};
 pub use prepare::{RunText, TokenizerChoice};
 pub use trainer::{Corpus, Outcome, Trainer};

@@ -4,7 +4,8 @@
 //! machine; the kernels of each then stay on its thread. The order of summation does not depend on which thread finishes first: the result is
 //! bit-identical for any number of workers. Knows no optimizer.
 
-use super::model::{LayerLoad, Pass, TokenBatch, TrainModel};
+use super::model::{LayerLoad, LossOutput, Pass, TokenBatch, TrainModel};
+use super::non_finite::NonFiniteLoss;
 use crate::{Error, Result};
 use candle_core::backprop::GradStore;
 use candle_core::{CpuStorage, Storage, Tensor, Var};
@@ -27,6 +28,8 @@ pub struct BatchSums {
     pub aux_loss: f64,
     /// Loads of each MoE layer, summed over the micro-batches.
     pub layers: Vec<LayerLoad>,
+    /// The first loss that is not finite, if any.
+    pub non_finite: Option<NonFiniteLoss>,
 }
 
 /// Runs `work(i)` for `i` in `0..count` on `workers` threads and hands the results to `consume` in the order of `i`.
@@ -139,12 +142,14 @@ pub fn accumulate<M: TrainModel>(
         lm_loss: 0.0,
         aux_loss: 0.0,
         layers: Vec::new(),
+        non_finite: None,
     };
     let work = |i: usize| {
         let output = model.loss(&batches[i], Pass::Train { seed: seeds[i] })?;
         let grads = output.loss.backward()?;
         let loss = f64::from(output.loss.to_scalar::<f32>()?);
-        Ok((LossParts { loss, lm_loss: output.lm_loss, aux_loss: output.aux_loss, layers: output.layers }, grads))
+        let LossOutput { lm_loss, aux_loss, layers, .. } = output;
+        Ok((LossParts { micro_batch: i, loss, lm_loss, aux_loss, layers }, grads))
     };
     ordered_parallel(batches.len(), workers, work, |(parts, grads)| sums.add(params, parts, &grads))?;
     let count = batches.len() as f64;
@@ -156,6 +161,7 @@ pub fn accumulate<M: TrainModel>(
 
 /// A [`super::model::LossOutput`] without its graph.
 struct LossParts {
+    micro_batch: usize,
     loss: f64,
     lm_loss: f64,
     aux_loss: f64,
@@ -168,6 +174,10 @@ impl BatchSums {
         self.lm_loss += parts.lm_loss;
         self.aux_loss += parts.aux_loss;
         add_loads(&mut self.layers, &parts.layers);
+        let LossParts { micro_batch, loss, lm_loss, aux_loss, .. } = parts;
+        if self.non_finite.is_none() && [loss, lm_loss, aux_loss].iter().any(|x| !x.is_finite()) {
+            self.non_finite = Some(NonFiniteLoss { micro_batch, loss, lm_loss, aux_loss });
+        }
         for ((_, var), sum) in params.iter().zip(&mut self.grads) {
             // No entry: the parameter took no part, as an expert without tokens. Its gradient is zero.
             if let Some(grad) = grads.get(var) {

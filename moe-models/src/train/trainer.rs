@@ -7,8 +7,9 @@ use super::data::{PackedSource, SequenceSampler, ValidSource};
 use super::evaluate::{Evaluation, evaluate};
 use super::metrics::{self, MetricsWriter, Record};
 use super::model::{TokenBatch, TrainModel, decay_flags};
+use super::non_finite::NonFinite;
 use super::observer::{Event, Observer};
-use super::optimizer::{AdamW, StepReport};
+use super::optimizer::{AdamW, StepReport, grad_norm};
 use super::step::{BatchSums, accumulate};
 use crate::{Error, Result};
 use moe_core::CounterRng;
@@ -187,7 +188,10 @@ impl<M: TrainModel> Trainer<M> {
     fn one_step(&mut self, total_steps: u64, observer: &mut dyn Observer) -> Result<()> {
         let lr = self.config.schedule().lr(self.tokens());
         let (sums, report) = self.update(lr)?;
-        let StepReport { grad_norm, applied } = report;
+        let StepReport { grad_norm, applied, non_finite } = report;
+        if let Some(what) = non_finite {
+            observer.event(&Event::Skipped { step: self.step, what, in_a_row: self.optimizer.skipped_in_a_row() });
+        }
         observer.event(&Event::Step { step: self.step, loss: sums.loss, grad_norm, lr, applied });
 
         let last = self.step == total_steps;
@@ -220,11 +224,26 @@ impl<M: TrainModel> Trainer<M> {
             .map(|micro_batch| CounterRng::mix(self.config.seed, &[PASS_TAG, self.step, micro_batch]))
             .collect();
         let sums = accumulate(&self.model, &batches, &seeds, self.config.workers)?;
-        let scale = 1.0 / sums.micro_batches as f64;
-        let report = self.optimizer.step(self.model.params(), &sums.grads, scale, lr)?;
         self.step += 1;
+        let report = self.apply(&sums, lr).map_err(|e| match e {
+            Error::Argument(reason) => Error::Argument(format!("step {}: {reason}", self.step)),
+            other => other,
+        })?;
         self.speed = (self.speed.0 + started.elapsed(), self.speed.1 + 1);
         Ok((sums, report))
+    }
+
+    /// Updates the parameters, unless a loss or a gradient is not finite.
+    fn apply(&mut self, sums: &BatchSums, lr: f64) -> Result<StepReport> {
+        let (params, scale) = (self.model.params(), 1.0 / sums.micro_batches as f64);
+        match sums.non_finite {
+            None => self.optimizer.step(params, &sums.grads, scale, lr),
+            // Its gradient may be finite by chance, but it points nowhere.
+            loss => {
+                let why = NonFinite { loss, ..NonFinite::find(params, &sums.grads)? };
+                self.optimizer.skip(grad_norm(&sums.grads, scale), why)
+            }
+        }
     }
 
     fn draw_batches(&mut self) -> Vec<TokenBatch> {

@@ -3,7 +3,7 @@
 use crate::toy::{MAX_SEQ, Toy, config, corpus};
 use moe_core::CounterRng;
 use moe_models::train::checkpoint::CheckpointStore;
-use moe_models::train::{Event, Outcome, Silent, TrainConfig, Trainer};
+use moe_models::train::{Event, Outcome, TrainConfig, TrainModel, Trainer};
 use std::path::Path;
 use std::sync::atomic::{AtomicBool, Ordering};
 
@@ -139,16 +139,47 @@ fn what_would_change_the_course_is_refused() {
     assert!(message.contains("already holds checkpoints"), "{message}");
 }
 
-#[test]
-fn losses_that_are_not_numbers_end_the_run_with_an_error() {
+/// Trains a toy that `breaks` until it ends with an error; what was skipped before, and the error.
+fn broken_run(breaks: impl Fn(&Toy)) -> (Vec<(u64, String, u64)>, String) {
     let config = config();
     let dir = tempfile::tempdir().unwrap();
     let (corpus, tokenizer) = corpus(&config);
     let toy = Toy::new(1);
-    toy.broken.store(true, Ordering::Relaxed);
+    breaks(&toy);
     let before = toy.bits();
     let mut trainer = Trainer::new(toy, config, corpus, tokenizer, dir.path()).unwrap();
-    let message = trainer.run(&AtomicBool::new(false), &mut Silent).unwrap_err().to_string();
-    assert!(message.contains("in a row"), "{message}");
+    let mut skipped = Vec::new();
+    let mut observer = |event: &Event| match event {
+        Event::Skipped { step, what, in_a_row } => skipped.push((*step, what.to_string(), *in_a_row)),
+        Event::Step { step, applied, .. } => assert!(!applied, "step {step}"),
+        _ => {}
+    };
+    let message = trainer.run(&AtomicBool::new(false), &mut observer).unwrap_err().to_string();
     assert_eq!(trainer.model().bits(), before);
+    (skipped, message)
+}
+
+#[track_caller]
+fn check_broken(breaks: impl Fn(&Toy), words: &[&str]) {
+    let (skipped, message) = broken_run(breaks);
+    assert_eq!(skipped.iter().map(|s| (s.0, s.2)).collect::<Vec<_>>(), (1..8).map(|i| (i, i)).collect::<Vec<_>>());
+    for text in skipped.iter().map(|s| &s.1).chain([&message]) {
+        words.iter().for_each(|word| assert!(text.contains(word), "{word:?} is missing: {text}"));
+    }
+    assert!(message.starts_with("step 8:") && message.contains("8 steps in a row"), "{message}");
+}
+
+/// Event and error name the step, the micro-batch and the first tensor.
+#[test]
+fn what_is_not_finite_is_named_and_ends_the_run() {
+    check_broken(
+        |toy| toy.broken.store(true, Ordering::Relaxed),
+        &["loss of micro-batch 0 is NaN", "gradient of embed"],
+    );
+    check_broken(|toy| toy.steep.store(true, Ordering::Relaxed), &["gradient of head is not finite"]);
+    let poison = |toy: &Toy| {
+        let (_, bias) = &toy.params()[2];
+        bias.set(&(bias.as_tensor() * f64::INFINITY).unwrap()).unwrap();
+    };
+    check_broken(poison, &["parameter bias is not finite", "loss of micro-batch 0 is"]);
 }

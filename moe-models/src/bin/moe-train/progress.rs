@@ -81,12 +81,10 @@ impl Observer for Progress {
         match event {
             Event::Preparing { what } => self.line(&format!("{what} ...")),
             Event::Started { step, total_steps, tokens_per_step } => self.start(*step, *total_steps, *tokens_per_step),
-            Event::Step { step, loss, grad_norm, lr, applied } => {
-                if !applied {
-                    self.line(&format!("step {step}: gradient norm {grad_norm}, update skipped"));
-                }
-                self.step(*step, *loss, *grad_norm, *lr);
+            Event::Skipped { step, what, in_a_row } => {
+                self.line(&format!("step {step}: update skipped ({in_a_row} in a row): {what}"));
             }
+            Event::Step { step, loss, grad_norm, lr, .. } => self.step(*step, *loss, *grad_norm, *lr),
             Event::Validated { step, loss, bits_per_byte, by_source } => {
                 let parts: Vec<String> = by_source.iter().map(|(name, bits)| format!("{name} {bits:.3}")).collect();
                 let parts = if parts.len() > 1 { format!(" ({})", parts.join(", ")) } else { String::new() };
