@@ -12,6 +12,13 @@ pub enum Event {
         /// What is being done, for a person.
         what: String,
     },
+    /// The last preparation goes on; comes about once a second, or more rarely.
+    Prepared {
+        /// Bytes of text done.
+        done: u64,
+        /// Bytes of text in all. Training a tokenizer goes on for a while after the last of them.
+        total: u64,
+    },
     /// Training begins or continues.
     Started {
         /// Steps already done.

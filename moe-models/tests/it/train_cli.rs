@@ -3,6 +3,7 @@
 use std::io::{BufRead, BufReader};
 use std::path::{Path, PathBuf};
 use std::process::{Command, Output, Stdio};
+use std::time::{Duration, Instant};
 
 fn moe_train(dir: &Path, arguments: &[&str]) -> Command {
     let mut command = Command::new(env!("CARGO_BIN_EXE_moe-train"));
@@ -101,6 +102,54 @@ fn interrupted_and_resumed_ends_with_the_same_weights() {
         let read = |out: &str| std::fs::read(dir.path().join(out).join("step-00000060").join(file)).unwrap();
         assert!(read("whole") == read("cut"), "{file} differs after {latest}");
     }
+}
+
+/// Starts a run, sends it SIGTERM when it prints a line with `word`, and checks that it ends at once as documented.
+#[cfg(unix)]
+#[track_caller]
+fn check_terminated(dir: &Path, arguments: &[&str], word: &str) {
+    let mut child = moe_train(dir, arguments).stderr(Stdio::piped()).spawn().unwrap();
+    let mut lines = BufReader::new(child.stderr.take().unwrap()).lines().map(Result::unwrap);
+    assert!(lines.any(|line| line.contains(word)), "never came to {word}");
+    assert!(Command::new("kill").args(["-TERM", &child.id().to_string()]).status().unwrap().success());
+    let deadline = Instant::now() + Duration::from_secs(60);
+    let status = loop {
+        if let Some(status) = child.try_wait().unwrap() {
+            break status;
+        }
+        if Instant::now() > deadline {
+            child.kill().unwrap();
+            panic!("{word}: still running a minute after SIGTERM");
+        }
+        std::thread::sleep(Duration::from_millis(10));
+    };
+    let rest: Vec<String> = lines.collect();
+    assert_eq!(status.code(), Some(130), "{word}: {rest:?}");
+    assert!(rest.iter().any(|line| line.contains("ended by a signal; no step was under way")), "{word}: {rest:?}");
+    assert!(!rest.iter().any(|line| line.contains("saving after this step") || line.starts_with("run:")), "{rest:?}");
+}
+
+#[cfg(unix)]
+#[test]
+fn termination_is_heeded_while_text_is_prepared() {
+    let dir = folder();
+    succeed(&moe_train(dir.path(), &arguments(&["--out", "small", "--train-tokens", "64"])).output().unwrap());
+    // A pipe that nobody writes to is read for ever.
+    assert!(Command::new("mkfifo").arg(dir.path().join("pipe.txt")).status().unwrap().success());
+    check_terminated(dir.path(), &["--data", "pipe.txt"], "reading pipe.txt");
+    // Words of which no two are alike.
+    let words: String = (1..2_000_000u64).map(|i| format!("{:x} ", i.wrapping_mul(0x9E37_79B9_7F4A_7C15))).collect();
+    std::fs::write(dir.path().join("large.txt"), words).unwrap();
+    check_terminated(dir.path(), &["--data", "large.txt"], "training a tokenizer");
+    let tokenizer = "small/step-00000001/tokenizer.json";
+    check_terminated(dir.path(), &["--data", "large.txt", "--tokenizer", tokenizer], "tokenising large");
+}
+
+#[test]
+fn the_exit_status_is_documented() {
+    let help = moe_train(Path::new("."), &["--help"]).output().unwrap();
+    let text = String::from_utf8(help.stdout).unwrap();
+    assert!(text.contains("Exit status:") && text.contains("130  ended at once"), "{text}");
 }
 
 #[track_caller]

@@ -8,16 +8,23 @@ use moe_models::Precision;
 use moe_models::train::{Blend, TrainConfig};
 use std::path::PathBuf;
 
+const EXIT_STATUS: &str = "\
+Exit status:
+  0    done, or stopped by Ctrl-C or SIGTERM after saving the run; --resume continues it
+  1    an error, told in the last line
+  2    arguments that cannot be used
+  130  ended at once: by a signal while text was prepared (nothing is lost), or by a second signal";
+
 /// Train a dense, MoE, Pyramid, Residual or PR-MoE language model on text.
 ///
 /// Without any argument it trains `tiny-pr-moe` on a small excerpt that is part of the program.
 #[derive(Debug, Parser)]
-#[command(version, about)]
+#[command(version, about, after_help = EXIT_STATUS)]
 pub(crate) struct Args {
     /// Training text: a .txt or .jsonl file (also .xz) or a folder of them, with an optional weight. Repeatable.
     #[arg(long, value_name = "PATH[=WEIGHT]")]
     data: Vec<String>,
-    /// Validation text, as --data. Without it the tail of each training source is held out.
+    /// Validation text, as --data but without weights. Without it the tail of each training source is held out.
     #[arg(long, value_name = "PATH")]
     valid: Vec<String>,
     /// Share of each training source: equal (or its weight), or in proportion to its tokens.

@@ -6,6 +6,7 @@ mod evaluate;
 mod model_args;
 mod process;
 mod progress;
+mod signals;
 
 use anyhow::{Context, Result};
 use args::Args;
@@ -17,10 +18,9 @@ use moe_models::hf::write_atomically;
 use moe_models::train::checkpoint::{CheckpointStore, TrainerState, read_state, verify};
 use moe_models::train::{Corpus, Outcome, RunText, TrainConfig, Trainer, export, tokenizer};
 use progress::Progress;
+use signals::Signals;
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
-use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, Ordering};
 use tokenizers::Tokenizer;
 
 fn main() -> ExitCode {
@@ -60,13 +60,13 @@ fn run(args: &Args) -> Result<()> {
         return evaluate::evaluate_folder(folder, &config, &mut Progress::new(config.log_interval));
     }
 
-    let stop = stop_on_signal()?;
+    let signals = Signals::listen()?;
     let mut progress = Progress::new(config.log_interval);
     let mut trainer = match checkpoint {
         None => new_run(args, config, &mut progress)?,
         Some((folder, _)) => resumed_run(args, config, &folder, &mut progress)?,
     };
-    let outcome = trainer.run(&stop, &mut progress)?;
+    let outcome = signals.while_training(|stop| trainer.run(stop, &mut progress))?;
     progress.finish();
     match outcome {
         Outcome::Finished => finish(args, &trainer),
@@ -157,20 +157,6 @@ fn describe(model: &Gpt, corpus: &Corpus, config: &TrainConfig, out: &Path) -> R
     let (steps, tokens) = (config.total_steps(), config.tokens_per_step());
     eprintln!("run: {steps} steps of {tokens} tokens, seed {}", config.seed);
     Ok(())
-}
-
-/// Raises a flag on Ctrl-C or termination; a second signal ends the program at once.
-fn stop_on_signal() -> Result<Arc<AtomicBool>> {
-    let stop = Arc::new(AtomicBool::new(false));
-    let raised = Arc::clone(&stop);
-    ctrlc::set_handler(move || {
-        if raised.swap(true, Ordering::Relaxed) {
-            std::process::exit(130);
-        }
-        eprintln!("\nsaving after this step; press Ctrl-C again to end at once");
-    })
-    .context("cannot listen for Ctrl-C")?;
-    Ok(stop)
 }
 
 fn finish(args: &Args, trainer: &Trainer<Gpt>) -> Result<()> {
