@@ -85,7 +85,8 @@ pub struct CheckpointStore {
 
 impl CheckpointStore {
     /// The checkpoints in `dir`, which is created if absent. Remains of interrupted saves are removed; a checkpoint that
-    /// a crash left under the name it had while it was replaced gets its own name back.
+    /// a crash left under the name it had while it was replaced gets its own name back. What another process is saving looks
+    /// the same, so hold a [`super::RunLock`] where there may be one.
     ///
     /// # Errors
     /// [`Error::Io`] if the folder cannot be written to: better now than after hours of training.

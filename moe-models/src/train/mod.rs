@@ -11,6 +11,7 @@ pub mod evaluate;
 pub mod excerpt;
 pub mod export;
 mod files;
+pub mod lock;
 pub mod metrics;
 pub mod model;
 pub mod non_finite;
@@ -23,6 +24,7 @@ pub mod tokenizer;
 pub mod trainer;
 
 pub use config::{Blend, TrainConfig};
+pub use lock::RunLock;
 pub use model::TrainModel;
 pub use non_finite::{NonFinite, NonFiniteLoss};
 pub use observer::{Event, Observer, Silent};

@@ -5,6 +5,7 @@ use super::config::TrainConfig;
 use super::data::packed::Fingerprint;
 use super::data::{PackedSource, SequenceSampler, ValidSource};
 use super::evaluate::{Evaluation, evaluate};
+use super::lock::RunLock;
 use super::metrics::{self, MetricsWriter, Record};
 use super::model::{TokenBatch, TrainModel, decay_flags};
 use super::non_finite::NonFinite;
@@ -76,65 +77,111 @@ pub struct Trainer<M> {
     best: Option<BestCheckpoint>,
     /// Training time and steps since the last record.
     speed: (Duration, u64),
+    lock: RunLock,
 }
 
 impl<M: TrainModel> Trainer<M> {
-    /// A run from step 0 that writes to the folder `out`. `config` must be resolved for `model`.
+    /// A run from step 0 that writes to the folder `out` and keeps others from doing so until it is dropped. `config` must
+    /// be resolved for `model`.
     ///
     /// # Errors
-    /// [`Error::Argument`] if `out` already holds checkpoints; [`Error::Io`] if it cannot be written to;
+    /// [`Error::Argument`] if `out` already holds checkpoints or is in use; [`Error::Io`] if it cannot be written to;
     /// [`Error::Config`] for impossible settings, and for a `precision` that is not the model's.
     pub fn new(model: M, config: TrainConfig, corpus: Corpus, tokenizer_json: String, out: &Path) -> Result<Self> {
         check_precision(&model, &config)?;
-        let store = CheckpointStore::open(out, config.keep_last)?;
+        Self::new_in(model, config, corpus, tokenizer_json, RunLock::acquire(out)?)
+    }
+
+    /// As [`Trainer::new`], in a folder that the caller has locked.
+    ///
+    /// # Errors
+    /// As [`Trainer::new`].
+    pub fn new_in(
+        model: M,
+        config: TrainConfig,
+        corpus: Corpus,
+        tokenizer_json: String,
+        lock: RunLock,
+    ) -> Result<Self> {
+        check_precision(&model, &config)?;
+        let store = CheckpointStore::open(lock.dir(), config.keep_last)?;
         if !store.steps()?.is_empty() {
             return Err(Error::Argument(format!(
                 "{} already holds checkpoints; resume that run or choose another folder",
-                out.display()
+                lock.dir().display()
             )));
         }
         let optimizer = AdamW::new(config.adamw(), model.params(), decay_flags(&model))?;
-        Self::assemble(model, config, corpus, tokenizer_json, out, Start { optimizer, store, step: 0, best: None })
+        let start = Start { optimizer, store, lock, step: 0, best: None };
+        Self::assemble(model, config, corpus, tokenizer_json, start)
     }
 
-    /// Continues the run in `out` from the checkpoint `folder`, whose weights `model` already holds.
+    /// Continues the run in `out`, which is kept from others as by [`Trainer::new`], from the checkpoint `folder`, whose weights `model` already holds.
     ///
     /// # Errors
+    /// [`Error::Argument`] if `out` is in use;
     /// [`Error::Config`] if settings or data differ in a way that would change the run's course, or the model's precision
     /// is not that of `config`; [`Error::Io`] and [`Error::Format`] for a checkpoint that cannot be read or is damaged.
     pub fn resume(
         model: M,
         config: TrainConfig,
-        mut corpus: Corpus,
+        corpus: Corpus,
         tokenizer_json: String,
         out: &Path,
         folder: &Path,
     ) -> Result<Self> {
         check_precision(&model, &config)?;
-        let store = CheckpointStore::open(out, config.keep_last)?;
+        Self::resume_in(model, config, corpus, tokenizer_json, RunLock::acquire(out)?, folder)
+    }
+
+    /// As [`Trainer::resume`], in a folder that the caller has locked.
+    ///
+    /// # Errors
+    /// As [`Trainer::resume`].
+    pub fn resume_in(
+        model: M,
+        config: TrainConfig,
+        mut corpus: Corpus,
+        tokenizer_json: String,
+        lock: RunLock,
+        folder: &Path,
+    ) -> Result<Self> {
+        check_precision(&model, &config)?;
+        let store = CheckpointStore::open(lock.dir(), config.keep_last)?;
         let state = read_state(folder)?;
         verify(folder, &state)?;
         config.check_continues(&state.config)?;
         check_same_data(&corpus, &state)?;
         let optimizer = load_optimizer(folder, &state, &model)?;
         corpus.sampler.seek(state.data_position)?;
-        let start = Start { optimizer, store, step: state.step, best: state.best };
-        Self::assemble(model, config, corpus, tokenizer_json, out, start)
+        let start = Start { optimizer, store, lock, step: state.step, best: state.best };
+        Self::assemble(model, config, corpus, tokenizer_json, start)
     }
 
-    fn assemble(
-        model: M,
-        config: TrainConfig,
-        corpus: Corpus,
-        tokenizer_json: String,
-        out: &Path,
-        start: Start,
-    ) -> Result<Self> {
-        let Start { optimizer, store, step, best } = start;
-        let metrics = MetricsWriter::open(out, step)?;
+    fn assemble(model: M, config: TrainConfig, corpus: Corpus, tokenizer_json: String, start: Start) -> Result<Self> {
+        let Start { optimizer, store, lock, step, best } = start;
+        let metrics = MetricsWriter::open(lock.dir(), step)?;
         let saved_step = (step > 0).then_some(step);
         let speed = (Duration::ZERO, 0);
-        Ok(Self { model, config, corpus, tokenizer_json, optimizer, store, metrics, step, saved_step, best, speed })
+        Ok(Self {
+            model,
+            config,
+            corpus,
+            tokenizer_json,
+            optimizer,
+            store,
+            metrics,
+            step,
+            saved_step,
+            best,
+            speed,
+            lock,
+        })
+    }
+
+    /// The run's folder.
+    pub fn dir(&self) -> &Path {
+        self.lock.dir()
     }
 
     /// The model.
@@ -314,6 +361,7 @@ impl<M: TrainModel> Trainer<M> {
 struct Start {
     optimizer: AdamW,
     store: CheckpointStore,
+    lock: RunLock,
     step: u64,
     best: Option<BestCheckpoint>,
 }

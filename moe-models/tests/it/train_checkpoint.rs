@@ -81,7 +81,7 @@ fn a_full_disk_leaves_the_earlier_checkpoints_and_no_rest() {
     trainer.model().disk_full.store(true, Ordering::Relaxed);
     let message = trainer.run(&AtomicBool::new(false), &mut Silent).unwrap_err().to_string();
     assert!(message.contains("model.safetensors") && message.contains("storage"), "{message}");
-    assert_eq!(names(dir.path()), ["best", "latest", "metrics.jsonl", "step-00000004", "tensorboard"]);
+    assert_eq!(names(dir.path()), ["best", "latest", "metrics.jsonl", "run.lock", "step-00000004", "tensorboard"]);
     let folder = dir.path().join("step-00000004");
     verify(&folder, &read_state(&folder).unwrap()).unwrap();
 }

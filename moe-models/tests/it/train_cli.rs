@@ -263,3 +263,30 @@ fn a_resumed_run_keeps_its_tokenizer() {
     succeed(&resume(&["--tokenizer", "same.json"]));
     succeed(&resume(&["--vocab-size", "262"]));
 }
+
+/// Two runs in one folder would delete each other's files; a killed one must not stand in the way of the next.
+#[cfg(unix)]
+#[test]
+fn one_run_at_a_time_in_a_folder() {
+    let dir = folder();
+    succeed(&moe_train(dir.path(), &arguments(&["--out", "run", "--train-tokens", "64"])).output().unwrap());
+    // A pipe that nobody writes to keeps the first run at reading.
+    assert!(Command::new("mkfifo").arg(dir.path().join("pipe.txt")).status().unwrap().success());
+    let mut first = moe_train(dir.path(), &["--out", "run", "--resume", "--data", "pipe.txt"])
+        .stderr(Stdio::piped())
+        .spawn()
+        .unwrap();
+    let mut lines = BufReader::new(first.stderr.take().unwrap()).lines().map(Result::unwrap);
+    assert!(lines.any(|line| line.contains("reading pipe.txt")));
+    // What a checkpoint under way looks like.
+    std::fs::create_dir(dir.path().join("run/.tmp-step-00000002")).unwrap();
+    let holder = format!("in use by process {}", first.id());
+    let more = ["--out", "run", "--resume", "--train-tokens", "128"];
+    check_refused(dir.path(), &more, &[&holder, "run", "another folder"]);
+    check_refused(dir.path(), &more[..2], &[&holder]);
+    assert!(dir.path().join("run/.tmp-step-00000002").exists(), "the other run's files are left alone");
+    first.kill().unwrap();
+    first.wait().unwrap();
+    let text = succeed(&moe_train(dir.path(), &more).output().unwrap());
+    assert!(text.contains("resuming from run/step-00000001"), "{text}");
+}

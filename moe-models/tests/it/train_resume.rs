@@ -47,6 +47,7 @@ fn stopped_at_a_random_step_and_resumed_is_bit_identical() {
         let (outcome, stopped) = run(&config, dir.path(), Some(stop_after));
         assert_eq!((outcome, stopped.step()), (Outcome::Stopped, stop_after));
         assert_ne!(stopped.model().bits(), whole.model().bits());
+        drop(stopped);
         let (outcome, resumed) = run(&config, dir.path(), None);
         assert_eq!(outcome, Outcome::Finished);
         assert_same(&whole, &resumed, &format!("stopped after {stop_after}"));
@@ -182,4 +183,24 @@ fn what_is_not_finite_is_named_and_ends_the_run() {
         bias.set(&(bias.as_tensor() * f64::INFINITY).unwrap()).unwrap();
     };
     check_broken(poison, &["parameter bias is not finite", "loss of micro-batch 0 is"]);
+}
+
+#[test]
+fn a_run_keeps_others_out_of_its_folder() {
+    let config = config();
+    let dir = tempfile::tempdir().unwrap();
+    let (_, first) = run(&config, dir.path(), Some(4));
+    let folder = dir.path().join("step-00000004");
+    let before = std::fs::read(dir.path().join("metrics.jsonl")).unwrap();
+    let resume = || {
+        let (corpus, tokenizer) = corpus(&config);
+        Trainer::resume(Toy::load(&folder), config.clone(), corpus, tokenizer, dir.path(), &folder)
+            .map(|_| ())
+            .map_err(|e| e.to_string())
+    };
+    let message = resume().unwrap_err();
+    assert!(message.contains(&format!("in use by process {}", std::process::id())), "{message}");
+    assert_eq!(std::fs::read(dir.path().join("metrics.jsonl")).unwrap(), before, "nothing was touched");
+    drop(first);
+    resume().unwrap();
 }

@@ -16,7 +16,7 @@ use moe_kernels::select;
 use moe_models::gpt::{Gpt, GptConfig};
 use moe_models::hf::write_atomically;
 use moe_models::train::checkpoint::{CheckpointStore, TrainerState, read_state, verify};
-use moe_models::train::{Corpus, Outcome, RunText, TrainConfig, Trainer, export, tokenizer};
+use moe_models::train::{Corpus, Outcome, RunLock, RunText, TrainConfig, Trainer, export, tokenizer};
 use progress::Progress;
 use signals::Signals;
 use std::path::{Path, PathBuf};
@@ -45,7 +45,9 @@ fn run(args: &Args) -> Result<()> {
     if let Some(target) = &args.export {
         export::check_target(target)?;
     }
-    let checkpoint = if args.resume { find_checkpoint(&args.out)? } else { None };
+    // Looking for a checkpoint clears what a crash left, so the folder must be ours by then.
+    let lock = if args.resume { Some(RunLock::acquire(&args.out)?) } else { None };
+    let checkpoint = lock.as_ref().map_or(Ok(None), find_checkpoint)?;
     let base = base_config(args, checkpoint.as_ref())?;
     let config = args.apply_to(base);
     if args.evaluate.is_none() {
@@ -62,9 +64,9 @@ fn run(args: &Args) -> Result<()> {
 
     let signals = Signals::listen()?;
     let mut progress = Progress::new(config.log_interval);
-    let mut trainer = match checkpoint {
-        None => new_run(args, config, &mut progress)?,
-        Some((folder, _)) => resumed_run(args, config, &folder, &mut progress)?,
+    let mut trainer = match (checkpoint, lock) {
+        (Some((folder, _)), Some(lock)) => resumed_run(args, config, lock, &folder, &mut progress)?,
+        (_, lock) => new_run(args, config, lock, &mut progress)?,
     };
     let outcome = signals.while_training(|stop| trainer.run(stop, &mut progress))?;
     progress.finish();
@@ -78,8 +80,8 @@ fn run(args: &Args) -> Result<()> {
 }
 
 /// The checkpoint to resume, with its state. Without any, the run starts anew.
-fn find_checkpoint(out: &Path) -> Result<Option<(PathBuf, TrainerState)>> {
-    let Some(folder) = CheckpointStore::open(out, 1)?.latest()? else { return Ok(None) };
+fn find_checkpoint(run: &RunLock) -> Result<Option<(PathBuf, TrainerState)>> {
+    let Some(folder) = CheckpointStore::open(run.dir(), 1)?.latest()? else { return Ok(None) };
     let state = read_state(&folder)?;
     verify(&folder, &state)?;
     Ok(Some((folder, state)))
@@ -94,11 +96,12 @@ fn base_config(args: &Args, checkpoint: Option<&(PathBuf, TrainerState)>) -> Res
     }
 }
 
-fn new_run(args: &Args, config: TrainConfig, progress: &mut Progress) -> Result<Trainer<Gpt>> {
+fn new_run(args: &Args, config: TrainConfig, lock: Option<RunLock>, progress: &mut Progress) -> Result<Trainer<Gpt>> {
     // Settings are checked before the text is read: a typing error should not cost a minute.
     let mut shape = args.model.config(config.seq_length)?;
     let config = config.resolved(shape.max_seq_len)?;
-    CheckpointStore::open(&args.out, config.keep_last)?;
+    let lock = lock.map_or_else(|| RunLock::acquire(&args.out), Ok)?;
+    CheckpointStore::open(lock.dir(), config.keep_last)?;
     let text = RunText::read(&config.data, &config.valid, progress)?;
     let tokenizer = text.tokenizer(&args.model.tokenizer_choice(shape.vocab_size), progress)?;
     args.model.fit_to(&mut shape, &tokenizer)?;
@@ -106,10 +109,16 @@ fn new_run(args: &Args, config: TrainConfig, progress: &mut Progress) -> Result<
     let corpus = pack(text, &tokenizer, &shape, &config, progress)?;
     let model = Gpt::new(shape, config.seed, &Device::Cpu)?.with_precision(config.precision)?;
     describe(&model, &corpus, &config, &args.out)?;
-    Ok(Trainer::new(model, config, corpus, tokenizer::to_json(&tokenizer)?, &args.out)?)
+    Ok(Trainer::new_in(model, config, corpus, tokenizer::to_json(&tokenizer)?, lock)?)
 }
 
-fn resumed_run(args: &Args, config: TrainConfig, folder: &Path, progress: &mut Progress) -> Result<Trainer<Gpt>> {
+fn resumed_run(
+    args: &Args,
+    config: TrainConfig,
+    lock: RunLock,
+    folder: &Path,
+    progress: &mut Progress,
+) -> Result<Trainer<Gpt>> {
     let model = Gpt::load(folder, &Device::Cpu)?.with_precision(config.precision)?;
     let config = config.resolved(model.config().max_seq_len)?;
     let tokenizer = tokenizer::load(&folder.join("tokenizer.json"))?;
@@ -127,7 +136,7 @@ fn resumed_run(args: &Args, config: TrainConfig, folder: &Path, progress: &mut P
     let corpus = pack(text, &tokenizer, model.config(), &config, progress)?;
     describe(&model, &corpus, &config, &args.out)?;
     eprintln!("resuming from {}", folder.display());
-    Ok(Trainer::resume(model, config, corpus, tokenizer::to_json(&tokenizer)?, &args.out, folder)?)
+    Ok(Trainer::resume_in(model, config, corpus, tokenizer::to_json(&tokenizer)?, lock, folder)?)
 }
 
 fn pack(
