@@ -171,6 +171,7 @@ fn bad_input_is_named_and_nothing_is_written() {
     write("broken.jsonl", "{\"text\": \"a\"}\n{\"text\": 1}\n");
     write("tokenizer.json", "{");
     write("config.toml", "learning = 1\n");
+    let inputs = files_below(dir.path());
     let check = |more: &[&str], words: &[&str]| check_refused(dir.path(), more, words);
     check(&["--data", "missing.txt"], &["missing.txt"]);
     check(&["--data", "empty.txt"], &["empty.txt", "no text"]);
@@ -185,9 +186,13 @@ fn bad_input_is_named_and_nothing_is_written() {
     check(&["--global-batch-size", "3", "--micro-batch-size", "2"], &["global_batch_size 3"]);
     check(&["--out", "text.txt/run"], &["text.txt"]);
     check(&["--export", "text.txt"], &["text.txt", "empty folder"]);
-    let left: Vec<PathBuf> = std::fs::read_dir(dir.path()).unwrap().map(|e| e.unwrap().path()).collect();
-    let runs = left.iter().filter(|p| p.is_dir()).flat_map(|p| std::fs::read_dir(p).unwrap()).count();
-    assert!(runs <= 1, "at most an empty run folder is left: {left:?}");
+    let left: Vec<PathBuf> = files_below(dir.path()).into_iter().filter(|path| !inputs.contains(path)).collect();
+    assert!(left.iter().all(|path| path.ends_with("runs/moe-train/run.lock")), "more than an unused folder: {left:?}");
+}
+
+fn files_below(dir: &Path) -> Vec<PathBuf> {
+    let entries = std::fs::read_dir(dir).unwrap().map(|e| e.unwrap().path());
+    entries.flat_map(|path| if path.is_dir() { files_below(&path) } else { vec![path] }).collect()
 }
 
 #[test]
