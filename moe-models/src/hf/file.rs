@@ -5,8 +5,8 @@ use std::fs::File;
 use std::io::{BufWriter, Write};
 use std::path::Path;
 
-/// Writes `path` whole: into a temporary file beside it, synced, then renamed over it. A crash can leave the temporary file,
-/// whose name begins with `.tmp-`, as that of every unfinished file and folder here.
+/// Writes `path` whole: into a temporary file beside it, synced, then renamed over it. A crash can leave the temporary
+/// file, whose name begins with `.tmp-`, as that of every unfinished file and folder here.
 ///
 /// # Errors
 /// [`Error::Io`] naming the file; the old content is then still there and the temporary file is gone.

@@ -12,7 +12,7 @@ pub enum Event {
         /// What is being done, for a person.
         what: String,
     },
-    /// The last preparation goes on; comes about once a second, or more rarely.
+    /// The last preparation goes on; comes a few times a second, or more rarely.
     Prepared {
         /// Bytes of text done.
         done: u64,

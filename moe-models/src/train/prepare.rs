@@ -11,7 +11,7 @@ use std::time::{Duration, Instant};
 use tokenizers::Tokenizer;
 
 /// Time between two [`Event::Prepared`].
-const REPORT_INTERVAL: Duration = Duration::from_secs(1);
+const REPORT_INTERVAL: Duration = Duration::from_millis(200);
 
 /// Where the tokenizer comes from.
 #[derive(Debug, Clone, PartialEq, Eq)]

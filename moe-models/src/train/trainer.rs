@@ -116,12 +116,13 @@ impl<M: TrainModel> Trainer<M> {
         Self::assemble(model, config, corpus, tokenizer_json, start)
     }
 
-    /// Continues the run in `out`, which is kept from others as by [`Trainer::new`], from the checkpoint `folder`, whose weights `model` already holds.
+    /// Continues the run in `out` from the checkpoint `folder`, whose weights `model` already holds. As [`Trainer::new`],
+    /// it keeps others out of the folder.
     ///
     /// # Errors
-    /// [`Error::Argument`] if `out` is in use;
-    /// [`Error::Config`] if settings or data differ in a way that would change the run's course, or the model's precision
-    /// is not that of `config`; [`Error::Io`] and [`Error::Format`] for a checkpoint that cannot be read or is damaged.
+    /// [`Error::Argument`] if `out` is in use; [`Error::Config`] if settings or data differ in a way that would change the
+    /// run's course, or the model's precision is not that of `config`; [`Error::Io`] and [`Error::Format`] for a checkpoint
+    /// that cannot be read or is damaged.
     pub fn resume(
         model: M,
         config: TrainConfig,
@@ -271,11 +272,12 @@ impl<M: TrainModel> Trainer<M> {
             .map(|micro_batch| CounterRng::mix(self.config.seed, &[PASS_TAG, self.step, micro_batch]))
             .collect();
         let sums = accumulate(&self.model, &batches, &seeds, self.config.workers)?;
-        self.step += 1;
+        let step = self.step + 1;
         let report = self.apply(&sums, lr).map_err(|e| match e {
-            Error::Argument(reason) => Error::Argument(format!("step {}: {reason}", self.step)),
+            Error::Argument(reason) => Error::Argument(format!("step {step}: {reason}")),
             other => other,
         })?;
+        self.step = step;
         self.speed = (self.speed.0 + started.elapsed(), self.speed.1 + 1);
         Ok((sums, report))
     }

@@ -13,7 +13,8 @@ Exit status:
   0    done, or stopped by Ctrl-C or SIGTERM after saving the run; --resume continues it
   1    an error, told in the last line
   2    arguments that cannot be used
-  130  ended at once: by a signal while text was prepared (nothing is lost), or by a second signal";
+  130  ended at once, with what was saved before: by a signal while no step was under way, as while text is prepared,
+       or by a second signal";
 
 /// Train a dense, MoE, Pyramid, Residual or PR-MoE language model on text.
 ///

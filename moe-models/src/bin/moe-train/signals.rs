@@ -1,5 +1,5 @@
-//! What Ctrl-C and termination do: while steps are trained the run is saved first, at any other time there is nothing to save
-//! and the program ends at once.
+//! What Ctrl-C and termination do: while steps are trained the run is saved first, at any other time there is nothing to
+//! save and the program ends at once.
 
 use anyhow::{Context, Result};
 use std::process::exit;
