@@ -5,13 +5,14 @@ use std::fs::File;
 use std::io::{BufWriter, Write};
 use std::path::Path;
 
-/// Writes `path` whole: into a temporary file beside it, synced, then renamed over it.
+/// Writes `path` whole: into a temporary file beside it, synced, then renamed over it. A crash can leave the temporary
+/// file, whose name begins with `.tmp-`, as that of every unfinished file and folder here.
 ///
 /// # Errors
 /// [`Error::Io`] naming the file; the old content is then still there and the temporary file is gone.
 pub fn write_atomically(path: &Path, write: impl FnOnce(&mut dyn Write) -> std::io::Result<()>) -> Result<()> {
-    let mut name = path.file_name().unwrap_or_default().to_os_string();
-    name.push(format!(".{}.tmp", std::process::id()));
+    let mut name = std::ffi::OsString::from(format!(".tmp-{}-", std::process::id()));
+    name.push(path.file_name().unwrap_or_default());
     let temporary = path.with_file_name(name);
     let result = (|| {
         let mut out = BufWriter::new(File::create(&temporary)?);

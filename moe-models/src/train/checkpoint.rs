@@ -8,9 +8,13 @@ use super::config::TrainConfig;
 use super::data::DataPosition;
 use super::data::packed::Fingerprint;
 use super::export::write_model_files;
-use super::files::{TEMPORARY_PREFIX, crc32c, create_dir, create_dir_atomically, replace_file, write_synced};
+use super::files::{
+    REPLACED_PREFIX, TEMPORARY_PREFIX, crc32c, create_dir, create_dir_atomically, recover_swapped, remove,
+    remove_dir_at_once, swap_dir, write_synced,
+};
 use super::model::{TrainModel, decay_flags};
 use super::optimizer::{AdamW, Moments};
+use crate::hf::write_atomically;
 use crate::{Error, Result};
 use candle_core::{DType, Var};
 use safetensors::SafeTensors;
@@ -80,18 +84,15 @@ pub struct CheckpointStore {
 }
 
 impl CheckpointStore {
-    /// The checkpoints in `dir`, which is created if absent. Remains of interrupted saves are removed.
+    /// The checkpoints in `dir`, which is created if absent. Remains of interrupted saves are removed; a checkpoint that
+    /// a crash left under the name it had while it was replaced gets its own name back. What another process is saving looks
+    /// the same, so hold a [`super::RunLock`] where there may be one.
     ///
     /// # Errors
     /// [`Error::Io`] if the folder cannot be written to: better now than after hours of training.
     pub fn open(dir: &Path, keep_last: usize) -> Result<Self> {
         create_dir(dir)?;
-        for entry in std::fs::read_dir(dir).map_err(|e| Error::io(dir, e))? {
-            let path = entry.map_err(|e| Error::io(dir, e))?.path();
-            if name_of(&path).starts_with(TEMPORARY_PREFIX) {
-                remove(&path)?;
-            }
-        }
+        clear_remains(dir)?;
         let probe = dir.join(format!("{TEMPORARY_PREFIX}probe"));
         write_synced(&probe, b"writable")?;
         remove(&probe)?;
@@ -132,29 +133,21 @@ impl CheckpointStore {
         let folder = self.folder(state.step);
         let fill = |dir: &Path| write_files(model, optimizer, tokenizer_json, state, dir);
         if folder.exists() {
-            self.replace(&folder, fill)?;
+            swap_dir(&folder, fill)?
         } else {
-            create_dir_atomically(&folder, fill)?;
+            create_dir_atomically(&folder, fill)?
         }
-        replace_file(&self.dir.join(LATEST), name_of(&folder).as_bytes())?;
+        self.mark(LATEST, &folder)?;
         if let Some(best) = state.best {
-            replace_file(&self.dir.join(BEST), name_of(&self.folder(best.step)).as_bytes())?;
+            self.mark(BEST, &self.folder(best.step))?;
         }
         self.prune(state)?;
         Ok(folder)
     }
 
-    /// Moves the present folder aside while the new one is made, and back if that fails.
-    fn replace(&self, folder: &Path, fill: impl FnOnce(&Path) -> Result<()>) -> Result<()> {
-        let aside = self.dir.join(format!("{TEMPORARY_PREFIX}replaced-{}", name_of(folder)));
-        std::fs::rename(folder, &aside).map_err(|e| Error::io(folder, e))?;
-        match create_dir_atomically(folder, fill) {
-            Ok(()) => remove(&aside),
-            Err(e) => {
-                std::fs::rename(&aside, folder).map_err(|e| Error::io(folder, e))?;
-                Err(e)
-            }
-        }
+    /// Lets the file `marker` name `folder`.
+    fn mark(&self, marker: &str, folder: &Path) -> Result<()> {
+        write_atomically(&self.dir.join(marker), |file| file.write_all(name_of(folder).as_bytes()))
     }
 
     fn prune(&self, state: &TrainerState) -> Result<()> {
@@ -162,11 +155,7 @@ impl CheckpointStore {
         let older: Vec<u64> = self.steps()?.into_iter().filter(|&s| s <= state.step).collect();
         let surplus = older.len().saturating_sub(self.keep_last);
         for &step in older[..surplus].iter().filter(|&&step| Some(step) != best) {
-            let folder = self.folder(step);
-            // Renamed first: an interrupted removal must not leave a folder that looks whole.
-            let doomed = self.dir.join(format!("{TEMPORARY_PREFIX}removed-{}", name_of(&folder)));
-            std::fs::rename(&folder, &doomed).map_err(|e| Error::io(&folder, e))?;
-            remove(&doomed)?;
+            remove_dir_at_once(&self.folder(step))?;
         }
         Ok(())
     }
@@ -195,13 +184,23 @@ impl CheckpointStore {
     }
 }
 
-fn name_of(path: &Path) -> String {
-    path.file_name().unwrap_or_default().to_string_lossy().into_owned()
+/// Removes what interrupted saves left in `dir`, and gives a checkpoint that was being replaced its name back.
+fn clear_remains(dir: &Path) -> Result<()> {
+    let entries = std::fs::read_dir(dir).and_then(Iterator::collect::<std::io::Result<Vec<_>>>);
+    for entry in entries.map_err(|e| Error::io(dir, e))? {
+        let path = entry.path();
+        let name = name_of(&path);
+        match name.strip_prefix(REPLACED_PREFIX).filter(|place| place.starts_with(FOLDER_PREFIX)) {
+            Some(place) => recover_swapped(&path, &dir.join(place), is_complete)?,
+            None if name.starts_with(TEMPORARY_PREFIX) => remove(&path)?,
+            None => {}
+        }
+    }
+    Ok(())
 }
 
-fn remove(path: &Path) -> Result<()> {
-    let removed = if path.is_dir() { std::fs::remove_dir_all(path) } else { std::fs::remove_file(path) };
-    removed.map_err(|e| Error::io(path, e))
+fn name_of(path: &Path) -> String {
+    path.file_name().unwrap_or_default().to_string_lossy().into_owned()
 }
 
 /// Whether every file that makes a checkpoint is there. Their content is checked when they are read.

@@ -5,13 +5,14 @@ use super::metrics::{Record, VALID_BITS_PER_BYTE, VALID_LOSS};
 use super::model::{Pass, TokenBatch, TrainModel};
 use super::step::ordered_parallel;
 use crate::Result;
+use crate::gpt::IGNORED;
 
 /// One source's part of an [`Evaluation`].
 #[derive(Debug, Clone, PartialEq)]
 pub struct SourceLoss {
     /// The source's name.
     pub name: String,
-    /// Targets evaluated, end-of-document tokens included.
+    /// Targets evaluated, end-of-document tokens included and ignored targets not.
     pub tokens: u64,
     /// Bytes of text behind them.
     pub bytes: u64,
@@ -94,14 +95,31 @@ pub fn evaluate<M: TrainModel>(
         .enumerate()
         .flat_map(|(index, source)| source.batches(batch_size).into_iter().map(move |batch| (index, batch)))
         .collect();
+    add_losses(model, &batches, workers, &mut results)?;
+    Ok(Evaluation { sources: results })
+}
+
+/// Evaluates each batch and adds its targets and nats to the entry of `results` that its number names. A batch's mean
+/// loss counts as often as it has targets that are not [`IGNORED`].
+///
+/// # Errors
+/// What the model returns.
+pub fn add_losses<M: TrainModel>(
+    model: &M,
+    batches: &[(usize, TokenBatch)],
+    workers: usize,
+    results: &mut [SourceLoss],
+) -> Result<()> {
     let work = |i: usize| {
         let (source, batch) = &batches[i];
-        Ok((*source, batch.target_ids.len(), model.loss(batch, Pass::Eval)?.lm_loss))
+        let targets = batch.target_ids.iter().filter(|&&id| id != IGNORED).count();
+        // The mean over no target is no number.
+        let mean = if targets == 0 { 0.0 } else { model.loss(batch, Pass::Eval)?.lm_loss };
+        Ok((*source, targets, mean))
     };
-    ordered_parallel(batches.len(), workers, work, |(source, tokens, lm_loss)| {
-        results[source].tokens += tokens as u64;
-        results[source].nats += lm_loss * tokens as f64;
+    ordered_parallel(batches.len(), workers, work, |(source, targets, mean)| {
+        results[source].tokens += targets as u64;
+        results[source].nats += mean * targets as f64;
         Ok(())
-    })?;
-    Ok(Evaluation { sources: results })
+    })
 }

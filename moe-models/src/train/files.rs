@@ -1,4 +1,5 @@
-//! Small file habits shared by the trainer: checksums, and writes that are whole or absent.
+//! Small file habits shared by the trainer: checksums, and folders that are whole or absent. Single files are replaced by
+//! [`crate::hf::write_atomically`].
 
 use crate::{Error, Result};
 use std::fs::File;
@@ -38,6 +39,17 @@ pub(crate) fn sync(path: &Path) -> Result<()> {
     File::open(path).and_then(|f| f.sync_all()).map_err(|e| Error::io(path, e))
 }
 
+/// Removes a file, or a folder with all that is in it.
+pub(crate) fn remove(path: &Path) -> Result<()> {
+    let removed = if path.is_dir() { std::fs::remove_dir_all(path) } else { std::fs::remove_file(path) };
+    removed.map_err(|e| Error::io(path, e))
+}
+
+/// Gives `from` the name `to`.
+pub(crate) fn rename(from: &Path, to: &Path) -> Result<()> {
+    std::fs::rename(from, to).map_err(|e| Error::io(from, e))
+}
+
 /// Writes `bytes` to a new file at `path` and flushes it to the disk.
 pub(crate) fn write_synced(path: &Path, bytes: &[u8]) -> Result<()> {
     File::create(path)
@@ -45,24 +57,25 @@ pub(crate) fn write_synced(path: &Path, bytes: &[u8]) -> Result<()> {
         .map_err(|e| Error::io(path, e))
 }
 
-/// Replaces the file at `path`: readers see the old content or the new, never a part.
-pub(crate) fn replace_file(path: &Path, bytes: &[u8]) -> Result<()> {
-    let temporary = temporary_sibling(path);
-    let written = write_synced(&temporary, bytes)
-        .and_then(|()| std::fs::rename(&temporary, path).map_err(|e| Error::io(path, e)));
-    if written.is_err() {
-        let _ = std::fs::remove_file(&temporary);
-    }
-    written
+/// Prefix of every unfinished file and folder; whatever carries it may be deleted, but for a folder that was moved aside
+/// (see [`swap_dir`]).
+pub(crate) const TEMPORARY_PREFIX: &str = ".tmp-";
+/// Prefix of a whole folder that was moved aside for another one.
+pub(crate) const REPLACED_PREFIX: &str = ".tmp-replaced-";
+/// Prefix of what is being deleted: never whole, never wanted.
+pub(crate) const REMOVED_PREFIX: &str = ".tmp-removed-";
+
+/// `path` with `prefix` before its name.
+pub(crate) fn sibling(prefix: &str, path: &Path) -> PathBuf {
+    let name = path.file_name().unwrap_or_default().to_string_lossy();
+    path.with_file_name(format!("{prefix}{name}"))
 }
 
-/// Prefix of every unfinished file and folder; whatever carries it may be deleted.
-pub(crate) const TEMPORARY_PREFIX: &str = ".tmp-";
-
-/// `.tmp-NAME` beside `path`.
-pub(crate) fn temporary_sibling(path: &Path) -> PathBuf {
-    let name = path.file_name().unwrap_or_default().to_string_lossy();
-    path.with_file_name(format!("{TEMPORARY_PREFIX}{name}"))
+/// Deletes the folder `dir`. Renamed first: an interrupted removal must not leave a folder that looks whole.
+pub(crate) fn remove_dir_at_once(dir: &Path) -> Result<()> {
+    let doomed = sibling(REMOVED_PREFIX, dir);
+    rename(dir, &doomed)?;
+    remove(&doomed)
 }
 
 /// Fills a folder under a temporary name by `fill`, flushes it, and gives it its final name. On any error nothing is
@@ -71,22 +84,60 @@ pub(crate) fn create_dir_atomically(dir: &Path, fill: impl FnOnce(&Path) -> Resu
     if dir.exists() {
         return Err(Error::io(dir, std::io::Error::from(std::io::ErrorKind::AlreadyExists)));
     }
-    let temporary = temporary_sibling(dir);
+    let filled = fill_temporary(dir, fill)?;
+    if let Err(e) = rename(&filled, dir) {
+        let _ = std::fs::remove_dir_all(&filled);
+        return Err(e);
+    }
+    sync_parent(dir)
+}
+
+/// As [`create_dir_atomically`], for a folder `dir` that exists: it stays in place until the new one is on the disk.
+///
+/// Two renames change them, and a crash between the two leaves no folder `dir`, but both under temporary names.
+/// [`recover_swapped`] puts the old one back then.
+pub(crate) fn swap_dir(dir: &Path, fill: impl FnOnce(&Path) -> Result<()>) -> Result<()> {
+    let filled = fill_temporary(dir, fill)?;
+    let aside = sibling(REPLACED_PREFIX, dir);
+    let swapped = rename(dir, &aside).and_then(|()| rename(&filled, dir).inspect_err(|_| _ = rename(&aside, dir)));
+    if let Err(e) = swapped {
+        let _ = std::fs::remove_dir_all(&filled);
+        return Err(e);
+    }
+    // On the disk before the old one goes.
+    sync_parent(dir)?;
+    remove_dir_at_once(&aside)
+}
+
+/// Deals with `aside`, which [`swap_dir`] moved out of the place `dir` before a crash: back to its place if there is no
+/// whole folder, deleted otherwise. `is_whole` tells a whole folder.
+pub(crate) fn recover_swapped(aside: &Path, dir: &Path, is_whole: impl Fn(&Path) -> bool) -> Result<()> {
+    if is_whole(dir) || !is_whole(aside) {
+        return remove_dir_at_once(aside);
+    }
+    if dir.exists() {
+        remove_dir_at_once(dir)?;
+    }
+    rename(aside, dir)?;
+    sync_parent(dir)
+}
+
+/// A folder beside `dir` under a temporary name, filled by `fill` and on the disk; nothing is left of it on an error.
+fn fill_temporary(dir: &Path, fill: impl FnOnce(&Path) -> Result<()>) -> Result<PathBuf> {
+    let temporary = sibling(TEMPORARY_PREFIX, dir);
     if temporary.exists() {
-        std::fs::remove_dir_all(&temporary).map_err(|e| Error::io(&temporary, e))?;
+        remove(&temporary)?;
     }
-    let made = create_dir(&temporary)
-        .and_then(|()| fill(&temporary))
-        .and_then(|()| sync_tree(&temporary))
-        .and_then(|()| std::fs::rename(&temporary, dir).map_err(|e| Error::io(dir, e)));
-    if made.is_err() {
+    let filled = create_dir(&temporary).and_then(|()| fill(&temporary)).and_then(|()| sync_tree(&temporary));
+    if filled.is_err() {
         let _ = std::fs::remove_dir_all(&temporary);
-        return made;
     }
-    match dir.parent() {
-        Some(parent) if !parent.as_os_str().is_empty() => sync(parent),
-        _ => Ok(()),
-    }
+    filled.map(|()| temporary)
+}
+
+/// Flushes the entry of `path` in its folder.
+fn sync_parent(path: &Path) -> Result<()> {
+    path.parent().filter(|parent| !parent.as_os_str().is_empty()).map_or(Ok(()), sync)
 }
 
 fn sync_tree(dir: &Path) -> Result<()> {

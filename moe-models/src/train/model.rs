@@ -1,6 +1,6 @@
 //! [`TrainModel`]: what the training loop needs of a model, and nothing else.
 
-use crate::{Family, Model, Result};
+use crate::{Family, Model, Precision, Result};
 use candle_core::Var;
 use std::path::Path;
 
@@ -19,6 +19,12 @@ pub trait TrainModel: Sync {
     /// Whether a parameter is decayed. By default those of two or more dimensions are: biases and norms are not.
     fn has_weight_decay(&self, _name: &str, shape: &[usize]) -> bool {
         shape.len() >= 2
+    }
+    /// What the matrix products of [`TrainModel::loss`] read. The trainer refuses settings that say otherwise.
+    ///
+    /// By default f32, which is what ordinary tensor operations on f32 parameters compute in.
+    fn precision(&self) -> Precision {
+        Precision::F32
     }
     /// The loss of one micro-batch.
     ///
@@ -49,6 +55,9 @@ impl<F: Family> TrainModel for Model<F> {
     }
     fn has_weight_decay(&self, name: &str, _: &[usize]) -> bool {
         self.table().get(name).is_some_and(|spec| spec.decay)
+    }
+    fn precision(&self) -> Precision {
+        self.precision()
     }
     fn loss(&self, batch: &TokenBatch, pass: Pass) -> Result<LossOutput> {
         self.loss(batch, pass)

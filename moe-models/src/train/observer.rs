@@ -1,5 +1,6 @@
 //! What a run tells whoever watches it. The library prints nothing; a program shows these as it likes.
 
+use super::non_finite::NonFinite;
 use std::path::PathBuf;
 
 /// Something that happened.
@@ -10,6 +11,13 @@ pub enum Event {
     Preparing {
         /// What is being done, for a person.
         what: String,
+    },
+    /// The last preparation goes on; comes a few times a second, or more rarely.
+    Prepared {
+        /// Bytes of text done.
+        done: u64,
+        /// Bytes of text in all. Training a tokenizer goes on for a while after the last of them.
+        total: u64,
     },
     /// Training begins or continues.
     Started {
@@ -30,8 +38,18 @@ pub enum Event {
         grad_norm: f64,
         /// Learning rate of the step.
         lr: f64,
-        /// Whether the parameters were updated; false for a gradient that was not finite.
+        /// Whether the parameters were updated; false after [`Event::Skipped`].
         applied: bool,
+    },
+    /// The update of a step was left out, because its loss or gradient is not finite. Comes before the step's
+    /// [`Event::Step`].
+    Skipped {
+        /// The step, as its [`Event::Step`] will count it.
+        step: u64,
+        /// What was not finite.
+        what: NonFinite,
+        /// Steps skipped in a row, this one included.
+        in_a_row: u64,
     },
     /// A validation ended.
     Validated {

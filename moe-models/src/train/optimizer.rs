@@ -2,6 +2,7 @@
 //!
 //! The arithmetic is [`moe_kernels::adamw`]'s, whose bits do not depend on the number of threads.
 
+use super::non_finite::NonFinite;
 use crate::{Error, Result};
 use candle_core::{CpuStorage, InplaceOp1, Layout, Tensor, Var};
 use moe_kernels::{adamw, select};
@@ -62,12 +63,14 @@ pub struct Moments {
 }
 
 /// What one [`AdamW::step`] did.
-#[derive(Debug, Clone, Copy, PartialEq)]
+#[derive(Debug, Clone, PartialEq)]
 pub struct StepReport {
-    /// Global gradient norm before clipping; not finite when the step was skipped.
+    /// Global gradient norm before clipping.
     pub grad_norm: f64,
     /// Whether the parameters were updated.
     pub applied: bool,
+    /// Why they were not.
+    pub non_finite: Option<NonFinite>,
 }
 
 /// Steps skipped in a row after which [`AdamW::step`] gives up.
@@ -123,7 +126,7 @@ impl AdamW {
         self.updates
     }
 
-    /// Steps skipped in a row for non-finite gradients, up to now.
+    /// Steps skipped in a row for a loss or gradient that was not finite, up to now.
     pub fn skipped_in_a_row(&self) -> u64 {
         self.skipped_in_a_row
     }
@@ -147,9 +150,9 @@ impl AdamW {
         lr: f64,
     ) -> Result<StepReport> {
         self.check_shapes(params, grads)?;
-        let grad_norm = adamw::sum_of_squares(select::current(), grads).sqrt() * grad_scale;
+        let grad_norm = grad_norm(grads, grad_scale);
         if !grad_norm.is_finite() {
-            return self.skip(grad_norm);
+            return self.skip(grad_norm, NonFinite::find(params, grads)?);
         }
         self.skipped_in_a_row = 0;
         self.updates += 1;
@@ -177,17 +180,22 @@ impl AdamW {
             }
             update_together(group.into_iter(), Vec::with_capacity(TOGETHER))?;
         }
-        Ok(StepReport { grad_norm, applied: true })
+        Ok(StepReport { grad_norm, applied: true, non_finite: None })
     }
 
-    fn skip(&mut self, grad_norm: f64) -> Result<StepReport> {
+    /// Leaves an update out: parameters, moments and bias correction stay as they were. [`AdamW::step`] does so itself for
+    /// a gradient that is not finite; a caller does for a loss.
+    ///
+    /// # Errors
+    /// [`Error::Argument`] after [`MAX_SKIPPED_IN_A_ROW`] skips in a row, with `why` of the last.
+    pub fn skip(&mut self, grad_norm: f64, why: NonFinite) -> Result<StepReport> {
         self.skipped_in_a_row += 1;
         if self.skipped_in_a_row >= MAX_SKIPPED_IN_A_ROW {
             return Err(Error::Argument(format!(
-                "{MAX_SKIPPED_IN_A_ROW} steps in a row had a gradient norm of {grad_norm}; lower lr, lengthen the warm-up, or look at the data"
+                "{why}; no update for {MAX_SKIPPED_IN_A_ROW} steps in a row; lower lr, lengthen the warm-up, or look at the data"
             )));
         }
-        Ok(StepReport { grad_norm, applied: false })
+        Ok(StepReport { grad_norm, applied: false, non_finite: Some(why) })
     }
 
     fn check_shapes(&self, params: &[(String, Var)], grads: &[Vec<f32>]) -> Result<()> {
@@ -212,6 +220,11 @@ impl AdamW {
         }
         Ok(())
     }
+}
+
+/// Norm of all gradients together, each multiplied by `grad_scale`.
+pub fn grad_norm(grads: &[Vec<f32>], grad_scale: f64) -> f64 {
+    adamw::sum_of_squares(select::current(), grads).sqrt() * grad_scale
 }
 
 /// A parameter whose memory is not at hand yet.

@@ -101,6 +101,7 @@ fn non_finite_gradients_are_skipped_then_refused() {
     for bad in [f32::NAN, f32::INFINITY] {
         let report = optimizer.step(&params, &[vec![0.1, bad]], 1.0, 0.01).unwrap();
         assert!(!report.applied && !report.grad_norm.is_finite());
+        assert_eq!(report.non_finite.unwrap().gradient.as_deref(), Some("w"));
     }
     assert_eq!(values(&params[0].1), before);
     assert_eq!(optimizer.moments(), state.moments());
@@ -109,7 +110,7 @@ fn non_finite_gradients_are_skipped_then_refused() {
     assert_eq!(optimizer.skipped_in_a_row(), 0, "a good step starts the count anew");
     let outcome = (0..MAX_SKIPPED_IN_A_ROW).map(|_| optimizer.step(&params, &[vec![f32::NAN; 2]], 1.0, 0.01));
     let message = outcome.last().unwrap().unwrap_err().to_string();
-    assert!(message.contains("in a row") && message.contains("lr"), "{message}");
+    assert!(message.contains("gradient of w") && message.contains("in a row") && message.contains("lr"), "{message}");
 }
 
 #[test]

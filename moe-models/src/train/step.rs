@@ -4,10 +4,12 @@
 //! machine; the kernels of each then stay on its thread. The order of summation does not depend on which thread finishes first: the result is
 //! bit-identical for any number of workers. Knows no optimizer.
 
-use super::model::{LayerLoad, Pass, TokenBatch, TrainModel};
+use super::model::{LayerLoad, LossOutput, Pass, TokenBatch, TrainModel};
+use super::non_finite::NonFiniteLoss;
 use crate::{Error, Result};
 use candle_core::backprop::GradStore;
 use candle_core::{CpuStorage, Storage, Tensor, Var};
+use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Condvar, Mutex, PoisonError};
 
@@ -26,13 +28,19 @@ pub struct BatchSums {
     pub aux_loss: f64,
     /// Loads of each MoE layer, summed over the micro-batches.
     pub layers: Vec<LayerLoad>,
+    /// The first loss that is not finite, if any.
+    pub non_finite: Option<NonFiniteLoss>,
 }
 
 /// Runs `work(i)` for `i` in `0..count` on `workers` threads and hands the results to `consume` in the order of `i`.
-/// At most `workers` results wait at a time. The first error (by `i` among those reached) stops the rest.
+/// At most `workers` results wait at a time. The first error (by `i` among those reached) stops the rest: each thread
+/// ends when the work it is in returns.
+///
+/// A panic counts as an error: a thread that just ended would leave the others waiting for its turn for ever, and a run
+/// that ends with an error keeps the checkpoints it has.
 ///
 /// # Errors
-/// Whatever `work` or `consume` returned.
+/// Whatever `work` or `consume` returned; [`Error::Argument`] with the text of a panic in one of them.
 pub fn ordered_parallel<T: Send>(
     count: usize,
     workers: usize,
@@ -52,7 +60,7 @@ pub fn ordered_parallel<T: Send>(
             if i >= count {
                 return;
             }
-            let result = work(i);
+            let result = no_panic(i, || work(i));
             let mut turn = turn.lock().unwrap_or_else(PoisonError::into_inner);
             while turn.next != i && turn.error.is_none() {
                 turn = changed.wait(turn).unwrap_or_else(PoisonError::into_inner);
@@ -60,11 +68,12 @@ pub fn ordered_parallel<T: Send>(
             if turn.error.is_some() {
                 return;
             }
-            if let Err(e) = result.and_then(|value| (turn.consume)(value)) {
-                turn.error = Some(e);
-            }
+            turn.error = result.and_then(|value| no_panic(i, || (turn.consume)(value))).err();
             turn.next += 1;
             changed.notify_all();
+            if turn.error.is_some() {
+                return;
+            }
         }
     };
     if workers.min(count) <= 1 {
@@ -76,6 +85,19 @@ pub fn ordered_parallel<T: Send>(
         Some(e) => Err(e),
         None => Ok(()),
     }
+}
+
+/// Turns a panic in the work on micro-batch `i` into an error.
+///
+/// What the panic left half done is seen by nobody: the error ends the call that owns the results.
+fn no_panic<T>(i: usize, body: impl FnOnce() -> Result<T>) -> Result<T> {
+    catch_unwind(AssertUnwindSafe(body)).unwrap_or_else(|payload| {
+        let text = payload.downcast_ref::<&str>().copied();
+        let text = text.or_else(|| payload.downcast_ref::<String>().map(String::as_str)).unwrap_or("without a text");
+        Err(Error::Argument(format!(
+            "a worker panicked at micro-batch {i}: {text}; this is a defect of the program or the model, please report it"
+        )))
+    })
 }
 
 /// Stack of a worker: candle walks the graph by recursion, 20,000 operations fit in far less.
@@ -120,12 +142,14 @@ pub fn accumulate<M: TrainModel>(
         lm_loss: 0.0,
         aux_loss: 0.0,
         layers: Vec::new(),
+        non_finite: None,
     };
     let work = |i: usize| {
         let output = model.loss(&batches[i], Pass::Train { seed: seeds[i] })?;
         let grads = output.loss.backward()?;
         let loss = f64::from(output.loss.to_scalar::<f32>()?);
-        Ok((LossParts { loss, lm_loss: output.lm_loss, aux_loss: output.aux_loss, layers: output.layers }, grads))
+        let LossOutput { lm_loss, aux_loss, layers, .. } = output;
+        Ok((LossParts { micro_batch: i, loss, lm_loss, aux_loss, layers }, grads))
     };
     ordered_parallel(batches.len(), workers, work, |(parts, grads)| sums.add(params, parts, &grads))?;
     let count = batches.len() as f64;
@@ -137,6 +161,7 @@ pub fn accumulate<M: TrainModel>(
 
 /// A [`super::model::LossOutput`] without its graph.
 struct LossParts {
+    micro_batch: usize,
     loss: f64,
     lm_loss: f64,
     aux_loss: f64,
@@ -149,6 +174,10 @@ impl BatchSums {
         self.lm_loss += parts.lm_loss;
         self.aux_loss += parts.aux_loss;
         add_loads(&mut self.layers, &parts.layers);
+        let LossParts { micro_batch, loss, lm_loss, aux_loss, .. } = parts;
+        if self.non_finite.is_none() && [loss, lm_loss, aux_loss].iter().any(|x| !x.is_finite()) {
+            self.non_finite = Some(NonFiniteLoss { micro_batch, loss, lm_loss, aux_loss });
+        }
         for ((_, var), sum) in params.iter().zip(&mut self.grads) {
             // No entry: the parameter took no part, as an expert without tokens. Its gradient is zero.
             if let Some(grad) = grads.get(var) {
@@ -219,6 +248,50 @@ mod tests {
             });
             assert_eq!(error.unwrap_err().to_string(), "five");
             assert_eq!(seen, [0, 1, 2, 3, 4]);
+        }
+    }
+    /// Runs `body` on a thread of its own, so that a hang fails the test and not the whole run.
+    fn must_end<T: Send + 'static>(body: impl FnOnce() -> T + Send + 'static) -> T {
+        let (sender, receiver) = std::sync::mpsc::channel();
+        std::thread::spawn(move || sender.send(body()));
+        receiver.recv_timeout(std::time::Duration::from_secs(60)).expect("a panicking worker must not hang the others")
+    }
+
+    #[test]
+    fn a_panic_in_a_worker_ends_in_an_error_with_its_text() {
+        for workers in [1, 2, 4] {
+            let (error, started) = must_end(move || {
+                let started = AtomicUsize::new(0);
+                let work = |i: usize| {
+                    started.fetch_add(1, Ordering::Relaxed);
+                    assert!(i != 5, "index {i} out of bounds");
+                    Ok(i)
+                };
+                let error = ordered_parallel(1000, workers, work, |_| Ok(())).unwrap_err();
+                (error.to_string(), started.into_inner())
+            });
+            assert!(error.contains("micro-batch 5") && error.contains("index 5 out of bounds"), "{workers}: {error}");
+            assert!(started <= 5 + workers, "{workers} workers went on: {started} pieces of work were begun");
+        }
+    }
+
+    #[test]
+    fn a_panic_of_the_consumer_ends_in_an_error_with_its_text() {
+        for workers in [1, 3] {
+            let (error, seen) = must_end(move || {
+                let mut seen = 0;
+                let consume = |i: usize| {
+                    if i == 7 {
+                        std::panic::panic_any("a constant text");
+                    }
+                    seen += 1;
+                    Ok(())
+                };
+                let error = ordered_parallel(1000, workers, Ok, consume).unwrap_err();
+                (error.to_string(), seen)
+            });
+            assert!(error.contains("micro-batch 7") && error.contains("a constant text"), "{workers}: {error}");
+            assert_eq!(seen, 7, "{workers} workers");
         }
     }
 }

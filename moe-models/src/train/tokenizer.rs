@@ -3,9 +3,11 @@
 
 use super::data::Documents;
 use super::data::documents::SEPARATOR;
+use super::data::pieces::pieces;
 use crate::{Error, Result};
 use std::collections::HashSet;
 use std::path::Path;
+use std::sync::atomic::{AtomicU64, Ordering};
 use tokenizers::models::bpe::{BPE, BpeTrainerBuilder};
 use tokenizers::pre_tokenizers::byte_level::ByteLevel;
 use tokenizers::{AddedToken, Tokenizer, TokenizerBuilder};
@@ -21,12 +23,22 @@ fn error(e: impl std::fmt::Display) -> Error {
 }
 
 /// Trains a byte-level BPE with GPT-2's pre-tokenizer. Id 0 is `<|endoftext|>`; every byte has a token, so any text can
-/// be encoded and decodes back exactly. The result is a function of the documents alone.
+/// be encoded and decodes back exactly. The result is a function of the documents alone. Words longer than a kilobyte, as
+/// text without spaces has them, are learned from in parts.
 ///
 /// # Errors
 /// [`Error::Config`] for a `vocab_size` below [`MIN_VOCAB_SIZE`]; [`Error::Tokenizer`] if training fails or the text
 /// is too small or uniform to give `vocab_size` tokens.
 pub fn train_bpe(documents: &[Documents], vocab_size: usize) -> Result<Tokenizer> {
+    train_bpe_watched(documents, vocab_size, &AtomicU64::new(0))
+}
+
+/// As [`train_bpe`], counting in `read` the bytes of text that have been read. Reading is the first part of the work;
+/// joining tokens is the rest.
+///
+/// # Errors
+/// As [`train_bpe`].
+pub fn train_bpe_watched(documents: &[Documents], vocab_size: usize, read: &AtomicU64) -> Result<Tokenizer> {
     if vocab_size < MIN_VOCAB_SIZE {
         return Err(Error::Config(format!(
             "vocab_size {vocab_size} is below {MIN_VOCAB_SIZE} (256 bytes and {END_OF_TEXT}); raise it"
@@ -49,7 +61,7 @@ pub fn train_bpe(documents: &[Documents], vocab_size: usize) -> Result<Tokenizer
         .with_decoder(Some(byte_level))
         .build()
         .map_err(error)?;
-    let texts = documents.iter().flat_map(|d| &d.texts).map(String::as_str);
+    let texts = training_pieces(documents).inspect(|piece| _ = read.fetch_add(piece.len() as u64, Ordering::Relaxed));
     tokenizer.train(&mut trainer, texts).map_err(error)?;
     // Through JSON: the generic tokenizer becomes the plain `Tokenizer`, exactly as it will be read back from disk.
     let json = tokenizer.to_string(false).map_err(error)?;
@@ -61,6 +73,11 @@ pub fn train_bpe(documents: &[Documents], vocab_size: usize) -> Result<Tokenizer
         )));
     }
     Ok(tokenizer)
+}
+
+/// What the trainer is handed: whole words, but for those that are too long.
+fn training_pieces(documents: &[Documents]) -> impl Iterator<Item = &str> + Send {
+    documents.iter().flat_map(|d| &d.texts).flat_map(|text| pieces(text))
 }
 
 /// Reads a `tokenizer.json`.
@@ -114,6 +131,7 @@ pub fn to_json(tokenizer: &Tokenizer) -> Result<String> {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::train::data::pieces::MAX_RUN_BYTES;
 
     fn documents() -> Vec<Documents> {
         let texts = vec!["It's the end of the thing, the other thing — 12 things.\n\nThe end.".repeat(3)];
@@ -154,5 +172,20 @@ mod tests {
         assert!(matches!(load(&path), Err(Error::Io { .. })));
         std::fs::write(&path, "{\"version\":").unwrap();
         assert!(matches!(load(&path), Err(Error::Format { .. })));
+    }
+
+    #[test]
+    fn the_trainer_is_handed_pieces_of_bounded_length() {
+        let one_letter = Documents { name: "a".into(), weight: None, texts: vec!["a".repeat(20 << 20)] };
+        let documents = [one_letter, documents().remove(0)];
+        assert_eq!(training_pieces(&documents).map(str::len).max(), Some(MAX_RUN_BYTES));
+        assert_eq!(
+            training_pieces(&documents[1..]).collect::<Vec<_>>(),
+            documents[1].texts,
+            "ordinary text stays whole"
+        );
+        let read = AtomicU64::new(0);
+        train_bpe_watched(&documents, 262, &read).unwrap();
+        assert_eq!(read.into_inner(), documents.iter().map(Documents::text_bytes).sum::<u64>());
     }
 }

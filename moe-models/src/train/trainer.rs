@@ -5,10 +5,12 @@ use super::config::TrainConfig;
 use super::data::packed::Fingerprint;
 use super::data::{PackedSource, SequenceSampler, ValidSource};
 use super::evaluate::{Evaluation, evaluate};
+use super::lock::RunLock;
 use super::metrics::{self, MetricsWriter, Record};
 use super::model::{TokenBatch, TrainModel, decay_flags};
+use super::non_finite::NonFinite;
 use super::observer::{Event, Observer};
-use super::optimizer::{AdamW, StepReport};
+use super::optimizer::{AdamW, StepReport, grad_norm};
 use super::step::{BatchSums, accumulate};
 use crate::{Error, Result};
 use moe_core::CounterRng;
@@ -75,63 +77,112 @@ pub struct Trainer<M> {
     best: Option<BestCheckpoint>,
     /// Training time and steps since the last record.
     speed: (Duration, u64),
+    lock: RunLock,
 }
 
 impl<M: TrainModel> Trainer<M> {
-    /// A run from step 0 that writes to the folder `out`. `config` must be resolved for `model`.
+    /// A run from step 0 that writes to the folder `out` and keeps others from doing so until it is dropped. `config` must
+    /// be resolved for `model`.
     ///
     /// # Errors
-    /// [`Error::Argument`] if `out` already holds checkpoints; [`Error::Io`] if it cannot be written to;
-    /// [`Error::Config`] for impossible settings.
+    /// [`Error::Argument`] if `out` already holds checkpoints or is in use; [`Error::Io`] if it cannot be written to;
+    /// [`Error::Config`] for impossible settings, and for a `precision` that is not the model's.
     pub fn new(model: M, config: TrainConfig, corpus: Corpus, tokenizer_json: String, out: &Path) -> Result<Self> {
-        let store = CheckpointStore::open(out, config.keep_last)?;
+        check_precision(&model, &config)?;
+        Self::new_in(model, config, corpus, tokenizer_json, RunLock::acquire(out)?)
+    }
+
+    /// As [`Trainer::new`], in a folder that the caller has locked.
+    ///
+    /// # Errors
+    /// As [`Trainer::new`].
+    pub fn new_in(
+        model: M,
+        config: TrainConfig,
+        corpus: Corpus,
+        tokenizer_json: String,
+        lock: RunLock,
+    ) -> Result<Self> {
+        check_precision(&model, &config)?;
+        let store = CheckpointStore::open(lock.dir(), config.keep_last)?;
         if !store.steps()?.is_empty() {
             return Err(Error::Argument(format!(
                 "{} already holds checkpoints; resume that run or choose another folder",
-                out.display()
+                lock.dir().display()
             )));
         }
         let optimizer = AdamW::new(config.adamw(), model.params(), decay_flags(&model))?;
-        Self::assemble(model, config, corpus, tokenizer_json, out, Start { optimizer, store, step: 0, best: None })
+        let start = Start { optimizer, store, lock, step: 0, best: None };
+        Self::assemble(model, config, corpus, tokenizer_json, start)
     }
 
-    /// Continues the run in `out` from the checkpoint `folder`, whose weights `model` already holds.
+    /// Continues the run in `out` from the checkpoint `folder`, whose weights `model` already holds. As [`Trainer::new`],
+    /// it keeps others out of the folder.
     ///
     /// # Errors
-    /// [`Error::Config`] if settings or data differ in a way that would change the run's course; [`Error::Io`] and
-    /// [`Error::Format`] for a checkpoint that cannot be read or is damaged.
+    /// [`Error::Argument`] if `out` is in use; [`Error::Config`] if settings or data differ in a way that would change the
+    /// run's course, or the model's precision is not that of `config`; [`Error::Io`] and [`Error::Format`] for a checkpoint
+    /// that cannot be read or is damaged.
     pub fn resume(
         model: M,
         config: TrainConfig,
-        mut corpus: Corpus,
+        corpus: Corpus,
         tokenizer_json: String,
         out: &Path,
         folder: &Path,
     ) -> Result<Self> {
-        let store = CheckpointStore::open(out, config.keep_last)?;
+        check_precision(&model, &config)?;
+        Self::resume_in(model, config, corpus, tokenizer_json, RunLock::acquire(out)?, folder)
+    }
+
+    /// As [`Trainer::resume`], in a folder that the caller has locked.
+    ///
+    /// # Errors
+    /// As [`Trainer::resume`].
+    pub fn resume_in(
+        model: M,
+        config: TrainConfig,
+        mut corpus: Corpus,
+        tokenizer_json: String,
+        lock: RunLock,
+        folder: &Path,
+    ) -> Result<Self> {
+        check_precision(&model, &config)?;
+        let store = CheckpointStore::open(lock.dir(), config.keep_last)?;
         let state = read_state(folder)?;
         verify(folder, &state)?;
         config.check_continues(&state.config)?;
         check_same_data(&corpus, &state)?;
         let optimizer = load_optimizer(folder, &state, &model)?;
         corpus.sampler.seek(state.data_position)?;
-        let start = Start { optimizer, store, step: state.step, best: state.best };
-        Self::assemble(model, config, corpus, tokenizer_json, out, start)
+        let start = Start { optimizer, store, lock, step: state.step, best: state.best };
+        Self::assemble(model, config, corpus, tokenizer_json, start)
     }
 
-    fn assemble(
-        model: M,
-        config: TrainConfig,
-        corpus: Corpus,
-        tokenizer_json: String,
-        out: &Path,
-        start: Start,
-    ) -> Result<Self> {
-        let Start { optimizer, store, step, best } = start;
-        let metrics = MetricsWriter::open(out, step)?;
+    fn assemble(model: M, config: TrainConfig, corpus: Corpus, tokenizer_json: String, start: Start) -> Result<Self> {
+        let Start { optimizer, store, lock, step, best } = start;
+        let metrics = MetricsWriter::open(lock.dir(), step)?;
         let saved_step = (step > 0).then_some(step);
         let speed = (Duration::ZERO, 0);
-        Ok(Self { model, config, corpus, tokenizer_json, optimizer, store, metrics, step, saved_step, best, speed })
+        Ok(Self {
+            model,
+            config,
+            corpus,
+            tokenizer_json,
+            optimizer,
+            store,
+            metrics,
+            step,
+            saved_step,
+            best,
+            speed,
+            lock,
+        })
+    }
+
+    /// The run's folder.
+    pub fn dir(&self) -> &Path {
+        self.lock.dir()
     }
 
     /// The model.
@@ -185,7 +236,10 @@ impl<M: TrainModel> Trainer<M> {
     fn one_step(&mut self, total_steps: u64, observer: &mut dyn Observer) -> Result<()> {
         let lr = self.config.schedule().lr(self.tokens());
         let (sums, report) = self.update(lr)?;
-        let StepReport { grad_norm, applied } = report;
+        let StepReport { grad_norm, applied, non_finite } = report;
+        if let Some(what) = non_finite {
+            observer.event(&Event::Skipped { step: self.step, what, in_a_row: self.optimizer.skipped_in_a_row() });
+        }
         observer.event(&Event::Step { step: self.step, loss: sums.loss, grad_norm, lr, applied });
 
         let last = self.step == total_steps;
@@ -218,11 +272,27 @@ impl<M: TrainModel> Trainer<M> {
             .map(|micro_batch| CounterRng::mix(self.config.seed, &[PASS_TAG, self.step, micro_batch]))
             .collect();
         let sums = accumulate(&self.model, &batches, &seeds, self.config.workers)?;
-        let scale = 1.0 / sums.micro_batches as f64;
-        let report = self.optimizer.step(self.model.params(), &sums.grads, scale, lr)?;
-        self.step += 1;
+        let step = self.step + 1;
+        let report = self.apply(&sums, lr).map_err(|e| match e {
+            Error::Argument(reason) => Error::Argument(format!("step {step}: {reason}")),
+            other => other,
+        })?;
+        self.step = step;
         self.speed = (self.speed.0 + started.elapsed(), self.speed.1 + 1);
         Ok((sums, report))
+    }
+
+    /// Updates the parameters, unless a loss or a gradient is not finite.
+    fn apply(&mut self, sums: &BatchSums, lr: f64) -> Result<StepReport> {
+        let (params, scale) = (self.model.params(), 1.0 / sums.micro_batches as f64);
+        match sums.non_finite {
+            None => self.optimizer.step(params, &sums.grads, scale, lr),
+            // Its gradient may be finite by chance, but it points nowhere.
+            loss => {
+                let why = NonFinite { loss, ..NonFinite::find(params, &sums.grads)? };
+                self.optimizer.skip(grad_norm(&sums.grads, scale), why)
+            }
+        }
     }
 
     fn draw_batches(&mut self) -> Vec<TokenBatch> {
@@ -293,8 +363,20 @@ impl<M: TrainModel> Trainer<M> {
 struct Start {
     optimizer: AdamW,
     store: CheckpointStore,
+    lock: RunLock,
     step: u64,
     best: Option<BestCheckpoint>,
+}
+
+/// The setting is recorded in checkpoints, so one that the model does not follow would tell a lie about the run.
+fn check_precision<M: TrainModel>(model: &M, config: &TrainConfig) -> Result<()> {
+    let (asked, computed) = (config.precision, model.precision());
+    if asked != computed {
+        return Err(Error::Config(format!(
+            "precision is {asked:?} in the settings, the model computes in {computed:?}; build the model with the settings' precision (Gpt::with_precision) or change the setting"
+        )));
+    }
+    Ok(())
 }
 
 fn check_same_data(corpus: &Corpus, state: &TrainerState) -> Result<()> {

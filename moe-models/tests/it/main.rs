@@ -10,5 +10,6 @@ mod train_cli;
 mod train_evaluate;
 mod train_gpt;
 mod train_metrics;
+mod train_prepare;
 mod train_resume;
 mod train_step;

@@ -7,7 +7,7 @@ use moe_models::train::data::{Documents, Packer};
 use moe_models::train::model::{LayerLoad, LossOutput, Pass, TokenBatch};
 use moe_models::train::tokenizer::{to_json, train_bpe};
 use moe_models::train::{Corpus, TrainConfig, TrainModel};
-use moe_models::{Error, Result};
+use moe_models::{Error, Precision, Result};
 use std::collections::HashMap;
 use std::path::Path;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -23,6 +23,8 @@ pub(crate) struct Toy {
     pub(crate) disk_full: AtomicBool,
     /// When raised, losses are not a number.
     pub(crate) broken: AtomicBool,
+    /// When raised, the loss is finite, but the gradient of `head` is not.
+    pub(crate) steep: AtomicBool,
 }
 
 impl Toy {
@@ -33,7 +35,12 @@ impl Toy {
             (name.to_owned(), Var::from_vec(values, shape, &Device::Cpu).unwrap())
         };
         let params = vec![var("embed", &[VOCAB, WIDTH]), var("head", &[WIDTH, VOCAB]), var("bias", &[VOCAB])];
-        Self { params, disk_full: AtomicBool::new(false), broken: AtomicBool::new(false) }
+        Self {
+            params,
+            disk_full: AtomicBool::new(false),
+            broken: AtomicBool::new(false),
+            steep: AtomicBool::new(false),
+        }
     }
 
     pub(crate) fn load(dir: &Path) -> Self {
@@ -69,7 +76,13 @@ impl TrainModel for Toy {
             let noise: Vec<f32> = (0..hidden.elem_count()).map(|_| rng.uniform_f32() * 0.1).collect();
             hidden = (hidden + Tensor::from_vec(noise, (batch.input_ids.len(), WIDTH), &Device::Cpu)?)?;
         }
-        let logits = hidden.matmul(&self.params[1].1)?.broadcast_add(&self.params[2].1)?;
+        let mut logits = hidden.matmul(&self.params[1].1)?;
+        if self.steep.load(Ordering::Relaxed) {
+            // The root of 0 is 0, its slope infinite.
+            let head = self.params[1].1.as_tensor();
+            logits = logits.broadcast_add(&head.sub(head)?.sqrt()?.sum_all()?)?;
+        }
+        let logits = logits.broadcast_add(&self.params[2].1)?;
         let right = logits.gather(&targets.unsqueeze(1)?, 1)?.squeeze(1)?;
         let lm = (logits.log_sum_exp(1)? - right)?.mean_all()?;
         let scale = if self.broken.load(Ordering::Relaxed) { f64::NAN } else { 1.0 };
@@ -119,6 +132,7 @@ pub(crate) fn config() -> TrainConfig {
         lr_warmup_tokens: Some(96),
         eval_interval: 5,
         eval_iters: 2,
+        precision: Precision::F32,
         save_interval: 4,
         log_interval: 1,
         ..TrainConfig::default()

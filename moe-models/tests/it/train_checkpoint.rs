@@ -81,7 +81,7 @@ fn a_full_disk_leaves_the_earlier_checkpoints_and_no_rest() {
     trainer.model().disk_full.store(true, Ordering::Relaxed);
     let message = trainer.run(&AtomicBool::new(false), &mut Silent).unwrap_err().to_string();
     assert!(message.contains("model.safetensors") && message.contains("storage"), "{message}");
-    assert_eq!(names(dir.path()), ["best", "latest", "metrics.jsonl", "step-00000004", "tensorboard"]);
+    assert_eq!(names(dir.path()), ["best", "latest", "metrics.jsonl", "run.lock", "step-00000004", "tensorboard"]);
     let folder = dir.path().join("step-00000004");
     verify(&folder, &read_state(&folder).unwrap()).unwrap();
 }
@@ -99,6 +99,73 @@ fn a_failed_replacement_keeps_the_old_folder() {
     store.save(trainer.model(), trainer.optimizer(), "[]", &state).unwrap_err();
     assert_eq!(std::fs::read_to_string(folder.join("tokenizer.json")).unwrap(), "{}", "still the old one");
     assert!(names(dir.path()).iter().all(|n| !n.starts_with('.')), "{:?}", names(dir.path()));
+}
+
+fn copy(from: &Path, to: &Path) {
+    std::fs::create_dir(to).unwrap();
+    for name in names(from) {
+        std::fs::copy(from.join(&name), to.join(&name)).unwrap();
+    }
+}
+
+/// Every state in which a crash can leave a folder while a checkpoint in it is replaced. Old and new differ in their
+/// tokenizer.
+#[test]
+fn a_crash_at_any_point_of_a_replacement_loses_nothing() {
+    const PLACE: &str = "step-00000012";
+    const ASIDE: &str = ".tmp-replaced-step-00000012";
+    const FILLED: &str = ".tmp-step-00000012";
+    const DOOMED: &str = ".tmp-removed-.tmp-replaced-step-00000012";
+    let source = tempfile::tempdir().unwrap();
+    let trainer = finished_run(source.path(), &config());
+    let old = source.path().join(PLACE);
+    let state = read_state(&old).unwrap();
+    let renewed = tempfile::tempdir().unwrap();
+    let store = CheckpointStore::open(renewed.path(), 2).unwrap();
+    let new = store.save(trainer.model(), trainer.optimizer(), "{}", &state).unwrap();
+    let half = |dir: &Path| {
+        copy(&new, dir);
+        std::fs::remove_file(dir.join("trainer_state.json")).unwrap();
+        std::fs::remove_file(dir.join("optimizer.safetensors")).unwrap();
+    };
+    type Fill<'a> = &'a dyn Fn(&Path);
+    let (old_at, new_at): (Fill, Fill) = (&|dir| copy(&old, dir), &|dir| copy(&new, dir));
+    type Crash<'a> = (&'a str, &'a [(&'a str, Fill<'a>)], bool);
+    let crashes: [Crash; 7] = [
+        ("while the new one is filled", &[(PLACE, old_at), (FILLED, &half)], false),
+        ("before the old one is moved", &[(PLACE, old_at), (FILLED, new_at)], false),
+        ("between the renames", &[(ASIDE, old_at), (FILLED, new_at)], false),
+        ("by a version that moved first", &[(ASIDE, old_at), (FILLED, &half)], false),
+        ("by a version that moved first, at once", &[(ASIDE, old_at)], false),
+        ("before the old one is removed", &[(ASIDE, old_at), (PLACE, new_at)], true),
+        ("while the old one is removed", &[(DOOMED, &half), (PLACE, new_at)], true),
+    ];
+    for (when, folders, is_new) in crashes {
+        let dir = tempfile::tempdir().unwrap();
+        std::fs::write(dir.path().join("latest"), PLACE).unwrap();
+        folders.iter().for_each(|(name, fill)| fill(&dir.path().join(name)));
+        let store = CheckpointStore::open(dir.path(), 2).unwrap();
+        assert_eq!(names(dir.path()), ["latest", PLACE], "{when}");
+        let folder = store.latest().unwrap().unwrap();
+        let state = read_state(&folder).unwrap();
+        verify(&folder, &state).unwrap();
+        load_optimizer(&folder, &state, trainer.model()).unwrap();
+        let tokenizer = std::fs::read_to_string(folder.join("tokenizer.json")).unwrap();
+        assert_eq!(tokenizer == "{}", is_new, "{when}");
+    }
+}
+
+/// What is under a temporary name is restored only to the place of a checkpoint.
+#[test]
+fn other_remains_are_removed() {
+    let dir = tempfile::tempdir().unwrap();
+    for name in [".tmp-replaced-", ".tmp-replaced-other", ".tmp-removed-step-00000004"] {
+        std::fs::create_dir(dir.path().join(name)).unwrap();
+        std::fs::write(dir.path().join(name).join("trainer_state.json"), "{").unwrap();
+    }
+    std::fs::write(dir.path().join(".tmp-77-latest"), "step-").unwrap();
+    CheckpointStore::open(dir.path(), 2).unwrap();
+    assert_eq!(names(dir.path()), Vec::<String>::new());
 }
 
 #[test]

@@ -3,6 +3,7 @@
 use std::io::{BufRead, BufReader};
 use std::path::{Path, PathBuf};
 use std::process::{Command, Output, Stdio};
+use std::time::{Duration, Instant};
 
 fn moe_train(dir: &Path, arguments: &[&str]) -> Command {
     let mut command = Command::new(env!("CARGO_BIN_EXE_moe-train"));
@@ -103,6 +104,54 @@ fn interrupted_and_resumed_ends_with_the_same_weights() {
     }
 }
 
+/// Starts a run, sends it SIGTERM when it prints a line with `word`, and checks that it ends at once as documented.
+#[cfg(unix)]
+#[track_caller]
+fn check_terminated(dir: &Path, arguments: &[&str], word: &str) {
+    let mut child = moe_train(dir, arguments).stderr(Stdio::piped()).spawn().unwrap();
+    let mut lines = BufReader::new(child.stderr.take().unwrap()).lines().map(Result::unwrap);
+    assert!(lines.any(|line| line.contains(word)), "never came to {word}");
+    assert!(Command::new("kill").args(["-TERM", &child.id().to_string()]).status().unwrap().success());
+    let deadline = Instant::now() + Duration::from_secs(60);
+    let status = loop {
+        if let Some(status) = child.try_wait().unwrap() {
+            break status;
+        }
+        if Instant::now() > deadline {
+            child.kill().unwrap();
+            panic!("{word}: still running a minute after SIGTERM");
+        }
+        std::thread::sleep(Duration::from_millis(10));
+    };
+    let rest: Vec<String> = lines.collect();
+    assert_eq!(status.code(), Some(130), "{word}: {rest:?}");
+    assert!(rest.iter().any(|line| line.contains("ended by a signal; no step was under way")), "{word}: {rest:?}");
+    assert!(!rest.iter().any(|line| line.contains("saving after this step") || line.starts_with("run:")), "{rest:?}");
+}
+
+#[cfg(unix)]
+#[test]
+fn termination_is_heeded_while_text_is_prepared() {
+    let dir = folder();
+    succeed(&moe_train(dir.path(), &arguments(&["--out", "small", "--train-tokens", "64"])).output().unwrap());
+    // A pipe that nobody writes to is read for ever.
+    assert!(Command::new("mkfifo").arg(dir.path().join("pipe.txt")).status().unwrap().success());
+    check_terminated(dir.path(), &["--data", "pipe.txt"], "reading pipe.txt");
+    // Words of which no two are alike.
+    let words: String = (1..2_000_000u64).map(|i| format!("{:x} ", i.wrapping_mul(0x9E37_79B9_7F4A_7C15))).collect();
+    std::fs::write(dir.path().join("large.txt"), words).unwrap();
+    check_terminated(dir.path(), &["--data", "large.txt"], "training a tokenizer");
+    let tokenizer = "small/step-00000001/tokenizer.json";
+    check_terminated(dir.path(), &["--data", "large.txt", "--tokenizer", tokenizer], "tokenising large");
+}
+
+#[test]
+fn the_exit_status_is_documented() {
+    let help = moe_train(Path::new("."), &["--help"]).output().unwrap();
+    let text = String::from_utf8(help.stdout).unwrap();
+    assert!(text.contains("Exit status:") && text.contains("130  ended at once"), "{text}");
+}
+
 #[track_caller]
 fn check_refused(dir: &Path, more: &[&str], words: &[&str]) {
     let output = moe_train(dir, more).output().unwrap();
@@ -122,6 +171,7 @@ fn bad_input_is_named_and_nothing_is_written() {
     write("broken.jsonl", "{\"text\": \"a\"}\n{\"text\": 1}\n");
     write("tokenizer.json", "{");
     write("config.toml", "learning = 1\n");
+    let inputs = files_below(dir.path());
     let check = |more: &[&str], words: &[&str]| check_refused(dir.path(), more, words);
     check(&["--data", "missing.txt"], &["missing.txt"]);
     check(&["--data", "empty.txt"], &["empty.txt", "no text"]);
@@ -136,9 +186,13 @@ fn bad_input_is_named_and_nothing_is_written() {
     check(&["--global-batch-size", "3", "--micro-batch-size", "2"], &["global_batch_size 3"]);
     check(&["--out", "text.txt/run"], &["text.txt"]);
     check(&["--export", "text.txt"], &["text.txt", "empty folder"]);
-    let left: Vec<PathBuf> = std::fs::read_dir(dir.path()).unwrap().map(|e| e.unwrap().path()).collect();
-    let runs = left.iter().filter(|p| p.is_dir()).flat_map(|p| std::fs::read_dir(p).unwrap()).count();
-    assert!(runs <= 1, "at most an empty run folder is left: {left:?}");
+    let left: Vec<PathBuf> = files_below(dir.path()).into_iter().filter(|path| !inputs.contains(path)).collect();
+    assert!(left.iter().all(|path| path.ends_with("runs/moe-train/run.lock")), "more than an unused folder: {left:?}");
+}
+
+fn files_below(dir: &Path) -> Vec<PathBuf> {
+    let entries = std::fs::read_dir(dir).unwrap().map(|e| e.unwrap().path());
+    entries.flat_map(|path| if path.is_dir() { files_below(&path) } else { vec![path] }).collect()
 }
 
 #[test]
@@ -160,4 +214,84 @@ fn a_model_folder_is_evaluated_on_any_text() {
     assert_eq!(String::from_utf8(two.stdout).unwrap(), table, "the same for any number of workers");
     let refused = evaluate(&[]);
     assert!(!refused.status.success() && String::from_utf8_lossy(&refused.stderr).contains("--valid"));
+}
+
+/// Every flag that is accepted has an effect; one that would have none is refused by its name.
+#[test]
+fn flags_without_effect_are_refused() {
+    let dir = folder();
+    let check = |more: &[&str], words: &[&str]| check_refused(dir.path(), more, words);
+    check(&["--data", "text.txt", "--valid", "text.txt=2"], &["text.txt", "weight 2"]);
+    check(&["--evaluate", "model", "--valid", "text.txt=2"], &["model"]);
+    for flag in ["--eval-interval", "--eval-iters"] {
+        check(&["--data", "text.txt", "--valid-fraction", "0", flag, "3"], &[flag, "--valid"]);
+    }
+    check(&["--data", "text.txt", "--valid-fraction", "0", "--export", "model", "--export-best"], &["--export-best"]);
+    for flags in ["--lr 1", "--data text.txt", "--out run", "--tokenizer t.json", "--hidden-size 8", "--train-tokens 5"]
+    {
+        let mut arguments = vec!["--evaluate", "model", "--valid", "text.txt"];
+        arguments.extend(flags.split(' '));
+        check(&arguments, &["--evaluate", flags.split(' ').next().unwrap()]);
+    }
+}
+
+#[test]
+fn a_held_out_fraction_beside_validation_text_is_told_of() {
+    let dir = folder();
+    let more = ["--out", "run", "--train-tokens", "64", "--valid", "text.txt"];
+    let text = succeed(&moe_train(dir.path(), &arguments(&more)).output().unwrap());
+    assert!(text.contains("(text.txt), so --valid-fraction 0.1 has no effect"), "{text}");
+}
+
+#[test]
+fn a_resumed_run_keeps_its_tokenizer() {
+    let dir = folder();
+    succeed(&moe_train(dir.path(), &arguments(&["--out", "run", "--train-tokens", "64"])).output().unwrap());
+    let own = "run/step-00000001/tokenizer.json";
+    let resume = |more: &[&str]| {
+        let mut arguments = vec!["--out", "run", "--resume", "--train-tokens", "128"];
+        arguments.extend(more);
+        moe_train(dir.path(), &arguments).output().unwrap()
+    };
+    let refused = |output: Output, words: &[&str]| {
+        let text = String::from_utf8_lossy(&output.stderr);
+        assert!(!output.status.success() && words.iter().all(|word| text.contains(word)), "{text}");
+    };
+    refused(resume(&["--vocab-size", "300"]), &["--vocab-size 300", "262", "drop --vocab-size"]);
+    let other = std::fs::read_to_string(dir.path().join(own))
+        .unwrap()
+        .replace("\"add_prefix_space\": false", "\"add_prefix_space\": true");
+    std::fs::write(dir.path().join("other.json"), other).unwrap();
+    refused(resume(&["--tokenizer", "other.json"]), &["--tokenizer other.json", "drop --tokenizer"]);
+    refused(resume(&["--tokenizer", "missing.json"]), &["missing.json"]);
+    std::fs::copy(dir.path().join(own), dir.path().join("same.json")).unwrap();
+    succeed(&resume(&["--tokenizer", "same.json"]));
+    succeed(&resume(&["--vocab-size", "262"]));
+}
+
+/// Two runs in one folder would delete each other's files; a killed one must not stand in the way of the next.
+#[cfg(unix)]
+#[test]
+fn one_run_at_a_time_in_a_folder() {
+    let dir = folder();
+    succeed(&moe_train(dir.path(), &arguments(&["--out", "run", "--train-tokens", "64"])).output().unwrap());
+    // A pipe that nobody writes to keeps the first run at reading.
+    assert!(Command::new("mkfifo").arg(dir.path().join("pipe.txt")).status().unwrap().success());
+    let mut first = moe_train(dir.path(), &["--out", "run", "--resume", "--data", "pipe.txt"])
+        .stderr(Stdio::piped())
+        .spawn()
+        .unwrap();
+    let mut lines = BufReader::new(first.stderr.take().unwrap()).lines().map(Result::unwrap);
+    assert!(lines.any(|line| line.contains("reading pipe.txt")));
+    // What a checkpoint under way looks like.
+    std::fs::create_dir(dir.path().join("run/.tmp-step-00000002")).unwrap();
+    let holder = format!("in use by process {}", first.id());
+    let more = ["--out", "run", "--resume", "--train-tokens", "128"];
+    check_refused(dir.path(), &more, &[&holder, "run", "another folder"]);
+    check_refused(dir.path(), &more[..2], &[&holder]);
+    assert!(dir.path().join("run/.tmp-step-00000002").exists(), "the other run's files are left alone");
+    first.kill().unwrap();
+    first.wait().unwrap();
+    let text = succeed(&moe_train(dir.path(), &more).output().unwrap());
+    assert!(text.contains("resuming from run/step-00000001"), "{text}");
 }

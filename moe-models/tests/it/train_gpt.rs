@@ -2,11 +2,13 @@
 
 use candle_core::{DType, Device};
 use moe_core::CounterRng;
+use moe_models::Precision;
 use moe_models::gpt::{Gpt, GptConfig};
 use moe_models::train::data::{Documents, Packer};
 use moe_models::train::export::export;
+use moe_models::train::optimizer::AdamW;
 use moe_models::train::tokenizer::{to_json, train_bpe};
-use moe_models::train::{Corpus, Event, Outcome, TrainConfig, Trainer};
+use moe_models::train::{Corpus, Event, Outcome, Silent, TrainConfig, Trainer};
 use std::path::Path;
 use std::sync::atomic::{AtomicBool, Ordering};
 
@@ -44,15 +46,19 @@ fn corpus(config: &TrainConfig) -> (Corpus, String) {
     (Corpus::new(vec![packed], Vec::new(), config).unwrap(), to_json(&tokenizer).unwrap())
 }
 
+fn new_model(shape: GptConfig, config: &TrainConfig) -> Gpt {
+    Gpt::new(shape, config.seed, &Device::Cpu).unwrap().with_precision(config.precision).unwrap()
+}
+
 fn run(config: &TrainConfig, out: &Path, resume: Option<&Path>, stop_after: u64) -> (Outcome, Trainer<Gpt>) {
     let (corpus, tokenizer) = corpus(config);
     let mut trainer = match resume {
         None => {
-            let model = Gpt::new(shape(), config.seed, &Device::Cpu).unwrap();
+            let model = new_model(shape(), config);
             Trainer::new(model, config.clone(), corpus, tokenizer, out).unwrap()
         }
         Some(folder) => {
-            let model = Gpt::load(folder, &Device::Cpu).unwrap();
+            let model = Gpt::load(folder, &Device::Cpu).unwrap().with_precision(config.precision).unwrap();
             Trainer::resume(model, config.clone(), corpus, tokenizer, out, folder).unwrap()
         }
     };
@@ -100,9 +106,85 @@ fn a_pr_moe_resumes_bit_exactly_with_any_number_of_workers() {
     }
 }
 
+/// A shape and settings at which every kernel of a step has enough work for several threads.
+fn wide() -> (GptConfig, TrainConfig) {
+    let mut shape = shape();
+    (shape.max_seq_len, shape.d_model, shape.d_ff, shape.num_layers, shape.num_heads) = (128, 256, 512, 2, 4);
+    shape.moe.as_mut().unwrap().num_experts = vec![4];
+    let config = TrainConfig {
+        micro_batch_size: 4,
+        global_batch_size: 12,
+        train_tokens: 2 * 12 * 128,
+        lr_warmup_tokens: None,
+        lr_decay_tokens: None,
+        seq_length: None,
+        eval_iters: 1,
+        ..config()
+    };
+    (shape, config.resolved(128).unwrap())
+}
+
+/// Time each thread of `pool` has spent on a processor, in ns; `None` where the system does not tell.
+fn thread_times(pool: &rayon::ThreadPool) -> Option<Vec<u64>> {
+    let time = |_: rayon::BroadcastContext| {
+        std::fs::read_to_string("/proc/thread-self/schedstat").ok()?.split(' ').next()?.parse().ok()
+    };
+    pool.broadcast(time).into_iter().collect()
+}
+
+/// One worker lets the kernels use the pool, several keep each kernel on its worker's thread.
+#[test]
+fn kernels_on_several_threads_and_any_number_of_workers_are_bit_identical() {
+    let (shape, config) = wide();
+    let dir = tempfile::tempdir().unwrap();
+    for precision in [Precision::Bf16, Precision::F32] {
+        let train = |workers: usize, threads: usize| {
+            let config = TrainConfig { workers, precision, ..config.clone() };
+            let out = dir.path().join(format!("{precision:?}-{workers}-{threads}"));
+            let pool = rayon::ThreadPoolBuilder::new().num_threads(threads).build().unwrap();
+            let (corpus, tokenizer) = corpus(&config);
+            let model = new_model(shape.clone(), &config);
+            let mut trainer = Trainer::new(model, config, corpus, tokenizer, &out).unwrap();
+            let before = thread_times(&pool);
+            let outcome = pool.install(|| trainer.run(&AtomicBool::new(false), &mut Silent)).unwrap();
+            assert_eq!(outcome, Outcome::Finished);
+            let spent = before.zip(thread_times(&pool));
+            (trainer, spent.map(|(old, new)| new.iter().zip(old).map(|(new, old)| new - old).collect::<Vec<_>>()))
+        };
+        let (alone, _) = train(1, 1);
+        let (threaded, spent) = train(1, 3);
+        // Threads that have nothing to do come to 0.1 ms.
+        if let Some(spent) = spent {
+            assert!(spent.iter().all(|&ns| ns > 2_000_000), "the kernels stayed on one thread: {spent:?} ns");
+        } else {
+            eprintln!("not checked here: that the kernels use several threads");
+        }
+        assert_same(&alone, &threaded, &format!("{precision:?}, kernels on three threads"));
+        for workers in [2, 3] {
+            assert_same(&alone, &train(workers, 3).0, &format!("{precision:?}, {workers} workers"));
+        }
+    }
+}
+
+/// What makes the next test able to fail: under its settings a parameter without a gradient stays where it is. With decay
+/// the matrices would move by themselves.
+#[test]
+fn without_decay_nothing_moves_without_a_gradient() {
+    for (weight_decay, moves) in [(0.0, false), (0.1, true)] {
+        let config = TrainConfig { weight_decay, ..config() };
+        let model = new_model(shape(), &config);
+        let before = bits(&model);
+        let grads: Vec<Vec<f32>> = model.params().iter().map(|(_, var)| vec![0.0; var.elem_count()]).collect();
+        let mut optimizer = AdamW::new(config.adamw(), model.params(), vec![true; grads.len()]).unwrap();
+        optimizer.step(model.params(), &grads, 1.0, config.lr).unwrap();
+        assert_eq!(bits(&model) != before, moves, "decay {weight_decay}");
+    }
+}
+
 #[test]
 fn training_moves_every_parameter_and_lowers_the_loss() {
-    let config = TrainConfig { train_tokens: 40 * 96, lr_decay_tokens: None, ..config() }.resolved(16).unwrap();
+    let config = TrainConfig { train_tokens: 40 * 96, lr_decay_tokens: None, weight_decay: 0.0, ..config() };
+    let config = config.resolved(16).unwrap();
     let dir = tempfile::tempdir().unwrap();
     let before = bits(&Gpt::new(shape(), config.seed, &Device::Cpu).unwrap());
     let (_, trainer) = run(&config, dir.path(), None, u64::MAX);
@@ -132,4 +214,36 @@ fn the_exported_folder_is_the_trained_model() {
         assert_eq!(difference, 0.0, "{name} is not the bf16 rounding of the trained weight");
     }
     tokenizers::Tokenizer::from_file(target.join("tokenizer.json")).unwrap();
+}
+
+/// The setting is part of every checkpoint, so it must be what the model does.
+#[test]
+fn a_precision_that_is_not_the_models_is_refused() {
+    let dir = tempfile::tempdir().unwrap();
+    let out = dir.path().join("run");
+    let start = |model: Precision, config: Precision| {
+        let config = TrainConfig { precision: config, ..config_of_one_step() };
+        let (corpus, tokenizer) = corpus(&config);
+        let model = Gpt::new(shape(), config.seed, &Device::Cpu).unwrap().with_precision(model).unwrap();
+        Trainer::new(model, config, corpus, tokenizer, &out).map(|_| ()).map_err(|e| e.to_string())
+    };
+    for (model, config) in [(Precision::F32, Precision::Bf16), (Precision::Bf16, Precision::F32)] {
+        let message = start(model, config).unwrap_err();
+        let (asked, computed) = (format!("is {config:?}"), format!("computes in {model:?}"));
+        assert!(message.contains(&asked) && message.contains(&computed), "{message}");
+        assert!(!out.exists(), "refused before anything is written");
+    }
+    start(Precision::Bf16, Precision::Bf16).unwrap();
+    let config = config_of_one_step();
+    let (_, trainer) = run(&config, &dir.path().join("saved"), None, u64::MAX);
+    let (corpus, tokenizer) = corpus(&config);
+    let folder = dir.path().join("saved/step-00000001");
+    let model = Gpt::load(&folder, &Device::Cpu).unwrap();
+    drop(trainer);
+    let resumed = Trainer::resume(model, config, corpus, tokenizer, &dir.path().join("saved"), &folder);
+    assert!(resumed.unwrap_err().to_string().contains("with_precision"));
+}
+
+fn config_of_one_step() -> TrainConfig {
+    TrainConfig { train_tokens: 96, lr_warmup_tokens: None, lr_decay_tokens: None, ..config() }.resolved(16).unwrap()
 }

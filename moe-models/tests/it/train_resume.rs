@@ -3,7 +3,7 @@
 use crate::toy::{MAX_SEQ, Toy, config, corpus};
 use moe_core::CounterRng;
 use moe_models::train::checkpoint::CheckpointStore;
-use moe_models::train::{Event, Outcome, Silent, TrainConfig, Trainer};
+use moe_models::train::{Event, Outcome, TrainConfig, TrainModel, Trainer};
 use std::path::Path;
 use std::sync::atomic::{AtomicBool, Ordering};
 
@@ -47,6 +47,7 @@ fn stopped_at_a_random_step_and_resumed_is_bit_identical() {
         let (outcome, stopped) = run(&config, dir.path(), Some(stop_after));
         assert_eq!((outcome, stopped.step()), (Outcome::Stopped, stop_after));
         assert_ne!(stopped.model().bits(), whole.model().bits());
+        drop(stopped);
         let (outcome, resumed) = run(&config, dir.path(), None);
         assert_eq!(outcome, Outcome::Finished);
         assert_same(&whole, &resumed, &format!("stopped after {stop_after}"));
@@ -139,16 +140,67 @@ fn what_would_change_the_course_is_refused() {
     assert!(message.contains("already holds checkpoints"), "{message}");
 }
 
-#[test]
-fn losses_that_are_not_numbers_end_the_run_with_an_error() {
+/// Trains a toy that `breaks` until it ends with an error; what was skipped before, and the error.
+fn broken_run(breaks: impl Fn(&Toy)) -> (Vec<(u64, String, u64)>, String) {
     let config = config();
     let dir = tempfile::tempdir().unwrap();
     let (corpus, tokenizer) = corpus(&config);
     let toy = Toy::new(1);
-    toy.broken.store(true, Ordering::Relaxed);
+    breaks(&toy);
     let before = toy.bits();
     let mut trainer = Trainer::new(toy, config, corpus, tokenizer, dir.path()).unwrap();
-    let message = trainer.run(&AtomicBool::new(false), &mut Silent).unwrap_err().to_string();
-    assert!(message.contains("in a row"), "{message}");
+    let mut skipped = Vec::new();
+    let mut observer = |event: &Event| match event {
+        Event::Skipped { step, what, in_a_row } => skipped.push((*step, what.to_string(), *in_a_row)),
+        Event::Step { step, applied, .. } => assert!(!applied, "step {step}"),
+        _ => {}
+    };
+    let message = trainer.run(&AtomicBool::new(false), &mut observer).unwrap_err().to_string();
     assert_eq!(trainer.model().bits(), before);
+    (skipped, message)
+}
+
+#[track_caller]
+fn check_broken(breaks: impl Fn(&Toy), words: &[&str]) {
+    let (skipped, message) = broken_run(breaks);
+    assert_eq!(skipped.iter().map(|s| (s.0, s.2)).collect::<Vec<_>>(), (1..8).map(|i| (i, i)).collect::<Vec<_>>());
+    for text in skipped.iter().map(|s| &s.1).chain([&message]) {
+        words.iter().for_each(|word| assert!(text.contains(word), "{word:?} is missing: {text}"));
+    }
+    assert!(message.starts_with("step 8:") && message.contains("8 steps in a row"), "{message}");
+}
+
+/// Event and error name the step, the micro-batch and the first tensor.
+#[test]
+fn what_is_not_finite_is_named_and_ends_the_run() {
+    check_broken(
+        |toy| toy.broken.store(true, Ordering::Relaxed),
+        &["loss of micro-batch 0 is NaN", "gradient of embed"],
+    );
+    check_broken(|toy| toy.steep.store(true, Ordering::Relaxed), &["gradient of head is not finite"]);
+    let poison = |toy: &Toy| {
+        let (_, bias) = &toy.params()[2];
+        bias.set(&(bias.as_tensor() * f64::INFINITY).unwrap()).unwrap();
+    };
+    check_broken(poison, &["parameter bias is not finite", "loss of micro-batch 0 is"]);
+}
+
+#[test]
+fn a_run_keeps_others_out_of_its_folder() {
+    let config = config();
+    let dir = tempfile::tempdir().unwrap();
+    let (_, first) = run(&config, dir.path(), Some(4));
+    let folder = dir.path().join("step-00000004");
+    let before = std::fs::read(dir.path().join("metrics.jsonl")).unwrap();
+    let resume = || {
+        let (corpus, tokenizer) = corpus(&config);
+        Trainer::resume(Toy::load(&folder), config.clone(), corpus, tokenizer, dir.path(), &folder)
+            .map(|_| ())
+            .map_err(|e| e.to_string())
+    };
+    let message = resume().unwrap_err();
+    assert!(message.contains(&format!("in use by process {}", std::process::id())), "{message}");
+    assert_eq!(std::fs::read(dir.path().join("metrics.jsonl")).unwrap(), before, "nothing was touched");
+    drop(first);
+    resume().unwrap();
 }

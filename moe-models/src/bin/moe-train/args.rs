@@ -1,22 +1,31 @@
 //! Command-line arguments, and how they override a [`TrainConfig`].
 
 use crate::model_args::ModelArgs;
+use anyhow::{Result, bail};
 use candle_core::DType;
 use clap::{Parser, ValueEnum};
 use moe_models::Precision;
 use moe_models::train::{Blend, TrainConfig};
 use std::path::PathBuf;
 
+const EXIT_STATUS: &str = "\
+Exit status:
+  0    done, or stopped by Ctrl-C or SIGTERM after saving the run; --resume continues it
+  1    an error, told in the last line
+  2    arguments that cannot be used
+  130  ended at once, with what was saved before: by a signal while no step was under way, as while text is prepared,
+       or by a second signal";
+
 /// Train a dense, MoE, Pyramid, Residual or PR-MoE language model on text.
 ///
 /// Without any argument it trains `tiny-pr-moe` on a small excerpt that is part of the program.
 #[derive(Debug, Parser)]
-#[command(version, about)]
+#[command(version, about, after_help = EXIT_STATUS)]
 pub(crate) struct Args {
     /// Training text: a .txt or .jsonl file (also .xz) or a folder of them, with an optional weight. Repeatable.
     #[arg(long, value_name = "PATH[=WEIGHT]")]
     data: Vec<String>,
-    /// Validation text, as --data. Without it the tail of each training source is held out.
+    /// Validation text, as --data but without weights. Without it the tail of each training source is held out.
     #[arg(long, value_name = "PATH")]
     valid: Vec<String>,
     /// Share of each training source: equal (or its weight), or in proportion to its tokens.
@@ -90,8 +99,9 @@ pub(crate) struct Args {
     /// Steps between metrics records.
     #[arg(long)]
     log_interval: Option<u64>,
-    /// Instead of training, print the loss of this model folder on the --valid text.
-    #[arg(long, value_name = "DIR", conflicts_with_all = ["resume", "export"])]
+    /// Instead of training, print the loss of this model folder on the --valid text. Of the settings only --config,
+    /// --seq-length, --micro-batch-size, --eval-iters, --workers and --precision have a meaning then.
+    #[arg(long, value_name = "DIR", conflicts_with_all = TRAINING_ONLY)]
     pub(crate) evaluate: Option<PathBuf>,
     /// When done, write a model folder for serving here.
     #[arg(long, value_name = "DIR")]
@@ -103,6 +113,30 @@ pub(crate) struct Args {
     #[arg(long, requires = "export")]
     pub(crate) export_best: bool,
 }
+
+/// What `--evaluate` would ignore. `ModelArgs` is the group of all flags that describe a model.
+const TRAINING_ONLY: [&str; 20] = [
+    "ModelArgs",
+    "data",
+    "blend",
+    "valid_fraction",
+    "out",
+    "resume",
+    "train_tokens",
+    "global_batch_size",
+    "lr",
+    "min_lr",
+    "lr_warmup_tokens",
+    "lr_decay_tokens",
+    "weight_decay",
+    "clip_grad",
+    "seed",
+    "eval_interval",
+    "save_interval",
+    "keep_last",
+    "log_interval",
+    "export",
+];
 
 #[derive(Debug, Clone, Copy, ValueEnum)]
 enum BlendArg {
@@ -149,6 +183,29 @@ fn set<T: Copy>(target: &mut T, given: Option<T>) {
 }
 
 impl Args {
+    /// Refuses flags that would have no effect with the settings `config`, which already hold the flags. A held-out
+    /// fraction beside validation text is told of only: recipes carry one for whatever text they are given.
+    pub(crate) fn check_all_used(&self, config: &TrainConfig) -> Result<()> {
+        if let (Some(fraction), false) = (self.valid_fraction, config.valid.is_empty()) {
+            let named = config.valid.join(", ");
+            eprintln!(
+                "nothing is held out: validation text is named ({named}), so --valid-fraction {fraction} has no effect"
+            );
+        }
+        let validates = !config.valid.is_empty() || config.valid_fraction > 0.0;
+        let needs_validation = [
+            ("--export-best", self.export_best),
+            ("--eval-interval", self.eval_interval.is_some()),
+            ("--eval-iters", self.eval_iters.is_some()),
+        ];
+        if let Some((flag, _)) = needs_validation.iter().find(|(_, given)| *given && !validates) {
+            bail!(
+                "{flag} has no effect without validation; give --valid, raise valid_fraction above 0, or drop {flag}"
+            );
+        }
+        Ok(())
+    }
+
     /// `config` with every given flag in place of its setting.
     pub(crate) fn apply_to(&self, mut config: TrainConfig) -> TrainConfig {
         if !self.data.is_empty() {

@@ -13,13 +13,17 @@ use std::path::Path;
 pub(crate) fn evaluate_folder(folder: &Path, config: &TrainConfig, progress: &mut Progress) -> Result<()> {
     ensure!(!config.valid.is_empty(), "--evaluate needs text: give --valid PATH");
     let model = Gpt::load(folder, &Device::Cpu)?.with_precision(config.precision)?;
+    // Steps have no meaning here, so a micro-batch may have any size.
+    let config = TrainConfig { global_batch_size: config.micro_batch_size, ..config.clone() };
+    let config = config.resolved(model.config().max_seq_len)?;
     let tokenizer = tokenizer::load(&folder.join("tokenizer.json"))?;
-    let text = RunText::read(&config.valid, &[], progress)?;
-    let (packed, _) = text.pack(&tokenizer, model.config().vocab_size, progress)?;
-    let seq_len = config.seq_length.unwrap_or(model.config().max_seq_len);
+    let text = RunText::read_valid(&config.valid, progress)?;
+    let (_, packed) = text.pack(&tokenizer, model.config().vocab_size, progress)?;
     let windows = config.eval_iters * config.micro_batch_size;
-    let sources =
-        packed.into_iter().map(|source| Ok(ValidSource::new(source, seq_len, windows)?)).collect::<Result<Vec<_>>>()?;
+    let sources = packed
+        .into_iter()
+        .map(|source| Ok(ValidSource::new(source, config.seq_len(), windows)?))
+        .collect::<Result<Vec<_>>>()?;
     let result = evaluate(&model, &sources, config.micro_batch_size, config.workers)?;
     println!("{:<24}{:>12}{:>12}{:>16}", "source", "tokens", "nats/token", "bits per byte");
     for source in &result.sources {

@@ -6,6 +6,7 @@ mod evaluate;
 mod model_args;
 mod process;
 mod progress;
+mod signals;
 
 use anyhow::{Context, Result};
 use args::Args;
@@ -15,12 +16,11 @@ use moe_kernels::select;
 use moe_models::gpt::{Gpt, GptConfig};
 use moe_models::hf::write_atomically;
 use moe_models::train::checkpoint::{CheckpointStore, TrainerState, read_state, verify};
-use moe_models::train::{Corpus, Outcome, RunText, TrainConfig, Trainer, export, tokenizer};
+use moe_models::train::{Corpus, Outcome, RunLock, RunText, TrainConfig, Trainer, export, tokenizer};
 use progress::Progress;
+use signals::Signals;
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
-use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, Ordering};
 use tokenizers::Tokenizer;
 
 fn main() -> ExitCode {
@@ -45,9 +45,14 @@ fn run(args: &Args) -> Result<()> {
     if let Some(target) = &args.export {
         export::check_target(target)?;
     }
-    let checkpoint = if args.resume { find_checkpoint(&args.out)? } else { None };
+    // Looking for a checkpoint clears what a crash left, so the folder must be ours by then.
+    let lock = if args.resume { Some(RunLock::acquire(&args.out)?) } else { None };
+    let checkpoint = lock.as_ref().map_or(Ok(None), find_checkpoint)?;
     let base = base_config(args, checkpoint.as_ref())?;
     let config = args.apply_to(base);
+    if args.evaluate.is_none() {
+        args.check_all_used(&config)?;
+    }
     process::set_up(config.workers)?;
     if args.resume && checkpoint.is_none() {
         eprintln!("no checkpoint in {}; starting a new run", args.out.display());
@@ -57,13 +62,13 @@ fn run(args: &Args) -> Result<()> {
         return evaluate::evaluate_folder(folder, &config, &mut Progress::new(config.log_interval));
     }
 
-    let stop = stop_on_signal()?;
+    let signals = Signals::listen()?;
     let mut progress = Progress::new(config.log_interval);
-    let mut trainer = match checkpoint {
-        None => new_run(args, config, &mut progress)?,
-        Some((folder, _)) => resumed_run(args, config, &folder, &mut progress)?,
+    let mut trainer = match (checkpoint, lock) {
+        (Some((folder, _)), Some(lock)) => resumed_run(args, config, lock, &folder, &mut progress)?,
+        (_, lock) => new_run(args, config, lock, &mut progress)?,
     };
-    let outcome = trainer.run(&stop, &mut progress)?;
+    let outcome = signals.while_training(|stop| trainer.run(stop, &mut progress))?;
     progress.finish();
     match outcome {
         Outcome::Finished => finish(args, &trainer),
@@ -75,8 +80,8 @@ fn run(args: &Args) -> Result<()> {
 }
 
 /// The checkpoint to resume, with its state. Without any, the run starts anew.
-fn find_checkpoint(out: &Path) -> Result<Option<(PathBuf, TrainerState)>> {
-    let Some(folder) = CheckpointStore::open(out, 1)?.latest()? else { return Ok(None) };
+fn find_checkpoint(run: &RunLock) -> Result<Option<(PathBuf, TrainerState)>> {
+    let Some(folder) = CheckpointStore::open(run.dir(), 1)?.latest()? else { return Ok(None) };
     let state = read_state(&folder)?;
     verify(&folder, &state)?;
     Ok(Some((folder, state)))
@@ -91,11 +96,12 @@ fn base_config(args: &Args, checkpoint: Option<&(PathBuf, TrainerState)>) -> Res
     }
 }
 
-fn new_run(args: &Args, config: TrainConfig, progress: &mut Progress) -> Result<Trainer<Gpt>> {
+fn new_run(args: &Args, config: TrainConfig, lock: Option<RunLock>, progress: &mut Progress) -> Result<Trainer<Gpt>> {
     // Settings are checked before the text is read: a typing error should not cost a minute.
     let mut shape = args.model.config(config.seq_length)?;
     let config = config.resolved(shape.max_seq_len)?;
-    CheckpointStore::open(&args.out, config.keep_last)?;
+    let lock = lock.map_or_else(|| RunLock::acquire(&args.out), Ok)?;
+    CheckpointStore::open(lock.dir(), config.keep_last)?;
     let text = RunText::read(&config.data, &config.valid, progress)?;
     let tokenizer = text.tokenizer(&args.model.tokenizer_choice(shape.vocab_size), progress)?;
     args.model.fit_to(&mut shape, &tokenizer)?;
@@ -103,13 +109,20 @@ fn new_run(args: &Args, config: TrainConfig, progress: &mut Progress) -> Result<
     let corpus = pack(text, &tokenizer, &shape, &config, progress)?;
     let model = Gpt::new(shape, config.seed, &Device::Cpu)?.with_precision(config.precision)?;
     describe(&model, &corpus, &config, &args.out)?;
-    Ok(Trainer::new(model, config, corpus, tokenizer::to_json(&tokenizer)?, &args.out)?)
+    Ok(Trainer::new_in(model, config, corpus, tokenizer::to_json(&tokenizer)?, lock)?)
 }
 
-fn resumed_run(args: &Args, config: TrainConfig, folder: &Path, progress: &mut Progress) -> Result<Trainer<Gpt>> {
+fn resumed_run(
+    args: &Args,
+    config: TrainConfig,
+    lock: RunLock,
+    folder: &Path,
+    progress: &mut Progress,
+) -> Result<Trainer<Gpt>> {
     let model = Gpt::load(folder, &Device::Cpu)?.with_precision(config.precision)?;
     let config = config.resolved(model.config().max_seq_len)?;
     let tokenizer = tokenizer::load(&folder.join("tokenizer.json"))?;
+    args.model.check_tokenizer(&tokenizer)?;
     if args.model.is_given() {
         let mut asked = args.model.config(config.seq_length)?;
         args.model.fit_to(&mut asked, &tokenizer)?;
@@ -123,7 +136,7 @@ fn resumed_run(args: &Args, config: TrainConfig, folder: &Path, progress: &mut P
     let corpus = pack(text, &tokenizer, model.config(), &config, progress)?;
     describe(&model, &corpus, &config, &args.out)?;
     eprintln!("resuming from {}", folder.display());
-    Ok(Trainer::resume(model, config, corpus, tokenizer::to_json(&tokenizer)?, &args.out, folder)?)
+    Ok(Trainer::resume_in(model, config, corpus, tokenizer::to_json(&tokenizer)?, lock, folder)?)
 }
 
 fn pack(
@@ -155,27 +168,17 @@ fn describe(model: &Gpt, corpus: &Corpus, config: &TrainConfig, out: &Path) -> R
     Ok(())
 }
 
-/// Raises a flag on Ctrl-C or termination; a second signal ends the program at once.
-fn stop_on_signal() -> Result<Arc<AtomicBool>> {
-    let stop = Arc::new(AtomicBool::new(false));
-    let raised = Arc::clone(&stop);
-    ctrlc::set_handler(move || {
-        if raised.swap(true, Ordering::Relaxed) {
-            std::process::exit(130);
-        }
-        eprintln!("\nsaving after this step; press Ctrl-C again to end at once");
-    })
-    .context("cannot listen for Ctrl-C")?;
-    Ok(stop)
-}
-
 fn finish(args: &Args, trainer: &Trainer<Gpt>) -> Result<()> {
     eprintln!("done after step {}: {}", trainer.step(), args.out.display());
     let Some(target) = &args.export else { return Ok(()) };
-    let tokenizer = trainer.tokenizer_json();
-    match trainer.best_checkpoint().filter(|_| args.export_best) {
-        Some(best) => export::export(&Gpt::load(&best, &Device::Cpu)?, tokenizer, target, args.export_dtype.into())?,
-        None => export::export(trainer.model(), tokenizer, target, args.export_dtype.into())?,
+    let (tokenizer, dtype) = (trainer.tokenizer_json(), args.export_dtype.into());
+    if args.export_best {
+        let best = trainer.best_checkpoint().context(
+            "no checkpoint has a finite validation loss, so none is the best; export the last by --resume without --export-best",
+        )?;
+        export::export(&Gpt::load(&best, &Device::Cpu)?, tokenizer, target, dtype)?;
+    } else {
+        export::export(trainer.model(), tokenizer, target, dtype)?;
     }
     eprintln!("exported to {}", target.display());
     Ok(())

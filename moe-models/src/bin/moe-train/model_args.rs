@@ -1,6 +1,6 @@
 //! Which model to train: a preset or a `config.json`, with the overrides that matter, mapped to a [`GptConfig`].
 
-use anyhow::{Context, Result};
+use anyhow::{Context, Result, ensure};
 use clap::{Args, ValueEnum};
 use moe_models::ReadFamily;
 use moe_models::gpt::{GptConfig, GptMoeConfig};
@@ -125,7 +125,7 @@ impl ModelArgs {
 
     fn override_experts(&self, config: &mut GptConfig) -> Result<()> {
         if config.moe.is_none() {
-            anyhow::ensure!(
+            ensure!(
                 !self.num_experts.is_empty() || !self.has_expert_flags(),
                 "the model is dense, so expert flags have no meaning; add --num-experts or choose an MoE preset"
             );
@@ -163,6 +163,25 @@ impl ModelArgs {
             Some(path) => TokenizerChoice::File(path.clone()),
             None => TokenizerChoice::Train { vocab_size: self.vocab_size.unwrap_or(vocab_size) },
         }
+    }
+
+    /// Refuses flags that ask a resumed run for another tokenizer than its own, `tokenizer`: its text would have other ids.
+    pub(crate) fn check_tokenizer(&self, tokenizer: &Tokenizer) -> Result<()> {
+        if let Some(path) = &self.tokenizer {
+            let same = tokenizer::to_json(&tokenizer::load(path)?)? == tokenizer::to_json(tokenizer)?;
+            let path = path.display();
+            ensure!(
+                same,
+                "--tokenizer {path} is not the saved run's; drop --tokenizer or start a new run in another --out"
+            );
+        }
+        let (asked, saved) = (self.vocab_size, tokenizer.get_vocab_size(true));
+        ensure!(
+            asked.is_none_or(|size| size == saved),
+            "--vocab-size {} differs from the {saved} entries of the saved run's tokenizer; drop --vocab-size or start a new run in another --out",
+            asked.unwrap_or_default()
+        );
+        Ok(())
     }
 
     /// Gives a preset the tokenizer's vocabulary; a `config.json` keeps its own, which must be large enough.

@@ -5,8 +5,19 @@ use moe_models::train::{Event, Observer};
 use std::io::IsTerminal;
 use std::time::{Duration, Instant};
 
+/// Time between two lines about one preparation.
+const PREPARING_INTERVAL: Duration = Duration::from_secs(5);
+
+/// The preparation under way.
+struct Preparing {
+    what: String,
+    started: Instant,
+    shown: Instant,
+}
+
 pub(crate) struct Progress {
     bar: Option<ProgressBar>,
+    preparing: Option<Preparing>,
     terminal: bool,
     log_interval: u64,
     started: Instant,
@@ -20,6 +31,7 @@ impl Progress {
         let terminal = std::io::stderr().is_terminal();
         Self {
             bar: None,
+            preparing: None,
             terminal,
             log_interval: log_interval.max(1),
             started: Instant::now(),
@@ -41,6 +53,24 @@ impl Progress {
             Some(bar) => bar.println(text),
             None => eprintln!("{text}"),
         }
+    }
+
+    fn prepare(&mut self, what: &str) {
+        self.line(&format!("{what} ..."));
+        let now = Instant::now();
+        self.preparing = Some(Preparing { what: what.to_owned(), started: now, shown: now });
+    }
+
+    /// A line now and then: a preparation of minutes must not look like one that hangs.
+    fn prepared(&mut self, done: u64, total: u64) {
+        let Some(Preparing { what, started, shown }) = &mut self.preparing else { return };
+        if shown.elapsed() < PREPARING_INTERVAL {
+            return;
+        }
+        *shown = Instant::now();
+        let (percent, seconds) = (100 * done / total.max(1), started.elapsed().as_secs());
+        let text = format!("{what}: {percent} % of {:.1} MB of text read, {seconds} s", total as f64 / 1e6);
+        self.line(&text);
     }
 
     fn start(&mut self, step: u64, total_steps: u64, tokens_per_step: u64) {
@@ -79,14 +109,13 @@ impl Progress {
 impl Observer for Progress {
     fn event(&mut self, event: &Event) {
         match event {
-            Event::Preparing { what } => self.line(&format!("{what} ...")),
+            Event::Preparing { what } => self.prepare(what),
+            Event::Prepared { done, total } => self.prepared(*done, *total),
             Event::Started { step, total_steps, tokens_per_step } => self.start(*step, *total_steps, *tokens_per_step),
-            Event::Step { step, loss, grad_norm, lr, applied } => {
-                if !applied {
-                    self.line(&format!("step {step}: gradient norm {grad_norm}, update skipped"));
-                }
-                self.step(*step, *loss, *grad_norm, *lr);
+            Event::Skipped { step, what, in_a_row } => {
+                self.line(&format!("step {step}: update skipped ({in_a_row} in a row): {what}"));
             }
+            Event::Step { step, loss, grad_norm, lr, .. } => self.step(*step, *loss, *grad_norm, *lr),
             Event::Validated { step, loss, bits_per_byte, by_source } => {
                 let parts: Vec<String> = by_source.iter().map(|(name, bits)| format!("{name} {bits:.3}")).collect();
                 let parts = if parts.len() > 1 { format!(" ({})", parts.join(", ")) } else { String::new() };

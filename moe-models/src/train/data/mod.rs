@@ -3,6 +3,7 @@
 
 pub mod documents;
 pub mod packed;
+pub(crate) mod pieces;
 pub mod sampler;
 pub mod source;
 pub mod valid;

@@ -1,6 +1,7 @@
 //! Tokenises documents and packs them into one stream per source. Decides no order; [`super::sampler`] does.
 
 use super::documents::Documents;
+use super::pieces::pieces;
 use crate::train::files::crc32c;
 use crate::{Error, Result};
 use rayon::prelude::*;
@@ -128,10 +129,8 @@ pub struct Packer {
     vocab_size: usize,
 }
 
-/// Documents longer than this are tokenised in pieces, for memory and to spread one long document over threads.
-const PIECE_BYTES: usize = 256 << 10;
-/// Pieces tokenised at once; bounds the memory of the encodings.
-const PIECES_PER_BATCH: usize = 256;
+/// Text tokenised at once; bounds the memory of the encodings.
+const BATCH_BYTES: usize = 4 << 20;
 
 impl Packer {
     /// A packer whose ids lie below `vocab_size`. Special tokens spelled out in the text are read as ordinary text, so
@@ -159,14 +158,23 @@ impl Packer {
     /// # Errors
     /// [`Error::Tokenizer`] if a document cannot be encoded or gives an id outside the vocabulary.
     pub fn pack(&self, documents: &Documents) -> Result<PackedSource> {
+        self.pack_watched(documents, &mut |_| ())
+    }
+
+    /// As [`Packer::pack`], telling `progress` the bytes of text done from time to time.
+    ///
+    /// # Errors
+    /// As [`Packer::pack`].
+    pub fn pack_watched(&self, documents: &Documents, progress: &mut dyn FnMut(u64)) -> Result<PackedSource> {
         let mut packed = PackedSource {
             name: documents.name.clone(),
             weight: documents.weight,
             tokens: TokenStore::new(self.vocab_size),
             token_bytes: Vec::new(),
         };
-        let pieces: Vec<(&str, bool)> = documents.texts.iter().flat_map(|text| pieces_of(text)).collect();
-        for batch in pieces.chunks(PIECES_PER_BATCH) {
+        let pieces: Vec<(&str, bool)> = documents.texts.iter().flat_map(|text| marked_pieces(text)).collect();
+        let mut done = 0;
+        for batch in batches(&pieces) {
             let encoded: Vec<Vec<(u32, u16)>> =
                 batch.par_iter().map(|(piece, _)| self.encode(piece)).collect::<Result<_>>()?;
             for (tokens, (_, ends_document)) in encoded.into_iter().zip(batch) {
@@ -175,6 +183,8 @@ impl Packer {
                     packed.token_bytes.push(bytes);
                 }
             }
+            done += batch.iter().map(|(piece, _)| piece.len() as u64).sum::<u64>();
+            progress(done);
         }
         Ok(packed)
     }
@@ -206,28 +216,29 @@ fn narrow_bytes(bytes: usize) -> Result<u16> {
     })
 }
 
-/// Cuts a long document after a line break that stands between two characters that are not white space. There the
-/// GPT-2 pre-tokenizer ends a piece whatever follows, so the ids are those of the whole document.
-/// The flag tells whether the piece ends its document.
-fn pieces_of(text: &str) -> Vec<(&str, bool)> {
-    let mut pieces = Vec::new();
-    let mut rest = text;
-    while let Some(cut) = find_cut(rest) {
-        let (piece, tail) = rest.split_at(cut);
-        pieces.push((piece, false));
-        rest = tail;
-    }
-    pieces.push((rest, true));
-    pieces
+/// The pieces of a document; the flag tells whether the piece ends it.
+fn marked_pieces(text: &str) -> impl Iterator<Item = (&str, bool)> {
+    let mut left = text.len();
+    let empty = text.is_empty().then_some((text, true));
+    let marked = pieces(text).map(move |piece| {
+        left -= piece.len();
+        (piece, left == 0)
+    });
+    marked.chain(empty)
 }
 
-/// The first place to cut at or after [`PIECE_BYTES`], if any.
-fn find_cut(text: &str) -> Option<usize> {
-    let bytes = text.as_bytes();
-    let visible = |b: u8| b.is_ascii_graphic();
-    (PIECE_BYTES..bytes.len().saturating_sub(1))
-        .find(|&i| bytes[i] == b'\n' && visible(bytes[i - 1]) && visible(bytes[i + 1]))
-        .map(|i| i + 1)
+/// Neighbours that reach [`BATCH_BYTES`] together.
+fn batches<'a, 'b>(mut pieces: &'a [(&'b str, bool)]) -> impl Iterator<Item = &'a [(&'b str, bool)]> {
+    std::iter::from_fn(move || {
+        let mut bytes = 0;
+        let last = pieces.iter().position(|(piece, _)| {
+            bytes += piece.len();
+            bytes >= BATCH_BYTES
+        });
+        let (batch, rest) = pieces.split_at(last.map_or(pieces.len(), |last| last + 1));
+        pieces = rest;
+        (!batch.is_empty()).then_some(batch)
+    })
 }
 
 #[cfg(test)]
@@ -281,13 +292,20 @@ mod tests {
     #[test]
     fn a_long_document_in_pieces_gives_the_ids_of_the_whole() {
         let tokenizer = tokenizer();
-        let text = "the cat sat\non the mat\n\n  and, the\n cäse\n— of it\nwas 12\n34\n".repeat(9000);
-        assert!(pieces_of(&text).len() > 1);
-        assert_eq!(pieces_of(&text).iter().map(|p| p.0).collect::<String>(), text);
-        let packed = Packer::new(&tokenizer, 0, 280).unwrap().pack(&documents(&[&text])).unwrap();
+        let lines = "the cat sat\non the mat\n\n  and, the\n cäse\n— of it\nwas 12\n34\n".repeat(9000);
+        let (spaces, code) = ("— of the cäse ".repeat(60_000), "it's=12;(the)".repeat(60_000));
+        for text in [lines, spaces, code] {
+            check_ids_of_the_whole(&tokenizer, &text);
+        }
+    }
+
+    #[track_caller]
+    fn check_ids_of_the_whole(tokenizer: &Tokenizer, text: &str) {
+        assert!(pieces(text).count() > 1);
+        let packed = Packer::new(tokenizer, 0, 280).unwrap().pack(&documents(&[text])).unwrap();
         let mut whole = tokenizer.encode(text, false).unwrap().get_ids().to_vec();
         whole.push(0);
-        assert_eq!(stream(&packed), whole);
+        assert!(stream(&packed) == whole, "the ids differ");
     }
 
     #[test]

@@ -56,6 +56,21 @@ impl SourceSpec {
         }
     }
 
+    /// Sources of validation text: as [`SourceSpec::parse_list`], without weights.
+    ///
+    /// # Errors
+    /// As [`SourceSpec::parse_list`]; [`Error::Config`] for a weight, which would have no effect.
+    pub fn parse_valid_list(arguments: &[String]) -> Result<Vec<Self>> {
+        let sources = Self::parse_list(arguments)?;
+        match sources.iter().find_map(|source| Some((source.path(), source.weight?))) {
+            Some((path, weight)) => Err(Error::Config(format!(
+                "validation source {} has the weight {weight}, but validation weighs every token alike; drop the weight",
+                path.display()
+            ))),
+            None => Ok(sources),
+        }
+    }
+
     /// Sources from `PATH` or `PATH=WEIGHT` arguments. A folder stands for its `.txt`, `.jsonl`, `.txt.xz` and
     /// `.jsonl.xz` files (sorted by name, no recursion), each a source with the folder's weight; so the files of a
     /// corpus with one file per domain are reported one by one.
@@ -145,6 +160,16 @@ mod tests {
         let list = SourceSpec::parse_list(&arguments).unwrap();
         assert_eq!(names(&list), ["a", "b", "v1.2", "b-2"]);
         assert_eq!(list.iter().map(|s| s.weight).collect::<Vec<_>>(), [Some(2.5), Some(2.5), Some(2.5), None]);
+    }
+
+    #[test]
+    fn validation_text_carries_no_weight() {
+        let dir = tempfile::tempdir().unwrap();
+        std::fs::write(dir.path().join("b.txt"), "x").unwrap();
+        let path = dir.path().join("b.txt").display().to_string();
+        assert_eq!(names(&SourceSpec::parse_valid_list(std::slice::from_ref(&path)).unwrap()), ["b"]);
+        let message = SourceSpec::parse_valid_list(&[format!("{path}=2")]).unwrap_err().to_string();
+        assert!(message.contains("b.txt") && message.contains("weight 2"), "{message}");
     }
 
     #[test]

@@ -1,7 +1,7 @@
 //! `metrics.jsonl`: one JSON object per record, `{"step":..,"tokens":..,"TAG":VALUE,..}`.
 
 use super::Record;
-use crate::train::files::replace_file;
+use crate::hf::write_atomically;
 use crate::{Error, Result};
 use serde_json::{Map, Value};
 use std::fs::File;
@@ -23,7 +23,7 @@ impl JsonlWriter {
     /// [`Error::Io`] if the file cannot be read or written, [`Error::Format`] for a line that is not a record.
     pub fn open(path: &Path, resume_step: u64) -> Result<Self> {
         let kept = if resume_step > 0 && path.exists() { records_up_to(path, resume_step)? } else { String::new() };
-        replace_file(path, kept.as_bytes())?;
+        write_atomically(path, |file| file.write_all(kept.as_bytes()))?;
         let file = File::options().append(true).open(path).map_err(|e| Error::io(path, e))?;
         Ok(Self { path: path.to_owned(), file })
     }
