@@ -47,10 +47,13 @@ pub fn load_balance_loss_per_sequence(
         return Ok(router_probs.sum_all()?); // zero, and part of the graph
     }
     let sequences = tokens / seq_len;
-    let mut shares = vec![0f32; sequences * experts];
+    // Routes are counted and divided once: a sum of many small shares in floating point drifts.
+    let mut counts = vec![0u64; sequences * experts];
     for (choice, &expert) in expert_ids.iter().enumerate().filter(|(_, e)| **e != DROPPED) {
-        shares[choice / top_k / seq_len * experts + expert as usize] += 1.0 / (seq_len * top_k) as f32;
+        counts[choice / top_k / seq_len * experts + expert as usize] += 1;
     }
+    let routes = (seq_len * top_k) as f64;
+    let shares: Vec<f64> = counts.into_iter().map(|count| count as f64 / routes).collect();
     let shares =
         Tensor::from_vec(shares, (sequences, experts), router_probs.device())?.to_dtype(router_probs.dtype())?;
     let means = router_probs.reshape((sequences, seq_len, experts))?.mean(1)?;
@@ -96,4 +99,37 @@ pub fn updated_selection_bias(bias: &[f32], tokens_per_expert: &[u32], rate: f32
             std::cmp::Ordering::Greater => b - rate,
         })
         .collect())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use candle_core::{DType, Device};
+
+    /// The shares come back as the gradient of the probabilities, times `experts / tokens`.
+    fn shares(expert_ids: &[u32], top_k: usize, experts: usize, dtype: DType) -> Vec<f64> {
+        let tokens = expert_ids.len() / top_k;
+        let probs = Tensor::full(1.0 / experts as f64, (tokens, experts), &Device::Cpu).unwrap();
+        let probs = candle_core::Var::from_tensor(&probs.to_dtype(dtype).unwrap()).unwrap();
+        let grads = load_balance_loss(&probs, expert_ids, top_k).unwrap().backward().unwrap();
+        let first = grads.get(&probs).unwrap().get(0).unwrap().to_dtype(DType::F64).unwrap().to_vec1::<f64>().unwrap();
+        first.iter().map(|g| g * tokens as f64 / experts as f64).collect()
+    }
+
+    #[test]
+    fn load_shares_of_many_tokens_do_not_drift() {
+        // A number of tokens whose inverse has no end in binary: summed one by one, all of it came to 1.0010.
+        let tokens = 100_003;
+        for (dtype, tolerance) in [(DType::F32, 2e-7), (DType::F64, 1e-15)] {
+            let all_to_one = shares(&vec![1; tokens], 1, 2, dtype);
+            assert!(all_to_one[0] == 0.0 && (all_to_one[1] - 1.0).abs() <= tolerance, "{all_to_one:?}");
+            let ids: Vec<u32> = (0..2 * tokens).map(|i| if i % 7 == 3 { DROPPED } else { i as u32 % 3 }).collect();
+            let got = shares(&ids, 2, 3, dtype);
+            for (expert, share) in got.iter().enumerate() {
+                let count = ids.iter().filter(|&&id| id == expert as u32).count();
+                let want = count as f64 / (2 * tokens) as f64;
+                assert!((share - want).abs() <= tolerance, "{dtype:?} expert {expert}: {share}, want {want}");
+            }
+        }
+    }
 }

@@ -6,6 +6,7 @@
 use std::cell::Cell;
 use std::ptr;
 use std::sync::atomic::{AtomicBool, AtomicPtr, AtomicU64, AtomicUsize, Ordering};
+use std::time::{Duration, Instant};
 
 thread_local! {
     static SERIAL: Cell<bool> = const { Cell::new(false) };
@@ -30,12 +31,24 @@ pub fn serially<R>(body: impl FnOnce() -> R) -> R {
 
 /// Runs `body` with the pool's threads kept awake from one kernel to the next: a thread that has gone to sleep takes longer
 /// to wake (50 us and more) than a small product takes. For a chain of short kernels; the threads that wait do so busily.
+///
+/// On a thread of the pool `body` runs as it is: its waiting neighbours would take no other work, and a thread that waits
+/// for one of them could itself become one. Threads that find nothing to do for [`IDLE`] go back to the pool, so a `body`
+/// that uses the pool by other means than this module gets its threads after that time.
 pub fn together<R>(body: impl FnOnce() -> R) -> R {
+    if rayon::current_thread_index().is_some() { body() } else { with_team(body) }
+}
+
+/// How long a waiting thread stays awake: many times what lies between two kernels of one chain.
+const IDLE: Duration = Duration::from_millis(20);
+
+/// [`together`], on any thread.
+fn with_team<R>(body: impl FnOnce() -> R) -> R {
     let threads = rayon::current_num_threads();
     if threads <= 1 || SERIAL.get() || !TEAM.get().is_null() {
         return body();
     }
-    let team = Team::default();
+    let team = Team { helpers: AtomicUsize::new(threads - 1), ..Team::default() };
     rayon::in_place_scope(|scope| {
         for _ in 1..threads {
             scope.spawn(|_| team.help());
@@ -54,6 +67,8 @@ struct Team {
     queue: AtomicPtr<Queue<'static>>,
     /// Helpers that may be reading `queue`.
     inside: AtomicUsize,
+    /// Helpers that have not gone back to the pool.
+    helpers: AtomicUsize,
     dismissed: AtomicBool,
 }
 
@@ -71,26 +86,41 @@ const PATIENCE: u32 = 4096;
 fn wait_until(mut ready: impl FnMut() -> bool) {
     let mut turns = 0;
     while !ready() {
-        turns += 1;
-        if turns < PATIENCE { std::hint::spin_loop() } else { std::thread::yield_now() }
+        pause(&mut turns);
     }
+}
+
+fn pause(turns: &mut u32) {
+    *turns = turns.saturating_add(1);
+    if *turns < PATIENCE { std::hint::spin_loop() } else { std::thread::yield_now() }
 }
 
 impl Team {
     fn help(&self) {
-        wait_until(|| {
-            if !self.queue.load(Ordering::Relaxed).is_null() {
-                let _inside = Inside::enter(&self.inside);
-                // A leader that takes its queue back waits for every helper that entered before, and one that enters
-                // after finds null.
-                let queue = self.queue.load(Ordering::SeqCst);
-                if !queue.is_null() {
-                    // SAFETY: the leader keeps the queue alive while a helper is inside.
-                    serially(|| unsafe { (*queue).run() });
-                }
+        let (mut turns, mut last_work) = (0, Instant::now());
+        while !self.dismissed.load(Ordering::Relaxed) {
+            if self.help_once() {
+                (turns, last_work) = (0, Instant::now());
             }
-            self.dismissed.load(Ordering::Relaxed)
-        });
+            pause(&mut turns);
+            if turns >= PATIENCE && last_work.elapsed() > IDLE {
+                break;
+            }
+        }
+        self.helpers.fetch_sub(1, Ordering::Relaxed);
+    }
+
+    /// Takes part in the queue at hand; whether there was a task left in it.
+    fn help_once(&self) -> bool {
+        if self.queue.load(Ordering::Relaxed).is_null() {
+            return false;
+        }
+        let _inside = Inside::enter(&self.inside);
+        // A leader that takes its queue back waits for every helper that entered before, and one that enters after
+        // finds null.
+        let queue = self.queue.load(Ordering::SeqCst);
+        // SAFETY: the leader keeps the queue alive while a helper is inside.
+        unsafe { queue.as_ref() }.is_some_and(|queue| serially(|| queue.run()))
     }
 
     /// Runs a queue on the leader and every helper that is awake.
@@ -143,12 +173,17 @@ impl<'a> Queue<'a> {
         Self { work, runs, taken: AtomicUsize::new(0) }
     }
 
-    /// Takes tasks until none is left.
-    fn run(&self) {
+    /// Takes tasks until none is left; whether there was one.
+    fn run(&self) -> bool {
+        let mut worked = false;
+        let mut work = |task| {
+            worked = true;
+            (self.work)(task);
+        };
         let own = self.taken.fetch_add(1, Ordering::Relaxed);
         if let Some(run) = self.runs.get(own) {
             while let Some(task) = take(run, |first, end| (first, (first + 1, end))) {
-                (self.work)(task);
+                work(task);
             }
         }
         let left = |run: &&AtomicU64| {
@@ -157,9 +192,10 @@ impl<'a> Queue<'a> {
         };
         while let Some(run) = self.runs.iter().max_by_key(left).filter(|run| left(run) > 0) {
             if let Some(task) = take(run, |first, end| (end - 1, (first, end - 1))) {
-                (self.work)(task);
+                work(task);
             }
         }
+        worked
     }
 }
 
@@ -188,13 +224,15 @@ pub fn for_each(count: usize, work: impl Fn(usize) + Sync) {
     }
     let queue = Queue::new(count, threads, &work);
     let team = TEAM.get();
-    if !team.is_null() {
-        // SAFETY: set by `together` on this thread for as long as the team lives.
-        return unsafe { (*team).lead(&queue) };
+    // SAFETY: set by `with_team` on this thread for as long as the team lives.
+    if let Some(team) = unsafe { team.as_ref() }
+        && team.helpers.load(Ordering::Relaxed) > 0
+    {
+        return team.lead(&queue);
     }
     rayon::scope(|scope| {
         for _ in 1..threads {
-            scope.spawn(|_| queue.run());
+            scope.spawn(|_| _ = queue.run());
         }
         queue.run();
     });
@@ -271,20 +309,94 @@ mod tests {
         let pool = rayon::ThreadPoolBuilder::new().num_threads(3).build().unwrap();
         pool.install(|| {
             let mut sums = vec![0u64; 500];
-            let total: u64 = together(|| {
+            let total: u64 = with_team(|| {
                 for round in 0..200u64 {
                     let shared = SharedMut::new(&mut sums);
                     // SAFETY: each task has an element of its own.
                     for_each(500, |i| unsafe { shared.slice(i, 1)[0] += round * i as u64 });
                 }
                 // A team inside a team is the same team.
-                together(|| for_each(3, |_| ()));
+                with_team(|| for_each(3, |_| ()));
                 sums.iter().sum()
             });
             assert_eq!(total, (0..200).sum::<u64>() * (0..500).sum::<u64>());
-            let panicked = std::panic::catch_unwind(|| together(|| for_each(100, |i| assert!(i != 77, "task 77"))));
+            let panicked = std::panic::catch_unwind(|| with_team(|| for_each(100, |i| assert!(i != 77, "task 77"))));
             assert!(panicked.is_err() && TEAM.get().is_null());
             for_each(10, |_| ());
+        });
+    }
+
+    /// Fails if `body` has not ended after 20 s; its thread is left behind then.
+    #[track_caller]
+    fn must_end(what: &str, body: impl FnOnce() + Send + 'static) {
+        let (done, ended) = std::sync::mpsc::channel();
+        std::thread::spawn(move || {
+            body();
+            done.send(()).ok();
+        });
+        assert!(ended.recv_timeout(Duration::from_secs(20)).is_ok(), "{what} must end");
+    }
+
+    /// A body that needs every thread of the pool, by other means than this module's queue.
+    fn uses_the_pool() {
+        for_each(64, |_| ());
+        assert_eq!(rayon::broadcast(|_| ()).len(), rayon::current_num_threads());
+        let sum = AtomicUsize::new(0);
+        for_each(64, |i| {
+            sum.fetch_add(i, Ordering::Relaxed);
+        });
+        assert_eq!(sum.into_inner(), (0..64).sum::<usize>());
+    }
+
+    #[test]
+    fn a_team_whose_body_uses_the_pool_ends() {
+        for threads in [2, 3, 5] {
+            let pool = move || rayon::ThreadPoolBuilder::new().num_threads(threads).build().unwrap();
+            // The same inside a task: its leader waits for threads that wait for its next task.
+            let in_a_task = || {
+                for_each(2, |i| {
+                    if i == 0 {
+                        _ = rayon::broadcast(|_| ())
+                    }
+                })
+            };
+            must_end("a task that uses the pool", move || pool().install(|| with_team(in_a_task)));
+            must_end("together on a thread of the pool", move || pool().install(|| together(uses_the_pool)));
+            must_end("a team led by a thread of the pool", move || pool().install(|| with_team(uses_the_pool)));
+            let twice = || with_team(|| rayon::join(|| together(uses_the_pool), || with_team(uses_the_pool)));
+            must_end("a team inside a team", move || {
+                pool().install(twice);
+            });
+        }
+        must_end("together on a thread outside of the pool", || together(uses_the_pool));
+    }
+
+    #[test]
+    fn a_thread_of_the_pool_leads_no_team() {
+        let pool = rayon::ThreadPoolBuilder::new().num_threads(3).build().unwrap();
+        assert!(pool.install(|| together(|| TEAM.get().is_null())));
+    }
+
+    #[test]
+    fn helpers_without_work_go_back_to_the_pool_and_kernels_go_on_without_them() {
+        let pool = rayon::ThreadPoolBuilder::new().num_threads(3).build().unwrap();
+        pool.install(|| {
+            with_team(|| {
+                for_each(64, |_| ());
+                // SAFETY: the team lives until the end of this closure.
+                let helpers = || unsafe { (*TEAM.get()).helpers.load(Ordering::Relaxed) };
+                let start = Instant::now();
+                while helpers() > 0 {
+                    assert!(start.elapsed() < Duration::from_secs(20), "{} helpers stay awake", helpers());
+                    std::thread::sleep(IDLE);
+                }
+                let threads = std::sync::Mutex::new(std::collections::HashSet::new());
+                for_each(64, |_| {
+                    std::thread::sleep(Duration::from_millis(1));
+                    threads.lock().unwrap().insert(std::thread::current().id());
+                });
+                assert!(threads.into_inner().unwrap().len() > 1, "the pool's threads take part again");
+            });
         });
     }
 

@@ -1,5 +1,6 @@
 //! `cargo xtask bench`: runs the benches of the crates and keeps what they print with machine, commit and command.
 
+mod decode;
 mod peers;
 mod training;
 
@@ -39,6 +40,8 @@ enum What {
     Operations,
     /// Whole training steps of a GPT with experts, split into forward, backward and optimizer.
     Training,
+    /// The inference pass: one stream, many sequences side by side, and a token's time as its sequence grows.
+    Decode,
 }
 
 fn processor() -> String {
@@ -89,6 +92,13 @@ pub(crate) fn run(args: &Args) -> Result<()> {
         What::Layers => plain(args, "moe-models", "layers", "bench.txt")?,
         What::Gating => plain(args, "moe-kernels", "gating", "gating.txt")?,
         What::Operations => plain(args, "moe-kernels", "operations", "operations.txt")?,
+        What::Decode => {
+            let bench = &["bench", "--quiet", "--package", "moe-models", "--bench", "decode", "--", "--json"];
+            let report = decode::Report::new(&output(&mut cargo(bench))?)?;
+            report.draw(&out.join("decode.svg"))?;
+            std::fs::write(out.join("decode.json"), report.json()?)?;
+            ("decode.txt", header()? + &report.text)
+        }
         What::Kernels => {
             // Shape by shape, ours and then the peers': the memory's speed drifts on shared machines.
             let all = KERNEL_SHAPES.map(String::from);

@@ -6,11 +6,13 @@ use candle_core::{CpuStorage, Layout, Storage, Tensor, WithDType};
 
 /// The element types the custom operations compute in: f32, and f64 for gradient checks.
 pub trait Real: WithDType + std::ops::Neg<Output = Self> {
-    /// `e^x`. For f32 a polynomial without branches (about 2 ulp) that gives the same bits on every instruction set.
+    /// `e^x`. For f32 a polynomial without branches (about 2 ulp) that gives the same bits on every instruction set. NaN
+    /// stays NaN.
     fn exp_(self) -> Self;
     /// Square root.
     fn sqrt_(self) -> Self;
-    /// The larger of the two.
+    /// The larger of the two. NaN may be lost: only for a maximum that is subtracted from the values it came from, where
+    /// [`Real::exp_`] of the difference keeps it.
     fn max_(self, other: Self) -> Self;
     /// Natural logarithm.
     fn ln_(self) -> Self;
@@ -56,6 +58,9 @@ impl Real for f64 {
 
 /// `e^x` as `2^n * e^r` with `r` in ±ln(2)/2 and a degree-7 polynomial; inputs are clamped to ±87.
 ///
+/// The clamps compare the bound with `x`, in this order, because a comparison with NaN is false: NaN goes through both, and
+/// through the polynomial, at the price of no instruction. A diverged model must not look like one with a finite loss.
+///
 /// Written without fused multiply-add, so that every instruction set rounds alike.
 #[inline(always)]
 fn exp_f32(x: f32) -> f32 {
@@ -63,8 +68,8 @@ fn exp_f32(x: f32) -> f32 {
     const LN2_HIGH: f32 = 0.693_359_4;
     const LN2_LOW: f32 = -2.121_944_4e-4;
     const ROUND: f32 = 12_582_912.0; // 1.5 * 2^23: adding it rounds to an integer kept in the low mantissa bits.
-    let x = if x < 87.0 { x } else { 87.0 };
-    let x = if x > -87.0 { x } else { -87.0 };
+    let x = if 87.0 < x { 87.0 } else { x };
+    let x = if -87.0 > x { -87.0 } else { x };
     let shifted = x * LOG2_E + ROUND;
     let exponent = shifted.to_bits().wrapping_sub(ROUND.to_bits());
     let n = shifted - ROUND;
@@ -194,6 +199,30 @@ mod tests {
         assert_eq!(0f32.exp_(), 1.0);
         assert!(f32::NEG_INFINITY.exp_() < 1e-37);
         assert!(f32::INFINITY.exp_() > 1e37);
+    }
+
+    #[test]
+    fn nan_stays_nan_and_bounds_stay_bounds() {
+        // Both signs: the processor's own NaN, of 0 / 0 or infinity - infinity, has its sign bit set.
+        for nan in [f32::NAN, -f32::NAN, f32::from_bits(0x7f80_0001)] {
+            let values = [nan; 37];
+            let wide = dispatch(|| values.map(|v| (v.exp_(), tanh(v))));
+            assert!(wide.iter().chain(&[(nan.exp_(), tanh(nan))]).all(|(e, t)| e.is_nan() && t.is_nan()), "{nan:?}");
+        }
+        assert!(f64::NAN.exp_().is_nan() && tanh(f64::NAN).is_nan());
+        for (x, bound) in [(f32::INFINITY, 87.0), (88.0, 87.0), (f32::NEG_INFINITY, -87.0), (-1e30, -87.0)] {
+            assert_eq!(x.exp_().to_bits(), f32::exp_(bound).to_bits(), "{x}");
+        }
+    }
+
+    /// Against a sum over the bits of the exponential as it was when its clamps took NaN for 87: saved models keep theirs.
+    #[test]
+    fn ordinary_numbers_keep_their_bits() {
+        let mut sum = 0u64;
+        for i in -9000..9000 {
+            sum = sum.wrapping_mul(31).wrapping_add(u64::from((i as f32 * 0.01).exp_().to_bits()));
+        }
+        assert_eq!(sum, 0x83f2_8b6b_fad1_983d);
     }
 
     #[test]

@@ -4,7 +4,8 @@ use super::RouteContext;
 use crate::{DROPPED, ExpertLoad, Result, RouterLosses, Routing};
 use candle_core::Tensor;
 
-/// Index of the largest value, the first of equals. NaN never wins.
+/// Index of the largest value, the first of equals. NaN never wins; the scores of its policies are a softmax, which is NaN
+/// for every expert if one logit is, so that the weight shows it.
 pub(super) fn argmax(values: &[f32]) -> u32 {
     let mut best = 0;
     for (index, value) in values.iter().enumerate() {
@@ -16,9 +17,16 @@ pub(super) fn argmax(values: &[f32]) -> u32 {
 }
 
 /// Indices of the `k` largest values, largest first, lower index first among equals.
+///
+/// NaN of either sign is above all numbers: an expert whose score is lost is chosen, and its weight is NaN. Passed over it
+/// would leave no trace in the output.
 pub(super) fn top_k_indices(values: &[f32], k: usize) -> Vec<u32> {
+    let score = |index: u32| {
+        let value = values[index as usize];
+        if value.is_nan() { f32::NAN } else { value }
+    };
     let mut order: Vec<u32> = (0..values.len() as u32).collect();
-    order.sort_by(|&a, &b| values[b as usize].total_cmp(&values[a as usize]).then(a.cmp(&b)));
+    order.sort_by(|&a, &b| score(b).total_cmp(&score(a)).then(a.cmp(&b)));
     order.truncate(k);
     order
 }

@@ -27,3 +27,24 @@ fn large_values_saturate() {
     assert_eq!(values(&activation(Activation::GeluTanh, &x).unwrap())[2..5], [0.0, 20.0, 100.0]);
     assert!(values(&activation(Activation::GeluTanh, &x).unwrap()).iter().all(|v| !v.is_nan()));
 }
+
+/// At every place of a vector and in what is left over behind the last whole one.
+#[test]
+fn nan_stays_nan_on_every_set() {
+    for isa in Isa::available() {
+        for (act, nan) in [(Activation::GeluTanh, f32::NAN), (Activation::SwiGlu, -f32::NAN)] {
+            let (width, inputs) = (37 * act.inputs(), act.inputs());
+            let op = Elementwise { activation: act, isa };
+            for at in 0..width {
+                let mut x = vec![0.5; width];
+                x[at] = nan;
+                let (mut out, grad) = (vec![0.0; 37], op.gradient(&x, &vec![1.0; width / inputs], width));
+                op.forward_into(&x, width, &mut out);
+                for (i, v) in out.iter().enumerate() {
+                    assert_eq!(v.is_nan(), i == at % 37, "{isa} {act:?}: NaN at {at}, output {i}");
+                }
+                assert!(grad[at % 37].is_nan(), "{isa} {act:?}: gradient of NaN at {at}");
+            }
+        }
+    }
+}

@@ -205,3 +205,41 @@ fn no_tokens_are_fine_and_bad_heads_are_named() {
     refused(6, 3, &q, &v.narrow(1, 0, 2).unwrap(), "values");
     refused(6, 3, &q.narrow(1, 0, 2).unwrap(), &v, "queries");
 }
+
+/// A lost query, key or value reaches every row that sees it. A lost value also reaches the rows before it in its block,
+/// which multiply it by 0; never another block's.
+#[test]
+fn nan_reaches_the_rows_that_see_it_on_every_set() {
+    let (len, width, at) = (70, 16, 60);
+    let shape = AttentionShape { num_heads: 1, num_kv_heads: 1 };
+    let part = |i: usize| random(i as u64, &[len, width], 1.0, DType::F32).flatten_all().unwrap().to_vec1().unwrap();
+    for isa in Isa::available() {
+        for lost in 0..3 {
+            let mut qkv: [Vec<f32>; 3] = std::array::from_fn(part);
+            qkv[lost][at * width + 5] = -f32::NAN;
+            let parts = qkv.each_ref().map(|values| Strip::new(values, width));
+            let out = Heads::new(shape, width, Precision::F32).on(isa).forward_batch(parts, 1, len);
+            for (row, values) in out.chunks_exact(width).enumerate() {
+                let nans = values.iter().filter(|v| v.is_nan()).count();
+                let want = match lost {
+                    0 => {
+                        if row == at {
+                            width
+                        } else {
+                            0
+                        }
+                    }
+                    1 => {
+                        if row >= at {
+                            width
+                        } else {
+                            0
+                        }
+                    }
+                    _ => usize::from(row >= 48),
+                };
+                assert_eq!(nans, want, "{isa}: NaN in part {lost}, row {row}");
+            }
+        }
+    }
+}

@@ -44,3 +44,35 @@ fn without_gradients_the_loss_is_the_same_and_bad_targets_are_refused() {
     let none = linear_cross_entropy(&x, &w, &[IGNORED; 60], Precision::F32).unwrap();
     assert_eq!(none.to_scalar::<f32>().unwrap(), 0.0);
 }
+
+/// A NaN logit, wherever it is in the row, makes the loss and that row's gradient NaN; so does an infinite one.
+#[test]
+fn a_nan_logit_gives_a_nan_loss_on_every_set() {
+    let vocab = 37;
+    for isa in Isa::available() {
+        for (at, bad) in (0..vocab).flat_map(|at| [f32::NAN, -f32::NAN, f32::INFINITY].map(|bad| (at, bad))) {
+            let op = LinearCrossEntropy {
+                targets: vec![3, 5, 1],
+                precision: Precision::F32,
+                isa,
+                wants_gradients: true,
+                gradients: Mutex::new(None),
+            };
+            let mut logits: Vec<f32> = (0..3 * vocab).map(|i| (i % 13) as f32 * 0.25).collect();
+            logits[vocab + at] = bad;
+            let mut losses = [0.0; 3];
+            op.softmax(&mut logits, vocab, 0, &mut losses);
+            assert_eq!(losses.map(f64::is_nan), [false, true, false], "{isa}: {bad} at {at}");
+            for (i, v) in logits.iter().enumerate() {
+                assert_eq!(v.is_nan(), i / vocab == 1, "{isa}: {bad} at {at}, gradient {i}");
+            }
+        }
+    }
+    // A lost weight reaches the loss through the product too.
+    let x = random(1, &[4, 8], 1.0, DType::F32);
+    let mut weight: Vec<f32> = random(2, &[vocab, 8], 1.0, DType::F32).flatten_all().unwrap().to_vec1().unwrap();
+    weight[20 * 8] = f32::NAN;
+    let weight = Tensor::from_vec(weight, (vocab, 8), x.device()).unwrap();
+    let loss = linear_cross_entropy(&x, &weight, &[0, 1, 2, 3], Precision::Bf16).unwrap();
+    assert!(loss.to_scalar::<f32>().unwrap().is_nan());
+}

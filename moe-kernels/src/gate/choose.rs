@@ -2,6 +2,9 @@
 //!
 //! An expert is compared by one 64-bit key, its score in total order above its id turned round: the largest key is the
 //! best expert, and the lower id among equals. Keys are scanned once per choice; nothing sorts all experts.
+//!
+//! A score that is NaN is above all numbers, whatever its sign: its expert is chosen and its weight is NaN, so that the
+//! token's output shows it.
 
 use moe_core::{DroplessConfig, GroupScore, ScoreFunction};
 
@@ -89,9 +92,10 @@ impl<'a> Chooser<'a> {
     }
 }
 
-/// A key that orders by `f32::total_cmp`, and the lower index first among equals.
+/// A key that orders by `f32::total_cmp`, NaN on top, and the lower index first among equals.
 #[inline(always)]
 fn key(score: f32, index: usize) -> i64 {
+    let score = if score.is_nan() { f32::NAN } else { score };
     let bits = score.to_bits() as i32;
     let ordered = bits ^ ((bits >> 31) as u32 >> 1) as i32;
     (i64::from(ordered) << 32) | i64::from(!(index as u32))
@@ -178,7 +182,10 @@ mod tests {
                 assert!(key(a, 9) > key(b, 0), "{a} above {b}");
             }
         }
-        assert!(key(f32::from_bits(u32::MAX), 1 << 20) > i64::MIN);
+        // Neither sign nor payload of a NaN counts, and no key is as small as that of a choice already taken.
+        assert_eq!(key(-f32::NAN, 5), key(f32::NAN, 5));
+        assert!(key(f32::from_bits(u32::MAX), 1 << 20) > key(f32::INFINITY, 0));
+        assert!(key(f32::NEG_INFINITY, 1 << 20) > i64::MIN);
     }
 
     #[test]

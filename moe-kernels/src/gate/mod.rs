@@ -30,11 +30,14 @@ pub struct FusedGate {
 }
 
 /// What a [`FusedGate`] decided.
+///
+/// A token with a NaN among its scores is routed like any other, and at least one of its combine weights is NaN, as is
+/// [`moe_core::DroplessRouter`]'s: one lost token does not stop a batch, and its own output says so.
 #[derive(Debug, Clone, PartialEq)]
 pub struct Gated {
-    /// Chosen experts, `[tokens, top_k]`, best first; [`DROPPED`] past the capacity.
+    /// Chosen experts, `[tokens, top_k]`, NaN first, then best first; [`DROPPED`] past the capacity.
     pub expert_ids: Vec<u32>,
-    /// Factors of the combine, `[tokens, top_k]`, 0 where dropped.
+    /// Factors of the combine, `[tokens, top_k]`, 0 where dropped (NaN stays NaN).
     pub combine_weights: Vec<f32>,
     /// Rows by expert, in token order inside an expert.
     pub table: DispatchTable,
@@ -219,7 +222,8 @@ impl BorrowedGate<'_> {
             let demand = &mut load.tokens_per_expert[*expert as usize];
             *demand += 1;
             if *demand as usize > capacity {
-                (*expert, *weight) = (DROPPED, 0.0);
+                // As the routers' mask does it: NaN is not hidden.
+                (*expert, *weight) = (DROPPED, *weight * 0.0);
                 load.dropped += 1;
             }
         }

@@ -140,6 +140,55 @@ fn ties_and_extremes_go_as_in_the_dropless_router() {
     }
 }
 
+/// NaN of both signs, alone, in several experts, in all; beside infinities, whose difference is NaN.
+#[test]
+fn nan_logits_give_nan_weights_as_in_the_dropless_router() {
+    let noise = SeededNoise::new(1, 0);
+    let context = RouteContext::new(Mode::Eval, &noise);
+    for case in cases() {
+        let experts = case.experts;
+        let row = |token: usize| {
+            (0..experts).map(move |e| match token {
+                0 if e == experts / 2 => f32::NAN,
+                1 if e == experts - 1 => -f32::NAN,
+                2 if e % 3 == 0 => -f32::NAN,
+                3 => f32::NAN,
+                _ => (e * 7 % 5) as f32 * 0.3 - 0.7,
+            })
+        };
+        let logits: Vec<f32> = (0..5).flat_map(row).collect();
+        let x = Tensor::from_vec(logits.clone(), (5, experts), &Device::Cpu).unwrap();
+        let bias = case.bias.then(|| random(3, &[experts], 0.2, DType::F32));
+        let gate = Gate::new(random(1, &[experts, 2], 1.0, DType::F32)).unwrap();
+        let want = DroplessRouter::new(gate, bias.clone(), case.config).unwrap().route_logits(&x, &context).unwrap();
+        let want_weights = flat(&want.combine_weights);
+        let bias = bias.as_ref().map(flat);
+        for isa in Isa::available() {
+            let weight = vec![0.0; experts];
+            let gate = FusedGate::new(isa, case.config, &weight, [experts, 1], bias.as_deref()).unwrap();
+            let got = gate.forward_logits(&logits).unwrap();
+            let label = format!("{}, {isa}", case.name);
+            assert_eq!(got.expert_ids, want.expert_ids, "{label}: experts");
+            assert_eq!(got.load, want.load, "{label}: load");
+            for (name, weights) in [("fused", &got.combine_weights), ("router", &want_weights)] {
+                for (token, weights) in weights.chunks_exact(case.config.top_k).enumerate() {
+                    let has_nan = weights.iter().any(|w| w.is_nan());
+                    assert_eq!(has_nan, token < 4, "{label}, {name}, token {token}: {weights:?}");
+                }
+            }
+        }
+    }
+}
+
+#[test]
+fn a_dropped_nan_stays_nan() {
+    let capacity = Capacity { train_factor: None, eval_factor: Some(1e-3), min_capacity: 1 };
+    let gate = FusedGate::new(select::current(), DroplessConfig::softmax(1, false), &[0.0; 2], [2, 1], None);
+    let got = gate.unwrap().with_capacity(capacity).unwrap().forward_logits(&[1.0, 0.0, f32::NAN, 0.0]).unwrap();
+    assert_eq!((got.expert_ids, got.load.dropped), (vec![0, DROPPED], 1));
+    assert!(got.combine_weights[0] > 0.5 && got.combine_weights[1].is_nan());
+}
+
 #[test]
 fn a_limited_gate_drops_as_the_top_1_router_does() {
     let noise = SeededNoise::new(1, 0);

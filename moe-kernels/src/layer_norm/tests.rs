@@ -54,3 +54,17 @@ fn the_number_of_threads_changes_nothing() {
         assert_eq!(run(threads), one, "{threads} threads");
     }
 }
+
+#[test]
+fn nan_stays_in_its_row_and_fills_it_on_every_set() {
+    for isa in Isa::available() {
+        for at in 0..37 {
+            let mut x: Vec<f32> = (0..3 * 37).map(|i| (i % 11) as f32).collect();
+            x[37 + at] = -f32::NAN;
+            let out = LayerNorm { epsilon: 1e-5, isa }.normed(&x, &[1.0; 37], &[0.0; 37]);
+            for (i, v) in out.iter().enumerate() {
+                assert_eq!(v.is_nan(), i / 37 == 1, "{isa}: NaN in column {at}, output {i}");
+            }
+        }
+    }
+}

@@ -2,8 +2,9 @@
 //!
 //! Weights are symmetric: `w ~ scale * q`, with one f32 scale per output for [`QuantFormat::Int8`] and one bf16 scale per
 //! output and group of inputs for [`QuantFormat::Int4`]. Each input row is quantized to 8 bits with a scale of its own
-//! (`max |x| / 127`) when the product is taken, so a row's result does not depend on the rows beside it. Sums of products
-//! are integers, hence exact: every [`Isa`] gives the same bits.
+//! (`max |x| / 127`) when the product is taken, so a row's result does not depend on the rows beside it. No scale but that
+//! of zeros is below 2^-126, so that each has an inverse. Sums of products are integers, hence exact: every [`Isa`] gives
+//! the same bits.
 //!
 //! ```text
 //! inputs   [tile][k / 4][rows]                        four of a row per word, tiles of up to 12 rows (6 for 4 bits)

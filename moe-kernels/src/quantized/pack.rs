@@ -18,18 +18,25 @@ fn largest(row: &[f32]) -> u32 {
     row.iter().fold(0, |most, v| most.max(v.to_bits() & 0x7fff_ffff))
 }
 
-fn inverse(scale: f32) -> f32 {
-    if scale > 0.0 { 1.0 / scale } else { 0.0 }
+/// Least scale of values that are not all zero. A smaller one has no exact integers to offer anyway (it is subnormal, with
+/// few bits left), and its inverse may be infinite: 0 times that is no number.
+pub(super) const LEAST_SCALE: f32 = f32::MIN_POSITIVE;
+
+/// The scale that takes `largest`, a finite magnitude, to `steps`, and its inverse; 0 and 0 for zeros.
+fn scale_and_inverse(largest: f32, steps: f32) -> (f32, f32) {
+    if largest == 0.0 {
+        return (0.0, 0.0);
+    }
+    let scale = (largest / steps).max(LEAST_SCALE);
+    (scale, 1.0 / scale)
 }
 
 /// Up to 32 rows of `k` weights as one panel, with a scale and an offset per row.
 pub(super) fn int8_panel(rows: &[f32], k: usize, to: &mut [u32], scales: &mut [f32], offsets: &mut [i32]) {
     for (lane, row) in rows.chunks_exact(k.max(1)).enumerate() {
-        let scale = f32::from_bits(largest(row)) / 127.0;
-        let factor = inverse(scale);
+        let (scale, factor) = scale_and_inverse(f32::from_bits(largest(row)), 127.0);
         let mut sum = 0;
         for (p, w) in row.iter().enumerate() {
-            // A subnormal scale has an inverse beyond all bounds: the clamp keeps what is left in range.
             let q = nearest((w * factor).clamp(-127.0, 127.0));
             sum += q;
             to[p / 4 * PANEL_COLS + lane] |= u32::from(q as u8) << (p % 4 * 8);
@@ -51,7 +58,8 @@ pub(super) fn int4_panel(rows: &[f32], k: usize, group_size: usize, to: &mut [u3
     for (lane, row) in rows.chunks_exact(k.max(1)).enumerate() {
         for (values, group) in row.chunks(group_size).zip(to.chunks_exact_mut(group_words)) {
             let most = values.iter().fold(0.0f32, |most, &w| if w.abs() > most.abs() { w } else { most });
-            let scale = bf16_round(most / -8.0);
+            let scale = if most == 0.0 { most } else { most.abs().max(8.0 * LEAST_SCALE).copysign(most) };
+            let scale = bf16_round(scale / -8.0);
             let factor = if scale == 0.0 { 0.0 } else { 1.0 / scale };
             group[lane / 2] |= scale.to_bits() >> 16 << (lane % 2 * 16);
             for (p, w) in values.iter().enumerate() {
@@ -81,9 +89,8 @@ pub(super) fn quantize_tile(
     for (row, values) in values.chunks_exact(k).enumerate() {
         let largest = isa.vectorize(|| largest(values));
         let finite = largest < f32::INFINITY.to_bits();
-        let scale = f32::from_bits(largest) / 127.0;
-        scales[row] = if finite { scale.to_bits() } else { f32::NAN.to_bits() };
-        let factor = if finite { inverse(scale) } else { 0.0 };
+        let (scale, factor) = if finite { scale_and_inverse(f32::from_bits(largest), 127.0) } else { (f32::NAN, 0.0) };
+        scales[row] = scale.to_bits();
         // 8 bits take inputs from 0 to 255, 4 bits from -127 to 127: the products' other side has the sign.
         let zero = if format == QuantFormat::Int8 { 128 } else { 0 };
         for start in (0..padded).step_by(bytes.len()) {

@@ -21,7 +21,8 @@ fn quantize_row(row: &[f32]) -> (Vec<i32>, f32) {
     if row.iter().any(|v| !v.is_finite()) {
         return (vec![0; row.len()], f32::NAN);
     }
-    let scale = row.iter().fold(0.0f32, |most, v| most.max(v.abs())) / 127.0;
+    let largest = row.iter().fold(0.0f32, |most, v| most.max(v.abs()));
+    let scale = if largest > 0.0 { (largest / 127.0).max(f32::MIN_POSITIVE) } else { 0.0 };
     let factor = if scale > 0.0 { 1.0 / scale } else { 0.0 };
     (row.iter().map(|v| (v * factor).clamp(-127.0, 127.0).round_ties_even() as i32).collect(), scale)
 }

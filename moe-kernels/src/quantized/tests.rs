@@ -113,6 +113,80 @@ fn zeros_and_tiny_values_stay_finite_and_bad_ones_show() {
     }
 }
 
+/// Rows whose scale would be subnormal, with zeros among the values: an infinite inverse took those to NaN.
+fn tiny_rows() -> Vec<Vec<f32>> {
+    let row = |value: fn(usize) -> f32| (0..64).map(value).collect();
+    vec![
+        row(|_| 0.0),
+        row(|i| if i % 3 == 0 { -0.0 } else { 0.0 }),
+        row(|_| f32::from_bits(1)),
+        row(|i| if i % 2 == 0 { 0.0 } else { 1e-42 }),
+        row(|i| if i == 40 { -1e-38 } else { 0.0 }),
+        row(|i| [0.0, 3e-37, -2e-38, 1e-44][i % 4]),
+        row(|i| [-1.4e-36, 0.0, f32::MIN_POSITIVE, -f32::MIN_POSITIVE][i % 4]),
+        // A group of 32 tiny values beside one of ordinary values.
+        row(|i| if i < 32 { 1e-40 * (i % 5) as f32 } else { i as f32 * 0.01 - 0.5 }),
+    ]
+}
+
+#[test]
+fn tiny_rows_are_quantized_to_half_a_step_and_stay_finite() {
+    let rows = tiny_rows();
+    let (n, k) = (rows.len(), 64);
+    let flat = rows.concat();
+    for format in FORMATS {
+        let weights = QuantizedWeights::new(format, &flat, [n, k]).unwrap();
+        for (at, (q, w)) in weights.dequantize().iter().zip(&flat).enumerate() {
+            let (integer, scale) = weights.value(at / k, at % k);
+            assert!((-127..=127).contains(&integer), "{format:?} [{}, {}]: {integer}", at / k, at % k);
+            assert!(scale == 0.0 || scale.abs() >= f32::MIN_POSITIVE, "{format:?}: scale {scale}");
+            let steps = if format == QuantFormat::Int8 { 0.5001 } else { 1.04 };
+            assert!((q - w).abs() <= steps * scale.abs(), "{format:?} row {}: {q} for {w}, scale {scale}", at / k);
+        }
+        // As weights with ordinary inputs, and as inputs of ordinary weights.
+        let ordinary = random(12, n * k);
+        let ordinary_weights = QuantizedWeights::new(format, &ordinary, [n, k]).unwrap();
+        for (x, weights) in [(&ordinary, &weights), (&flat, &ordinary_weights), (&flat, &weights)] {
+            let groups = [QuantGroup { rows: x, weights, bias: None, out_offset: 0 }];
+            let mut want = vec![0.0; n * n];
+            quantized_gemm_reference(&groups, &mut want);
+            assert!(want.iter().all(|v| v.is_finite()), "{format:?}");
+            for isa in Isa::available() {
+                let mut got = vec![f32::NAN; n * n];
+                quantized_gemm(isa, &groups, &mut got);
+                assert_eq!(got, want, "{isa} {format:?}");
+            }
+        }
+    }
+}
+
+/// The rule for rows whose scale is an ordinary number, word for word: the least scale changes none of them.
+#[test]
+fn ordinary_rows_keep_their_scales_and_integers() {
+    let (n, k) = (33, 70);
+    for factor in [1.0f32, 1e-30, 2e-36, 1e30] {
+        let w: Vec<f32> = random(13, n * k).iter().map(|v| v * factor).collect();
+        for format in FORMATS {
+            let weights = QuantizedWeights::new(format, &w, [n, k]).unwrap();
+            let size = if let QuantFormat::Int4 { group_size } = format { group_size } else { k };
+            for (row, values) in w.chunks_exact(k).enumerate() {
+                for (group, values) in values.chunks(size).enumerate() {
+                    let most = values.iter().fold(0.0f32, |most, &v| if v.abs() > most.abs() { v } else { most });
+                    let (scale, range) = match format {
+                        QuantFormat::Int8 => (most.abs() / 127.0, [-127.0, 127.0]),
+                        QuantFormat::Int4 { .. } => (crate::gemm::bf16_round(most / -8.0), [-8.0, 7.0]),
+                    };
+                    for (p, v) in values.iter().enumerate() {
+                        let integer = (v * (1.0 / scale)).clamp(range[0], range[1]).round_ties_even() as i32;
+                        let got = weights.value(row, group * size + p);
+                        assert_eq!(got, (integer, scale), "{format:?} {factor} [{row}, {}]", group * size + p);
+                    }
+                }
+            }
+        }
+    }
+}
+
 #[test]
 fn a_row_does_not_depend_on_its_batch_nor_on_the_threads() {
     let (m, n, k) = (29, 96, 160);

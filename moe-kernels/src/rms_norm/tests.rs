@@ -55,3 +55,17 @@ fn neither_threads_nor_instruction_sets_nor_other_rows_change_anything() {
     let op = RmsNorm { epsilon: 1e-6, isa: select::current() };
     assert_eq!(op.normed(&x[97 * 70..97 * 71], &w), one.0[97 * 70..97 * 71]);
 }
+
+#[test]
+fn nan_stays_in_its_row_and_fills_it_on_every_set() {
+    for isa in Isa::available() {
+        for at in 0..37 {
+            let mut x: Vec<f32> = (0..3 * 37).map(|i| (i % 11) as f32).collect();
+            x[37 + at] = -f32::NAN;
+            let out = RmsNorm { epsilon: 1e-5, isa }.normed(&x, &[1.0; 37]);
+            for (i, v) in out.iter().enumerate() {
+                assert_eq!(v.is_nan(), i / 37 == 1, "{isa}: NaN in column {at}, output {i}");
+            }
+        }
+    }
+}

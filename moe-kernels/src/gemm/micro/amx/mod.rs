@@ -3,6 +3,8 @@
 //! The tile instructions sit behind [`TileUnit`], with two implementations: the hardware, and a model of its documented
 //! semantics that runs the same kernel in tests on machines without it.
 
+#[cfg(any(test, all(target_arch = "x86_64", target_os = "linux")))]
+mod check;
 #[cfg(all(target_arch = "x86_64", target_os = "linux"))]
 mod hardware;
 #[cfg(test)]
