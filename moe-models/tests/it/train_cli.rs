@@ -2,7 +2,7 @@
 
 use std::io::{BufRead, BufReader};
 use std::path::{Path, PathBuf};
-use std::process::{Command, Output, Stdio};
+use std::process::{Child, Command, Output, Stdio};
 use std::time::{Duration, Instant};
 
 fn moe_train(dir: &Path, arguments: &[&str]) -> Command {
@@ -104,23 +104,32 @@ fn interrupted_and_resumed_ends_with_the_same_weights() {
     }
 }
 
+/// A program that does not outlive its test.
+#[cfg(unix)]
+struct Running(Child);
+
+#[cfg(unix)]
+impl Drop for Running {
+    fn drop(&mut self) {
+        let _ = self.0.kill();
+        let _ = self.0.wait();
+    }
+}
+
 /// Starts a run, sends it SIGTERM when it prints a line with `word`, and checks that it ends at once as documented.
 #[cfg(unix)]
 #[track_caller]
 fn check_terminated(dir: &Path, arguments: &[&str], word: &str) {
-    let mut child = moe_train(dir, arguments).stderr(Stdio::piped()).spawn().unwrap();
-    let mut lines = BufReader::new(child.stderr.take().unwrap()).lines().map(Result::unwrap);
+    let mut child = Running(moe_train(dir, arguments).stderr(Stdio::piped()).spawn().unwrap());
+    let mut lines = BufReader::new(child.0.stderr.take().unwrap()).lines().map(Result::unwrap);
     assert!(lines.any(|line| line.contains(word)), "never came to {word}");
-    assert!(Command::new("kill").args(["-TERM", &child.id().to_string()]).status().unwrap().success());
+    assert!(Command::new("kill").args(["-TERM", &child.0.id().to_string()]).status().unwrap().success());
     let deadline = Instant::now() + Duration::from_secs(60);
     let status = loop {
-        if let Some(status) = child.try_wait().unwrap() {
+        if let Some(status) = child.0.try_wait().unwrap() {
             break status;
         }
-        if Instant::now() > deadline {
-            child.kill().unwrap();
-            panic!("{word}: still running a minute after SIGTERM");
-        }
+        assert!(Instant::now() < deadline, "{word}: still running a minute after SIGTERM");
         std::thread::sleep(Duration::from_millis(10));
     };
     let rest: Vec<String> = lines.collect();
@@ -277,21 +286,18 @@ fn one_run_at_a_time_in_a_folder() {
     succeed(&moe_train(dir.path(), &arguments(&["--out", "run", "--train-tokens", "64"])).output().unwrap());
     // A pipe that nobody writes to keeps the first run at reading.
     assert!(Command::new("mkfifo").arg(dir.path().join("pipe.txt")).status().unwrap().success());
-    let mut first = moe_train(dir.path(), &["--out", "run", "--resume", "--data", "pipe.txt"])
-        .stderr(Stdio::piped())
-        .spawn()
-        .unwrap();
-    let mut lines = BufReader::new(first.stderr.take().unwrap()).lines().map(Result::unwrap);
+    let mut first = moe_train(dir.path(), &["--out", "run", "--resume", "--data", "pipe.txt"]);
+    let mut first = Running(first.stderr(Stdio::piped()).spawn().unwrap());
+    let mut lines = BufReader::new(first.0.stderr.take().unwrap()).lines().map(Result::unwrap);
     assert!(lines.any(|line| line.contains("reading pipe.txt")));
     // What a checkpoint under way looks like.
     std::fs::create_dir(dir.path().join("run/.tmp-step-00000002")).unwrap();
-    let holder = format!("in use by process {}", first.id());
+    let holder = format!("in use by process {}", first.0.id());
     let more = ["--out", "run", "--resume", "--train-tokens", "128"];
     check_refused(dir.path(), &more, &[&holder, "run", "another folder"]);
-    check_refused(dir.path(), &more[..2], &[&holder]);
+    check_refused(dir.path(), &["--out", "run", "--train-tokens", "64", "--data", "text.txt"], &[&holder]);
     assert!(dir.path().join("run/.tmp-step-00000002").exists(), "the other run's files are left alone");
-    first.kill().unwrap();
-    first.wait().unwrap();
+    drop(first);
     let text = succeed(&moe_train(dir.path(), &more).output().unwrap());
     assert!(text.contains("resuming from run/step-00000001"), "{text}");
 }
