@@ -8,10 +8,10 @@ use crate::{
     Error, Precision, Result, activation, attention, cross_entropy, embedding, grouped_linear, layer_norm, permute,
     rms_norm, rotary, select,
 };
-use candle_core::Tensor;
+use candle_core::{Device, Tensor};
 use moe_core::ops::{
-    AttentionShape, Choices, DecoderOps, LossOps, MoeOps, PagedKv, PagedSequence, Positions, RotaryLayout, RotaryTable,
-    WeightOps,
+    AttentionShape, Choices, DecoderOps, KvShape, LossOps, MoeOps, PagedKv, PagedSequence, Positions, RotaryLayout,
+    RotaryTable, WeightOps,
 };
 use moe_core::{Activation, DispatchTable, DroplessConfig, MlpWeights, Weight, WeightSource, WeightUse};
 use std::sync::Arc;
@@ -209,8 +209,18 @@ impl DecoderOps for KernelOps {
         Ok(attention::causal_attention(qkv, num_heads, self.precision)?)
     }
 
+    fn new_pages(
+        &self,
+        num_blocks: usize,
+        block_size: usize,
+        shape: KvShape,
+        device: &Device,
+    ) -> moe_core::Result<[Tensor; 2]> {
+        Ok(attention::new_pages(num_blocks, block_size, shape, self.precision, device)?)
+    }
+
     fn write_pages(&self, pool: PagedKv<'_>, keys: &Tensor, values: &Tensor, slots: &[u32]) -> moe_core::Result<()> {
-        Ok(attention::write_pages(pool, keys, values, slots)?)
+        Ok(attention::write_pages(pool, keys, values, slots, self.precision)?)
     }
 
     fn paged_attention(

@@ -6,7 +6,7 @@
 use anyhow::{Context, Result};
 use candle_core::{Device, Tensor};
 use moe_core::CounterRng;
-use moe_kernels::attention::{AttentionShape, PagedKv, PagedSequence, paged_attention};
+use moe_kernels::attention::{AttentionShape, PagedKv, PagedSequence, new_pages, paged_attention, write_pages};
 use moe_kernels::{machine, select};
 use moe_models::gpt::{Gpt, GptConfig};
 use moe_models::{
@@ -43,7 +43,7 @@ struct Bench {
 impl Bench {
     fn pool(&self, sequences: usize) -> Result<KvPool> {
         let config = PoolConfig::for_tokens(sequences, self.decoder.max_seq_len());
-        Ok(KvPool::new(&self.decoder.cache_layout(), config, &Device::Cpu)?)
+        Ok(self.decoder.new_pool(config)?)
     }
 
     fn ids(&self, count: usize) -> Vec<u32> {
@@ -103,13 +103,17 @@ impl Bench {
     fn attention_seconds(&self, context: usize) -> Result<f64> {
         let layers = &self.decoder.config().layers;
         let config = layers[0].attention;
-        let blocks: Vec<u32> = (0..(context as u32).div_ceil(16)).collect();
+        let size = PoolConfig::PAGE_SIZE;
+        let blocks: Vec<u32> = (0..context.div_ceil(size) as u32).collect();
         let random = |rows: usize, width: usize| Tensor::randn(0f32, 1.0, (rows, width), &Device::Cpu);
+        let kv = config.kv_shape();
+        let slots: Vec<u32> = (0..context as u32).collect();
         let pools = (0..layers.len())
             .map(|_| {
-                let pages =
-                    || random(blocks.len() * 16, config.kv_width())?.reshape((blocks.len(), 16, config.kv_width()));
-                Ok([pages()?, pages()?])
+                let pages = new_pages(blocks.len(), size, kv, PRECISION, &Device::Cpu)?;
+                let pool = PagedKv { keys: &pages[0], values: &pages[1], block_size: size, shape: kv };
+                write_pages(pool, &random(context, kv.width())?, &random(context, kv.width())?, &slots, PRECISION)?;
+                Ok(pages)
             })
             .collect::<Result<Vec<_>>>()?;
         let queries = random(1, config.q_width())?;
@@ -117,7 +121,8 @@ impl Bench {
         let sequence = PagedSequence { blocks: &blocks, len: context, new: 1 };
         let run = || {
             for [keys, values] in &pools {
-                paged_attention(&queries, PagedKv { keys, values }, &[sequence], shape, PRECISION)?;
+                let pool = PagedKv { keys, values, block_size: size, shape: kv };
+                paged_attention(&queries, pool, &[sequence], shape, PRECISION)?;
             }
             Ok(())
         };

@@ -2,8 +2,7 @@
 //!
 //! `cargo run --release -p moe-models --example ask -- [FOLDER [PROMPT]]`
 
-use candle_core::Device;
-use moe_models::{CausalLm, Decoder, KvPool, LogitsOf, PoolConfig, Precision, SequenceStep};
+use moe_models::{CausalLm, Decoder, LogitsOf, PoolConfig, Precision, SequenceStep};
 use std::path::PathBuf;
 use tokenizers::Tokenizer;
 
@@ -21,7 +20,7 @@ pub(crate) fn main() -> Result<(), Box<dyn std::error::Error + Send + Sync>> {
     let mut ids = tokenizer.encode(prompt, false)?.get_ids().to_vec();
 
     let pages = PoolConfig::for_tokens(1, ids.len() + NEW_TOKENS);
-    let pool = KvPool::new(&model.cache_layout(), pages, &Device::Cpu)?;
+    let pool = model.new_pool(pages)?;
     let mut sequence = pool.sequence();
     for _ in 0..NEW_TOKENS {
         let token_ids = &ids[sequence.len()..];

@@ -1,8 +1,9 @@
 //! [`CausalLm`]: token ids in, logits out, for many sequences at once. What a generator or a server needs of a model.
 
 use crate::Result;
-use crate::cache::{CacheLayout, CachedSequence, KvPool};
+use crate::cache::{CacheLayout, CachedSequence, KvPool, PoolConfig};
 use candle_core::{Device, Tensor};
+use moe_core::CandleOps;
 
 /// The experts one MoE layer used, token by token.
 #[derive(Debug, Clone, PartialEq)]
@@ -64,6 +65,13 @@ pub trait CausalLm: Send + Sync {
     fn cache_layout(&self) -> CacheLayout;
     /// Where the weights live.
     fn device(&self) -> &Device;
+    /// A pool for sequences of this model, in the form its backend reads fastest; by default rows of f32.
+    ///
+    /// # Errors
+    /// As [`KvPool::new`].
+    fn new_pool(&self, config: PoolConfig) -> Result<KvPool> {
+        KvPool::new(self.cache_layout(), config, &CandleOps, self.device())
+    }
     /// Runs new tokens of several sequences of `pool`, prompts and single tokens mixed. The logits of a sequence are the same
     /// to the last bit as if it were alone and whatever chunks its tokens came in.
     ///

@@ -2,7 +2,7 @@
 
 use crate::params::ParamTable;
 use crate::{Error, Result};
-use moe_core::ops::RotaryLayout;
+use moe_core::ops::{KvShape, RotaryLayout};
 use moe_core::{MlpConfig, MoeConfig, ParamInit, ParamSpec, SplitKind};
 
 /// A decoder-only language model.
@@ -188,9 +188,14 @@ impl NormConfig {
 }
 
 impl AttentionConfig {
-    /// Columns of keys and of values: what a layer's cache keeps of a token, twice.
+    /// Columns of keys and of values.
     pub fn kv_width(&self) -> usize {
-        self.num_kv_heads * self.head_dim
+        self.kv_shape().width()
+    }
+
+    /// What a layer's cache keeps of a token.
+    pub fn kv_shape(&self) -> KvShape {
+        KvShape { num_kv_heads: self.num_kv_heads, head_dim: self.head_dim }
     }
 
     /// Columns of the queries.

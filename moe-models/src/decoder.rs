@@ -3,7 +3,7 @@
 
 use crate::batch::{LayerLoad, LossOutput, Pass, TokenBatch};
 use crate::blocks::{Attention, Embedding, FeedForward, Norm, OutputHead, Rotaries};
-use crate::cache::{CacheLayout, KvPool, PagedStep};
+use crate::cache::{CacheLayout, KvPool, PagedStep, PoolConfig};
 use crate::causal_lm::{CausalLm, LayerExperts, LogitsOf, SequenceStep, StepOutput};
 use crate::config::{DecoderConfig, LayerConfig};
 use crate::{Error, Result};
@@ -68,6 +68,7 @@ pub struct Decoder {
     norm: Norm,
     head: OutputHead,
     eval_routing: EvalRouting,
+    ops: Arc<dyn Ops>,
     device: Device,
 }
 
@@ -92,9 +93,9 @@ impl Decoder {
             Some(spec) => OutputHead::new(&spec, vb.pp("lm_head"), Arc::clone(&ops))?,
             None => OutputHead::tied(embed_tokens.table(), Arc::clone(&ops)),
         };
-        let norm = Norm::new(&config.norm, model.pp("norm"), ops)?;
+        let norm = Norm::new(&config.norm, model.pp("norm"), Arc::clone(&ops))?;
         let (eval_routing, device) = (EvalRouting::default(), vb.device().clone());
-        Ok(Self { config, embed_tokens, embed_positions, layers, norm, head, eval_routing, device })
+        Ok(Self { config, embed_tokens, embed_positions, layers, norm, head, eval_routing, ops, device })
     }
 
     /// The same with another routing outside training.
@@ -212,9 +213,11 @@ impl Decoder {
         if batch.is_empty() || batch.iter().any(|step| step.token_ids.is_empty()) {
             return Err(Error::Argument("forward needs at least one token of each sequence".into()));
         }
-        if pool.num_layers() != self.layers.len() {
-            let (got, want) = (pool.num_layers(), self.layers.len());
-            return Err(Error::Argument(format!("the pool is for {got} layers, the model has {want}")));
+        if *pool.layout() != self.cache_layout() {
+            let (got, want) = (pool.layout().layers.len(), self.layers.len());
+            return Err(Error::Argument(format!(
+                "the pool was made for another model, of {got} layers (this one has {want}); make it with new_pool"
+            )));
         }
         if batch.iter().any(|step| !pool.owns(step.sequence)) {
             return Err(Error::Argument("a sequence belongs to another pool; make it with KvPool::sequence".into()));
@@ -261,11 +264,15 @@ impl CausalLm for Decoder {
     }
 
     fn cache_layout(&self) -> CacheLayout {
-        CacheLayout { widths: self.config.layers.iter().map(|layer| layer.attention.kv_width()).collect() }
+        CacheLayout { layers: self.config.layers.iter().map(|layer| layer.attention.kv_shape()).collect() }
     }
 
     fn device(&self) -> &Device {
         &self.device
+    }
+
+    fn new_pool(&self, config: PoolConfig) -> Result<KvPool> {
+        KvPool::new(self.cache_layout(), config, &*self.ops, &self.device)
     }
 
     fn forward(&self, batch: &mut [SequenceStep<'_>], pool: &KvPool) -> Result<StepOutput> {

@@ -72,13 +72,33 @@ impl AttentionShape {
     }
 }
 
-/// The pool of one layer: blocks of tokens.
+/// What a token takes in one layer's pool: keys of this many heads, and values of as many.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct KvShape {
+    /// Heads of the keys and of the values.
+    pub num_kv_heads: usize,
+    /// Columns of a head.
+    pub head_dim: usize,
+}
+
+impl KvShape {
+    /// Columns of the keys and of the values.
+    pub fn width(self) -> usize {
+        self.num_kv_heads * self.head_dim
+    }
+}
+
+/// The pool of one layer: blocks of tokens, as the backend that made it keeps them.
 #[derive(Debug, Clone, Copy)]
 pub struct PagedKv<'a> {
-    /// `[num_blocks, block_size, num_kv_heads * head_dim]`
+    /// `[num_blocks, block_size, width]` in rows, or `[num_blocks, ..]` in a backend's own form.
     pub keys: &'a Tensor,
     /// As the keys.
     pub values: &'a Tensor,
+    /// Tokens per block.
+    pub block_size: usize,
+    /// What a token takes.
+    pub shape: KvShape,
 }
 
 /// One sequence of a batch over a [`PagedKv`].
@@ -94,22 +114,28 @@ pub struct PagedSequence<'a> {
 }
 
 impl PagedKv<'_> {
-    /// Tokens per block.
-    pub fn block_size(&self) -> usize {
-        self.keys.dims()[1]
+    /// Blocks.
+    pub fn num_blocks(&self) -> usize {
+        self.keys.dims().first().copied().unwrap_or(0)
     }
 
-    fn check_pool(&self) -> Result<(usize, usize, usize)> {
-        let (num_blocks, block_size, width) = self.keys.dims3()?;
-        if self.keys.dims() != self.values.dims() || block_size == 0 {
+    /// Whether keys and values lie in rows, `[num_blocks, block_size, width]`.
+    pub fn is_in_rows(&self) -> bool {
+        let rows = [self.num_blocks(), self.block_size, self.shape.width()];
+        self.keys.dims() == rows && self.values.dims() == rows
+    }
+
+    fn check_pool(&self) -> Result<()> {
+        let blocks = self.values.dims().first().copied().unwrap_or(0);
+        if self.block_size == 0 || self.shape.width() == 0 || blocks != self.num_blocks() {
             return Err(Error::Input(format!(
-                "keys {:?} and values {:?} of a pool must have one shape [num_blocks, block_size, width], with a \
-                 block_size above 0",
+                "keys {:?} and values {:?} of a pool must be of as many blocks, of a block_size above 0 and heads {:?}",
                 self.keys.dims(),
-                self.values.dims()
+                self.values.dims(),
+                self.shape
             )));
         }
-        Ok((num_blocks, block_size, width))
+        Ok(())
     }
 
     /// Checks new rows and the slots they go to.
@@ -117,7 +143,8 @@ impl PagedKv<'_> {
     /// # Errors
     /// [`Error::Input`] naming what does not fit.
     pub fn check_write(&self, keys: &Tensor, values: &Tensor, slots: &[u32]) -> Result<()> {
-        let (num_blocks, block_size, width) = self.check_pool()?;
+        self.check_pool()?;
+        let (num_blocks, block_size, width) = (self.num_blocks(), self.block_size, self.shape.width());
         super::host::expect_shape("keys", keys, &[slots.len(), width])?;
         super::host::expect_shape("values", values, &[slots.len(), width])?;
         match slots.iter().find(|&&slot| slot as usize >= num_blocks * block_size) {
@@ -132,8 +159,10 @@ impl PagedKv<'_> {
     ///
     /// # Errors
     /// [`Error::Input`] naming what does not fit.
-    pub fn check_read(&self, queries: &Tensor, sequences: &[PagedSequence<'_>]) -> Result<()> {
-        let (num_blocks, block_size, _) = self.check_pool()?;
+    pub fn check_read(&self, queries: &Tensor, sequences: &[PagedSequence<'_>], shape: AttentionShape) -> Result<()> {
+        self.check_pool()?;
+        shape.head_dim(queries.dims2()?.1, self.shape.width())?;
+        let (num_blocks, block_size) = (self.num_blocks(), self.block_size);
         let mut rows = 0;
         for (index, PagedSequence { blocks, len, new }) in sequences.iter().enumerate() {
             if new > len {

@@ -1,8 +1,8 @@
 //! [`DecoderOps`]: what a decoder needs of a backend besides its experts.
 
-use super::{AttentionShape, PagedKv, PagedSequence, Positions, RotaryLayout, RotaryTable, WeightOps};
+use super::{AttentionShape, KvShape, PagedKv, PagedSequence, Positions, RotaryLayout, RotaryTable, WeightOps};
 use crate::{Result, Weight};
-use candle_core::Tensor;
+use candle_core::{DType, Device, Tensor};
 
 /// Linear maps, norms, rotary positions, attention and the embedding.
 pub trait DecoderOps: WeightOps {
@@ -60,6 +60,16 @@ pub trait DecoderOps: WeightOps {
     /// # Errors
     /// If the shapes do not fit.
     fn attention_fused(&self, qkv: &Tensor, num_heads: usize) -> Result<Tensor>;
+
+    /// Keys and values of a pool of `num_blocks` blocks of `block_size` tokens, in the form that
+    /// [`DecoderOps::write_pages`] writes and [`DecoderOps::paged_attention`] reads: by default rows of f32.
+    ///
+    /// # Errors
+    /// If the device has too little memory.
+    fn new_pages(&self, num_blocks: usize, block_size: usize, shape: KvShape, device: &Device) -> Result<[Tensor; 2]> {
+        let zeros = || Tensor::zeros((num_blocks, block_size, shape.width()), DType::F32, device);
+        Ok([zeros()?, zeros()?])
+    }
 
     /// Writes keys and values of new tokens into their places in a pool, in place. No gradient.
     ///

@@ -16,7 +16,7 @@ mod rotary;
 mod tests;
 
 pub use activation::Activation;
-pub use attention::{AttentionShape, PagedKv, PagedSequence};
+pub use attention::{AttentionShape, KvShape, PagedKv, PagedSequence};
 pub use candle::CandleOps;
 pub use decoder::DecoderOps;
 pub use loss::{IGNORED, LossOps, check_targets};

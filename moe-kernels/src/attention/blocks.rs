@@ -5,8 +5,9 @@
 
 use super::AttentionShape;
 use super::paged::PagedRows;
+use super::pages::PackedPages;
 use crate::buffer::with_scratch_f32;
-use crate::gemm::{Group, Operand, Start, gemm_part};
+use crate::gemm::{Group, Operand, Start, gemm_part, with_packed_rows};
 use crate::parallel::SharedMut;
 use crate::{Isa, Precision, parallel, select};
 use moe_core::ops::host::{self, Real};
@@ -64,19 +65,23 @@ impl<'a> Strip<'a> {
 #[derive(Debug, Clone, Copy)]
 pub(super) enum Source<'a> {
     Strip(Strip<'a>),
+    /// In rows, page by page.
     Paged(PagedRows<'a>),
+    /// As the products read them, page by page; keys and values alike.
+    Packed(PackedPages<'a>),
 }
 
 impl Source<'_> {
     /// Calls `body` with the first row and the number of rows of consecutive pieces of the first `rows` rows, and with
     /// `width` of their columns from `column` on. All pieces but the last have an even number of rows, because products
-    /// of bf16 take them in pairs.
+    /// of bf16 take them in pairs. Not for packed pages.
     fn for_pieces(&self, column: usize, width: usize, rows: usize, mut body: impl FnMut(usize, usize, Strip<'_>)) {
         match self {
             Self::Strip(strip) => body(0, rows, strip.from(0, column)),
             Self::Paged(paged) => {
                 paged.for_pieces(column, width, rows, |first, len, piece| body(first, len, Strip::new(piece, width)));
             }
+            Self::Packed(_) => unreachable!("packed pages are multiplied as they lie"),
         }
     }
 }
@@ -129,7 +134,6 @@ impl Heads {
         Self { num_kv_heads, group: num_heads / num_kv_heads, head_dim, precision, isa: select::current() }
     }
 
-    #[cfg(test)]
     pub(super) fn on(self, isa: Isa) -> Self {
         Self { isa, ..self }
     }
@@ -217,12 +221,21 @@ impl Heads {
         let visible = probs.len() / rows;
         let scores = Place::new(SharedMut::new(probs), visible);
         let queries_by_row = folded.by_row(rows, self.head_dim);
-        keys.for_pieces(kv_head * self.head_dim, self.head_dim, visible, |first, len, piece| {
-            // SAFETY: `probs` is borrowed for the call.
-            unsafe {
-                self.product(queries_by_row, piece.by_row(len, self.head_dim), Start::Zero, scores.from(0, first))
-            };
-        });
+        if let Source::Packed(pages) = keys {
+            with_packed_rows(self.isa, self.precision, &queries_by_row, |queries| {
+                pages.for_keys(kv_head, visible, |first, panels| {
+                    // SAFETY: `probs` is borrowed for the call.
+                    unsafe { queries.times(panels, Start::Zero, scores.into, (first, visible)) };
+                });
+            });
+        } else {
+            keys.for_pieces(kv_head * self.head_dim, self.head_dim, visible, |first, len, piece| {
+                // SAFETY: `probs` is borrowed for the call.
+                unsafe {
+                    self.product(queries_by_row, piece.by_row(len, self.head_dim), Start::Zero, scores.from(0, first))
+                };
+            });
+        }
         let (scale, group) = (self.scale(), self.group);
         self.isa.vectorize(|| softmax_rows(probs, visible, |row| visible - queries + row / group + 1, scale));
     }
@@ -265,6 +278,15 @@ impl Heads {
             // SAFETY: the caller's part.
             unsafe {
                 self.with_folded_place(to, queries, |to| {
+                    if let Source::Packed(pages) = &of.values {
+                        let probs = probs.by_row(rows, visible);
+                        return with_packed_rows(self.isa, self.precision, &probs, |probs| {
+                            pages.for_values(kv_head, visible, |first, panels| {
+                                let start = if first == 0 { Start::Zero } else { Start::Output };
+                                probs.times(panels, start, to.into, (to.first, to.row_stride));
+                            });
+                        });
+                    }
                     of.values.for_pieces(column, self.head_dim, visible, |first, len, piece| {
                         let sum_from = if first == 0 { Start::Zero } else { Start::Output };
                         let probs = probs.from(0, first).by_row(rows, len);

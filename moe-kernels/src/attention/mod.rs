@@ -7,12 +7,13 @@
 
 mod blocks;
 mod paged;
+mod pages;
 #[cfg(test)]
 mod tests;
 
 pub(crate) use blocks::row_max;
-pub use moe_core::ops::{AttentionShape, PagedKv, PagedSequence};
-pub use paged::{paged_attention, write_pages};
+pub use moe_core::ops::{AttentionShape, KvShape, PagedKv, PagedSequence};
+pub use paged::{new_pages, paged_attention, write_pages};
 
 use crate::custom::{self, Input, SliceOp, with_inputs};
 use crate::parallel::SharedMut;

@@ -17,12 +17,14 @@
 
 mod micro;
 mod pack;
+mod rows;
 #[cfg(test)]
 mod tests;
 
 use crate::parallel::SharedMut;
 use crate::{Isa, buffer, parallel};
 pub use pack::bf16_round;
+pub(crate) use rows::{Panels, panel_words, with_packed_rows};
 
 /// What the multiplier reads; sums are f32 in either case.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Default, serde::Serialize, serde::Deserialize)]

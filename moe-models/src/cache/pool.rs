@@ -3,22 +3,15 @@
 use super::CachedSequence;
 use super::sequence::Page;
 use crate::{Error, Result};
-use candle_core::{DType, Device, Tensor};
-use moe_core::ops::PagedKv;
+use candle_core::{Device, Tensor};
+use moe_core::ops::{DecoderOps, KvShape, PagedKv};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
-/// Columns that the keys and the values of a token have in each layer's pages.
+/// What a token takes in each layer's pages.
 #[derive(Debug, Clone, PartialEq, Eq, Default)]
 pub struct CacheLayout {
     /// From the first layer to the last.
-    pub widths: Vec<usize>,
-}
-
-impl CacheLayout {
-    /// Bytes that one token takes.
-    pub fn token_bytes(&self) -> usize {
-        2 * size_of::<f32>() * self.widths.iter().sum::<usize>()
-    }
+    pub layers: Vec<KvShape>,
 }
 
 /// How large a pool is.
@@ -31,8 +24,9 @@ pub struct PoolConfig {
 }
 
 impl PoolConfig {
-    /// Tokens per page unless asked otherwise: small enough that little of a last page is lost.
-    pub const PAGE_SIZE: usize = 16;
+    /// Tokens per page unless asked otherwise: what the kernels keep packed, and small enough that little of a last page is
+    /// lost.
+    pub const PAGE_SIZE: usize = 32;
 
     /// Pages of [`PoolConfig::PAGE_SIZE`] for `sequences` of `tokens` each, however they are aligned.
     pub fn for_tokens(sequences: usize, tokens: usize) -> Self {
@@ -58,17 +52,19 @@ impl FreeList {
 #[derive(Debug)]
 pub struct KvPool {
     config: PoolConfig,
-    /// Per layer keys and values, `[num_pages, page_size, width]` each.
+    layout: CacheLayout,
+    /// Per layer keys and values, in the form of the backend.
     layers: Vec<[Tensor; 2]>,
     free: Arc<FreeList>,
 }
 
 impl KvPool {
-    /// An empty pool. Memory of the CPU is touched, and so taken from the system, when a page is first written to.
+    /// An empty pool for a model whose backend is `ops`; [`crate::CausalLm::new_pool`] knows both. Memory of the CPU is touched,
+    /// and so taken from the system, when a page is first written to.
     ///
     /// # Errors
     /// [`Error::Config`] for a pool without pages or one that is too large to number; if the device has too little memory.
-    pub fn new(layout: &CacheLayout, config: PoolConfig, device: &Device) -> Result<Self> {
+    pub fn new(layout: CacheLayout, config: PoolConfig, ops: &dyn DecoderOps, device: &Device) -> Result<Self> {
         let PoolConfig { num_pages, page_size } = config;
         let slots = num_pages.checked_mul(page_size).filter(|&slots| slots > 0 && u32::try_from(slots).is_ok());
         if slots.is_none() {
@@ -76,13 +72,10 @@ impl KvPool {
                 "a pool must have from 1 to 2^32 tokens, got {num_pages} pages of {page_size}"
             )));
         }
-        let pages = |&width: &usize| -> Result<[Tensor; 2]> {
-            let zeros = || Tensor::zeros((num_pages, page_size, width), DType::F32, device);
-            Ok([zeros()?, zeros()?])
-        };
-        let layers = layout.widths.iter().map(pages).collect::<Result<_>>()?;
+        let pages = |shape: &KvShape| Ok(ops.new_pages(num_pages, page_size, *shape, device)?);
+        let layers = layout.layers.iter().map(pages).collect::<Result<_>>()?;
         let free = Arc::new(FreeList(Mutex::new((0..num_pages as u32).rev().collect())));
-        Ok(Self { config, layers, free })
+        Ok(Self { config, layout, layers, free })
     }
 
     /// How large it is.
@@ -95,9 +88,14 @@ impl KvPool {
         self.free.lock().len()
     }
 
-    /// Layers.
-    pub fn num_layers(&self) -> usize {
-        self.layers.len()
+    /// What it was made for.
+    pub fn layout(&self) -> &CacheLayout {
+        &self.layout
+    }
+
+    /// Size in memory once every page has been written to.
+    pub fn bytes(&self) -> usize {
+        self.layers.iter().flatten().map(|pages| pages.elem_count() * pages.dtype().size_in_bytes()).sum()
     }
 
     /// A sequence without tokens.
@@ -108,7 +106,7 @@ impl KvPool {
     /// The pages of one layer.
     pub(crate) fn layer(&self, index: usize) -> PagedKv<'_> {
         let [keys, values] = &self.layers[index];
-        PagedKv { keys, values }
+        PagedKv { keys, values, block_size: self.config.page_size, shape: self.layout.layers[index] }
     }
 
     /// Whether `sequence` was made by this pool.

@@ -3,13 +3,16 @@
 use super::*;
 use crate::Error;
 use candle_core::{Device, Tensor};
+use moe_core::CandleOps;
+use moe_core::ops::{DecoderOps, KvShape};
 use moe_core::testing::values;
 
 const SIZE: usize = 4;
 
 fn pool(num_pages: usize) -> KvPool {
-    let layout = CacheLayout { widths: vec![2, 3] };
-    KvPool::new(&layout, PoolConfig { num_pages, page_size: SIZE }, &Device::Cpu).unwrap()
+    let shape = |head_dim| KvShape { num_kv_heads: 1, head_dim };
+    let layout = CacheLayout { layers: vec![shape(2), shape(3)] };
+    KvPool::new(layout, PoolConfig { num_pages, page_size: SIZE }, &CandleOps, &Device::Cpu).unwrap()
 }
 
 /// Appends tokens that are numbered from `first`; each layer's keys become that number.
@@ -18,10 +21,10 @@ fn append(pool: &KvPool, sequence: &mut CachedSequence, new: usize, first: u32) 
     step.add(sequence, new, pool)?;
     for layer in 0..2 {
         let pages = pool.layer(layer);
-        let width = pages.keys.dims()[2];
+        let width = pages.shape.width();
         let rows = (0..new).flat_map(|t| vec![(first + t as u32) as f32; width]).collect::<Vec<_>>();
         let rows = Tensor::from_vec(rows, (new, width), &Device::Cpu)?;
-        moe_kernels::attention::write_pages(pages, &rows, &rows, &step.slots)?;
+        CandleOps.write_pages(pages, &rows, &rows, &step.slots)?;
     }
     sequence.grow(new);
     Ok(())
@@ -78,7 +81,7 @@ fn an_empty_pool_is_an_error_and_takes_nothing() {
     sequence.truncate(0);
     append(&pool, &mut other, 1, 0).unwrap();
     for bad in [PoolConfig { num_pages: 0, page_size: 4 }, PoolConfig { num_pages: 1 << 40, page_size: 4 }] {
-        let error = KvPool::new(&CacheLayout { widths: vec![1] }, bad, &Device::Cpu).unwrap_err().to_string();
+        let error = KvPool::new(CacheLayout::default(), bad, &CandleOps, &Device::Cpu).unwrap_err().to_string();
         assert!(error.contains("pool"), "{error}");
     }
 }

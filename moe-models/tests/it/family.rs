@@ -6,7 +6,7 @@ use candle_core::{DType, Device, Tensor};
 use moe_core::testing::values;
 use moe_models::train::export::export;
 use moe_models::{
-    CausalLm, Decoder, Family, KvPool, LogitsOf, Model, PoolConfig, Precision, ReadFamily, SequenceStep, TokenBatch,
+    CausalLm, Decoder, Family, LogitsOf, Model, PoolConfig, Precision, ReadFamily, SequenceStep, TokenBatch,
 };
 use std::collections::HashMap;
 use std::path::PathBuf;
@@ -94,7 +94,7 @@ fn greedy_text_equals_transformers(fixture: &Fixture) {
     let want = fixture.ids("greedy");
     for precision in [Precision::F32] {
         let decoder = Decoder::load(&fixture.folder, precision).unwrap();
-        let pool = KvPool::new(&decoder.cache_layout(), PoolConfig::for_tokens(1, want.len()), &Device::Cpu).unwrap();
+        let pool = decoder.new_pool(PoolConfig::for_tokens(1, want.len())).unwrap();
         let mut sequence = pool.sequence();
         let mut ids = want[..7].to_vec();
         let mut next = ids.clone();

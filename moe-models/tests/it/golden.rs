@@ -5,7 +5,7 @@ use candle_core::{Device, Tensor, Var};
 use moe_core::testing::{assert_close, values};
 use moe_models::gpt::{Gpt, Pass, TokenBatch};
 use moe_models::train::optimizer::{AdamW, AdamWConfig};
-use moe_models::{CausalLm, Decoder, KvPool, LogitsOf, PoolConfig, SequenceStep};
+use moe_models::{CausalLm, Decoder, LogitsOf, PoolConfig, SequenceStep};
 use std::collections::HashMap;
 use std::path::PathBuf;
 
@@ -20,7 +20,7 @@ pub(crate) fn read(name: &str) -> HashMap<String, Tensor> {
 /// The logits of every token of one sequence.
 pub(crate) fn logits(decoder: &Decoder, token_ids: &[u32]) -> Tensor {
     let config = PoolConfig::for_tokens(1, decoder.max_seq_len());
-    let pool = KvPool::new(&decoder.cache_layout(), config, &Device::Cpu).unwrap();
+    let pool = decoder.new_pool(config).unwrap();
     let step = SequenceStep { sequence: &mut pool.sequence(), token_ids, logits: LogitsOf::All };
     decoder.forward(&mut [step], &pool).unwrap().logits
 }

@@ -5,9 +5,7 @@ use crate::golden::{fixtures, logits};
 use candle_core::Device;
 use moe_core::CounterRng;
 use moe_models::gpt::{Gpt, GptConfig};
-use moe_models::{
-    CachedSequence, CausalLm, Decoder, EvalRouting, KvPool, LogitsOf, PoolConfig, Precision, SequenceStep,
-};
+use moe_models::{CachedSequence, CausalLm, Decoder, EvalRouting, LogitsOf, PoolConfig, Precision, SequenceStep};
 
 fn gpt(change: impl FnOnce(&mut GptConfig)) -> Gpt {
     let mut config = GptConfig::preset("tiny-pr-moe").unwrap();
@@ -48,8 +46,9 @@ struct Request {
 fn run(decoder: &Decoder, rng: &mut CounterRng, batches: &mut usize) -> Vec<Request> {
     let mut below = |n: usize| rng.below(n as u32) as usize;
     let count = 2 + below(5);
-    let config = PoolConfig { num_pages: 500, page_size: 1 + below(9) };
-    let pool = KvPool::new(&decoder.cache_layout(), config, &Device::Cpu).unwrap();
+    // In rows and packed.
+    let config = PoolConfig { num_pages: 500, page_size: [1, 3, 8, 32, 64][below(5)] };
+    let pool = decoder.new_pool(config).unwrap();
     let mut requests: Vec<Request> = (0..count)
         .map(|_| {
             let ids = (0..1 + below(70)).map(|_| below(61) as u32).collect();
@@ -85,7 +84,7 @@ fn run(decoder: &Decoder, rng: &mut CounterRng, batches: &mut usize) -> Vec<Requ
 }
 
 fn alone(decoder: &Decoder, request: &Request) -> Vec<Vec<f32>> {
-    let pool = KvPool::new(&decoder.cache_layout(), PoolConfig::for_tokens(1, 80), &Device::Cpu).unwrap();
+    let pool = decoder.new_pool(PoolConfig::for_tokens(1, 80)).unwrap();
     let mut sequence = pool.sequence().with_seed(request.seed);
     let step = SequenceStep { sequence: &mut sequence, token_ids: &request.ids, logits: LogitsOf::All };
     decoder.forward(&mut [step], &pool).unwrap().logits.to_vec2().unwrap()
@@ -116,7 +115,7 @@ fn logits_do_not_depend_on_neighbours_or_chunks() {
 #[test]
 fn forks_share_a_prompt_and_nothing_else() {
     let (_, decoder) = decoders().remove(0);
-    let pool = KvPool::new(&decoder.cache_layout(), PoolConfig::for_tokens(4, 40), &Device::Cpu).unwrap();
+    let pool = decoder.new_pool(PoolConfig::for_tokens(4, 40)).unwrap();
     let free = pool.free_pages();
     let prompt: Vec<u32> = (0..21).map(|i| i * 7 % 61).collect();
     let mut first = pool.sequence();

@@ -77,7 +77,7 @@ impl Engine {
     pub fn start(lm: Arc<dyn CausalLm>, config: EngineConfig, observer: Arc<dyn Observer>) -> Result<Self> {
         let queue = Arc::new(Queue::new(config.max_queue));
         let pages = PoolConfig::for_tokens(1, lm.max_seq_len());
-        let pool = KvPool::new(&lm.cache_layout(), pages, lm.device())?;
+        let pool = lm.new_pool(pages)?;
         let worker = Worker { lm, pool, config, queue: queue.clone(), observer: observer.clone() };
         let thread = std::thread::Builder::new()
             .name("moe-engine".into())

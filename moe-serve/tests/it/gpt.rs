@@ -3,7 +3,7 @@
 use crate::support::{TestServer, ids, served, tokenizer};
 use candle_core::{DType, Device};
 use moe_models::gpt::{Gpt, GptConfig};
-use moe_models::{CausalLm, KvPool, LogitsOf, PoolConfig, Precision, SequenceStep, StepOutput};
+use moe_models::{CausalLm, LogitsOf, PoolConfig, Precision, SequenceStep, StepOutput};
 use moe_serve::ServedModel;
 use moe_serve::api::Limits;
 use serde_json::{Value, json};
@@ -26,7 +26,7 @@ fn server() -> TestServer {
 fn whole_pass(gpt: &Gpt, token_ids: &[u32]) -> StepOutput {
     let decoder = gpt.decoder();
     let config = PoolConfig::for_tokens(1, token_ids.len());
-    let pool = KvPool::new(&decoder.cache_layout(), config, &Device::Cpu).expect("a pool");
+    let pool = decoder.new_pool(config).expect("a pool");
     let step = SequenceStep { sequence: &mut pool.sequence(), token_ids, logits: LogitsOf::All };
     decoder.forward(&mut [step], &pool).expect("runs")
 }

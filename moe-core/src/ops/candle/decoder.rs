@@ -64,6 +64,7 @@ impl DecoderOps for CandleOps {
 
     fn write_pages(&self, pool: PagedKv<'_>, keys: &Tensor, values: &Tensor, slots: &[u32]) -> Result<()> {
         pool.check_write(keys, values, slots)?;
+        check_rows(pool)?;
         for (pages, rows) in [(pool.keys, keys), (pool.values, values)] {
             // A view that shares memory with the pool, one row per slot.
             let flat = pages.flatten(0, 1)?;
@@ -82,12 +83,12 @@ impl DecoderOps for CandleOps {
         sequences: &[PagedSequence<'_>],
         shape: AttentionShape,
     ) -> Result<Tensor> {
-        shape.head_dim(queries.dims2()?.1, pool.keys.dims3()?.2)?;
-        pool.check_read(queries, sequences)?;
+        pool.check_read(queries, sequences, shape)?;
+        check_rows(pool)?;
         let mut first = 0;
         let mut outputs = Vec::new();
         for &PagedSequence { blocks, len, new } in sequences.iter().filter(|sequence| sequence.new > 0) {
-            let used = len.div_ceil(pool.block_size());
+            let used = len.div_ceil(pool.block_size);
             let ids = Tensor::from_slice(&blocks[..used], used, queries.device())?;
             let gather = |pool: &Tensor| pool.contiguous()?.index_select(&ids, 0)?.flatten(0, 1)?.narrow(0, 0, len);
             let [q, k, v] = [queries.narrow(0, first, new)?, gather(pool.keys)?, gather(pool.values)?];
@@ -106,4 +107,14 @@ impl DecoderOps for CandleOps {
         }
         Ok(table.contiguous()?.index_select(&Tensor::new(ids, table.device())?, 0)?)
     }
+}
+
+fn check_rows(pool: PagedKv<'_>) -> Result<()> {
+    if pool.is_in_rows() {
+        return Ok(());
+    }
+    Err(Error::Input(format!(
+        "pages {:?} are in another backend's form; use the operations that made them",
+        pool.keys.dims()
+    )))
 }

@@ -2,7 +2,7 @@
 
 use super::CandleOps;
 use crate::ops::{
-    AttentionShape, DecoderOps, IGNORED, LossOps, PagedKv, PagedSequence, Positions, RotaryLayout, RotaryTable,
+    AttentionShape, DecoderOps, IGNORED, KvShape, LossOps, PagedKv, PagedSequence, Positions, RotaryLayout, RotaryTable,
 };
 use crate::testing::{assert_close, check_gradients, random, random_var, values};
 use candle_core::{DType, Tensor};
@@ -59,7 +59,8 @@ fn paged_attention_gives_the_last_rows_of_the_whole_pass() {
     let want = CandleOps.attention(&q, &k, &v, shape).unwrap().squeeze(0).unwrap();
     let pages = || Tensor::zeros((4, 2, 6), DType::F64, q.device()).unwrap();
     let (keys, values) = (pages(), pages());
-    let pool = PagedKv { keys: &keys, values: &values };
+    let kv = KvShape { num_kv_heads: 2, head_dim: 3 };
+    let pool = PagedKv { keys: &keys, values: &values, block_size: 2, shape: kv };
     let blocks = [2, 0, 3, 1];
     let slots: Vec<u32> = (0..7).map(|t| blocks[t as usize / 2] * 2 + t % 2).collect();
     CandleOps.write_pages(pool, &k.squeeze(0).unwrap(), &v.squeeze(0).unwrap(), &slots).unwrap();

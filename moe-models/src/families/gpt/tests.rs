@@ -164,7 +164,7 @@ fn whole_model_gradient_along_a_direction() {
 }
 
 fn pool(decoder: &Decoder) -> KvPool {
-    KvPool::new(&decoder.cache_layout(), PoolConfig::for_tokens(4, 24), &Device::Cpu).unwrap()
+    decoder.new_pool(PoolConfig::for_tokens(4, 24)).unwrap()
 }
 
 /// The logits of all tokens of one sequence, given in pieces.
@@ -380,10 +380,10 @@ fn impossible_inputs_are_refused_and_leave_the_sequence() {
     assert!(forward(&mut sequence, &[1], &other).unwrap_err().to_string().contains("another pool"));
     assert!(decoder.forward(&mut [], &pool).is_err());
     let small = PoolConfig { num_pages: 1, page_size: 4 };
-    let narrow = KvPool::new(&crate::CacheLayout { widths: vec![16; 2] }, small, &Device::Cpu).unwrap();
+    let narrow = KvPool::new(crate::CacheLayout::default(), small, &moe_core::CandleOps, &Device::Cpu).unwrap();
     let text = forward(&mut narrow.sequence(), &[1], &narrow).unwrap_err().to_string();
-    assert!(text.contains("2 layers"), "{text}");
-    let tight = KvPool::new(&decoder.cache_layout(), small, &Device::Cpu).unwrap();
+    assert!(text.contains("another model, of 0 layers"), "{text}");
+    let tight = decoder.new_pool(small).unwrap();
     let mut sequence = tight.sequence();
     forward(&mut sequence, &[1, 2, 3], &tight).unwrap();
     assert!(matches!(forward(&mut sequence, &[1, 2], &tight), Err(crate::Error::OutOfPages { .. })));

@@ -1,0 +1,110 @@
+//! [`PackedRows`]: a left side packed once and multiplied with panels that lie in pieces, one piece after the other.
+
+use super::{Format, Operand, PANEL_COLS, Precision, Start, micro, pack};
+use crate::parallel::SharedMut;
+use crate::{Isa, buffer};
+
+/// Words that `len` values of the inner dimension take in a panel, per column.
+pub(crate) fn panel_words(precision: Precision, len: usize) -> usize {
+    Format::of_b(precision).words(len)
+}
+
+/// The left side of products on one thread, packed.
+#[derive(Clone, Copy)]
+pub(crate) struct PackedRows<'a> {
+    isa: Isa,
+    precision: Precision,
+    format: Format,
+    words: &'a [u32],
+    rows: usize,
+    tile_rows: usize,
+    words_per_row: usize,
+}
+
+/// Panels `[panel][words][32]`, and which part of the inner dimension they are.
+#[derive(Clone, Copy)]
+pub(crate) struct Panels<'a> {
+    pub(crate) words: &'a [u32],
+    /// Words from one panel to the next.
+    pub(crate) stride: usize,
+    /// Columns in all panels.
+    pub(crate) cols: usize,
+    /// The part of the inner dimension: its first value, a multiple of 32, and how many.
+    pub(crate) first: usize,
+    pub(crate) len: usize,
+}
+
+/// Calls `body` with the rows of `operand` packed for `isa`.
+pub(crate) fn with_packed_rows<R>(
+    isa: Isa,
+    precision: Precision,
+    operand: &Operand<'_>,
+    body: impl FnOnce(PackedRows<'_>) -> R,
+) -> R {
+    let format = Format::of_a(isa, precision);
+    let (rows, words_per_row) = (operand.outer, format.words(operand.inner));
+    let tile_rows = rows.div_ceil(rows.div_ceil(format.tile_rows()).max(1)).max(1);
+    buffer::with_scratch(rows * words_per_row, |words| {
+        for first in (0..rows).step_by(tile_rows) {
+            let count = tile_rows.min(rows - first);
+            let to = &mut words[first * words_per_row..][..count * words_per_row];
+            pack::pack(isa, format, operand, first, count, to);
+        }
+        body(PackedRows { isa, precision, format, words, rows, tile_rows, words_per_row })
+    })
+}
+
+impl PackedRows<'_> {
+    /// The rows' part of the inner dimension times `panels`, into `out` from `offset` on, with `stride` between rows. A product
+    /// over several pieces goes through them in order, all but the first with [`Start::Output`]: the chain of additions is then
+    /// that of one piece.
+    ///
+    /// # Safety
+    /// The product's part of `out` must exist and belong to the caller.
+    pub(crate) unsafe fn times(
+        &self,
+        panels: Panels<'_>,
+        start: Start<'_>,
+        out: SharedMut<f32>,
+        (offset, stride): (usize, usize),
+    ) {
+        debug_assert!(panels.first.is_multiple_of(PANEL_COLS));
+        let b_format = Format::of_b(self.precision);
+        let (from, steps) = (b_format.words(panels.first), b_format.words(panels.len));
+        let count = panels.cols.div_ceil(PANEL_COLS);
+        for first_row in (0..self.rows).step_by(self.tile_rows) {
+            let rows = self.tile_rows.min(self.rows - first_row);
+            let tile = &self.words[first_row * self.words_per_row..][..rows * self.words_per_row];
+            let a = match self.format {
+                Format::Wide => &tile[2 * from * rows..][..2 * steps * rows],
+                Format::Rows => &tile[from..][..(rows - 1) * self.words_per_row + steps.next_multiple_of(16)],
+                Format::F32 | Format::Pairs => &tile[from * rows..][..steps * rows],
+            };
+            let mut panel = 0;
+            while panel < count {
+                let wide = micro::panels_at_once(self.format, rows).min(count - panel);
+                let wide = if wide == 3 { 2 } else { wide };
+                let col = panel * PANEL_COLS;
+                micro::run(
+                    self.isa,
+                    self.format,
+                    &micro::Tile {
+                        rows,
+                        panels: wide,
+                        cols: (wide * PANEL_COLS).min(panels.cols - col),
+                        steps,
+                        a,
+                        a_stride: self.words_per_row,
+                        b: &panels.words[panel * panels.stride..],
+                        panel_stride: panels.stride,
+                        next: (wide * panels.stride) as isize,
+                        out: out.at(offset + first_row * stride + col),
+                        out_stride: stride,
+                        start,
+                    },
+                );
+                panel += wide;
+            }
+        }
+    }
+}
