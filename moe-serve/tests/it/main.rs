@@ -3,6 +3,7 @@
 mod bad_requests;
 mod chat;
 mod completions;
+mod connections;
 mod gpt;
 mod lifecycle;
 mod metrics;
