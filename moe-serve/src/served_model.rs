@@ -107,7 +107,7 @@ impl ServedModel {
     }
 
     fn from_files(name: String, gpt: Gpt, files: TextFiles<'_>) -> Result<Self> {
-        let tokenizer = TextTokenizer::from_bytes(files.tokenizer)?;
+        let tokenizer = TextTokenizer::from_bytes(files.tokenizer, gpt.config().vocab_size)?;
         let chat = files.tokenizer_config.map_or_else(ChatTemplate::dialogue, ChatTemplate::from_tokenizer_config)?;
         let mut defaults =
             files.generation_config.map_or_else(|| Ok(Default::default()), GenerationDefaults::from_bytes)?;

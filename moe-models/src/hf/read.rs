@@ -53,6 +53,9 @@ fn weight_files(dir: &Path) -> Result<Vec<PathBuf>> {
     let json = std::fs::read(&index_path).map_err(|e| Error::io(&index_path, e))?;
     let index: Index = serde_json::from_slice(&json).map_err(|e| Error::format(&index_path, e.to_string()))?;
     let names: BTreeSet<&String> = index.weight_map.values().collect();
+    if names.is_empty() {
+        return Err(Error::format(&index_path, "weight_map names no file; copy the index again, or remove it"));
+    }
     names
         .into_iter()
         .map(|name| {
@@ -73,6 +76,12 @@ fn build(config: GptConfig, shards: &[Shard<'_>], device: &Device) -> Result<Gpt
                 return Err(Error::format(&shard.path, format!("tensor {name} is in two files")));
             }
         }
+    }
+    // A layer has tensors of its own: a number of layers beyond theirs would fill the memory with names that no file has.
+    if config.num_layers > source.by_name.len() {
+        let (layers, tensors) = (config.num_layers, source.by_name.len());
+        let reason = format!("num_hidden_layers is {layers} in config.json, but the files hold only {tensors} tensors");
+        return Err(Error::format(&shards[0].path, reason));
     }
     // Names first, so that a file of another model is refused before anything is built.
     for spec in param_specs(&config) {
