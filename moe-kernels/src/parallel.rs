@@ -33,7 +33,7 @@ pub fn serially<R>(body: impl FnOnce() -> R) -> R {
 /// to wake (50 us and more) than a small product takes. For a chain of short kernels; the threads that wait do so busily.
 ///
 /// On a thread of the pool `body` runs as it is: its waiting neighbours would take no other work, and a thread that waits
-/// for one of them could itself become one. Threads that find nothing to do for [`IDLE`] go back to the pool, so a `body`
+/// for one of them could itself become one. Threads that find nothing to do for 20 ms go back to the pool, so a `body`
 /// that uses the pool by other means than this module gets its threads after that time.
 pub fn together<R>(body: impl FnOnce() -> R) -> R {
     if rayon::current_thread_index().is_some() { body() } else { with_team(body) }

@@ -31,6 +31,16 @@ pub enum Error {
     /// The tokenizer failed on a text.
     #[error("tokenizer: {0}")]
     Tokenizer(String),
+    /// The tokenizer of the model's folder gave a token that the model does not have.
+    #[error(
+        "the prompt needs token {token_id}, but the model's vocab_size is {vocab_size}; use the tokenizer.json it was trained with"
+    )]
+    UnknownToken {
+        /// The token.
+        token_id: u32,
+        /// Tokens of the model.
+        vocab_size: usize,
+    },
     /// The chat template could not be applied to these messages.
     #[error("chat template: {0}")]
     Template(String),

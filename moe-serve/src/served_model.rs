@@ -105,7 +105,7 @@ impl ServedModel {
     }
 
     fn from_files(name: String, lm: Decoder, files: TextFiles<'_>) -> Result<Self> {
-        let tokenizer = TextTokenizer::from_bytes(files.tokenizer)?;
+        let tokenizer = TextTokenizer::from_bytes(files.tokenizer, lm.config().vocab_size)?;
         let chat = files.tokenizer_config.map_or_else(ChatTemplate::dialogue, ChatTemplate::from_tokenizer_config)?;
         let mut defaults =
             files.generation_config.map_or_else(|| Ok(Default::default()), GenerationDefaults::from_bytes)?;

@@ -5,7 +5,8 @@
 
 use super::{Family, ReadFamily, parse};
 use crate::config::{
-    AttentionConfig, DecoderConfig, FeedForwardConfig, LayerConfig, NormConfig, NormKind, Projection, RotaryConfig,
+    AttentionConfig, DecoderConfig, FeedForwardConfig, LayerConfig, MOST_LAYERS, NormConfig, NormKind, Projection,
+    RotaryConfig,
 };
 use crate::hf::NameTable;
 use crate::{Error, Result};
@@ -136,7 +137,7 @@ fn default_aux_loss_coef() -> f64 {
     0.001
 }
 
-/// Most layers, heads and experts; far above every published model, and small enough to size tables by.
+/// Most heads and experts; far above every published model, and small enough to size tables by.
 const MOST: usize = 1 << 16;
 
 impl Qwen3MoeConfig {
@@ -168,7 +169,6 @@ impl Qwen3MoeConfig {
         let coef = self.router_aux_loss_coef;
         need(coef >= 0.0 && coef.is_finite(), "router_aux_loss_coef must be 0 or more")?;
         let sizes = [
-            ("num_hidden_layers", self.num_hidden_layers),
             ("num_attention_heads", self.num_attention_heads),
             ("num_key_value_heads", self.num_key_value_heads),
             ("num_experts", self.experts().unwrap_or(0)),
@@ -178,6 +178,10 @@ impl Qwen3MoeConfig {
             if !(1..=MOST).contains(&size) {
                 return Err(format!("{name} must be between 1 and {MOST}, got {size}"));
             }
+        }
+        if !(1..=MOST_LAYERS).contains(&self.num_hidden_layers) {
+            let got = self.num_hidden_layers;
+            return Err(format!("num_hidden_layers must be between 1 and {MOST_LAYERS}, got {got}"));
         }
         if self.head_dim().is_none_or(|dim| dim == 0 || !dim.is_multiple_of(2)) {
             return Err(format!(

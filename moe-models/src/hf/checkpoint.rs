@@ -83,6 +83,9 @@ fn weight_files(dir: &Path) -> Result<Vec<PathBuf>> {
     let json = std::fs::read(&index_path).map_err(|e| Error::io(&index_path, e))?;
     let index: Index = serde_json::from_slice(&json).map_err(|e| Error::format(&index_path, e.to_string()))?;
     let names: BTreeSet<&String> = index.weight_map.values().collect();
+    if names.is_empty() {
+        return Err(Error::format(&index_path, "weight_map names no file; copy the index again, or remove it"));
+    }
     names
         .into_iter()
         .map(|name| {

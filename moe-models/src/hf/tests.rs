@@ -127,3 +127,24 @@ fn broken_indexes_are_refused() {
         "a shard is missing"
     );
 }
+
+#[test]
+fn an_index_without_files_and_too_many_layers_are_refused() {
+    let dir = tempfile::tempdir().unwrap();
+    let mut config = GptConfig::preset("tiny-dense").unwrap();
+    (config.vocab_size, config.max_seq_len, config.d_model, config.num_heads, config.d_ff) = (37, 24, 16, 2, 32);
+    Gpt::new(config, 9, &Device::Cpu).unwrap().save(dir.path(), DType::F32).unwrap();
+    let refused = |part: &str| {
+        let text = Gpt::load(dir.path(), &Device::Cpu).unwrap_err().to_string();
+        assert!(text.contains(part), "{text}");
+    };
+    let index = dir.path().join("model.safetensors.index.json");
+    std::fs::write(&index, r#"{"weight_map": {}}"#).unwrap();
+    refused("weight_map names no file");
+    std::fs::remove_file(&index).unwrap();
+    // Their descriptions alone would take tens of gigabytes.
+    let path = dir.path().join("config.json");
+    let json = std::fs::read_to_string(&path).unwrap();
+    std::fs::write(&path, json.replacen("\"num_hidden_layers\": 6", "\"num_hidden_layers\": 16777216", 1)).unwrap();
+    refused("num_hidden_layers must be between 1 and 4096, got 16777216");
+}

@@ -83,6 +83,7 @@ impl From<Error> for ApiError {
             | Error::Io { .. }
             | Error::ModelFile { .. }
             | Error::Tokenizer(_)
+            | Error::UnknownToken { .. }
             | Error::Metrics(_)
             | Error::LogitsNotFinite { .. }
             | Error::EnginePanic(_) => Self::new(StatusCode::INTERNAL_SERVER_ERROR, message),

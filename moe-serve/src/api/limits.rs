@@ -13,6 +13,14 @@ pub struct Limits {
     pub request_timeout: Duration,
     /// From a request's arrival to the end of its body.
     pub body_timeout: Duration,
+    /// From a connection's begin to its first request's whole head, and from a later request's first byte to that.
+    pub header_timeout: Duration,
+    /// From the end of an answer to the first byte of the next request on its connection.
+    pub keep_alive_timeout: Duration,
+    /// How long a client may take nothing of what is ready for it. A stream that has nothing ready is not slow.
+    pub write_timeout: Duration,
+    /// Connections open at one time; more wait until one closes.
+    pub max_connections: usize,
     /// After a signal to stop, so long may running answers go on.
     pub shutdown_grace: Duration,
 }
@@ -24,6 +32,10 @@ impl Default for Limits {
             max_queue: 64,
             request_timeout: Duration::from_secs(600),
             body_timeout: Duration::from_secs(30),
+            header_timeout: Duration::from_secs(10),
+            keep_alive_timeout: Duration::from_secs(5),
+            write_timeout: Duration::from_secs(30),
+            max_connections: 512,
             shutdown_grace: Duration::from_secs(10),
         }
     }

@@ -1,9 +1,11 @@
 //! OpenAI's wire format over HTTP: requests read and checked, answers whole or streamed, errors, metrics, the page.
 
+mod activity;
 mod body;
 mod chat_request;
 mod common_request;
 mod completion_request;
+mod connections;
 mod error;
 mod fields;
 mod json;

@@ -1,6 +1,7 @@
 //! [`Server`]: the listening socket, the engine behind it, and an orderly end.
 
 use super::body::BodyBudget;
+use super::connections::serve;
 use super::error::ApiError;
 use super::limits::Limits;
 use super::metrics::ServerMetrics;
@@ -9,7 +10,7 @@ use super::routes::router;
 use crate::engine::{Engine, Observer};
 use crate::{Result, ServedModel};
 use moe_core::CounterRng;
-use std::future::{Future, IntoFuture};
+use std::future::Future;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
@@ -100,14 +101,7 @@ impl Server {
 
     /// Serves `listener` until `shutdown` completes, then takes no more requests, lets the running ones end within
     /// [`Limits::shutdown_grace`], and cancels the rest.
-    ///
-    /// # Errors
-    /// The system's, from the socket.
-    pub async fn run(
-        self,
-        listener: TcpListener,
-        shutdown: impl Future<Output = ()> + Send + 'static,
-    ) -> std::io::Result<()> {
+    pub async fn run(self, listener: TcpListener, shutdown: impl Future<Output = ()> + Send + 'static) {
         let state = self.state;
         let upkeep = tokio::spawn(upkeep(state.metrics.clone()));
         let (stopping, stopped) = oneshot::channel();
@@ -118,18 +112,16 @@ impl Server {
             // The receiver is gone only if serving already ended.
             stopping.send(()).ok();
         };
-        let serve = axum::serve(listener, router(state.clone())).with_graceful_shutdown(signal).into_future();
+        let serve = serve(listener, router(state.clone()), state.limits.clone(), signal);
         let grace = state.limits.shutdown_grace;
-        let result = tokio::select! {
-            result = serve => result,
+        tokio::select! {
+            () = serve => {}
             () = async { stopped.await.ok(); tokio::time::sleep(grace).await } => {
                 tracing::warn!(grace_s = grace.as_secs(), "cancelling what is still running");
-                Ok(())
             }
-        };
+        }
         state.engine.stop();
         upkeep.abort();
-        result
     }
 }
 

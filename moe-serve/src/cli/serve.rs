@@ -32,6 +32,23 @@ pub struct ServeArgs {
     /// Bytes a request's body may have.
     #[arg(long, value_name = "BYTES", default_value_t = Limits::default().max_body_bytes)]
     max_body_bytes: usize,
+    /// Connections open at one time; more wait until one closes. Each is an open file.
+    #[arg(long, value_name = "N", default_value_t = Limits::default().max_connections as u32,
+        value_parser = clap::value_parser!(u32).range(1..=1_000_000))]
+    max_connections: u32,
+    /// Seconds a client may take to send a request's head, from its first byte on or, for the first request, from the
+    /// connection's begin.
+    #[arg(long, value_name = "SECONDS", default_value_t = Limits::default().header_timeout.as_secs(),
+        value_parser = clap::value_parser!(u64).range(1..=86_400))]
+    header_timeout_s: u64,
+    /// Seconds a connection may stay open between two requests.
+    #[arg(long, value_name = "SECONDS", default_value_t = Limits::default().keep_alive_timeout.as_secs(),
+        value_parser = clap::value_parser!(u64).range(1..=86_400))]
+    keep_alive_timeout_s: u64,
+    /// Seconds a client may leave what is ready for it unread.
+    #[arg(long, value_name = "SECONDS", default_value_t = Limits::default().write_timeout.as_secs(),
+        value_parser = clap::value_parser!(u64).range(1..=86_400))]
+    write_timeout_s: u64,
     /// Seed of requests that name none; by default the clock's.
     #[arg(long)]
     seed: Option<u64>,
@@ -49,6 +66,10 @@ impl ServeArgs {
             max_body_bytes: self.max_body_bytes,
             max_queue: self.max_queue,
             request_timeout: Duration::from_secs(self.request_timeout_s),
+            header_timeout: Duration::from_secs(self.header_timeout_s),
+            keep_alive_timeout: Duration::from_secs(self.keep_alive_timeout_s),
+            write_timeout: Duration::from_secs(self.write_timeout_s),
+            max_connections: self.max_connections as usize,
             ..Limits::default()
         };
         let server = Server::new(model, ServerConfig { limits, seed: self.seed })?;
@@ -66,7 +87,8 @@ impl ServeArgs {
                 }
                 tracing::info!("stopping: no new requests, running ones may end");
             };
-            server.run(listener, shutdown).await.context("serving")
+            server.run(listener, shutdown).await;
+            Ok(())
         })
     }
 }

@@ -13,11 +13,20 @@ enum Spelling {
     Metaspace,
 }
 
+/// A `tokenizer.json` of which only the decoder is looked at.
+#[derive(serde::Deserialize)]
+struct DecoderOnly {
+    #[serde(rename = "decoder")]
+    _decoder: Option<serde_json::Value>,
+}
+
 /// A tokenizer whose tokens are byte strings, so that text is their concatenation.
 pub struct TextTokenizer {
     inner: Tokenizer,
-    /// Bytes of each token in a text; empty for special tokens.
+    /// Bytes of each token in a text; empty for special tokens. No longer than the model's vocabulary, whatever ids the
+    /// file names.
     bytes: Vec<Vec<u8>>,
+    vocab_size: usize,
     /// Names of special tokens, such as `<|endoftext|>`.
     special: HashMap<u32, String>,
     longest_token_bytes: usize,
@@ -30,30 +39,39 @@ impl std::fmt::Debug for TextTokenizer {
 }
 
 impl TextTokenizer {
-    /// Reads the content of a `tokenizer.json`.
+    /// Reads the content of a `tokenizer.json` for a model of `vocab_size` tokens.
+    ///
+    /// An ordinary token that the model does not have is refused when a prompt needs it.
     ///
     /// # Errors
-    /// [`Error::ModelFile`] if it is not one, or if its decoder is neither byte-level nor metaspace.
-    pub fn from_bytes(json: &[u8]) -> Result<Self> {
-        let inner = Tokenizer::from_bytes(json).map_err(|e| Error::model_file("tokenizer.json", e.to_string()))?;
-        Self::new(inner)
+    /// [`Error::ModelFile`] if it is not one, if its decoder is neither byte-level nor metaspace, or if it has more tokens
+    /// than the model or a special token that the model does not have.
+    pub fn from_bytes(json: &[u8], vocab_size: usize) -> Result<Self> {
+        let refused = |reason: String| Error::model_file("tokenizer.json", reason);
+        // The tokenizers crate panics where the decoder's description ends or breaks off.
+        serde_json::from_slice::<DecoderOnly>(json).map_err(|e| refused(e.to_string()))?;
+        let inner = Tokenizer::from_bytes(json).map_err(|e| refused(e.to_string()))?;
+        Self::new(inner, vocab_size)
     }
 
-    /// Wraps a tokenizer.
+    /// Wraps a tokenizer for a model of `vocab_size` tokens.
     ///
     /// # Errors
     /// As [`TextTokenizer::from_bytes`].
-    pub fn new(mut inner: Tokenizer) -> Result<Self> {
+    pub fn new(mut inner: Tokenizer, vocab_size: usize) -> Result<Self> {
         // A file may carry the trainer's padding or truncation; a server wants the tokens as they are.
         inner.with_padding(None);
         inner.with_truncation(None).map_err(|e| Error::Tokenizer(e.to_string()))?;
         let spelling = spelling(&inner)?;
         let added = inner.get_added_tokens_decoder();
-        let special = added.iter().filter(|(_, t)| t.special).map(|(&id, t)| (id, t.content.clone())).collect();
+        let special: HashMap<u32, String> =
+            added.iter().filter(|(_, t)| t.special).map(|(&id, t)| (id, t.content.clone())).collect();
         let vocab = inner.get_vocab(true);
-        let num_tokens = vocab.values().max().map_or(0, |&id| id as usize + 1);
+        check_size(&vocab, &special, vocab_size)?;
+        let known = |id: &u32| (*id as usize) < vocab_size;
+        let num_tokens = vocab.values().filter(|id| known(id)).max().map_or(0, |&id| id as usize + 1);
         let mut bytes = vec![Vec::new(); num_tokens];
-        for (name, id) in vocab {
+        for (name, id) in vocab.into_iter().filter(|(_, id)| known(id)) {
             bytes[id as usize] = match added.get(&id) {
                 Some(token) if token.special => Vec::new(),
                 Some(token) => token.content.clone().into_bytes(),
@@ -62,10 +80,10 @@ impl TextTokenizer {
         }
         let longest_special = added.values().map(|t| t.content.len()).max().unwrap_or(0);
         let longest_token_bytes = bytes.iter().map(Vec::len).max().unwrap_or(0).max(longest_special).max(1);
-        Ok(Self { inner, bytes, special, longest_token_bytes })
+        Ok(Self { inner, bytes, vocab_size, special, longest_token_bytes })
     }
 
-    /// One more than the highest id.
+    /// One more than the highest id that the model has.
     pub fn num_tokens(&self) -> usize {
         self.bytes.len()
     }
@@ -78,15 +96,19 @@ impl TextTokenizer {
     /// Token ids of a text, with whatever the tokenizer's post-processor adds.
     ///
     /// # Errors
-    /// [`Error::Tokenizer`].
+    /// [`Error::Tokenizer`]; [`Error::UnknownToken`] if the model does not have one of the tokens.
     pub fn encode(&self, text: &str) -> Result<Vec<u32>> {
         let encoding = self.inner.encode_fast(text, true).map_err(|e| Error::Tokenizer(e.to_string()))?;
-        Ok(encoding.get_ids().to_vec())
+        let ids = encoding.get_ids().to_vec();
+        match ids.iter().find(|&&id| id as usize >= self.vocab_size) {
+            Some(&token_id) => Err(Error::UnknownToken { token_id, vocab_size: self.vocab_size }),
+            None => Ok(ids),
+        }
     }
 
-    /// The id of a token by its name.
+    /// The id of a token by its name, if the model has it.
     pub fn id_of(&self, name: &str) -> Option<u32> {
-        self.inner.token_to_id(name)
+        self.inner.token_to_id(name).filter(|&id| (id as usize) < self.vocab_size)
     }
 
     /// Bytes the token adds to a text: none for a special token or an unknown id.
@@ -106,6 +128,23 @@ impl TextTokenizer {
             Ok(text) => text.to_owned(),
             Err(_) => bytes.iter().fold("bytes:".to_owned(), |text, byte| text + &format!("\\x{byte:02x}")),
         }
+    }
+}
+
+/// Refuses a tokenizer that is another model's, and special tokens that this one does not have.
+fn check_size(vocab: &HashMap<String, u32>, special: &HashMap<u32, String>, vocab_size: usize) -> Result<()> {
+    let refused = |reason: String| Err(Error::model_file("tokenizer.json", reason));
+    if vocab.len() > vocab_size {
+        let num_tokens = vocab.len();
+        return refused(format!(
+            "has {num_tokens} tokens, but the model's vocab_size is {vocab_size}; use the tokenizer it was trained with"
+        ));
+    }
+    match special.iter().filter(|(id, _)| **id as usize >= vocab_size).min() {
+        Some((id, name)) => refused(format!(
+            "special token {name:?} has id {id}, but the model's vocab_size is {vocab_size}; use the tokenizer it was trained with"
+        )),
+        None => Ok(()),
     }
 }
 
@@ -176,5 +215,59 @@ mod tests {
     fn metaspace_tokens() {
         assert_eq!(token_bytes("\u{2581}the", Spelling::Metaspace), b" the");
         assert_eq!(token_bytes("<0xE2>", Spelling::Metaspace), [0xe2]);
+    }
+
+    #[test]
+    fn a_file_that_breaks_off_in_the_decoder_is_an_error() {
+        for json in [
+            r#"{"version": "1.0", "decoder": "#,
+            r#"{"version": "1.0", "decoder": {"type": "#,
+            r#"{"decoder": {"a": 1e999}}"#,
+        ] {
+            let error = TextTokenizer::from_bytes(json.as_bytes(), 8).expect_err(json).to_string();
+            assert!(error.starts_with("tokenizer.json: "), "{error}");
+        }
+    }
+
+    /// Two words with ids of their own; the second is special if its name is `<end>`.
+    fn two_words(words: [(&str, u32); 2]) -> Tokenizer {
+        let [(first, first_id), (second, second_id)] = words;
+        let added = serde_json::json!({"id": second_id, "content": second, "special": true, "normalized": false,
+            "single_word": false, "lstrip": false, "rstrip": false});
+        let json = serde_json::json!({
+            "version": "1.0",
+            "added_tokens": if second == "<end>" { vec![added] } else { Vec::new() },
+            "pre_tokenizer": {"type": "Whitespace"},
+            "decoder": {"type": "Metaspace", "replacement": "_", "prepend_scheme": "always", "split": true},
+            "model": {"type": "WordLevel", "vocab": {first: first_id, second: second_id}, "unk_token": first},
+        });
+        Tokenizer::from_bytes(json.to_string()).expect("a tokenizer")
+    }
+
+    #[test]
+    fn tables_are_as_long_as_the_models_vocabulary_and_ids_beyond_are_refused_in_use() {
+        for id in [8, 1 << 31, u32::MAX] {
+            let tokenizer = TextTokenizer::new(two_words([("cat", 1), ("dog", id)]), 8).expect("one stray id");
+            assert_eq!((tokenizer.num_tokens(), tokenizer.id_of("cat"), tokenizer.id_of("dog")), (2, Some(1), None));
+            assert_eq!(tokenizer.encode("cat cat").expect("known"), [1, 1]);
+            let error = tokenizer.encode("cat dog").expect_err("not known");
+            assert!(matches!(error, Error::UnknownToken { token_id, vocab_size: 8 } if token_id == id), "{error}");
+            assert_eq!(tokenizer.bytes(id), b"");
+        }
+        assert_eq!(
+            TextTokenizer::new(two_words([("cat", 1), ("dog", 7)]), 8).expect("fits").encode("dog").expect("known"),
+            [7]
+        );
+    }
+
+    #[test]
+    fn special_tokens_and_tokenizers_of_other_models_are_refused_at_once() {
+        assert!(TextTokenizer::new(two_words([("cat", 0), ("<end>", 7)]), 8).is_ok());
+        let refused = |tokenizer, vocab_size, part: &str| {
+            let error = TextTokenizer::new(tokenizer, vocab_size).expect_err(part).to_string();
+            assert!(error.contains(part), "{error}");
+        };
+        refused(two_words([("cat", 0), ("<end>", 1 << 31)]), 8, "special token \"<end>\" has id 2147483648");
+        refused(two_words([("cat", 0), ("dog", 1)]), 1, "has 2 tokens, but the model's vocab_size is 1");
     }
 }

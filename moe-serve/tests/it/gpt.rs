@@ -170,7 +170,7 @@ fn files_that_do_not_fit_are_refused() {
         (config.vocab_size, config.d_model, config.d_ff) = (200, 16, 16);
         Arc::new(Gpt::new(config, 1, &Device::Cpu).and_then(Gpt::into_packed).expect("valid"))
     };
-    let tokenizer = moe_serve::text::TextTokenizer::new(tokenizer()).expect("byte-level");
+    let tokenizer = moe_serve::text::TextTokenizer::new(tokenizer(), 320).expect("byte-level");
     let chat = moe_serve::text::ChatTemplate::dialogue().expect("compiles");
     let error = ServedModel::new("x", gpt(), tokenizer, chat, Default::default()).expect_err("too small a vocabulary");
     assert!(error.to_string().contains("vocab_size is 200"), "{error}");

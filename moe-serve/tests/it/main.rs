@@ -3,6 +3,8 @@
 mod bad_requests;
 mod chat;
 mod completions;
+mod connections;
+mod damaged;
 mod gpt;
 mod lifecycle;
 mod metrics;

@@ -1,5 +1,6 @@
 //! [`GptConfig`]: the shape of a model, its checks, and the arithmetic of its size and cost.
 
+use crate::config::MOST_LAYERS;
 use crate::{Error, Result};
 use moe_core::{Capacity, NoisyGate};
 
@@ -94,10 +95,13 @@ impl GptConfig {
             ("vocab_size", self.vocab_size),
             ("max_position_embeddings", self.max_seq_len),
             ("hidden_size", self.d_model),
-            ("num_hidden_layers", self.num_layers),
             ("num_attention_heads", self.num_heads),
             ("intermediate_size", self.d_ff),
         ];
+        let layers = self.num_layers;
+        need((1..=MOST_LAYERS).contains(&layers), || {
+            format!("num_hidden_layers must be between 1 and {MOST_LAYERS}, got {layers}")
+        })?;
         for (name, size) in sizes {
             need((1..=1 << 24).contains(&size), || format!("{name} must be between 1 and 16777216, got {size}"))?;
         }

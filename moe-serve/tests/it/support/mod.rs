@@ -47,7 +47,7 @@ pub(crate) fn ids(text: &str) -> Vec<u32> {
 /// `lm` with the test tokenizer, the dialogue format, and `<|endoftext|>` as its end.
 pub(crate) fn served(lm: Arc<dyn CausalLm>) -> ServedModel {
     let defaults = GenerationDefaults { eos_token_ids: vec![0], bos_token_id: Some(0), ..Default::default() };
-    let tokenizer = TextTokenizer::new(tokenizer()).expect("byte-level");
+    let tokenizer = TextTokenizer::new(tokenizer(), lm.vocab_size()).expect("byte-level");
     ServedModel::new(MODEL, lm, tokenizer, ChatTemplate::dialogue().expect("compiles"), defaults).expect("fits")
 }
 
@@ -55,7 +55,7 @@ pub(crate) fn served(lm: Arc<dyn CausalLm>) -> ServedModel {
 pub(crate) struct TestServer {
     pub(crate) client: Client,
     shutdown: Option<oneshot::Sender<()>>,
-    thread: Option<JoinHandle<std::io::Result<()>>>,
+    thread: Option<JoinHandle<()>>,
 }
 
 impl TestServer {
@@ -88,7 +88,7 @@ impl TestServer {
     /// Waits for the end of a server that was asked to stop.
     pub(crate) fn wait(&mut self) {
         if let Some(thread) = self.thread.take() {
-            thread.join().expect("no panic").expect("no error");
+            thread.join().expect("no panic");
         }
     }
 }

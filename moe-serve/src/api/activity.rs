@@ -1,0 +1,197 @@
+//! [`Activity`]: what a connection is doing, and since when; [`WatchedIo`] and [`WatchedBody`] tell it.
+//!
+//! A timer inside the socket cannot tell an idle connection from one whose answer takes its time, and one around the
+//! requests does not see a client that stops reading. This knows both ends. It closes nothing itself.
+
+use super::limits::Limits;
+use axum::body::Body;
+use axum::body::Bytes;
+use hyper::body::{Body as HttpBody, Frame, SizeHint};
+use std::io;
+use std::pin::Pin;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::task::{Context, Poll};
+use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
+use tokio::sync::Notify;
+use tokio::time::{Instant, sleep_until};
+
+/// What a connection waits for.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Phase {
+    /// Its first request.
+    New,
+    /// A request after others.
+    Idle,
+    /// The rest of a request's head.
+    Head,
+    /// The server: a request is being read or answered.
+    Busy,
+}
+
+#[derive(Debug)]
+struct State {
+    phase: Phase,
+    since: Instant,
+    /// Since when the client takes nothing of what is ready for it.
+    blocked: Option<Instant>,
+}
+
+/// What one connection is doing.
+#[derive(Debug)]
+pub(super) struct Activity {
+    state: Mutex<State>,
+    changed: Notify,
+}
+
+impl Activity {
+    pub(super) fn new() -> Arc<Self> {
+        let state = State { phase: Phase::New, since: Instant::now(), blocked: None };
+        Arc::new(Self { state: Mutex::new(state), changed: Notify::new() })
+    }
+
+    /// Marks the connection as busy until the guard is dropped.
+    pub(super) fn busy(self: &Arc<Self>) -> Busy {
+        self.enter(Phase::Busy);
+        Busy(self.clone())
+    }
+
+    /// Completes when a limit is exceeded, with the limit's name.
+    pub(super) async fn overdue(&self, limits: &Limits) -> &'static str {
+        loop {
+            let changed = self.changed.notified();
+            match self.due(limits) {
+                Some((at, name)) if at <= Instant::now() => return name,
+                Some((at, _)) => tokio::select! {
+                    () = sleep_until(at) => {}
+                    () = changed => {}
+                },
+                None => changed.await,
+            }
+        }
+    }
+
+    /// When the connection exceeds which limit if nothing changes.
+    fn due(&self, limits: &Limits) -> Option<(Instant, &'static str)> {
+        let State { phase, since, blocked } = *self.lock();
+        match (blocked, phase) {
+            (Some(blocked), _) => Some((blocked + limits.write_timeout, "write_timeout")),
+            (None, Phase::New | Phase::Head) => Some((since + limits.header_timeout, "header_timeout")),
+            (None, Phase::Idle) => Some((since + limits.keep_alive_timeout, "keep_alive_timeout")),
+            (None, Phase::Busy) => None,
+        }
+    }
+
+    fn enter(&self, phase: Phase) {
+        let mut state = self.lock();
+        (state.phase, state.since) = (phase, Instant::now());
+        drop(state);
+        self.changed.notify_one();
+    }
+
+    fn has_read(&self) {
+        if self.lock().phase == Phase::Idle {
+            self.enter(Phase::Head);
+        }
+    }
+
+    fn has_written(&self, ready: bool) {
+        let mut state = self.lock();
+        let before = state.blocked;
+        state.blocked = (!ready).then(|| before.unwrap_or_else(Instant::now));
+        let changed = before.is_some() == ready;
+        if changed && ready {
+            // What was left of the answer took its time: only now is the connection idle.
+            state.since = Instant::now();
+        }
+        drop(state);
+        if changed {
+            self.changed.notify_one();
+        }
+    }
+
+    fn lock(&self) -> MutexGuard<'_, State> {
+        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+/// A request is being read or answered.
+#[derive(Debug)]
+pub(super) struct Busy(Arc<Activity>);
+
+impl Drop for Busy {
+    fn drop(&mut self) {
+        self.0.enter(Phase::Idle);
+    }
+}
+
+/// A body that keeps its connection busy.
+#[derive(Debug)]
+pub(super) struct WatchedBody {
+    pub(super) body: Body,
+    pub(super) _busy: Busy,
+}
+
+impl HttpBody for WatchedBody {
+    type Data = Bytes;
+    type Error = axum::Error;
+
+    fn poll_frame(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Option<Result<Frame<Bytes>, axum::Error>>> {
+        Pin::new(&mut self.body).poll_frame(cx)
+    }
+
+    fn is_end_stream(&self) -> bool {
+        self.body.is_end_stream()
+    }
+
+    fn size_hint(&self) -> SizeHint {
+        self.body.size_hint()
+    }
+}
+
+/// A socket that tells of its progress.
+#[derive(Debug)]
+pub(super) struct WatchedIo<S> {
+    pub(super) stream: S,
+    pub(super) activity: Arc<Activity>,
+}
+
+impl<S: AsyncRead + Unpin> AsyncRead for WatchedIo<S> {
+    fn poll_read(mut self: Pin<&mut Self>, cx: &mut Context<'_>, buf: &mut ReadBuf<'_>) -> Poll<io::Result<()>> {
+        let before = buf.filled().len();
+        let result = Pin::new(&mut self.stream).poll_read(cx, buf);
+        if buf.filled().len() > before {
+            self.activity.has_read();
+        }
+        result
+    }
+}
+
+impl<S: AsyncWrite + Unpin> AsyncWrite for WatchedIo<S> {
+    fn poll_write(mut self: Pin<&mut Self>, cx: &mut Context<'_>, buf: &[u8]) -> Poll<io::Result<usize>> {
+        let result = Pin::new(&mut self.stream).poll_write(cx, buf);
+        self.activity.has_written(result.is_ready());
+        result
+    }
+
+    fn poll_write_vectored(
+        mut self: Pin<&mut Self>,
+        cx: &mut Context<'_>,
+        bufs: &[io::IoSlice<'_>],
+    ) -> Poll<io::Result<usize>> {
+        let result = Pin::new(&mut self.stream).poll_write_vectored(cx, bufs);
+        self.activity.has_written(result.is_ready());
+        result
+    }
+
+    fn is_write_vectored(&self) -> bool {
+        self.stream.is_write_vectored()
+    }
+
+    fn poll_flush(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
+        Pin::new(&mut self.stream).poll_flush(cx)
+    }
+
+    fn poll_shutdown(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
+        Pin::new(&mut self.stream).poll_shutdown(cx)
+    }
+}
