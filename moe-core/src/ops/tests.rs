@@ -199,6 +199,66 @@ fn finite_differences_of_the_layers() {
     check_gradients(&all, || square(residual().forward(&tokens, &context).unwrap().hidden));
 }
 
+/// A dispatcher that holds the first half of the experts, as one of two ranks would: fewer experts than the router chooses
+/// among, and tokens whose experts are elsewhere.
+#[derive(Debug)]
+struct FirstHalf(LocalDispatcher);
+
+impl Dispatcher for FirstHalf {
+    type Dispatching = <LocalDispatcher as Dispatcher>::Dispatching;
+    type Receipt = <LocalDispatcher as Dispatcher>::Receipt;
+    type Combining = Tensor;
+
+    fn num_local_experts(&self, num_experts: usize) -> usize {
+        num_experts / 2
+    }
+    fn begin_dispatch(&self, tokens: &Tensor, routing: &crate::Routing) -> Result<Self::Dispatching> {
+        let here = self.num_local_experts(routing.num_experts);
+        let mut local = crate::Routing { num_experts: here, ..routing.clone() };
+        for id in local.expert_ids.iter_mut().filter(|id| **id as usize >= here) {
+            *id = crate::DROPPED;
+        }
+        self.0.begin_dispatch(tokens, &local)
+    }
+    fn finish_dispatch(&self, dispatching: Self::Dispatching) -> Result<(crate::ExpertRows, Self::Receipt)> {
+        self.0.finish_dispatch(dispatching)
+    }
+    fn begin_combine(&self, rows: crate::ExpertRows, receipt: Self::Receipt) -> Result<Tensor> {
+        self.0.begin_combine(rows, receipt)
+    }
+    fn finish_combine(&self, combining: Tensor) -> Result<Tensor> {
+        self.0.finish_combine(combining)
+    }
+}
+
+#[test]
+fn experts_held_may_be_fewer_than_those_routed_to() {
+    let gate = random_var(80, &[EXPERTS, D_MODEL], 1.0, DType::F64);
+    let vars = weights(81, &[EXPERTS], D_MODEL, 3, Activation::GeluTanh);
+    let tokens = random(82, &[9, D_MODEL], 1.0, DType::F64);
+    let half = |t: &Var| t.narrow(0, 0, EXPERTS / 2).unwrap();
+    let [fc_in, fc_in_bias, fc_out, fc_out_bias] = vars.each_ref().map(half);
+    let first = MlpWeights {
+        fc_in: fc_in.into(),
+        fc_in_bias: Some(fc_in_bias),
+        fc_out: fc_out.into(),
+        fc_out_bias: Some(fc_out_bias),
+    };
+    let context = RouteContext::infer();
+    let experts = |weights| ExpertMlps::from_weights(weights, Activation::GeluTanh).unwrap();
+    let here = |weights| MoeLayer::new(router(&gate, 1), FirstHalf(LocalDispatcher::default()), experts(weights));
+    let got = here(first).unwrap().forward(&tokens, &context).unwrap();
+    let whole = MoeLayer::new(router(&gate, 1), LocalDispatcher::default(), experts(mlp_weights(&vars))).unwrap();
+    let want = whole.forward(&tokens, &context).unwrap();
+    for (token, &expert) in want.routing.expert_ids.iter().enumerate() {
+        let row = |t: &Tensor| crate::testing::values(&t.get(token).unwrap());
+        let wanted = if (expert as usize) < EXPERTS / 2 { row(&want.hidden) } else { vec![0.0; D_MODEL] };
+        assert_eq!(row(&got.hidden), wanted, "token {token} of expert {expert}");
+    }
+    let message = here(mlp_weights(&vars)).unwrap_err().to_string();
+    assert!(message.contains("4 experts, 2 of them here, but 4 are given"), "{message}");
+}
+
 /// With no drops and weights that sum to 1, identity experts give back the input.
 #[test]
 fn identity_experts_return_the_input() {

@@ -2,14 +2,18 @@
 //! `fixtures/<family>/make.py` made the files.
 
 use crate::golden::{fixtures, logits, read};
+use crate::train_gpt::{config as train_config, corpus};
 use candle_core::{DType, Device, Tensor};
 use moe_core::testing::values;
+use moe_models::train::checkpoint::CheckpointStore;
 use moe_models::train::export::export;
+use moe_models::train::{Event, TrainConfig, Trainer};
 use moe_models::{
     CausalLm, Decoder, Family, LogitsOf, Model, PoolConfig, Precision, ReadFamily, SequenceStep, TokenBatch,
 };
 use std::collections::HashMap;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicBool, Ordering};
 
 type Any = Model<Box<dyn Family>>;
 
@@ -92,21 +96,19 @@ fn logits_and_gradients_equal_transformers(fixture: &Fixture) {
 
 fn greedy_text_equals_transformers(fixture: &Fixture) {
     let want = fixture.ids("greedy");
-    for precision in [Precision::F32] {
-        let decoder = Decoder::load(&fixture.folder, precision).unwrap();
-        let pool = decoder.new_pool(PoolConfig::for_tokens(1, want.len())).unwrap();
-        let mut sequence = pool.sequence();
-        let mut ids = want[..7].to_vec();
-        let mut next = ids.clone();
-        while ids.len() < want.len() {
-            let step = SequenceStep { sequence: &mut sequence, token_ids: &next, logits: LogitsOf::Last };
-            let row = decoder.forward(&mut [step], &pool).unwrap().logits.get(0).unwrap().to_vec1::<f32>().unwrap();
-            let best = (0..row.len()).fold(0, |best, i| if row[i] > row[best] { i } else { best }) as u32;
-            ids.push(best);
-            next = vec![best];
-        }
-        assert_eq!(ids, want);
+    let decoder = Decoder::load(&fixture.folder, Precision::F32).unwrap();
+    let pool = decoder.new_pool(PoolConfig::for_tokens(1, want.len())).unwrap();
+    let mut sequence = pool.sequence();
+    let mut ids = want[..7].to_vec();
+    let mut next = ids.clone();
+    while ids.len() < want.len() {
+        let step = SequenceStep { sequence: &mut sequence, token_ids: &next, logits: LogitsOf::Last };
+        let row = decoder.forward(&mut [step], &pool).unwrap().logits.get(0).unwrap().to_vec1::<f32>().unwrap();
+        let best = (0..row.len()).fold(0, |best, i| if row[i] > row[best] { i } else { best }) as u32;
+        ids.push(best);
+        next = vec![best];
     }
+    assert_eq!(ids, want);
 }
 
 /// Saved under the names it came with: the same tensors, bit for bit, and the same configuration.
@@ -133,11 +135,52 @@ fn round_trips_under_the_published_names(fixture: &Fixture) {
     Any::load(&exported, &Device::Cpu).unwrap();
 }
 
+/// Trained a few steps, stopped, loaded from the checkpoint as whatever family it names, and trained on: the bits of a run that
+/// was never stopped.
+fn trains_and_resumes(fixture: &Fixture) {
+    let json = std::fs::read_to_string(fixture.folder.join("config.json")).unwrap();
+    let vocab = fixture.model().decoder_config().vocab_size;
+    let json = json.replacen(&format!("\"vocab_size\": {vocab}"), "\"vocab_size\": 262", 1);
+    let family = || <Box<dyn Family>>::read(json.as_bytes(), Path::new("config.json")).unwrap();
+    let config = TrainConfig { seq_length: Some(16), ..train_config() }.resolved(128).unwrap();
+    let run = |out: &Path, resume: Option<&Path>, stop_after: u64| {
+        let (corpus, tokenizer) = corpus(&config);
+        let mut trainer = match resume {
+            None => {
+                let model = Any::new(family(), config.seed, &Device::Cpu).unwrap().with_precision(config.precision);
+                Trainer::new(model.unwrap(), config.clone(), corpus, tokenizer, out).unwrap()
+            }
+            Some(folder) => {
+                let model = Any::load(folder, &Device::Cpu).unwrap().with_precision(config.precision).unwrap();
+                Trainer::resume(model, config.clone(), corpus, tokenizer, out, folder).unwrap()
+            }
+        };
+        let stop = AtomicBool::new(false);
+        let mut losses = Vec::new();
+        let mut observer = |event: &Event| {
+            if let Event::Step { step, loss, .. } = event {
+                losses.push(*loss);
+                stop.store(*step == stop_after, Ordering::Relaxed);
+            }
+        };
+        trainer.run(&stop, &mut observer).unwrap();
+        let params = trainer.model().params().iter().flat_map(|(_, var)| values(var)).collect::<Vec<f64>>();
+        (params, losses)
+    };
+    let (whole, halves) = (tempfile::tempdir().unwrap(), tempfile::tempdir().unwrap());
+    let (want, losses) = run(whole.path(), None, u64::MAX);
+    assert!(losses.last() < losses.first(), "{losses:?}");
+    run(halves.path(), None, 4);
+    let folder = CheckpointStore::open(halves.path(), 2).unwrap().latest().unwrap().unwrap();
+    assert!(run(halves.path(), Some(&folder), u64::MAX).0 == want, "resumed run and whole run differ");
+}
+
 fn check(name: &str) {
     let fixture = Fixture::load(name);
     logits_and_gradients_equal_transformers(&fixture);
     greedy_text_equals_transformers(&fixture);
     round_trips_under_the_published_names(&fixture);
+    trains_and_resumes(&fixture);
 }
 
 #[test]

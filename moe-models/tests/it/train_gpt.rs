@@ -23,7 +23,7 @@ fn shape() -> GptConfig {
     shape
 }
 
-fn config() -> TrainConfig {
+pub(crate) fn config() -> TrainConfig {
     let config = TrainConfig {
         micro_batch_size: 2,
         global_batch_size: 6,
@@ -38,7 +38,7 @@ fn config() -> TrainConfig {
     config.resolved(16).unwrap()
 }
 
-fn corpus(config: &TrainConfig) -> (Corpus, String) {
+pub(crate) fn corpus(config: &TrainConfig) -> (Corpus, String) {
     let text: String = (0..600).map(|i| format!("{} and {}, ", i * 37 % 91, i * i % 17)).collect();
     let documents = Documents { name: "numbers".into(), weight: None, texts: vec![text] };
     let tokenizer = train_bpe(std::slice::from_ref(&documents), 262).unwrap();
