@@ -129,10 +129,7 @@ impl<R: Router, D: Dispatcher, E: Experts> ResidualMoe<R, D, E> {
     pub fn forward(&self, tokens: &Tensor, context: &RouteContext<'_>) -> Result<MoeOutput> {
         let (routed, fixed) = self.moe.forward_beside(tokens, context, || self.residual_mlp.forward(tokens))?;
         let logits = self.residual_mlp.ops().gate(tokens, &self.coefficient, Some(&self.coefficient_bias))?;
-        let exp = logits.broadcast_sub(&logits.detach().max_keepdim(1)?)?.exp()?;
-        let mix = exp.broadcast_div(&exp.sum_keepdim(1)?)?;
-        let experts_part = routed.hidden.broadcast_mul(&mix.narrow(1, 0, 1)?)?;
-        let hidden = (experts_part + fixed.broadcast_mul(&mix.narrow(1, 1, 1)?)?)?;
+        let hidden = self.residual_mlp.ops().mix(&routed.hidden, &fixed, &logits)?;
         Ok(MoeOutput { hidden, ..routed })
     }
 }

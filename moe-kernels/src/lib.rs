@@ -29,6 +29,7 @@ pub mod quantized;
 pub mod rms_norm;
 pub mod rotary;
 pub mod select;
+pub mod sums;
 
 pub use buffer::Words;
 pub use error::{Error, Result};

@@ -15,6 +15,10 @@ use moe_models::{
 use std::path::Path;
 use std::time::Instant;
 
+// What the program that serves it uses: fresh pages for every buffer would cost more than the kernels.
+#[global_allocator]
+static ALLOCATOR: mimalloc::MiMalloc = mimalloc::MiMalloc;
+
 const SEQUENCES: [usize; 4] = [1, 4, 8, 32];
 const CONTEXTS: [usize; 7] = [16, 32, 64, 128, 256, 512, 1024];
 const PRECISION: Precision = Precision::Bf16;
@@ -38,6 +42,8 @@ fn step<'a>(sequence: &'a mut CachedSequence, token_ids: &'a [u32]) -> SequenceS
 struct Bench {
     decoder: Decoder,
     json: bool,
+    /// Only this many sequences, for profiles.
+    only: Option<usize>,
 }
 
 impl Bench {
@@ -63,7 +69,7 @@ impl Bench {
         const NEW: usize = 160;
         println!("{:>10}{:>14}{:>14}{:>10}{:>16}", "sequences", "tokens/s", "ms a step", "times 1", "first token ms");
         let mut one = 0.0;
-        for count in SEQUENCES {
+        for count in SEQUENCES.into_iter().filter(|count| self.only.is_none_or(|only| only == *count)) {
             let pool = self.pool(count)?;
             let prompt = self.ids(PROMPT);
             let mut first = Vec::new();
@@ -182,12 +188,16 @@ fn main() -> Result<()> {
     let folder = Path::new(env!("CARGO_MANIFEST_DIR")).join("../moe-serve/model");
     let decoder = Decoder::load(&folder, PRECISION).context("the model that moe-serve carries")?;
     println!("\nThe built-in model, bf16: sequences side by side in one ragged pass, context 32 to 192");
-    Bench { decoder, json }.many()?;
+    let only = std::env::args().find_map(|a| a.parse().ok());
+    Bench { decoder, json, only }.many()?;
+    if only.is_some() {
+        return Ok(());
+    }
 
     let mut config = GptConfig::read_file(&folder.join("config.json"))?;
     config.max_seq_len = 2048;
     let decoder = Gpt::new(config, 1, &Device::Cpu)?.with_precision(PRECISION)?.into_packed()?;
     println!("\nA random model of its shape with 2048 positions, bf16: one token more, by the length of its sequence");
-    Bench { decoder, json }.growing()?;
+    Bench { decoder, json, only }.growing()?;
     Ok(())
 }

@@ -3,7 +3,7 @@
 use crate::params::ParamTable;
 use crate::{Error, Result};
 use moe_core::ops::{KvShape, RotaryLayout};
-use moe_core::{MlpConfig, MoeConfig, ParamInit, ParamSpec, SplitKind};
+use moe_core::{BranchConfig, MlpConfig, MoeConfig, ParamInit, ParamSpec, SplitKind};
 
 /// A decoder-only language model.
 #[derive(Debug, Clone, PartialEq)]
@@ -360,6 +360,26 @@ impl DecoderConfig {
         all.extend(below("model.norm", self.norm.params()));
         all.extend(self.lm_head().map(|spec| spec.below("lm_head")));
         ParamTable::new(all)
+    }
+
+    /// Multiply-adds of the matrix products of one token, without attention's own.
+    pub fn products_per_token(&self) -> usize {
+        let mlp = |mlp: &MlpConfig| (mlp.activation.inputs() + 1) * mlp.d_model * mlp.d_ff;
+        let layer = |layer: &LayerConfig| {
+            let attention = &layer.attention;
+            let feed_forward = match &layer.feed_forward {
+                FeedForwardConfig::Dense(dense) => mlp(dense),
+                FeedForwardConfig::Moe(moe) => {
+                    let branch = match &moe.branch {
+                        BranchConfig::None => 0,
+                        BranchConfig::Residual(fixed) | BranchConfig::Shared { mlp: fixed, .. } => mlp(fixed),
+                    };
+                    moe.num_experts * moe.expert.d_model + moe.router.top_k() * mlp(&moe.expert) + branch
+                }
+            };
+            attention.d_model * 2 * (attention.q_width() + attention.kv_width()) + feed_forward
+        };
+        self.layers.iter().map(layer).sum::<usize>() + self.vocab_size * self.d_model
     }
 
     /// `(layer, num_experts)` of each MoE layer, in layer order.

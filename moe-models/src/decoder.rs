@@ -29,6 +29,7 @@ struct Layer {
     attention: Attention,
     feed_forward_norm: Norm,
     feed_forward: FeedForward,
+    ops: Arc<dyn Ops>,
 }
 
 impl Layer {
@@ -39,6 +40,7 @@ impl Layer {
             attention: Attention::new(&config.attention, vb.pp("self_attn"), Arc::clone(ops), rotaries)?,
             feed_forward_norm: norm("post_attention_layernorm")?,
             feed_forward: FeedForward::new(&config.feed_forward, vb.pp("mlp"), Arc::clone(ops))?,
+            ops: Arc::clone(ops),
         })
     }
 
@@ -49,9 +51,9 @@ impl Layer {
         context: &RouteContext<'_>,
         attend: impl FnOnce(&Attention, &Tensor) -> Result<Tensor>,
     ) -> Result<(Tensor, Option<MoeOutput>)> {
-        let x = (x + attend(&self.attention, &self.attention_norm.forward(x)?)?)?;
+        let x = self.ops.add(x, &attend(&self.attention, &self.attention_norm.forward(x)?)?)?;
         let (added, output) = self.feed_forward.forward(&self.feed_forward_norm.forward(&x)?, context)?;
-        Ok(((x + added)?, output))
+        Ok((self.ops.add(&x, &added)?, output))
     }
 }
 
@@ -117,7 +119,7 @@ impl Decoder {
     fn embed(&self, ids: &[u32], positions: impl Iterator<Item = u32>) -> Result<Tensor> {
         let tokens = self.embed_tokens.forward(ids)?;
         match &self.embed_positions {
-            Some(table) => Ok((tokens + table.forward(&positions.collect::<Vec<_>>())?)?),
+            Some(table) => Ok(self.ops.add(&tokens, &table.forward(&positions.collect::<Vec<_>>())?)?),
             None => Ok(tokens),
         }
     }
@@ -226,6 +228,40 @@ impl Decoder {
         self.check_routing()
     }
 
+    /// A checked batch.
+    fn run(&self, batch: &mut [SequenceStep<'_>], pool: &KvPool) -> Result<StepOutput> {
+        // 1. Where every new token stands, and room for its keys and values.
+        let mut step = PagedStep::default();
+        let mut ids = Vec::new();
+        for part in &mut *batch {
+            step.add(part.sequence, part.token_ids.len(), pool)?;
+            ids.extend_from_slice(part.token_ids);
+        }
+
+        // 2. The blocks.
+        let mut x = self.embed(&ids, step.positions.iter().copied())?;
+        let mut experts = Vec::new();
+        for (index, layer) in self.layers.iter().enumerate() {
+            let noise = PositionedNoise::new(&step.draws, index as u64);
+            let context = match self.eval_routing {
+                EvalRouting::TokenByToken => RouteContext::infer(),
+                EvalRouting::Original => RouteContext::new(Mode::Eval, &noise as &dyn NoiseSource),
+            };
+            let attend = |attention: &Attention, x: &Tensor| attention.forward_paged(x, &step, pool.layer(index));
+            let (next, output) = layer.forward(&x, &context, attend)?;
+            x = next;
+            experts.extend(output.map(|output| layer_experts(index, &output)).transpose()?);
+        }
+
+        // 3. Logits of the rows asked for; the sequences grow only now.
+        let logits = match self.wanted(&x, batch)? {
+            none if none.dim(0)? == 0 => Tensor::zeros((0, self.config.vocab_size), DType::F32, &self.device)?,
+            rows => self.head.logits(&self.norm.forward(&rows)?)?,
+        };
+        batch.iter_mut().for_each(|step| step.sequence.grow(step.token_ids.len()));
+        Ok(StepOutput { logits, experts })
+    }
+
     /// The rows of `hidden` that logits are wanted of.
     fn wanted(&self, hidden: &Tensor, batch: &[SequenceStep<'_>]) -> Result<Tensor> {
         let mut rows = Vec::new();
@@ -277,37 +313,10 @@ impl CausalLm for Decoder {
 
     fn forward(&self, batch: &mut [SequenceStep<'_>], pool: &KvPool) -> Result<StepOutput> {
         self.check_batch(batch, pool)?;
-
-        // 1. Where every new token stands, and room for its keys and values.
-        let mut step = PagedStep::default();
-        let mut ids = Vec::new();
-        for part in &mut *batch {
-            step.add(part.sequence, part.token_ids.len(), pool)?;
-            ids.extend_from_slice(part.token_ids);
-        }
-
-        // 2. The blocks.
-        let mut x = self.embed(&ids, step.positions.iter().copied())?;
-        let mut experts = Vec::new();
-        for (index, layer) in self.layers.iter().enumerate() {
-            let noise = PositionedNoise::new(&step.draws, index as u64);
-            let context = match self.eval_routing {
-                EvalRouting::TokenByToken => RouteContext::infer(),
-                EvalRouting::Original => RouteContext::new(Mode::Eval, &noise as &dyn NoiseSource),
-            };
-            let attend = |attention: &Attention, x: &Tensor| attention.forward_paged(x, &step, pool.layer(index));
-            let (next, output) = layer.forward(&x, &context, attend)?;
-            x = next;
-            experts.extend(output.map(|output| layer_experts(index, &output)).transpose()?);
-        }
-
-        // 3. Logits of the rows asked for; the sequences grow only now.
-        let logits = match self.wanted(&x, batch)? {
-            none if none.dim(0)? == 0 => Tensor::zeros((0, self.config.vocab_size), DType::F32, &self.device)?,
-            rows => self.head.logits(&self.norm.forward(&rows)?)?,
-        };
-        batch.iter_mut().for_each(|step| step.sequence.grow(step.token_ids.len()));
-        Ok(StepOutput { logits, experts })
+        let tokens: usize = batch.iter().map(|step| step.token_ids.len()).sum();
+        let mut output = None;
+        self.ops.chain(tokens * self.config.products_per_token(), &mut || output = Some(self.run(batch, pool)));
+        output.unwrap_or_else(|| Err(Error::Argument("the backend ran no pass".into())))
     }
 }
 

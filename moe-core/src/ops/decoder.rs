@@ -15,6 +15,14 @@ pub trait DecoderOps: WeightOps {
     /// If the sizes do not fit.
     fn linear(&self, x: &Tensor, weight: &Weight, bias: Option<&Tensor>) -> Result<Tensor>;
 
+    /// `a + b` of one shape.
+    ///
+    /// # Errors
+    /// If the shapes differ.
+    fn add(&self, a: &Tensor, b: &Tensor) -> Result<Tensor> {
+        Ok((a + b)?)
+    }
+
     /// `(x - mean) / sqrt(variance + epsilon) * weight + bias` over the last dimension.
     ///
     /// # Shapes
@@ -94,6 +102,13 @@ pub trait DecoderOps: WeightOps {
         sequences: &[PagedSequence<'_>],
         shape: AttentionShape,
     ) -> Result<Tensor>;
+
+    /// Runs `body`, a chain of operations of about `work` multiply-adds: a backend may keep its threads awake from one to the
+    /// next. No operation waits for another process inside of it.
+    fn chain(&self, work: usize, body: &mut dyn FnMut()) {
+        let _ = work;
+        body();
+    }
 
     /// Rows of a table.
     ///

@@ -78,6 +78,22 @@ pub trait MoeOps: WeightOps {
     /// If the width does not fit.
     fn activation(&self, activation: Activation, x: &Tensor) -> Result<Tensor>;
 
+    /// `a` and `b` weighed by a softmax over two logits per row: the mix of a residual MoE.
+    ///
+    /// # Shapes
+    /// `a` and `b` `[tokens, d_model]`, `logits` `[tokens, 2]` to `[tokens, d_model]`
+    ///
+    /// # Errors
+    /// If a shape does not fit.
+    fn mix(&self, a: &Tensor, b: &Tensor, logits: &Tensor) -> Result<Tensor> {
+        if logits.elem_count() == 0 {
+            return Ok((a + b)?); // candle takes no maximum of nothing
+        }
+        let exp = logits.broadcast_sub(&logits.detach().max_keepdim(1)?)?.exp()?;
+        let mix = exp.broadcast_div(&exp.sum_keepdim(1)?)?;
+        Ok((a.broadcast_mul(&mix.narrow(1, 0, 1)?)? + b.broadcast_mul(&mix.narrow(1, 1, 1)?)?)?)
+    }
+
     /// The two linear maps of each expert over its rows, with the activation between them.
     ///
     /// # Shapes

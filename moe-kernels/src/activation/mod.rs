@@ -62,9 +62,10 @@ struct Elementwise {
 }
 
 impl Elementwise {
-    /// Calls `work` with each part of `0..rows`, of about [`TASK`] elements.
+    /// Calls `work` with each part of `0..rows`, of about [`TASK`] elements, or fewer where threads would have none.
     fn for_parts(&self, rows: usize, width: usize, work: impl Fn(std::ops::Range<usize>) + Sync) {
-        let per_task = (TASK / width.max(1)).max(1);
+        let even = rows.div_ceil(2 * rayon::current_num_threads());
+        let per_task = (TASK / width.max(1)).min(even).max(1);
         parallel::for_each_if(rows * width, LEAST_WORK, rows.div_ceil(per_task), |task| {
             work(task * per_task..((task + 1) * per_task).min(rows));
         });
