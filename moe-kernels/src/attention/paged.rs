@@ -324,7 +324,7 @@ mod tests {
             for ((blocks, len, _), [keys, values]) in case.sequences.iter().zip(&case.whole) {
                 let slot = |t: usize| blocks[t / block_size] * block_size as u32 + (t % block_size) as u32;
                 // In two pieces, the second from an odd row on.
-                let (slots, cut) = ((0..*len).map(slot).collect::<Vec<_>>(), (len / 2 | 1).min(*len));
+                let (slots, cut) = ((0..*len).map(slot).collect::<Vec<_>>(), ((len / 2) | 1).min(*len));
                 for (from, to) in [(0, cut), (cut, *len)] {
                     let part = |t: &Tensor| t.narrow(0, from, to - from).unwrap();
                     write_pages(case.pool(), &part(keys), &part(values), &slots[from..to], precision).unwrap();
