@@ -21,6 +21,7 @@ pub mod gemm;
 pub mod grouped_linear;
 pub mod layer_norm;
 pub mod machine;
+mod norm_rows;
 pub mod ops;
 mod packed;
 pub mod parallel;

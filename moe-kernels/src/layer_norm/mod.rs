@@ -4,8 +4,7 @@
 mod tests;
 
 use crate::custom::{self, Input, SliceOp};
-use crate::parallel::SharedMut;
-use crate::{Isa, Result, parallel, select};
+use crate::{Isa, Result, norm_rows, select};
 use candle_core::{D, Tensor};
 use moe_core::ops::host;
 
@@ -23,11 +22,6 @@ pub fn layer_norm(x: &Tensor, weight: &Tensor, bias: &Tensor, epsilon: f64) -> R
     custom::apply(LayerNorm { epsilon: epsilon as f32, isa: select::current() }, &[x, weight, bias])
 }
 
-/// Rows per task, and per partial sum of the gradients of weight and bias.
-const TASK_ROWS: usize = 64;
-/// Elements below which a second thread is not worth waking.
-const LEAST_WORK: usize = 1 << 15;
-
 struct LayerNorm {
     epsilon: f32,
     isa: Isa,
@@ -43,21 +37,9 @@ fn moments(row: &[f32], epsilon: f32) -> (f32, f32) {
 }
 
 impl LayerNorm {
-    /// Calls `work` with the row range of each task.
-    fn for_tasks(&self, rows: usize, width: usize, work: impl Fn(usize, std::ops::Range<usize>) + Sync) {
-        parallel::for_each_if(rows * width, LEAST_WORK, rows.div_ceil(TASK_ROWS), |task| {
-            work(task, task * TASK_ROWS..((task + 1) * TASK_ROWS).min(rows));
-        });
-    }
-
     fn normed(&self, x: &[f32], weight: &[f32], bias: &[f32]) -> Vec<f32> {
         let width = weight.len();
-        let mut out = vec![0.0; x.len()];
-        let shared = SharedMut::new(&mut out);
-        self.for_tasks(x.len() / width.max(1), width, |_, rows| {
-            // SAFETY: tasks have rows of their own.
-            let into = unsafe { shared.slice(rows.start * width, rows.len() * width) };
-            let from = &x[rows.start * width..rows.end * width];
+        norm_rows::forward(x, width, |from, into| {
             self.isa.vectorize(|| {
                 for (row, into) in from.chunks_exact(width).zip(into.chunks_exact_mut(width)) {
                     let (mean, inverse) = moments(row, self.epsilon);
@@ -66,33 +48,16 @@ impl LayerNorm {
                     }
                 }
             });
-        });
-        out
+        })
     }
 
-    /// Gradients of input, weight and bias; the last two are summed over the tasks in their order.
+    /// Gradients of input, weight and bias.
     fn gradients(&self, x: &[f32], weight: &[f32], grad: &[f32]) -> [Vec<f32>; 3] {
         let width = weight.len();
-        let rows = x.len() / width.max(1);
-        let tasks = rows.div_ceil(TASK_ROWS);
-        let mut dx = vec![0.0; x.len()];
-        let mut sums = vec![0.0; tasks * 2 * width];
-        let (dx_shared, sums_shared) = (SharedMut::new(&mut dx), SharedMut::new(&mut sums));
-        self.for_tasks(rows, width, |task, rows| {
-            // SAFETY: tasks have rows and partial sums of their own.
-            let (into, sums) = unsafe {
-                let into = dx_shared.slice(rows.start * width, rows.len() * width);
-                (into, sums_shared.slice(task * 2 * width, 2 * width))
-            };
-            let range = rows.start * width..rows.end * width;
-            self.isa.vectorize(|| self.backward_rows(&x[range.clone()], weight, &grad[range], into, sums));
+        let (dx, mut dw) = norm_rows::backward(x, grad, width, 2 * width, |x, grad, dx, sums| {
+            self.isa.vectorize(|| self.backward_rows(x, weight, grad, dx, sums));
         });
-        let (mut dw, mut db) = (vec![0.0; width], vec![0.0; width]);
-        for part in sums.chunks_exact(2 * width) {
-            let (part_w, part_b) = part.split_at(width);
-            dw.iter_mut().zip(part_w).for_each(|(sum, v)| *sum += v);
-            db.iter_mut().zip(part_b).for_each(|(sum, v)| *sum += v);
-        }
+        let db = dw.split_off(width);
         [dx, dw, db]
     }
 

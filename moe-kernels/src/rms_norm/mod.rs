@@ -4,8 +4,7 @@
 mod tests;
 
 use crate::custom::{self, Input, SliceOp};
-use crate::parallel::SharedMut;
-use crate::{Error, Isa, Result, parallel, select};
+use crate::{Error, Isa, Result, norm_rows, select};
 use candle_core::{D, Tensor};
 use moe_core::ops::host;
 
@@ -33,24 +32,12 @@ pub fn rms_norm(x: &Tensor, weight: &Tensor, epsilon: f64) -> Result<Tensor> {
     custom::apply(RmsNorm { epsilon: epsilon as f32, isa: select::current() }, &[x, weight])
 }
 
-/// Rows per task, and per partial sum of the gradient of the weight.
-const TASK_ROWS: usize = 64;
-/// Elements below which a second thread is not worth waking.
-const LEAST_WORK: usize = 1 << 15;
-
 struct RmsNorm {
     epsilon: f32,
     isa: Isa,
 }
 
 impl RmsNorm {
-    /// Calls `work` with the row range of each task.
-    fn for_tasks(&self, rows: usize, width: usize, work: impl Fn(usize, std::ops::Range<usize>) + Sync) {
-        parallel::for_each_if(rows * width, LEAST_WORK, rows.div_ceil(TASK_ROWS), |task| {
-            work(task, task * TASK_ROWS..((task + 1) * TASK_ROWS).min(rows));
-        });
-    }
-
     /// `1 / sqrt(mean(row^2) + epsilon)`
     #[inline(always)]
     fn inverse_rms(&self, row: &[f32]) -> f32 {
@@ -60,12 +47,7 @@ impl RmsNorm {
 
     fn normed(&self, x: &[f32], weight: &[f32]) -> Vec<f32> {
         let width = weight.len();
-        let mut out = vec![0.0; x.len()];
-        let shared = SharedMut::new(&mut out);
-        self.for_tasks(x.len() / width.max(1), width, |_, rows| {
-            // SAFETY: tasks have rows of their own.
-            let into = unsafe { shared.slice(rows.start * width, rows.len() * width) };
-            let from = &x[rows.start * width..rows.end * width];
+        norm_rows::forward(x, width, |from, into| {
             self.isa.vectorize(|| {
                 for (row, into) in from.chunks_exact(width).zip(into.chunks_exact_mut(width)) {
                     let inverse = self.inverse_rms(row);
@@ -74,30 +56,15 @@ impl RmsNorm {
                     }
                 }
             });
-        });
-        out
+        })
     }
 
-    /// Gradients of input and weight; the latter is summed over the tasks in their order.
+    /// Gradients of input and weight.
     fn gradients(&self, x: &[f32], weight: &[f32], grad: &[f32]) -> [Vec<f32>; 2] {
         let width = weight.len();
-        let rows = x.len() / width.max(1);
-        let mut dx = vec![0.0; x.len()];
-        let mut sums = vec![0.0; rows.div_ceil(TASK_ROWS) * width];
-        let (dx_shared, sums_shared) = (SharedMut::new(&mut dx), SharedMut::new(&mut sums));
-        self.for_tasks(rows, width, |task, rows| {
-            // SAFETY: tasks have rows and partial sums of their own.
-            let (into, sums) = unsafe {
-                let into = dx_shared.slice(rows.start * width, rows.len() * width);
-                (into, sums_shared.slice(task * width, width))
-            };
-            let range = rows.start * width..rows.end * width;
-            self.isa.vectorize(|| self.backward_rows(&x[range.clone()], weight, &grad[range], into, sums));
+        let (dx, dw) = norm_rows::backward(x, grad, width, width, |x, grad, dx, dw| {
+            self.isa.vectorize(|| self.backward_rows(x, weight, grad, dx, dw));
         });
-        let mut dw = vec![0.0; width];
-        for part in sums.chunks_exact(width.max(1)) {
-            dw.iter_mut().zip(part).for_each(|(sum, v)| *sum += v);
-        }
         [dx, dw]
     }
 
