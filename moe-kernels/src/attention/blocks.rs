@@ -134,8 +134,14 @@ impl Heads {
         Self { num_kv_heads, group: num_heads / num_kv_heads, head_dim, precision, isa: select::current() }
     }
 
+    #[cfg(test)]
     pub(super) fn on(self, isa: Isa) -> Self {
         Self { isa, ..self }
+    }
+
+    /// The precision of the products.
+    pub(super) fn precision(&self) -> Precision {
+        self.precision
     }
 
     /// Columns of the queries and of the output.

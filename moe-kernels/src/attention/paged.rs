@@ -10,7 +10,7 @@ use super::pages::{PackedPages, PageLayout};
 use super::{AttentionShape, KvShape, PagedKv, PagedSequence};
 use crate::buffer::with_scratch_f32;
 use crate::custom::{expect_f32, with_inputs};
-use crate::{Error, Isa, Precision, Result, select};
+use crate::{Error, Precision, Result};
 use candle_core::{CpuStorage, DType, Device, InplaceOp2, Layout, Storage, Tensor};
 use moe_core::ops::host;
 
@@ -156,23 +156,16 @@ pub fn paged_attention(
     shape: AttentionShape,
     precision: Precision,
 ) -> Result<Tensor> {
-    paged_attention_on(select::current(), queries, pool, sequences, shape, precision)
+    pool.check_read(queries, sequences, shape)?;
+    attend_pages(&Heads::new(shape, pool.shape.head_dim, precision), queries, pool, sequences)
 }
 
-fn paged_attention_on(
-    isa: Isa,
-    queries: &Tensor,
-    pool: PagedKv<'_>,
-    sequences: &[PagedSequence<'_>],
-    shape: AttentionShape,
-    precision: Precision,
-) -> Result<Tensor> {
-    pool.check_read(queries, sequences, shape)?;
-    let heads = Heads::new(shape, pool.shape.head_dim, precision).on(isa);
+/// [`paged_attention`] of checked arguments.
+fn attend_pages(heads: &Heads, queries: &Tensor, pool: PagedKv<'_>, sequences: &[PagedSequence<'_>]) -> Result<Tensor> {
     let out = if pool.is_in_rows() {
         with_inputs("paged_attention", &[queries, pool.keys, pool.values], |inputs| {
             let [keys, values] = [inputs[1].values, inputs[2].values];
-            attend(&heads, inputs[0].values, sequences, |blocks| {
+            attend(heads, inputs[0].values, sequences, |blocks| {
                 [keys, values].map(|pool_rows| {
                     let (block_size, width) = (pool.block_size, heads.kv_width());
                     Source::Paged(PagedRows { pool: pool_rows, blocks, block_size, width })
@@ -180,11 +173,11 @@ fn paged_attention_on(
             })
         })?
     } else {
-        let layout = PageLayout::of(pool, precision)?;
+        let layout = PageLayout::of(pool, heads.precision())?;
         let (keys, values) = (pool.keys.storage_and_layout(), pool.values.storage_and_layout());
         let [keys, values] = [words(&keys)?, words(&values)?];
         with_inputs("paged_attention", &[queries], |inputs| {
-            attend(&heads, inputs[0].values, sequences, |blocks| {
+            attend(heads, inputs[0].values, sequences, |blocks| {
                 [Source::Packed(PackedPages { layout, keys, values, blocks }); 2]
             })
         })?
@@ -268,6 +261,7 @@ mod tests {
     //! Pages against the same keys and values in one piece, bit for bit: in rows and packed.
 
     use super::*;
+    use crate::Isa;
     use crate::attention::grouped_query_attention_cached;
     use moe_core::CandleOps;
     use moe_core::ops::DecoderOps;
@@ -382,19 +376,10 @@ mod tests {
             for precision in PRECISIONS {
                 let case = Case::new(SHAPES[1], 34, block_size, precision, &LENGTHS);
                 let run = |isa: Isa, threads: usize| {
+                    let heads = Heads::new(case.shape, case.head_dim, precision).on(isa);
                     let pool = rayon::ThreadPoolBuilder::new().num_threads(threads).build().unwrap();
                     pool.install(|| {
-                        values(
-                            &paged_attention_on(
-                                isa,
-                                &case.queries,
-                                case.pool(),
-                                &case.sequences(),
-                                case.shape,
-                                precision,
-                            )
-                            .unwrap(),
-                        )
+                        values(&attend_pages(&heads, &case.queries, case.pool(), &case.sequences()).unwrap())
                     })
                 };
                 for isa in Isa::available() {
