@@ -199,6 +199,40 @@ fn finite_differences_of_the_layers() {
     check_gradients(&all, || square(residual().forward(&tokens, &context).unwrap().hidden));
 }
 
+/// Every policy takes a batch without tokens.
+#[test]
+fn every_router_accepts_no_tokens() {
+    use crate::{
+        DropPolicy, DroplessConfig, DroplessRouter, ExpertChoiceConfig, ExpertChoiceRouter, HashRouter, ScoreFunction,
+        TopKConfig, TopKRouter,
+    };
+    let gate = || Gate::new(random(75, &[EXPERTS, D_MODEL], 1.0, DType::F32)).unwrap();
+    let capacity = Capacity::DEEPSPEED;
+    let top_k = TopKConfig { top_k: 3, capacity, drop_policy: DropPolicy::Probs, jitter: true };
+    let sigmoid = DroplessConfig { score_function: ScoreFunction::Sigmoid, ..DroplessConfig::softmax(2, true) };
+    let choice = ExpertChoiceConfig { capacity_factor: 2.0 };
+    let routers: Vec<Box<dyn Router>> = vec![
+        Box::new(Top1Router::new(gate(), Top1Config::default()).unwrap()),
+        Box::new(Top2Router::new(gate(), Top2Config::default()).unwrap()),
+        Box::new(TopKRouter::new(gate(), top_k).unwrap()),
+        Box::new(DroplessRouter::new(gate(), None, DroplessConfig::softmax(2, true)).unwrap()),
+        Box::new(DroplessRouter::new(gate(), Some(random(76, &[EXPERTS], 1.0, DType::F32)), sigmoid).unwrap()),
+        Box::new(ExpertChoiceRouter::new(gate(), choice).unwrap()),
+        Box::new(HashRouter::new(EXPERTS, 1).unwrap()),
+    ];
+    let none = random(77, &[0, D_MODEL], 1.0, DType::F32);
+    for router in routers {
+        for mode in [Mode::Train, Mode::Eval, Mode::Infer] {
+            let noise = SeededNoise::new(1, 2);
+            let context = RouteContext { token_ids: Some(&[]), ..RouteContext::new(mode, &noise) };
+            let routing = router.route(&none, &context).unwrap_or_else(|e| panic!("{router:?} {mode:?}: {e}"));
+            assert_eq!((routing.num_tokens, routing.load.routes()), (0, 0), "{router:?}");
+            let rows = LocalDispatcher::default().dispatch(&none, &routing).unwrap().0;
+            assert_eq!(rows.rows.dims(), [0, D_MODEL], "{router:?}");
+        }
+    }
+}
+
 /// A dispatcher that holds the first half of the experts, as one of two ranks would: fewer experts than the router chooses
 /// among, and tokens whose experts are elsewhere.
 #[derive(Debug)]

@@ -4,7 +4,7 @@ use super::gate::softmax;
 use super::select::{Decision, Demand, kept_scores, top_k_indices};
 use super::{Gate, RouteContext, Router};
 use crate::ops::host::to_f32_vec;
-use crate::{Capacity, DROPPED, Error, Result, RouterLosses, Routing, router_z_loss};
+use crate::{Capacity, DROPPED, Result, RouterLosses, Routing, router_z_loss};
 use candle_core::Tensor;
 
 /// Settings of [`ExpertChoiceRouter`].
@@ -31,7 +31,7 @@ impl ExpertChoiceRouter {
     /// A router over `gate`.
     ///
     /// # Errors
-    /// [`Error::Config`] if the factor is not a positive number.
+    /// [`crate::Error::Config`] if the factor is not a positive number.
     pub fn new(gate: Gate, config: ExpertChoiceConfig) -> Result<Self> {
         let factor = Some(config.capacity_factor);
         let capacity = Capacity { train_factor: factor, eval_factor: factor, min_capacity: 1 };
@@ -42,7 +42,7 @@ impl ExpertChoiceRouter {
     /// Decides from logits `[tokens, num_experts]`.
     ///
     /// # Errors
-    /// [`Error::Input`] if the context does not fit.
+    /// [`crate::Error::Input`] if the context does not fit.
     pub fn route_logits(&self, logits: &Tensor, context: &RouteContext<'_>) -> Result<Routing> {
         let (tokens, experts) = logits.dims2()?;
         context.check(tokens)?;
@@ -90,9 +90,6 @@ impl Router for ExpertChoiceRouter {
     }
 
     fn route(&self, tokens: &Tensor, context: &RouteContext<'_>) -> Result<Routing> {
-        if tokens.dim(0)? == 0 {
-            return Err(Error::Input("expert choice needs at least one token".into()));
-        }
         self.route_logits(&self.gate.logits(tokens)?, context)
     }
 }

@@ -8,4 +8,5 @@ mod damaged;
 mod gpt;
 mod lifecycle;
 mod metrics;
+mod prefill;
 mod support;
