@@ -1,6 +1,7 @@
 //! `cargo xtask bench`: runs the benches of the crates and keeps what they print with machine, commit and command.
 
 mod decode;
+mod kernels;
 mod peers;
 mod training;
 
@@ -103,11 +104,11 @@ pub(crate) fn run(args: &Args) -> Result<()> {
             // Shape by shape, ours and then the peers': the memory's speed drifts on shared machines.
             let all = KERNEL_SHAPES.map(String::from);
             let shapes = if args.shapes.is_empty() { &all[..] } else { &args.shapes };
-            let mut comparison = peers::Comparison::default();
+            let mut comparison = kernels::Comparison::default();
             for shape in shapes {
                 let mut bench = cargo(&["bench", "--quiet", "--package", "moe-kernels", "--bench", "kernels", "--"]);
                 let printed = output(bench.args(["--json", shape]))?;
-                comparison.add(peers::Comparison::new(&printed, &args.peers, std::slice::from_ref(shape))?);
+                comparison.add(kernels::Comparison::new(&printed, &args.peers, std::slice::from_ref(shape))?);
             }
             comparison.draw(&out.join("kernels.svg"))?;
             std::fs::write(out.join("kernels.json"), comparison.json()?)?;

@@ -222,10 +222,6 @@ impl Router for DroplessRouter {
         self.gate.num_experts()
     }
 
-    fn top_k(&self) -> usize {
-        self.config.top_k
-    }
-
     fn route(&self, tokens: &Tensor, context: &RouteContext<'_>) -> Result<Routing> {
         if context.mode == Mode::Infer {
             return infer(&self.gate, tokens, self.selection_bias.as_ref(), &self.config, context);

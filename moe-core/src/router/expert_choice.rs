@@ -85,10 +85,6 @@ impl Router for ExpertChoiceRouter {
         self.gate.num_experts()
     }
 
-    fn top_k(&self) -> usize {
-        self.gate.num_experts()
-    }
-
     fn route(&self, tokens: &Tensor, context: &RouteContext<'_>) -> Result<Routing> {
         self.route_logits(&self.gate.logits(tokens)?, context)
     }

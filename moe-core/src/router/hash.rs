@@ -38,10 +38,6 @@ impl Router for HashRouter {
         self.num_experts
     }
 
-    fn top_k(&self) -> usize {
-        1
-    }
-
     fn route(&self, tokens: &Tensor, context: &RouteContext<'_>) -> Result<Routing> {
         let num_tokens = tokens.dim(0)?;
         context.check(num_tokens)?;

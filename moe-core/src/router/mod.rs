@@ -34,9 +34,6 @@ pub trait Router: Debug + Send + Sync {
     /// Experts to choose from.
     fn num_experts(&self) -> usize;
 
-    /// Most experts one token is sent to.
-    fn top_k(&self) -> usize;
-
     /// Decides for every token.
     ///
     /// # Shapes
@@ -50,9 +47,6 @@ pub trait Router: Debug + Send + Sync {
 impl<R: Router + ?Sized> Router for Box<R> {
     fn num_experts(&self) -> usize {
         (**self).num_experts()
-    }
-    fn top_k(&self) -> usize {
-        (**self).top_k()
     }
     fn route(&self, tokens: &Tensor, context: &RouteContext<'_>) -> Result<Routing> {
         (**self).route(tokens, context)

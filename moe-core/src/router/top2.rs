@@ -102,10 +102,6 @@ impl Router for Top2Router {
         self.gate.num_experts()
     }
 
-    fn top_k(&self) -> usize {
-        2
-    }
-
     fn route(&self, tokens: &Tensor, context: &RouteContext<'_>) -> Result<Routing> {
         if context.mode == Mode::Infer {
             return infer(&self.gate, tokens, None, &DroplessConfig::softmax(2, true), context);

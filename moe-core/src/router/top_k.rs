@@ -104,10 +104,6 @@ impl Router for TopKRouter {
         self.gate.num_experts()
     }
 
-    fn top_k(&self) -> usize {
-        self.config.top_k
-    }
-
     fn route(&self, tokens: &Tensor, context: &RouteContext<'_>) -> Result<Routing> {
         if context.mode == Mode::Infer {
             return infer(&self.gate, tokens, None, &DroplessConfig::softmax(self.config.top_k, true), context);

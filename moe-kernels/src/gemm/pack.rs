@@ -23,6 +23,25 @@ fn pair(even: f32, odd: f32) -> u32 {
     (bf16_high(even) >> 16) | bf16_high(odd)
 }
 
+/// What one call packs: rows `first..first + rows` of `from`, in a tile that is `width` wide.
+struct Tile<'a> {
+    format: Format,
+    from: &'a Operand<'a>,
+    first: usize,
+    rows: usize,
+    width: usize,
+}
+
+impl Tile<'_> {
+    /// Words of each of its rows; there must be room for all of them in `to`.
+    fn checked_words(&self, to: &[u32]) -> usize {
+        debug_assert!(self.first + self.rows <= self.from.outer && self.rows <= self.width);
+        let words = self.format.words(self.from.inner);
+        debug_assert_eq!(to.len(), self.width * words);
+        words
+    }
+}
+
 /// Writes rows `first..first + width` of `from` as `[inner][width]` words ([`Format::Rows`]: `[width][inner]`); rows past
 /// its end become zeros.
 pub(super) fn pack(isa: Isa, format: Format, from: &Operand<'_>, first: usize, width: usize, to: &mut [u32]) {
@@ -42,20 +61,21 @@ pub(super) fn pack(isa: Isa, format: Format, from: &Operand<'_>, first: usize, w
         let row = &from.values[first * from.outer_stride..][..from.inner];
         return isa.vectorize(|| one_row(format, row, to));
     }
+    let tile = Tile { format, from, first, rows, width };
     #[cfg(target_arch = "x86_64")]
     if isa >= Isa::Avx512 && from.outer_stride == 1 {
         // SAFETY: this machine has the features of `isa`; the sizes are those of `from` and `to`.
-        return unsafe { avx512::copy(format, from, first, rows, width, to) };
+        return unsafe { avx512::copy(&tile, to) };
     }
     if from.outer_stride == 1 {
-        return isa.vectorize(|| along_outer(format, from, first, rows, width, to));
+        return isa.vectorize(|| along_outer(&tile, to));
     }
     #[cfg(target_arch = "x86_64")]
     if isa >= Isa::Avx512 {
         // SAFETY: this machine has the features of `isa`; the sizes are those of `from` and `to`.
-        return unsafe { avx512::transpose(format, from, first, rows, width, to) };
+        return unsafe { avx512::transpose(&tile, to) };
     }
-    isa.vectorize(|| along_inner(format, from, first, rows, width, to));
+    isa.vectorize(|| along_inner(&tile, to));
 }
 
 /// A single row: nothing to transpose.
@@ -104,7 +124,8 @@ fn row_by_row(from: &Operand<'_>, first: usize, to: &mut [u32]) {
 
 /// `outer` is contiguous: a copy per step of `inner`.
 #[inline(always)]
-fn along_outer(format: Format, from: &Operand<'_>, first: usize, rows: usize, width: usize, to: &mut [u32]) {
+fn along_outer(tile: &Tile<'_>, to: &mut [u32]) {
+    let &Tile { format, from, first, rows, width } = tile;
     let at = |p: usize| &from.values[first + p * from.inner_stride..][..rows];
     match format {
         Format::F32 | Format::Wide => {
@@ -135,7 +156,8 @@ fn along_outer(format: Format, from: &Operand<'_>, first: usize, rows: usize, wi
 
 /// `inner` is contiguous (or nothing is): a transposition.
 #[inline(always)]
-fn along_inner(format: Format, from: &Operand<'_>, first: usize, rows: usize, width: usize, to: &mut [u32]) {
+fn along_inner(tile: &Tile<'_>, to: &mut [u32]) {
+    let &Tile { format, from, first, rows, width } = tile;
     let value = |row: usize, p: usize| from.values[(first + row) * from.outer_stride + p * from.inner_stride];
     for row in 0..rows {
         for p in 0..from.inner {
@@ -155,7 +177,7 @@ fn along_inner(format: Format, from: &Operand<'_>, first: usize, rows: usize, wi
 
 #[cfg(target_arch = "x86_64")]
 mod avx512 {
-    use super::{Format, Operand};
+    use super::{Format, Tile};
     use std::arch::x86_64::*;
 
     /// Transposes 16 x 16 words at a time.
@@ -164,17 +186,10 @@ mod avx512 {
     /// The machine must have AVX-512 F, BW and DQ; `from` has `inner` contiguous and at least `first + rows` rows; `to`
     /// has `width * format.words(inner)` words and `rows <= width`.
     #[target_feature(enable = "avx512f,avx512bw,avx512dq")]
-    pub(super) unsafe fn transpose(
-        format: Format,
-        from: &Operand<'_>,
-        first: usize,
-        rows: usize,
-        width: usize,
-        to: &mut [u32],
-    ) {
-        debug_assert!(from.inner_stride == 1 && first + rows <= from.outer && rows <= width);
-        let words = format.words(from.inner);
-        debug_assert_eq!(to.len(), width * words);
+    pub(super) unsafe fn transpose(tile: &Tile<'_>, to: &mut [u32]) {
+        let &Tile { format, from, first, rows, width } = tile;
+        debug_assert!(from.inner_stride == 1);
+        let words = tile.checked_words(to);
         for half in (0..rows).step_by(16) {
             let lanes = 16.min(width - half);
             let mask = ((1u32 << lanes) - 1) as __mmask16;
@@ -205,17 +220,10 @@ mod avx512 {
     /// The machine must have AVX-512 F, BW and DQ; `from` has `outer` contiguous and at least `first + rows` rows; `to` has
     /// `width * format.words(inner)` words and `rows <= width`.
     #[target_feature(enable = "avx512f,avx512bw,avx512dq")]
-    pub(super) unsafe fn copy(
-        format: Format,
-        from: &Operand<'_>,
-        first: usize,
-        rows: usize,
-        width: usize,
-        to: &mut [u32],
-    ) {
-        debug_assert!(from.outer_stride == 1 && first + rows <= from.outer && rows <= width);
-        let words = format.words(from.inner);
-        debug_assert_eq!(to.len(), width * words);
+    pub(super) unsafe fn copy(tile: &Tile<'_>, to: &mut [u32]) {
+        let &Tile { format, from, first, rows, width } = tile;
+        debug_assert!(from.outer_stride == 1);
+        let words = tile.checked_words(to);
         for start in (0..rows).step_by(16) {
             let mask = low_bits(rows - start);
             let row = from.values[first + start..].as_ptr();

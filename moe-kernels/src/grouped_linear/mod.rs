@@ -146,56 +146,57 @@ struct GroupedLinear {
 }
 
 impl GroupedLinear {
-    /// Expert, first row and rows, of every expert.
-    fn experts(&self) -> impl Iterator<Item = (usize, usize, usize)> + '_ {
-        self.offsets.windows(2).enumerate().map(|(e, pair)| (e, pair[0], pair[1] - pair[0]))
+    /// The products that `group` makes of each expert, its first row and the number of its rows; `len` values.
+    fn products<'a>(&self, len: usize, group: impl Fn(usize, usize, usize) -> Group<'a>) -> Vec<f32> {
+        let pairs = self.offsets.windows(2).enumerate();
+        let groups: Vec<_> = pairs.map(|(e, pair)| group(e, pair[0], pair[1] - pair[0])).collect();
+        gemm_new(self.isa, self.precision, &groups, len)
+    }
+
+    fn num_experts(&self) -> usize {
+        self.offsets.len() - 1
+    }
+
+    fn num_rows(&self) -> usize {
+        self.offsets[self.num_experts()]
     }
 
     /// `[rows, out]`
     fn product(&self, x: &[f32], w: &[f32], bias: Option<&[f32]>, inner: usize, out: usize) -> Vec<f32> {
-        let groups: Vec<Group<'_>> = (self.experts())
-            .map(|(e, first, rows)| Group {
-                a: Operand::rows(&x[first * inner..][..rows * inner], rows, inner, inner),
-                b: Operand::rows(&w[e * out * inner..][..out * inner], out, inner, inner).into(),
-                start: Start::bias(bias.map(|b| &b[e * out..][..out])),
-                out_offset: first * out,
-                out_stride: out,
-            })
-            .collect();
-        gemm_new(self.isa, self.precision, &groups, self.offsets[self.offsets.len() - 1] * out)
+        self.products(self.num_rows() * out, |e, first, rows| Group {
+            a: Operand::rows(&x[first * inner..][..rows * inner], rows, inner, inner),
+            b: Operand::rows(&w[e * out * inner..][..out * inner], out, inner, inner).into(),
+            start: Start::bias(bias.map(|b| &b[e * out..][..out])),
+            out_offset: first * out,
+            out_stride: out,
+        })
     }
 
     /// Gradient of the rows, `[rows, in]`.
     fn input_gradient(&self, grad: &[f32], w: &[f32], inner: usize, out: usize) -> Vec<f32> {
-        let groups: Vec<Group<'_>> = (self.experts())
-            .map(|(e, first, rows)| Group {
-                a: Operand::rows(&grad[first * out..][..rows * out], rows, out, out),
-                b: Operand::columns(&w[e * out * inner..][..out * inner], inner, out, inner).into(),
-                start: Start::Zero,
-                out_offset: first * inner,
-                out_stride: inner,
-            })
-            .collect();
-        gemm_new(self.isa, self.precision, &groups, self.offsets[self.offsets.len() - 1] * inner)
+        self.products(self.num_rows() * inner, |e, first, rows| Group {
+            a: Operand::rows(&grad[first * out..][..rows * out], rows, out, out),
+            b: Operand::columns(&w[e * out * inner..][..out * inner], inner, out, inner).into(),
+            start: Start::Zero,
+            out_offset: first * inner,
+            out_stride: inner,
+        })
     }
 
     /// Gradient of the weights, `[experts, out, in]`; zeros for experts without rows.
     fn weight_gradient(&self, grad: &[f32], x: &[f32], inner: usize, out: usize) -> Vec<f32> {
-        let groups: Vec<Group<'_>> = (self.experts())
-            .map(|(e, first, rows)| Group {
-                a: Operand::columns(&grad[first * out..][..rows * out], out, rows, out),
-                b: Operand::columns(&x[first * inner..][..rows * inner], inner, rows, inner).into(),
-                start: Start::Zero,
-                out_offset: e * out * inner,
-                out_stride: inner,
-            })
-            .collect();
-        gemm_new(self.isa, self.precision, &groups, groups.len() * out * inner)
+        self.products(self.num_experts() * out * inner, |e, first, rows| Group {
+            a: Operand::columns(&grad[first * out..][..rows * out], out, rows, out),
+            b: Operand::columns(&x[first * inner..][..rows * inner], inner, rows, inner).into(),
+            start: Start::Zero,
+            out_offset: e * out * inner,
+            out_stride: inner,
+        })
     }
 
     /// Gradient of the bias, `[experts, out]`: sums over rows, in their order.
     fn bias_gradient(&self, grad: &[f32], out: usize) -> Vec<f32> {
-        let experts = self.offsets.len() - 1;
+        let experts = self.num_experts();
         let mut sums = vec![0.0; experts * out];
         let shared = parallel::SharedMut::new(&mut sums);
         // Columns in strips, so that one group alone gives work to several threads too.
@@ -225,14 +226,14 @@ impl SliceOp for GroupedLinear {
 
     fn forward(&self, inputs: &[Input<'_>]) -> (Vec<f32>, Vec<usize>) {
         let (x, w) = (inputs[0], inputs[1]);
-        let out = w.rows() / (self.offsets.len() - 1);
+        let out = w.rows() / self.num_experts();
         let y = self.product(x.values, w.values, inputs.get(2).map(|b| b.values), x.width(), out);
         (y, [&x.dims[..x.dims.len() - 1], &[out]].concat())
     }
 
     fn backward(&self, inputs: &[Input<'_>], _: &[f32], grad: &[f32]) -> Result<Vec<Vec<f32>>> {
         let (x, w) = (inputs[0], inputs[1]);
-        let (inner, out) = (x.width(), w.rows() / (self.offsets.len() - 1));
+        let (inner, out) = (x.width(), w.rows() / self.num_experts());
         let mut gradients =
             vec![self.input_gradient(grad, w.values, inner, out), self.weight_gradient(grad, x.values, inner, out)];
         if inputs.len() == 3 {

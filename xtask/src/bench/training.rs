@@ -1,63 +1,40 @@
 //! Our training steps beside those of other programs, measured in the same run.
 
-use super::peers::{run_peers, split_output};
+use super::peers::Measured;
 use anyhow::Result;
 use serde_json::Value;
 use std::fmt::Write as _;
 use std::path::PathBuf;
 
-/// What was measured, ours and the peers'.
-pub(super) struct Comparison {
-    /// What the bench printed, without its JSON lines.
-    table: String,
-    ours: Vec<Value>,
-    peers: Vec<Value>,
-    /// Versions and threads of the peers.
-    setup: Vec<Value>,
-}
+/// Our training steps and the peers'.
+pub(super) struct Comparison(Measured);
 
 impl Comparison {
     /// Reads our bench's output and runs the peers of each environment with the same arguments.
     pub(super) fn new(printed: &str, venvs: &[PathBuf], arguments: &[String]) -> Result<Self> {
-        let (ours, table) = split_output(printed)?;
-        let (peers, setup) = run_peers("moe-models/benches/peers.py", venvs, arguments)?;
-        Ok(Self { table, ours, peers, setup })
+        Ok(Self(Measured::new(printed, "moe-models/benches/peers.py", venvs, arguments)?))
     }
 
     /// Our fastest row with the type and the router of a peer.
     fn our_best(&self, peer: &Value) -> Option<&Value> {
         let same = |row: &&Value| ["type", "router"].iter().all(|key| row[*key] == peer[*key]);
-        self.ours.iter().filter(same).max_by(|a, b| speed(a).total_cmp(&speed(b)))
+        self.0.ours.iter().filter(same).max_by(|a, b| speed(a).total_cmp(&speed(b)))
     }
 
     /// Each peer with our speed over its own, where we have a row of the same work.
     fn ratios(&self) -> impl Iterator<Item = (&Value, Option<(&Value, f64)>)> {
-        self.peers.iter().map(|peer| (peer, self.our_best(peer).map(|row| (row, speed(row) / speed(peer)))))
+        self.0.peers.iter().map(|peer| (peer, self.our_best(peer).map(|row| (row, speed(row) / speed(peer)))))
     }
 
     /// The bench's table, and ours against each peer.
     pub(super) fn text(&self) -> String {
-        let mut text = self.table.clone();
-        for setup in &self.setup {
-            let _ = writeln!(text, "\npeers: {setup}");
-        }
-        if !self.peers.is_empty() {
-            let _ = writeln!(
-                text,
-                "{:<18}{:<6}{:<10}{:>10}{:>10}{:>10}{:>10}{:>10}{:>10}{:>11}{:>7}{:>8}",
-                "peer",
-                "type",
-                "router",
-                "tokens/s",
-                "best",
-                "step, ms",
-                "forward",
-                "backward",
-                "optimizer",
-                "ours, t/s",
-                "batch",
-                "ratio"
-            );
+        let mut text = self.0.head();
+        if !self.0.peers.is_empty() {
+            let _ = write!(text, "{:<18}{:<6}{:<10}", "peer", "type", "router");
+            for column in ["tokens/s", "best", "step, ms", "forward", "backward", "optimizer"] {
+                let _ = write!(text, "{column:>10}");
+            }
+            let _ = writeln!(text, "{:>11}{:>7}{:>8}", "ours, t/s", "batch", "ratio");
         }
         for (peer, ours) in self.ratios() {
             let _ = write!(text, "{:<18}{:<6}{:<10}", word(peer, "peer"), word(peer, "type"), word(peer, "router"));
@@ -82,10 +59,8 @@ impl Comparison {
                 serde_json::json!({ "peer": peer, "type": kind, "router": router, "batches": batches, "ratio": ratio })
             })
         });
-        let ratios: Vec<Value> = ratios.collect();
-        let all = serde_json::json!({
-            "ours": self.ours, "peers": self.peers, "setup": self.setup, "ratios": ratios,
-        });
+        let mut all = self.0.json();
+        all["ratios"] = ratios.collect();
         Ok(serde_json::to_string_pretty(&all)?)
     }
 }
@@ -120,7 +95,7 @@ mod tests {
             row["peer"] = name.into();
             row
         };
-        let comparison = Comparison {
+        let comparison = Comparison(Measured {
             table: "table\n".into(),
             ours: vec![
                 ours("bf16", "capacity", "1x8", 3000.0),
@@ -130,7 +105,7 @@ mod tests {
             ],
             peers: vec![peer("drops", "capacity", 1000.0), peer("keeps", "dropless", 1000.0), peer("other", "", 1.0)],
             setup: vec![row(r#"{"torch": "2.15.0"}"#)],
-        };
+        });
         let text = comparison.text();
         let line = |name: &str| text.lines().find(|line| line.starts_with(name)).unwrap().to_owned();
         assert!(text.starts_with("table\n") && text.contains("2.15.0"), "{text}");
@@ -145,6 +120,6 @@ mod tests {
     #[test]
     fn without_peers_the_table_stays_as_it_is() {
         let comparison = Comparison::new("head\njson {\"type\": \"bf16\"}\n", &[], &[]).unwrap();
-        assert_eq!((comparison.text().as_str(), comparison.ours.len()), ("head\n", 1));
+        assert_eq!((comparison.text().as_str(), comparison.0.ours.len()), ("head\n", 1));
     }
 }
