@@ -130,6 +130,10 @@ impl Decoder {
     /// # Errors
     /// If the ids do not fit the model.
     pub fn hidden(&self, ids: &[u32], seq_len: usize, pass: Pass) -> Result<(Tensor, Vec<LayerOutput>)> {
+        if seq_len == 0 || !ids.len().is_multiple_of(seq_len) {
+            let count = ids.len();
+            return Err(Error::Argument(format!("{count} ids must be whole sequences of seq_len {seq_len}")));
+        }
         self.check_ids(ids, seq_len)?;
         let mut x = self.embed(ids, (0..ids.len()).map(|i| (i % seq_len) as u32))?;
         let mut outputs = Vec::new();

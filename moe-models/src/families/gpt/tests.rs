@@ -363,6 +363,10 @@ fn impossible_inputs_are_refused_and_leave_the_sequence() {
     let mut bad = batch(model.config(), 2, 8);
     bad.target_ids.pop();
     assert!(model.loss(&bad, Pass::Eval).unwrap_err().to_string().contains("15 targets"));
+    for seq_len in [0, 7] {
+        let text = model.decoder().hidden(&[1; 16], seq_len, Pass::Eval).unwrap_err().to_string();
+        assert!(text.contains("whole sequences"), "{text}");
+    }
     let decoder = model.into_packed().unwrap();
     let (pool, other) = (pool(&decoder), pool(&decoder));
     let mut sequence = pool.sequence();
