@@ -8,6 +8,7 @@ mod batch;
 pub mod blocks;
 mod cache;
 mod causal_lm;
+pub mod cli;
 pub mod config;
 mod decoder;
 mod error;

@@ -1,5 +1,6 @@
 //! [`GenerationDefaults`]: the keys of `generation_config.json` that set what a request leaves open.
 
+use crate::engine::SamplingParams;
 use crate::{Error, Result};
 use serde_json::{Map, Value};
 
@@ -9,18 +10,10 @@ const FILE: &str = "generation_config.json";
 const SILENT: [&str; 4] = ["transformers_version", "_from_model_config", "pad_token_id", "use_cache"];
 
 /// What holds where a request says nothing. Names and meanings are Hugging Face's.
-#[derive(Debug, Clone, PartialEq)]
+#[derive(Debug, Clone, PartialEq, Default)]
 pub struct GenerationDefaults {
-    /// Divides the logits; 0 where `do_sample` is false.
-    pub temperature: f32,
-    /// 0 keeps all.
-    pub top_k: usize,
-    /// In `(0, 1]`.
-    pub top_p: f32,
-    /// In `[0, 1]`.
-    pub min_p: f32,
-    /// 1 is neutral.
-    pub repetition_penalty: f32,
+    /// How tokens are drawn; the temperature is 0 where `do_sample` is false.
+    pub sampling: SamplingParams,
     /// Tokens to generate.
     pub max_new_tokens: Option<usize>,
     /// Prompt and generated tokens together; `max_new_tokens` wins over it.
@@ -37,25 +30,6 @@ pub struct GenerationDefaults {
     pub stop_strings: Vec<String>,
 }
 
-impl Default for GenerationDefaults {
-    fn default() -> Self {
-        Self {
-            temperature: 1.0,
-            top_k: 0,
-            top_p: 1.0,
-            min_p: 0.0,
-            repetition_penalty: 1.0,
-            max_new_tokens: None,
-            max_length: None,
-            min_new_tokens: 0,
-            bos_token_id: None,
-            eos_token_ids: Vec::new(),
-            suppress_tokens: Vec::new(),
-            stop_strings: Vec::new(),
-        }
-    }
-}
-
 impl GenerationDefaults {
     /// Reads the content of a `generation_config.json`; warns about keys that have no effect here.
     ///
@@ -69,20 +43,20 @@ impl GenerationDefaults {
             defaults.set(key, value)?;
         }
         if keys.get("do_sample") == Some(&Value::Bool(false)) {
-            defaults.temperature = 0.0;
+            defaults.sampling.temperature = 0.0;
         }
         Ok(defaults)
     }
 
     fn set(&mut self, key: &str, value: &Value) -> Result<()> {
         match key {
-            "temperature" => self.temperature = number(key, value, |x| (0.0..=2.0).contains(&x), "0 to 2")?,
-            "top_p" => self.top_p = number(key, value, |x| x > 0.0 && x <= 1.0, "above 0, at most 1")?,
-            "min_p" => self.min_p = number(key, value, |x| (0.0..=1.0).contains(&x), "0 to 1")?,
+            "temperature" => self.sampling.temperature = number(key, value, |x| (0.0..=2.0).contains(&x), "0 to 2")?,
+            "top_p" => self.sampling.top_p = number(key, value, |x| x > 0.0 && x <= 1.0, "above 0, at most 1")?,
+            "min_p" => self.sampling.min_p = number(key, value, |x| (0.0..=1.0).contains(&x), "0 to 1")?,
             "repetition_penalty" => {
-                self.repetition_penalty = number(key, value, |x| x > 0.0 && x <= 10.0, "above 0, at most 10")?;
+                self.sampling.repetition_penalty = number(key, value, |x| x > 0.0 && x <= 10.0, "above 0, at most 10")?;
             }
-            "top_k" => self.top_k = count(key, value)?,
+            "top_k" => self.sampling.top_k = count(key, value)?,
             "max_new_tokens" => self.max_new_tokens = Some(count(key, value)?),
             "max_length" => self.max_length = Some(count(key, value)?),
             "min_new_tokens" => self.min_new_tokens = count(key, value)?,
@@ -141,8 +115,7 @@ mod tests {
             "min_p": null, "stop_strings": "END"}"#;
         let got = GenerationDefaults::from_bytes(json).expect("valid");
         let want = GenerationDefaults {
-            temperature: 0.8,
-            top_p: 0.95,
+            sampling: SamplingParams { temperature: 0.8, top_p: 0.95, ..Default::default() },
             eos_token_ids: vec![0, 2],
             max_new_tokens: Some(64),
             stop_strings: vec!["END".into()],
@@ -154,7 +127,7 @@ mod tests {
     #[test]
     fn do_sample_false_is_greedy() {
         let got = GenerationDefaults::from_bytes(br#"{"do_sample": false, "temperature": 0.7}"#).expect("valid");
-        assert_eq!(got.temperature, 0.0);
+        assert_eq!(got.sampling.temperature, 0.0);
     }
 
     #[test]

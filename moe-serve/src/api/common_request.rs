@@ -76,15 +76,15 @@ impl Common {
 }
 
 fn take_sampling(fields: &mut Fields, model: &ServedModel) -> Result<SamplingParams> {
-    let defaults = &model.defaults;
+    let defaults = &model.defaults.sampling;
     Ok(SamplingParams {
         temperature: fields.number("temperature", 0.0..=2.0)?.unwrap_or(defaults.temperature),
         top_k: take_top_k(fields)?.unwrap_or(defaults.top_k),
         top_p: fields.positive("top_p", 1.0)?.unwrap_or(defaults.top_p),
         min_p: fields.number("min_p", 0.0..=1.0)?.unwrap_or(defaults.min_p),
         repetition_penalty: fields.positive("repetition_penalty", 10.0)?.unwrap_or(defaults.repetition_penalty),
-        presence_penalty: fields.number("presence_penalty", -2.0..=2.0)?.unwrap_or(0.0),
-        frequency_penalty: fields.number("frequency_penalty", -2.0..=2.0)?.unwrap_or(0.0),
+        presence_penalty: fields.number("presence_penalty", -2.0..=2.0)?.unwrap_or(defaults.presence_penalty),
+        frequency_penalty: fields.number("frequency_penalty", -2.0..=2.0)?.unwrap_or(defaults.frequency_penalty),
         logit_bias: take_logit_bias(fields, model.tokenizer.num_tokens())?,
         seed: 0,
     })

@@ -1,9 +1,9 @@
 //! `moe-generate`: continues a prompt in the terminal, token by token.
 
 use super::load::ModelArgs;
+use crate::ServedModel;
 use crate::engine::{Engine, FinishReason, Job, Observer, Outcome, SamplingParams, StopParams};
 use crate::text::{Event, TextListener, TextOptions};
-use crate::{GenerationDefaults, ServedModel};
 use anyhow::{Context, bail, ensure};
 use moe_models::LayerExperts;
 use std::io::Write;
@@ -66,7 +66,7 @@ impl GenerateArgs {
     /// If an argument is impossible, or the model cannot be loaded or fails.
     pub fn run(self) -> anyhow::Result<()> {
         let model = self.model.load(None)?;
-        let sampling = self.sampling(&model.defaults)?;
+        let sampling = self.sampling(&model.defaults.sampling)?;
         let text = self.text_options(&model);
         let job = self.job(&model, sampling)?;
         let (listener, mut events) = TextListener::new(model.tokenizer.clone(), text);
@@ -92,7 +92,7 @@ impl GenerateArgs {
         }
     }
 
-    fn sampling(&self, defaults: &GenerationDefaults) -> anyhow::Result<SamplingParams> {
+    fn sampling(&self, defaults: &SamplingParams) -> anyhow::Result<SamplingParams> {
         let params = SamplingParams {
             temperature: self.temperature.unwrap_or(defaults.temperature),
             top_k: self.top_k.unwrap_or(defaults.top_k),
@@ -100,7 +100,7 @@ impl GenerateArgs {
             min_p: self.min_p.unwrap_or(defaults.min_p),
             repetition_penalty: self.repetition_penalty.unwrap_or(defaults.repetition_penalty),
             seed: self.seed.unwrap_or_else(clock_seed),
-            ..SamplingParams::default()
+            ..defaults.clone()
         };
         ensure!(
             (0.0..=2.0).contains(&params.temperature),

@@ -3,7 +3,7 @@
 use crate::ServedModel;
 use anyhow::Context;
 use moe_kernels::select;
-use moe_models::Precision;
+use moe_models::cli::PrecisionArg;
 use std::path::PathBuf;
 
 /// Chooses the model.
@@ -13,26 +13,10 @@ pub struct ModelArgs {
     #[arg(long, value_name = "DIR")]
     pub model: Option<PathBuf>,
     /// What the matrix products read; sums, softmax and routing are f32 in either case.
+    ///
+    /// The built-in model's weights are stored in bf16.
     #[arg(long, value_enum, default_value = "bf16")]
     pub precision: PrecisionArg,
-}
-
-/// [`Precision`] on the command line.
-#[derive(Debug, Clone, Copy, clap::ValueEnum)]
-pub enum PrecisionArg {
-    /// Half the memory traffic; what the built-in model's weights are stored in.
-    Bf16,
-    /// Weights and activations as they are.
-    F32,
-}
-
-impl From<PrecisionArg> for Precision {
-    fn from(precision: PrecisionArg) -> Self {
-        match precision {
-            PrecisionArg::Bf16 => Self::Bf16,
-            PrecisionArg::F32 => Self::F32,
-        }
-    }
 }
 
 impl ModelArgs {

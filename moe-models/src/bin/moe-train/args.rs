@@ -4,7 +4,7 @@ use crate::model_args::ModelArgs;
 use anyhow::{Result, bail};
 use candle_core::DType;
 use clap::{Parser, ValueEnum};
-use moe_models::Precision;
+use moe_models::cli::PrecisionArg;
 use moe_models::train::{Blend, TrainConfig};
 use std::path::PathBuf;
 
@@ -142,21 +142,6 @@ const TRAINING_ONLY: [&str; 20] = [
 enum BlendArg {
     Equal,
     Tokens,
-}
-
-#[derive(Debug, Clone, Copy, ValueEnum)]
-enum PrecisionArg {
-    Bf16,
-    F32,
-}
-
-impl From<PrecisionArg> for Precision {
-    fn from(precision: PrecisionArg) -> Self {
-        match precision {
-            PrecisionArg::Bf16 => Self::Bf16,
-            PrecisionArg::F32 => Self::F32,
-        }
-    }
 }
 
 #[derive(Debug, Clone, Copy, ValueEnum)]
