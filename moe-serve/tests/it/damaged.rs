@@ -8,7 +8,7 @@ use candle_core::{DType, Device};
 use moe_core::CounterRng;
 use moe_models::gpt::{Gpt, GptConfig};
 use moe_models::{LayerExperts, Precision};
-use moe_serve::engine::{Engine, Job, Observer, Outcome, SamplingParams, StopParams};
+use moe_serve::engine::{Engine, Job, Observer, Outcome, StopParams};
 use moe_serve::text::{Event, TextListener, TextOptions};
 use moe_serve::{Error, Result, ServedModel};
 use serde_json::{Value, json};
@@ -181,14 +181,7 @@ impl Folder {
 fn generate_from(dir: &Path) -> Result<()> {
     let model = ServedModel::from_dir(dir, None, Precision::F32)?;
     let d = &model.defaults;
-    let sampling = SamplingParams {
-        temperature: d.temperature,
-        top_k: d.top_k,
-        top_p: d.top_p,
-        min_p: d.min_p,
-        repetition_penalty: d.repetition_penalty,
-        ..SamplingParams::default()
-    };
+    let sampling = d.sampling.clone();
     let mut prompts = Vec::new();
     for text in [model.chat_prompt("how are you?")?, "the cat sat on the mat".to_owned(), "\u{1f980}".to_owned()] {
         let ids = model.tokenizer.encode(&text)?;
