@@ -75,6 +75,7 @@ pub(crate) fn draw_panels(panels: &[Panel], [x_name, y_name]: [&str; 2], out: &P
             .configure_mesh()
             .x_desc(x_name)
             .y_desc(y_name)
+            .y_labels(24)
             .x_label_formatter(&|v| format!("{v:.0}"))
             .y_label_formatter(&|v| format!("{v:.0}"))
             .light_line_style(WHITE)

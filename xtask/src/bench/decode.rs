@@ -47,3 +47,32 @@ impl Report {
         Ok(serde_json::to_string_pretty(&self.rows)?)
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn both_axes_of_both_panels_have_numbers() {
+        let mut printed = String::from("a table\n");
+        for (sequences, rate) in [(1, 5068.0), (32, 13433.0)] {
+            let row = serde_json::json!({"bench": "decode", "sequences": sequences, "tokens_per_second": rate});
+            printed += &format!("json {row}\n");
+        }
+        for (context, token, attention) in [(16, 183e-6, 10e-6), (1024, 361e-6, 171e-6)] {
+            let row = serde_json::json!({
+                "bench": "context", "context": context, "token_seconds": token, "attention_seconds": attention,
+            });
+            printed += &format!("json {row}\n");
+        }
+        let report = Report::new(&printed).unwrap();
+        assert_eq!(report.text.trim(), "a table");
+        let out = std::env::temp_dir().join(format!("decode-{}.svg", std::process::id()));
+        report.draw(&out).unwrap();
+        let svg = std::fs::read_to_string(&out).unwrap();
+        std::fs::remove_file(&out).unwrap();
+        for label in ["10000", "200", "1000"] {
+            assert!(svg.lines().any(|line| line.trim() == label), "{label} is not on an axis");
+        }
+    }
+}
