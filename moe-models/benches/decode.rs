@@ -123,7 +123,7 @@ impl Bench {
             })
             .collect::<Result<Vec<_>>>()?;
         let queries = random(1, config.q_width())?;
-        let shape = AttentionShape { num_heads: config.num_heads, num_kv_heads: config.num_kv_heads };
+        let shape = AttentionShape::new(config.num_heads, config.num_kv_heads);
         let sequence = PagedSequence { blocks: &blocks, len: context, new: 1 };
         let run = || {
             for [keys, values] in &pools {

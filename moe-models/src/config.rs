@@ -80,6 +80,8 @@ pub struct AttentionConfig {
     pub qk_norm: Option<f64>,
     /// Rotary positions; none if `None`.
     pub rotary: Option<RotaryConfig>,
+    /// Most tokens that a query sees, itself included; all before it if `None`.
+    pub window: Option<usize>,
     /// Standard deviation of the initial projections.
     pub in_std: f64,
     /// The same of the output projection.
@@ -316,6 +318,11 @@ impl DecoderConfig {
             if heads == 0 || kv_heads == 0 || !heads.is_multiple_of(kv_heads) || !(1..=MOST).contains(&dim) {
                 return refuse(format!(
                     "layer {index}: num_kv_heads {kv_heads} must divide num_heads {heads}, and neither they nor head_dim {dim} may be 0"
+                ));
+            }
+            if attention.window == Some(0) {
+                return refuse(format!(
+                    "layer {index}: window must be at least 1, got 0; leave it out to see all tokens"
                 ));
             }
             if heads.saturating_mul(dim) > MOST {

@@ -10,12 +10,26 @@ pub struct AttentionShape {
     pub num_heads: usize,
     /// Heads of the keys and of the values; divides `num_heads`.
     pub num_kv_heads: usize,
+    /// Most tokens that a query sees, itself included (`sliding_window`); all before it if `None`.
+    pub window: Option<usize>,
 }
 
 impl AttentionShape {
-    /// As many key heads as query heads.
-    pub fn equal(num_heads: usize) -> Self {
-        Self { num_heads, num_kv_heads: num_heads }
+    /// Without a window.
+    pub const fn new(num_heads: usize, num_kv_heads: usize) -> Self {
+        Self { num_heads, num_kv_heads, window: None }
+    }
+
+    /// As many key heads as query heads, without a window.
+    pub const fn equal(num_heads: usize) -> Self {
+        Self::new(num_heads, num_heads)
+    }
+
+    /// The tokens that the query at `position` sees.
+    #[inline(always)]
+    pub fn seen(self, position: usize) -> std::ops::Range<usize> {
+        let end = position + 1;
+        end.saturating_sub(self.window.unwrap_or(end))..end
     }
 
     /// The width of a head of queries `d_model` wide with keys and values `kv_width` wide.
@@ -23,7 +37,10 @@ impl AttentionShape {
     /// # Errors
     /// [`Error::Input`] if the heads do not divide the widths.
     pub fn head_dim(self, d_model: usize, kv_width: usize) -> Result<usize> {
-        let Self { num_heads, num_kv_heads } = self;
+        let Self { num_heads, num_kv_heads, window } = self;
+        if window == Some(0) {
+            return Err(Error::Input("window must be at least 1, got 0; leave it out to see all tokens".into()));
+        }
         if num_heads == 0 || num_kv_heads == 0 || !num_heads.is_multiple_of(num_kv_heads) {
             return Err(Error::Input(format!(
                 "num_kv_heads {num_kv_heads} must divide num_heads {num_heads}, and neither may be 0"

@@ -11,6 +11,7 @@ use crate::gemm::{Group, Operand, Start, gemm_part, with_packed_rows};
 use crate::parallel::SharedMut;
 use crate::{Isa, Precision, parallel, select};
 use moe_core::ops::host::{self, Real};
+use std::ops::Range;
 
 /// Rows per block, query heads times queries: a whole number of tiles.
 const BLOCK: usize = 48;
@@ -23,6 +24,7 @@ pub(super) struct Heads {
     num_kv_heads: usize,
     /// Query heads per key head.
     group: usize,
+    shape: AttentionShape,
     head_dim: usize,
     precision: Precision,
     isa: Isa,
@@ -129,9 +131,9 @@ pub(super) struct Training<'a> {
 impl Heads {
     /// The shape has been checked.
     pub(super) fn new(shape: AttentionShape, head_dim: usize, precision: Precision) -> Self {
-        let AttentionShape { num_heads, num_kv_heads } = shape;
+        let AttentionShape { num_heads, num_kv_heads, .. } = shape;
         debug_assert!(num_kv_heads > 0 && num_heads.is_multiple_of(num_kv_heads));
-        Self { num_kv_heads, group: num_heads / num_kv_heads, head_dim, precision, isa: select::current() }
+        Self { num_kv_heads, group: num_heads / num_kv_heads, shape, head_dim, precision, isa: select::current() }
     }
 
     #[cfg(test)]
@@ -242,8 +244,9 @@ impl Heads {
                 };
             });
         }
-        let (scale, group) = (self.scale(), self.group);
-        self.isa.vectorize(|| softmax_rows(probs, visible, |row| visible - queries + row / group + 1, scale));
+        let (scale, group, shape) = (self.scale(), self.group, self.shape);
+        let seen = |row| shape.seen(visible - queries + row / group);
+        self.isa.vectorize(|| softmax_rows(probs, visible, seen, scale));
     }
 
     /// Attention of each sequence's new tokens into `out` `[new tokens, d_model]`, sequence after sequence.
@@ -382,18 +385,20 @@ impl Heads {
     }
 }
 
-/// Scaled softmax of row `i` over its first `seen(i)` columns; the rest becomes 0.
+/// Scaled softmax of row `i` over its columns `seen(i)`; the rest becomes 0.
 #[inline(always)]
-fn softmax_rows(scores: &mut [f32], cols: usize, seen: impl Fn(usize) -> usize, scale: f32) {
+fn softmax_rows(scores: &mut [f32], cols: usize, seen: impl Fn(usize) -> Range<usize>, scale: f32) {
     for (i, row) in scores.chunks_exact_mut(cols).enumerate() {
-        let (seen, hidden) = row.split_at_mut(seen(i));
+        let Range { start, end } = seen(i);
+        row[..start].fill(0.0);
+        row[end..].fill(0.0);
+        let seen = &mut row[start..end];
         let max = row_max(seen);
         for s in seen.iter_mut() {
             *s = ((*s - max) * scale).exp_();
         }
         let inverse = 1.0 / host::sum_by(seen.len(), |j| seen[j]);
         seen.iter_mut().for_each(|s| *s *= inverse);
-        hidden.fill(0.0);
     }
 }
 

@@ -267,14 +267,15 @@ mod tests {
     use moe_core::ops::DecoderOps;
     use moe_core::testing::{assert_close, random, values};
 
-    const SHAPES: [AttentionShape; 3] = [
-        AttentionShape { num_heads: 3, num_kv_heads: 3 },
-        AttentionShape { num_heads: 6, num_kv_heads: 2 },
-        AttentionShape { num_heads: 5, num_kv_heads: 1 },
+    const SHAPES: [AttentionShape; 4] = [
+        AttentionShape::new(3, 3),
+        AttentionShape::new(6, 2),
+        AttentionShape::new(5, 1),
+        AttentionShape { window: Some(37), ..AttentionShape::new(4, 2) },
     ];
     const PRECISIONS: [Precision; 2] = [Precision::F32, Precision::Bf16];
-    /// One below 32 columns, one with two panels of values, one odd.
-    const HEAD_DIMS: [usize; 3] = [10, 34, 7];
+    /// Below 32 columns, with two panels of values, odd, even.
+    const HEAD_DIMS: [usize; 4] = [10, 34, 7, 16];
 
     /// Keys and values of several sequences in one piece each, and the same in a pool whose blocks are handed out in any order.
     struct Case {

@@ -65,16 +65,12 @@ fn the_number_of_threads_changes_nothing() {
 }
 
 /// Query heads and key heads: equal, shared by two and by many, one key head for all.
-const SHAPES: [AttentionShape; 4] = [
-    AttentionShape { num_heads: 4, num_kv_heads: 4 },
-    AttentionShape { num_heads: 6, num_kv_heads: 3 },
-    AttentionShape { num_heads: 10, num_kv_heads: 2 },
-    AttentionShape { num_heads: 50, num_kv_heads: 1 },
-];
+const SHAPES: [AttentionShape; 4] =
+    [AttentionShape::new(4, 4), AttentionShape::new(6, 3), AttentionShape::new(10, 2), AttentionShape::new(50, 1)];
 
 /// Queries, keys and values of heads of `head_dim`.
 fn grouped(shape: AttentionShape, batch: usize, seq: usize, head_dim: usize, dtype: DType) -> [Var; 3] {
-    let AttentionShape { num_heads, num_kv_heads } = shape;
+    let AttentionShape { num_heads, num_kv_heads, .. } = shape;
     let part = |seed, heads| random_var(seed, &[batch, seq, heads * head_dim], 1.0, dtype);
     [part(1, num_heads), part(2, num_kv_heads), part(3, num_kv_heads)]
 }
@@ -110,6 +106,29 @@ fn grouped_values_and_gradients_equal_the_reference() {
             }
         }
     }
+}
+
+/// Windows of one token, of some, and beyond the sequence.
+#[test]
+fn windows_have_the_values_and_gradients_of_the_reference() {
+    for window in [1, 7, 48, 500] {
+        let shape = AttentionShape { window: Some(window), ..AttentionShape::new(4, 2) };
+        let vars = grouped(shape, 2, 70, 9, DType::F32);
+        let wide = vars.each_ref().map(|v| Var::from_tensor(&v.to_dtype(DType::F64).unwrap()).unwrap());
+        let [q, k, v] = &vars;
+        let got = grouped_query_attention(q, k, v, shape, Precision::F32).unwrap();
+        let [q, k, v] = &wide;
+        let want = CandleOps.attention(q, k, v, shape).unwrap();
+        assert_close(&got, &want, 1e-5, &format!("window {window}"));
+        let all = square_gradients(&got, &vars).concat();
+        for (got, want) in all.iter().zip(square_gradients(&want, &wide).concat()) {
+            assert!((got - want).abs() <= 5e-5 * (1.0 + want.abs()), "window {window}: {got} want {want}");
+        }
+    }
+    let none = AttentionShape { window: Some(0), ..AttentionShape::new(4, 2) };
+    let [q, k, v] = grouped(AttentionShape::new(4, 2), 1, 3, 4, DType::F32);
+    let error = grouped_query_attention(&q, &k, &v, none, Precision::F32).unwrap_err();
+    assert!(error.to_string().contains("window"), "{error}");
 }
 
 /// The gradients of `sum(y^2)` for all of `vars`.
@@ -195,7 +214,7 @@ fn no_tokens_are_fine_and_bad_heads_are_named() {
     }
     let [q, k, v] = empty(1, 3);
     let refused = |num_heads, num_kv_heads, q: &Tensor, v: &Tensor, name: &str| {
-        let shape = AttentionShape { num_heads, num_kv_heads };
+        let shape = AttentionShape::new(num_heads, num_kv_heads);
         let error = grouped_query_attention(q, &k, v, shape, Precision::F32).unwrap_err();
         assert!(error.to_string().contains(name), "{error}");
     };
@@ -211,7 +230,7 @@ fn no_tokens_are_fine_and_bad_heads_are_named() {
 #[test]
 fn nan_reaches_the_rows_that_see_it_on_every_set() {
     let (len, width, at) = (70, 16, 60);
-    let shape = AttentionShape { num_heads: 1, num_kv_heads: 1 };
+    let shape = AttentionShape::new(1, 1);
     let part = |i: usize| random(i as u64, &[len, width], 1.0, DType::F32).flatten_all().unwrap().to_vec1().unwrap();
     for isa in Isa::available() {
         for lost in 0..3 {

@@ -132,7 +132,7 @@ fn norms_equal_pytorch() {
 fn attention_equals_pytorch() {
     for (name, num_heads, num_kv_heads) in [("causal_attention", 2, 2), ("grouped_query_attention", 6, 2)] {
         let of = Fixture::load(name);
-        let shape = AttentionShape { num_heads, num_kv_heads };
+        let shape = AttentionShape::new(num_heads, num_kv_heads);
         of.check_products(|precision| grouped_query_attention(of.var("q"), of.var("k"), of.var("v"), shape, precision));
     }
     let of = Fixture::load("causal_attention");

@@ -73,7 +73,10 @@ impl Attention {
     }
 
     fn shape(&self) -> AttentionShape {
-        AttentionShape { num_heads: self.config.num_heads, num_kv_heads: self.config.num_kv_heads }
+        AttentionShape {
+            window: self.config.window,
+            ..AttentionShape::new(self.config.num_heads, self.config.num_kv_heads)
+        }
     }
 
     /// Queries, keys and values of `[tokens, d_model]`, ready to be multiplied.
@@ -110,7 +113,7 @@ impl Attention {
             return Err(Error::Argument(format!("{tokens} tokens must be whole sequences of seq_len {seq_len}")));
         }
         let batch = tokens / seq_len;
-        let plain = self.head_norms.is_none() && self.rotary.is_none();
+        let plain = self.head_norms.is_none() && self.rotary.is_none() && self.config.window.is_none();
         let attended = if self.config.projection == Projection::Fused
             && plain
             && self.config.num_heads == self.config.num_kv_heads

@@ -239,6 +239,7 @@ impl Family for Qwen3MoeConfig {
             out_bias: self.attention_bias,
             qk_norm: Some(self.rms_norm_eps),
             rotary: Some(RotaryConfig { layout: RotaryLayout::Halves, rotary_dim: head_dim, theta }),
+            window: None,
             in_std: std,
             out_std: std,
         };

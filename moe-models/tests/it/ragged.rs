@@ -4,8 +4,13 @@
 use crate::golden::{fixtures, logits};
 use candle_core::Device;
 use moe_core::CounterRng;
+use moe_kernels::KernelOps;
 use moe_models::gpt::{Gpt, GptConfig};
-use moe_models::{CachedSequence, CausalLm, Decoder, EvalRouting, LogitsOf, PoolConfig, Precision, SequenceStep};
+use moe_models::{
+    CachedSequence, CausalLm, Coordinates, Decoder, EvalRouting, Family, LogitsOf, ParamSource, PoolConfig, Precision,
+    ReadFamily, SequenceStep,
+};
+use std::sync::Arc;
 
 fn gpt(change: impl FnOnce(&mut GptConfig)) -> Gpt {
     let mut config = GptConfig::preset("tiny-pr-moe").unwrap();
@@ -26,6 +31,13 @@ fn decoders() -> Vec<(String, Decoder)> {
             all.push((format!("pr-moe top-{top_k} {precision:?}"), model.into_packed().unwrap()));
         }
     }
+    let windowed = <Box<dyn Family>>::read_file(&fixtures().join("qwen3_moe/config.json")).unwrap();
+    let mut config = windowed.decoder().unwrap();
+    (config.layers[0].attention.window, config.layers[2].attention.window) = (Some(9), Some(40));
+    let source = ParamSource::initial(Arc::new(config.params()), 3, Coordinates::WHOLE);
+    let ops = Arc::new(KernelOps::packing(Precision::Bf16));
+    let windowed = Decoder::new(config, source.builder(&Device::Cpu), ops).unwrap();
+    all.push(("windows".into(), windowed));
     let drawn = gpt(|c| {
         let moe = c.moe.as_mut().unwrap();
         (moe.top_k, moe.capacity.eval_factor) = (2, None);

@@ -24,16 +24,16 @@ pub(super) fn grouped_query_attention(
         Ok(x.reshape((batch, kv_heads * group, len, head_dim))?)
     };
     let scale = 1.0 / (head_dim as f32).sqrt();
-    let out = attend(&split(queries, shape.num_heads)?, &repeated(keys)?, &repeated(values)?, scale)?;
+    let out = attend([&split(queries, shape.num_heads)?, &repeated(keys)?, &repeated(values)?], scale, shape)?;
     Ok(out.transpose(1, 2)?.reshape((batch, rows, d_model))?)
 }
 
 /// `[batch, heads, rows, head_dim]` each; the queries are the last rows.
-fn attend(q: &Tensor, k: &Tensor, v: &Tensor, scale: f32) -> Result<Tensor> {
+fn attend([q, k, v]: [&Tensor; 3], scale: f32, shape: AttentionShape) -> Result<Tensor> {
     let (rows, len) = (q.dim(2)?, k.dim(2)?);
     let scores = (q.matmul(&k.t()?.contiguous()?)? * f64::from(scale))?;
-    let hidden: Vec<f32> =
-        (0..rows * len).map(|i| if i % len > i / len + (len - rows) { f32::NEG_INFINITY } else { 0.0 }).collect();
+    let seen = |i: usize| shape.seen(i / len + (len - rows)).contains(&(i % len));
+    let hidden: Vec<f32> = (0..rows * len).map(|i| if seen(i) { 0.0 } else { f32::NEG_INFINITY }).collect();
     let mask = Tensor::from_vec(hidden, (rows, len), q.device())?.to_dtype(q.dtype())?;
     let scores = scores.broadcast_add(&mask)?;
     let exp = scores.broadcast_sub(&scores.detach().max_keepdim(D::Minus1)?)?.exp()?;

@@ -25,6 +25,7 @@ pub(super) fn decoder(config: &GptConfig) -> DecoderConfig {
         out_bias: true,
         qk_norm: None,
         rotary: None,
+        window: None,
         in_std,
         out_std,
     };
