@@ -1,0 +1,14 @@
+//! One mixture-of-experts model over many ranks: layouts, communicators, all-to-alls, a dispatcher, tensor slicing.
+//!
+//! Ranks are threads of this process ([`comm::thread`], the reference), processes of an MPI job (feature `mpi`) or GPUs that
+//! exchange over NCCL (feature `nccl`). Layers come from `moe-core` and know nothing of it.
+
+pub mod comm;
+pub mod dims;
+mod error;
+#[cfg(feature = "testing")]
+pub mod testing;
+
+pub use comm::{Collectives, Communicator, Fault, Phase, Site};
+pub use dims::ParallelDims;
+pub use error::{Error, Result};
