@@ -3,6 +3,7 @@
 //! Ranks are threads of this process ([`comm::thread`], the reference), processes of an MPI job (feature `mpi`) or GPUs that
 //! exchange over NCCL (feature `nccl`). Layers come from `moe-core` and know nothing of it.
 
+pub mod all_to_all;
 pub mod comm;
 pub mod dims;
 mod error;

@@ -1,0 +1,287 @@
+//! [`AllToAll`]: runs plans over a communicator, forwards and back.
+
+use super::{Counts, Nodes, Plan, Route, Step, Traffic, Transfer};
+use crate::comm::{Collectives, Communicator, Element, Expected, Parcel, Pending, Site};
+use crate::{Error, Result};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
+
+/// Which way a plan is run.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Direction {
+    /// From senders to receivers.
+    There,
+    /// From receivers to senders: exactly the other way round, rows end where they came from.
+    Back,
+}
+
+impl Direction {
+    /// The other.
+    #[must_use]
+    pub fn reversed(self) -> Self {
+        if self == Self::There { Self::Back } else { Self::There }
+    }
+}
+
+/// All-to-alls of one group by one route.
+#[derive(Debug)]
+pub struct AllToAll {
+    comm: Arc<dyn Communicator>,
+    nodes: Nodes,
+    route: Route,
+    sent: Sent,
+}
+
+/// What has been sent, counted as it is.
+#[derive(Debug, Default)]
+struct Sent {
+    messages: [AtomicU64; 2],
+    bytes: [AtomicU64; 2],
+}
+
+/// Messages and bytes sent to other ranks, by level.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub struct SentBytes {
+    /// Messages inside the node.
+    pub intra_node_messages: u64,
+    /// Bytes in them.
+    pub intra_node_bytes: u64,
+    /// Messages to other nodes.
+    pub inter_node_messages: u64,
+    /// Bytes in them.
+    pub inter_node_bytes: u64,
+}
+
+impl AllToAll {
+    /// Over all ranks of `comm`, whose nodes are `nodes`.
+    ///
+    /// # Errors
+    /// [`Error::Argument`] if `nodes` is of another number of ranks.
+    pub fn new(comm: Arc<dyn Communicator>, nodes: Nodes, route: Route) -> Result<Self> {
+        if nodes.size() != comm.size() {
+            let (got, want) = (nodes.size(), comm.size());
+            return Err(Error::Argument(format!("nodes must be given for all {want} ranks, got {got}")));
+        }
+        Ok(Self { comm, nodes, route, sent: Sent::default() })
+    }
+
+    /// Who takes part.
+    pub fn comm(&self) -> &Arc<dyn Communicator> {
+        &self.comm
+    }
+
+    /// The way rows take.
+    pub fn route(&self) -> Route {
+        self.route
+    }
+
+    /// The nodes of the ranks.
+    pub fn nodes(&self) -> &Nodes {
+        &self.nodes
+    }
+
+    /// What has been sent to other ranks so far.
+    pub fn sent(&self) -> SentBytes {
+        let [messages, bytes] =
+            [&self.sent.messages, &self.sent.bytes].map(|c| c.each_ref().map(|n| n.load(Ordering::Relaxed)));
+        SentBytes {
+            intra_node_messages: messages[0],
+            intra_node_bytes: bytes[0],
+            inter_node_messages: messages[1],
+            inter_node_bytes: bytes[1],
+        }
+    }
+
+    /// Tells every rank what it needs of the others' counts, by this all-to-all's own route. `sends` are this rank's, for each
+    /// rank and each of its chunks.
+    ///
+    /// # Errors
+    /// [`Error::Argument`] if `sends` is not for every rank; [`Error::Fault`].
+    pub fn exchange_counts(self: &Arc<Self>, site: Site, sends: Vec<Vec<usize>>) -> Result<Counts> {
+        let (rank, size) = (self.comm.rank(), self.comm.size());
+        if sends.len() != size {
+            let got = sends.len();
+            return Err(Error::Argument(format!("sends must be given for all {size} ranks, got {got}")));
+        }
+        let chunks: Vec<usize> = sends.iter().map(Vec::len).collect();
+        let agreed = Counts::equal(1, &chunks, rank, self.route, &self.nodes);
+        let plan = Arc::new(self.plan(&agreed));
+        let values: Vec<u64> = sends.iter().flatten().map(|&count| count as u64).collect();
+        let mut passing = Vec::new();
+        let moving = self.start(&plan, Direction::There, site, &values, 1)?;
+        // The output is by chunk, then by sender.
+        let values = moving.finish_seeing(|buffer| passing = self.passing(buffer, &chunks))?;
+        let from = |sender: usize| (0..chunks[rank]).map(|chunk| values[chunk * size + sender] as usize).collect();
+        Ok(Counts { sends, receives: (0..size).map(from).collect(), passing })
+    }
+
+    /// What the node's members send through this rank, from the buffer between the two steps: by receiver, member and chunk.
+    fn passing(&self, buffer: &[u64], chunks: &[usize]) -> Vec<Vec<Vec<usize>>> {
+        let (node, carried) = self.nodes.carried(self.comm.rank());
+        let nothing: Vec<_> = chunks.iter().map(|&chunks| vec![0; chunks]).collect();
+        let mut passing = vec![nothing; node.len()];
+        let mut values = buffer.iter();
+        for receiver in carried {
+            for count in passing.iter_mut().flat_map(|member| &mut member[receiver]) {
+                *count = values.next().map_or(0, |&value| value as usize);
+            }
+        }
+        passing
+    }
+
+    /// This rank's plan for these counts.
+    pub fn plan(&self, counts: &Counts) -> Plan {
+        Plan::new(self.comm.rank(), self.route, &self.nodes, counts)
+    }
+
+    /// Begins to move `values`, rows of `width`. The first step is under way when this returns; the others follow when it is
+    /// waited for.
+    ///
+    /// # Errors
+    /// [`Error::Argument`] if `values` is not as long as the plan says; [`Error::Fault`].
+    pub fn start<T: Element>(
+        self: &Arc<Self>,
+        plan: &Arc<Plan>,
+        direction: Direction,
+        site: Site,
+        values: &[T],
+        width: usize,
+    ) -> Result<Moving<T>> {
+        let (rows, first) = match direction {
+            Direction::There => (plan.rows, 0),
+            Direction::Back => (plan.output_rows(), plan.steps.len() - 1),
+        };
+        if values.len() != rows * width {
+            let got = values.len();
+            return Err(Error::Argument(format!("the plan moves {rows} rows of {width}, got {got} values")));
+        }
+        Moving::start(Way { all: Arc::clone(self), plan: Arc::clone(plan), direction, site, width }, first, values)
+    }
+
+    /// [`AllToAll::start`] and its finish.
+    ///
+    /// # Errors
+    /// As these.
+    pub fn run<T: Element>(
+        self: &Arc<Self>,
+        plan: &Arc<Plan>,
+        direction: Direction,
+        site: Site,
+        values: &[T],
+        width: usize,
+    ) -> Result<Vec<T>> {
+        self.start(plan, direction, site, values, width)?.finish()
+    }
+
+    fn count(&self, peer: usize, bytes: usize) {
+        let level = usize::from(!self.nodes.together(self.comm.rank(), peer));
+        self.sent.messages[level].fetch_add(1, Ordering::Relaxed);
+        self.sent.bytes[level].fetch_add(bytes as u64, Ordering::Relaxed);
+    }
+}
+
+/// What is done with which plan.
+#[derive(Debug)]
+struct Way {
+    all: Arc<AllToAll>,
+    plan: Arc<Plan>,
+    direction: Direction,
+    site: Site,
+    width: usize,
+}
+
+impl Way {
+    /// What leaves the old buffer in a step, what fills the new one, and the rows of that.
+    fn step(&self, index: usize) -> (&[Transfer], &[Transfer], usize) {
+        let step: &Step = &self.plan.steps[index];
+        let before = if index == 0 { self.plan.rows } else { self.plan.steps[index - 1].rows };
+        match self.direction {
+            Direction::There => (&step.sends, &step.receives, step.rows),
+            Direction::Back => (&step.receives, &step.sends, before),
+        }
+    }
+
+    fn next(&self, index: usize) -> Option<usize> {
+        match self.direction {
+            Direction::There => (index + 1 < self.plan.steps.len()).then_some(index + 1),
+            Direction::Back => index.checked_sub(1),
+        }
+    }
+}
+
+/// Rows on their way.
+#[derive(Debug)]
+#[must_use = "rows arrive when it is finished"]
+pub struct Moving<T> {
+    way: Way,
+    /// Step of the plan that is under way.
+    step: usize,
+    pending: Box<dyn Pending>,
+    /// Rows that stayed are in their places already.
+    buffer: Vec<T>,
+}
+
+impl<T: Element> Moving<T> {
+    fn start(way: Way, step: usize, values: &[T]) -> Result<Self> {
+        let (rank, width) = (way.all.comm.rank(), way.width);
+        let bytes_of = |transfer: &Transfer| transfer.rows() * width * size_of::<T>();
+        let (from, into, rows) = way.step(step);
+        let rows_of = |piece: &std::ops::Range<usize>| &values[piece.start * width..piece.end * width];
+        let mut sends = Vec::with_capacity(from.len());
+        for transfer in from.iter().filter(|transfer| transfer.peer != rank) {
+            let mut parcel = Parcel::with_capacity(bytes_of(transfer));
+            transfer.pieces.iter().for_each(|piece| parcel.push(rows_of(piece)));
+            way.all.count(transfer.peer, bytes_of(transfer));
+            sends.push((transfer.peer, parcel));
+        }
+        let arriving = into.iter().filter(|transfer| transfer.peer != rank);
+        let expected: Vec<Expected> = arriving.map(|t| Expected { peer: t.peer, bytes: bytes_of(t) }).collect();
+        let comm = &way.all.comm;
+        let pending = comm.start(comm.group().stamp(way.plan.steps[step].kind, way.site), sends, &expected)?;
+
+        // Rows that stay are moved while the others travel.
+        let mut buffer = vec![T::ZERO; rows * width];
+        let own = |all: &[Transfer]| all.iter().find(|t| t.peer == rank).map_or(Vec::new(), |t| t.pieces.clone());
+        let stay: Vec<T> = own(from).iter().flat_map(rows_of).copied().collect();
+        let mut at = 0;
+        for piece in own(into) {
+            let to = &mut buffer[piece.start * width..piece.end * width];
+            to.copy_from_slice(&stay[at..at + to.len()]);
+            at += to.len();
+        }
+        Ok(Self { way, step, pending, buffer })
+    }
+
+    /// Waits for the step under way and does the others.
+    ///
+    /// # Errors
+    /// [`Error::Fault`].
+    pub fn finish(self) -> Result<Vec<T>> {
+        self.finish_seeing(|_| ())
+    }
+
+    /// [`Moving::finish`], showing the buffers between two steps.
+    fn finish_seeing(mut self, mut see: impl FnMut(&[T])) -> Result<Vec<T>> {
+        loop {
+            let (way, step) = (self.way, self.step);
+            let buffer = receive(&way, step, self.pending, self.buffer)?;
+            let Some(next) = way.next(step) else { return Ok(buffer) };
+            see(&buffer);
+            self = Self::start(way, next, &buffer)?;
+        }
+    }
+}
+
+fn receive<T: Element>(way: &Way, step: usize, pending: Box<dyn Pending>, mut buffer: Vec<T>) -> Result<Vec<T>> {
+    let (rank, width) = (way.all.comm.rank(), way.width);
+    let (_, into, _) = way.step(step);
+    for (transfer, parcel) in into.iter().filter(|transfer| transfer.peer != rank).zip(pending.wait()?) {
+        let mut bytes = parcel.payload();
+        for piece in &transfer.pieces {
+            let (head, rest) = bytes.split_at(piece.len() * width * size_of::<T>());
+            T::read(head, &mut buffer[piece.start * width..piece.end * width]);
+            bytes = rest;
+        }
+    }
+    Ok(buffer)
+}
