@@ -114,7 +114,8 @@ impl DispatchTable {
 pub struct ExpertRows {
     /// `[rows, d_model]`
     pub rows: Tensor,
-    /// First row of each expert held here, and the number of rows: `[local experts + 1]`.
+    /// First row of each expert held here, and the number of rows: `[local experts + 1]`; or of each batch of each expert
+    /// ([`MoeOps::grouped_linear`]), `[local experts * batches + 1]`.
     pub offsets: Vec<usize>,
 }
 

@@ -93,6 +93,11 @@ impl<'a> WeightSource<'a> {
         &self.spec.shape
     }
 
+    /// What the parameter is.
+    pub fn spec(&self) -> &ParamSpec {
+        self.spec
+    }
+
     /// All of it.
     ///
     /// # Errors

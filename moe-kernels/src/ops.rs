@@ -11,7 +11,7 @@ use crate::{
 use candle_core::{Device, Tensor};
 use moe_core::ops::{
     AttentionShape, Choices, DecoderOps, KvShape, LossOps, MoeOps, PagedKv, PagedSequence, Positions, RotaryLayout,
-    RotaryTable, WeightOps,
+    RotaryTable, WeightOps, whole_experts,
 };
 use moe_core::{Activation, DispatchTable, DroplessConfig, MlpWeights, Weight, WeightSource, WeightUse};
 use std::sync::Arc;
@@ -66,7 +66,8 @@ impl KernelOps {
         };
         let (fc_in, fc_out) = (fc_in.matrices(), fc_out.matrices());
         let (num_rows, width) = rows.dims2()?;
-        grouped_linear::check(offsets, num_rows, fc_in.len(), [width, fc_in[0].shape()[1]])?;
+        let parts = grouped_linear::check(offsets, num_rows, fc_in.len(), [width, fc_in[0].shape()[1]])?;
+        let offsets = &whole_experts(offsets, parts);
         let biases = [&weights.fc_in_bias, &weights.fc_out_bias];
         let inputs: Vec<&Tensor> = [rows].into_iter().chain(biases.into_iter().flatten()).collect();
         let y = with_inputs("experts", &inputs, |inputs| {

@@ -56,6 +56,10 @@ pub trait MoeOps: WeightOps {
 
     /// `rows_e W_e^T + b_e` for each expert `e` over its rows `offsets[e]..offsets[e + 1]`.
     ///
+    /// The rows of each expert may be cut into `parts` batches: `offsets` then has `experts * parts + 1` entries, those of one
+    /// expert side by side. It changes one thing: the gradients of weights and biases are the sums of each batch's own, in
+    /// their order, as if the batches had been run one after the other.
+    ///
     /// # Shapes
     /// `rows` `[rows, in]`, `weight` `[experts, out, in]`, `bias` `[experts, out]` to `[rows, out]`
     ///
@@ -125,6 +129,17 @@ pub struct Choices {
     pub load: ExpertLoad,
 }
 
+/// Into how many batches `offsets` cuts the rows of each of `experts` experts; `None` if it is not as many for each.
+pub fn parts_per_expert(offsets: &[usize], experts: usize) -> Option<usize> {
+    let groups = offsets.len().checked_sub(1)?;
+    (experts > 0 && groups > 0 && groups.is_multiple_of(experts)).then(|| groups / experts)
+}
+
+/// The offsets of whole experts, from those of their batches.
+pub fn whole_experts(offsets: &[usize], parts: usize) -> Vec<usize> {
+    offsets.iter().step_by(parts.max(1)).copied().collect()
+}
+
 pub(super) fn check_grouped(
     (num_rows, inner): (usize, usize),
     weight: &[usize],
@@ -134,13 +149,14 @@ pub(super) fn check_grouped(
     let &[experts, out, weight_inner] = weight else {
         return Err(crate::Error::Input(format!("weights of experts must be [experts, out, in], got {weight:?}")));
     };
-    let fits = offsets.len() == experts + 1
+    let fits = parts_per_expert(offsets, experts).is_some()
         && offsets.first() == Some(&0)
         && offsets.last() == Some(&num_rows)
         && offsets.windows(2).all(|pair| pair[0] <= pair[1]);
     if !fits {
         return Err(crate::Error::Input(format!(
-            "offsets {offsets:?} must rise from 0 to {num_rows} rows with one entry more than {experts} experts"
+            "offsets {offsets:?} must rise from 0 to {num_rows} rows, with one entry more than {experts} experts or a multiple \
+             of them"
         )));
     }
     if inner != weight_inner {

@@ -9,7 +9,8 @@ use crate::custom::{self, Input, SliceOp, with_inputs};
 use crate::gemm::{Group, Operand, PackedWeights, Start, Weights, gemm_new};
 use crate::{Error, Isa, Precision, Result, parallel, select};
 use candle_core::Tensor;
-use moe_core::ops::host;
+use moe_core::ops::{host, parts_per_expert, whole_experts};
+use std::ops::Range;
 
 /// `x W^T + b` over the last dimension.
 ///
@@ -29,24 +30,25 @@ pub fn linear(x: &Tensor, weight: &Tensor, bias: Option<&Tensor>, precision: Pre
     if let Some(bias) = bias {
         host::expect_shape("bias", bias, &[out])?;
     }
-    apply_linear(x, weight, bias, vec![0, leading.iter().product()], precision)
+    apply_linear(x, weight, bias, (vec![0, leading.iter().product()], 1), precision)
 }
 
 fn apply_linear(
     x: &Tensor,
     weight: &Tensor,
     bias: Option<&Tensor>,
-    offsets: Vec<usize>,
+    (offsets, parts): (Vec<usize>, usize),
     precision: Precision,
 ) -> Result<Tensor> {
-    let op = GroupedLinear { offsets, precision, isa: select::current() };
+    let op = GroupedLinear { offsets, parts, precision, isa: select::current() };
     match bias {
         Some(bias) => custom::apply(op, &[x, weight, bias]),
         None => custom::apply(op, &[x, weight]),
     }
 }
 
-/// `rows_e W_e^T + b_e` for each expert `e` over its rows `offsets[e]..offsets[e + 1]`.
+/// `rows_e W_e^T + b_e` for each expert `e` over its rows `offsets[e]..offsets[e + 1]`; the rows of each expert may be cut into
+/// batches, whose gradients of the weights are summed in their order ([`moe_core::MoeOps::grouped_linear`]).
 ///
 /// # Shapes
 /// `rows` `[rows, in]`, `weight` `[experts, out, in]`, `bias` `[experts, out]`, all f32 on the CPU; returns `[rows, out]`
@@ -61,11 +63,11 @@ pub fn grouped_linear(
     precision: Precision,
 ) -> Result<Tensor> {
     let ((num_rows, inner), (experts, out, weight_inner)) = (rows.dims2()?, weight.dims3()?);
-    check(offsets, num_rows, experts, [inner, weight_inner])?;
+    let parts = check(offsets, num_rows, experts, [inner, weight_inner])?;
     if let Some(bias) = bias {
         host::expect_shape("bias", bias, &[experts, out])?;
     }
-    apply_linear(rows, weight, bias, offsets.to_vec(), precision)
+    apply_linear(rows, weight, bias, (offsets.to_vec(), parts), precision)
 }
 
 /// [`grouped_linear`] without gradients, with weights packed before, one matrix per expert.
@@ -87,7 +89,8 @@ pub fn grouped_linear_packed(
     };
     let [out, weight_inner] = first.shape();
     let experts = weights.len();
-    check(offsets, leading.iter().product(), experts, [inner, weight_inner])?;
+    let parts = check(offsets, leading.iter().product(), experts, [inner, weight_inner])?;
+    let offsets = &whole_experts(offsets, parts);
     if let Some(bias) = bias.filter(|bias| bias.elem_count() != experts * out) {
         let dims = bias.dims();
         return Err(Error::Argument(format!("bias must have {experts} x {out} values, got shape {dims:?}")));
@@ -121,26 +124,32 @@ pub(crate) fn packed_groups<'a>(
     offsets.windows(2).zip(weights).enumerate().filter(|(_, (pair, _))| pair[1] > pair[0]).map(group).collect()
 }
 
+/// Refuses offsets that do not fit; into how many batches they cut the rows of each expert.
 pub(crate) fn check(
     offsets: &[usize],
     num_rows: usize,
     experts: usize,
     [inner, weight_inner]: [usize; 2],
-) -> Result<()> {
+) -> Result<usize> {
     let rising = offsets.windows(2).all(|pair| pair[0] <= pair[1]);
-    if offsets.len() != experts + 1 || offsets[0] != 0 || offsets[experts] != num_rows || !rising {
+    let parts = parts_per_expert(offsets, experts);
+    let Some(parts) = parts.filter(|_| offsets[0] == 0 && offsets.last() == Some(&num_rows) && rising) else {
         return Err(Error::Argument(format!(
-            "offsets {offsets:?} must rise from 0 to {num_rows} rows with one entry more than {experts} experts"
+            "offsets {offsets:?} must rise from 0 to {num_rows} rows, with one entry more than {experts} experts or a multiple \
+             of them"
         )));
-    }
+    };
     if inner != weight_inner {
         return Err(Error::Argument(format!("rows of width {inner} do not fit weights of input width {weight_inner}")));
     }
-    Ok(())
+    Ok(parts)
 }
 
 struct GroupedLinear {
+    /// Of each batch of each expert.
     offsets: Vec<usize>,
+    /// Batches of each expert.
+    parts: usize,
     precision: Precision,
     isa: Isa,
 }
@@ -148,17 +157,25 @@ struct GroupedLinear {
 impl GroupedLinear {
     /// The products that `group` makes of each expert, its first row and the number of its rows; `len` values.
     fn products<'a>(&self, len: usize, group: impl Fn(usize, usize, usize) -> Group<'a>) -> Vec<f32> {
-        let pairs = self.offsets.windows(2).enumerate();
-        let groups: Vec<_> = pairs.map(|(e, pair)| group(e, pair[0], pair[1] - pair[0])).collect();
-        gemm_new(self.isa, self.precision, &groups, len)
+        let experts = (0..self.num_experts()).map(|e| {
+            let (first, end) = (self.offsets[e * self.parts], self.offsets[(e + 1) * self.parts]);
+            group(e, first, end - first)
+        });
+        gemm_new(self.isa, self.precision, &experts.collect::<Vec<_>>(), len)
     }
 
     fn num_experts(&self) -> usize {
-        self.offsets.len() - 1
+        (self.offsets.len() - 1) / self.parts
     }
 
     fn num_rows(&self) -> usize {
-        self.offsets[self.num_experts()]
+        self.offsets[self.offsets.len() - 1]
+    }
+
+    /// The rows of batch `part` of each expert that has any in it.
+    fn batch(&self, part: usize) -> impl Iterator<Item = (usize, Range<usize>)> {
+        let rows = move |e: usize| self.offsets[e * self.parts + part]..self.offsets[e * self.parts + part + 1];
+        (0..self.num_experts()).map(move |e| (e, rows(e))).filter(|(_, rows)| !rows.is_empty())
     }
 
     /// `[rows, out]`
@@ -183,18 +200,41 @@ impl GroupedLinear {
         })
     }
 
-    /// Gradient of the weights, `[experts, out, in]`; zeros for experts without rows.
+    /// Gradient of the weights, `[experts, out, in]`; zeros for experts without rows. Each batch's products are finished
+    /// before they are added to those of the batches before it: one chain over all rows would round otherwise than batches
+    /// that are run one after the other do.
     fn weight_gradient(&self, grad: &[f32], x: &[f32], inner: usize, out: usize) -> Vec<f32> {
-        self.products(self.num_experts() * out * inner, |e, first, rows| Group {
-            a: Operand::columns(&grad[first * out..][..rows * out], out, rows, out),
-            b: Operand::columns(&x[first * inner..][..rows * inner], inner, rows, inner).into(),
+        let size = out * inner;
+        let product = |e: usize, rows: &Range<usize>, out_offset: usize| Group {
+            a: Operand::columns(&grad[rows.start * out..rows.end * out], out, rows.len(), out),
+            b: Operand::columns(&x[rows.start * inner..rows.end * inner], inner, rows.len(), inner).into(),
             start: Start::Zero,
-            out_offset: e * out * inner,
+            out_offset: if self.parts == 1 { e * size } else { out_offset },
             out_stride: inner,
-        })
+        };
+        if self.parts == 1 {
+            return self.products(self.num_experts() * size, |e, first, rows| product(e, &(first..first + rows), 0));
+        }
+        let mut sums = vec![0.0; self.num_experts() * size];
+        for part in 0..self.parts {
+            let batch: Vec<_> = self.batch(part).collect();
+            if batch.is_empty() {
+                continue;
+            }
+            let groups: Vec<_> = batch.iter().enumerate().map(|(at, (e, rows))| product(*e, rows, at * size)).collect();
+            let products = gemm_new(self.isa, self.precision, &groups, groups.len() * size);
+            let shared = parallel::SharedMut::new(&mut sums);
+            parallel::for_each_if(products.len(), 1 << 16, batch.len(), |at| {
+                // SAFETY: each expert is in a batch once, and its gradient is this task's alone.
+                let into = unsafe { shared.slice(batch[at].0 * size, size) };
+                let product = &products[at * size..][..size];
+                self.isa.vectorize(|| into.iter_mut().zip(product).for_each(|(sum, term)| *sum += term));
+            });
+        }
+        sums
     }
 
-    /// Gradient of the bias, `[experts, out]`: sums over rows, in their order.
+    /// Gradient of the bias, `[experts, out]`: sums over the rows of each batch in their order, and over batches in theirs.
     fn bias_gradient(&self, grad: &[f32], out: usize) -> Vec<f32> {
         let experts = self.num_experts();
         let mut sums = vec![0.0; experts * out];
@@ -207,11 +247,16 @@ impl GroupedLinear {
             let width = STRIP.min(out - start);
             // SAFETY: each task sums columns of its own.
             let into = unsafe { shared.slice(e * out + start, width) };
+            let mut batch = [0.0; STRIP];
             self.isa.vectorize(|| {
-                for row in self.offsets[e]..self.offsets[e + 1] {
-                    for (sum, value) in into.iter_mut().zip(&grad[row * out + start..][..width]) {
-                        *sum += value;
+                for part in self.offsets[e * self.parts..][..=self.parts].windows(2) {
+                    batch[..width].fill(0.0);
+                    for row in part[0]..part[1] {
+                        for (sum, value) in batch[..width].iter_mut().zip(&grad[row * out + start..][..width]) {
+                            *sum += value;
+                        }
                     }
+                    into.iter_mut().zip(&batch[..width]).for_each(|(sum, term)| *sum += term);
                 }
             });
         });

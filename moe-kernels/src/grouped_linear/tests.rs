@@ -76,3 +76,46 @@ fn linear_takes_any_leading_dimensions_and_refuses_other_widths() {
     assert!(grouped_linear(&x.reshape((6, 5)).unwrap(), &weight, None, &[0, 5], Precision::F32).is_err());
     assert!(grouped_linear(&x.reshape((6, 5)).unwrap(), &weight, Some(&w), &[0, 6], Precision::F32).is_err());
 }
+
+/// The bits of batches that are run one after the other: outputs and gradients of rows side by side, gradients of weights
+/// summed in order.
+#[test]
+fn batches_of_an_expert_are_summed_as_if_run_one_after_the_other() {
+    // Three experts with two batches each.
+    let offsets = [0, 3, 20, 20, 20, 21, 50];
+    let batches: [Vec<std::ops::Range<usize>>; 2] =
+        [0, 1].map(|b| (0..3).map(|e| offsets[2 * e + b]..offsets[2 * e + b + 1]).collect());
+    let rows = random_var(1, &[50, 37], 1.0, DType::F32);
+    let (weight, bias) = (random_var(2, &[3, 300, 37], 0.2, DType::F32), random_var(3, &[3, 300], 1.0, DType::F32));
+    let factors = random(4, &[50, 300], 0.3, DType::F32);
+    let pick = |t: &Tensor, batch: &[std::ops::Range<usize>]| {
+        let ids: Vec<u32> = batch.iter().flat_map(|r| r.start as u32..r.end as u32).collect();
+        t.index_select(&Tensor::new(ids, t.device()).unwrap(), 0).unwrap()
+    };
+    let values = |t: &Tensor| t.flatten_all().unwrap().to_vec1::<f32>().unwrap();
+    for precision in [Precision::F32, Precision::Bf16] {
+        let run = |x: &Tensor, f: &Tensor, offsets: &[usize]| {
+            let y = grouped_linear(x, &weight, Some(&bias), offsets, precision).unwrap();
+            let grads = (&y * f).unwrap().sum_all().unwrap().backward().unwrap();
+            (y, [&weight, &bias].map(|v| grads.get(v).unwrap().clone()), grads.get(x).cloned())
+        };
+        let (y, [dw, db], dx) = run(&rows, &factors, &offsets);
+        let mut sums: Vec<Option<Tensor>> = vec![None, None];
+        for batch in &batches {
+            let x = Var::from_tensor(&pick(&rows, batch)).unwrap();
+            let mut ends = vec![0];
+            batch.iter().for_each(|r| ends.push(ends[ends.len() - 1] + r.len()));
+            let (part, grads, part_dx) = run(&x, &pick(&factors, batch), &ends);
+            assert_eq!(values(&part), values(&pick(&y, batch)));
+            assert_eq!(values(&part_dx.unwrap()), values(&pick(dx.as_ref().unwrap(), batch)));
+            for (sum, grad) in sums.iter_mut().zip(grads) {
+                *sum = Some(sum.as_ref().map_or(grad.clone(), |sum| (sum + grad).unwrap()));
+            }
+        }
+        assert_eq!(values(&dw), values(sums[0].as_ref().unwrap()), "{precision:?}");
+        assert_eq!(values(&db), values(sums[1].as_ref().unwrap()), "{precision:?}");
+        let wide: Vec<Var> = [&rows, &weight, &bias].map(|v| as_f64(v)).to_vec();
+        let want = CandleOps.grouped_linear(&wide[0], &wide[1].as_tensor().clone().into(), Some(&wide[2]), &offsets);
+        assert_close(&y, &want.unwrap(), tolerance(precision), "the reference");
+    }
+}

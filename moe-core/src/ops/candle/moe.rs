@@ -1,7 +1,7 @@
 //! The operations of an MoE layer.
 
 use super::CandleOps;
-use crate::ops::moe::{check_grouped, check_permute, check_unpermute};
+use crate::ops::moe::{check_grouped, check_permute, check_unpermute, parts_per_expert};
 use crate::ops::{Activation, DecoderOps, MoeOps};
 use crate::{DispatchTable, Result, Weight};
 use candle_core::{D, DType, Tensor};
@@ -48,10 +48,12 @@ impl MoeOps for CandleOps {
     ) -> Result<Tensor> {
         check_grouped(rows.dims2()?, weight.dims(), bias, offsets)?;
         let weight = weight.tensor()?;
+        let parts = parts_per_expert(offsets, weight.dim(0)?).unwrap_or(1);
         let mut outputs = Vec::with_capacity(offsets.len());
-        for (expert, pair) in offsets.windows(2).enumerate().filter(|(_, pair)| pair[1] > pair[0]) {
-            let group = rows.narrow(0, pair[0], pair[1] - pair[0])?.contiguous()?;
-            let y = group.matmul(&weight.get(expert)?.t()?)?;
+        for (group, pair) in offsets.windows(2).enumerate().filter(|(_, pair)| pair[1] > pair[0]) {
+            let expert = group / parts;
+            let batch = rows.narrow(0, pair[0], pair[1] - pair[0])?.contiguous()?;
+            let y = batch.matmul(&weight.get(expert)?.t()?)?;
             outputs.push(match bias {
                 Some(bias) => y.broadcast_add(&bias.get(expert)?)?,
                 None => y,
