@@ -20,7 +20,7 @@ pub use attention::{AttentionShape, KvShape, PagedKv, PagedSequence};
 pub use candle::CandleOps;
 pub use decoder::DecoderOps;
 pub use loss::{IGNORED, LossOps, check_targets};
-pub use moe::{Choices, MoeOps};
+pub use moe::{Choices, MoeOps, experts_stepwise};
 pub use rotary::{Positions, RotaryLayout, RotaryTable};
 
 use crate::{Result, Weight, WeightSource, WeightUse};
