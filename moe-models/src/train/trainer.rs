@@ -374,7 +374,7 @@ fn check_precision<M: TrainModel>(model: &M, config: &TrainConfig) -> Result<()>
     let (asked, computed) = (config.precision, model.precision());
     if asked != computed {
         return Err(Error::Config(format!(
-            "precision is {asked:?} in the settings, the model computes in {computed:?}; build the model with the settings' precision (Gpt::with_precision) or change the setting"
+            "precision is {asked:?} in the settings, the model computes in {computed:?}; build the model with the settings' precision (Model::with_precision) or change the setting"
         )));
     }
     Ok(())
