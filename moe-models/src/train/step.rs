@@ -1,8 +1,8 @@
 //! Losses and gradients of one global batch: micro-batches on several threads, summed in micro-batch order.
 //!
 //! Many of candle's CPU operations use one thread, so whole micro-batches side by side are the data parallelism of one
-//! machine; the kernels of each then stay on its thread. The order of summation does not depend on which thread finishes first: the result is
-//! bit-identical for any number of workers. Knows no optimizer.
+//! machine; the kernels of each then stay on its thread. The order of summation does not depend on which thread finishes
+//! first: the result is bit-identical for any number of workers. Knows no optimizer.
 
 use super::model::{LayerLoad, LossOutput, Pass, TokenBatch, TrainModel};
 use super::non_finite::NonFiniteLoss;
@@ -248,6 +248,7 @@ mod tests {
             assert_eq!(seen, [0, 1, 2, 3, 4]);
         }
     }
+
     /// Runs `body` on a thread of its own, so that a hang fails the test and not the whole run.
     fn must_end<T: Send + 'static>(body: impl FnOnce() -> T + Send + 'static) -> T {
         let (sender, receiver) = std::sync::mpsc::channel();
