@@ -11,7 +11,7 @@ use crate::{
 use candle_core::{Device, Tensor};
 use moe_core::ops::{
     AttentionShape, Choices, DecoderOps, KvShape, LossOps, MoeOps, PagedKv, PagedSequence, Positions, RotaryLayout,
-    RotaryTable, WeightOps, whole_experts,
+    RotaryTable, WeightOps, experts_stepwise, whole_experts,
 };
 use moe_core::{Activation, DispatchTable, DroplessConfig, MlpWeights, Weight, WeightSource, WeightUse};
 use std::sync::Arc;
@@ -175,12 +175,10 @@ impl MoeOps for KernelOps {
         activation: Activation,
         offsets: &[usize],
     ) -> moe_core::Result<Tensor> {
-        if let Some(rows) = self.experts_packed(rows, weights, activation, offsets)? {
-            return Ok(rows);
+        match self.experts_packed(rows, weights, activation, offsets)? {
+            Some(rows) => Ok(rows),
+            None => experts_stepwise(self, rows, weights, activation, offsets),
         }
-        let hidden = self.grouped_linear(rows, &weights.fc_in, weights.fc_in_bias.as_ref(), offsets)?;
-        let hidden = MoeOps::activation(self, activation, &hidden)?;
-        self.grouped_linear(&hidden, &weights.fc_out, weights.fc_out_bias.as_ref(), offsets)
     }
 }
 

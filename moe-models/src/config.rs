@@ -91,7 +91,7 @@ pub struct AttentionConfig {
 /// Whether queries, keys and values come from one matrix.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Projection {
-    /// `qkv_proj`
+    /// `qkv_proj`: queries, keys and values of one width, so that a split over ranks cuts each of them alike.
     Fused,
     /// `q_proj`, `k_proj`, `v_proj`
     Separate,
@@ -320,6 +320,11 @@ impl DecoderConfig {
                     "layer {index}: num_kv_heads {kv_heads} must divide num_heads {heads}, and neither they nor head_dim {dim} may be 0"
                 ));
             }
+            if attention.projection == Projection::Fused && kv_heads != heads {
+                return refuse(format!(
+                    "layer {index}: projection Fused needs as many num_kv_heads as num_heads, got {kv_heads} and {heads}; use Separate"
+                ));
+            }
             if attention.window == Some(0) {
                 return refuse(format!(
                     "layer {index}: window must be at least 1, got 0; leave it out to see all tokens"
@@ -393,5 +398,37 @@ impl DecoderConfig {
     pub fn moe_layers(&self) -> Vec<(usize, usize)> {
         let experts = |(index, layer): (usize, &LayerConfig)| Some((index, layer.feed_forward.moe()?.num_experts));
         self.layers.iter().enumerate().filter_map(experts).collect()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::families::{Family, gpt::GptConfig};
+
+    #[track_caller]
+    fn check(change: impl FnOnce(&mut AttentionConfig), refusal: Option<&str>) {
+        let mut config = GptConfig::preset("tiny-dense").unwrap().decoder().unwrap();
+        change(&mut config.layers[1].attention);
+        let text = config.validate().map_err(|e| e.to_string());
+        match refusal {
+            None => text.unwrap(),
+            Some(part) => assert!(text.as_ref().is_err_and(|t| t.contains(part)), "{text:?} should name {part:?}"),
+        }
+    }
+
+    #[test]
+    fn impossible_attention_is_refused() {
+        check(|_| {}, None);
+        check(|a| a.num_kv_heads = 0, Some("layer 1: num_kv_heads 0 must divide"));
+        check(|a| a.window = Some(0), Some("layer 1: window must be at least 1"));
+        check(|a| a.d_model += 1, Some("layer 1 has width"));
+    }
+
+    /// Fused, the matrix is cut into three equal parts for the ranks, which keys and values of fewer heads are not.
+    #[test]
+    fn fewer_heads_of_keys_and_values_need_projections_of_their_own() {
+        check(|a| a.num_kv_heads = a.num_heads / 2, Some("layer 1: projection Fused needs as many num_kv_heads"));
+        check(|a| (a.num_kv_heads, a.projection) = (a.num_heads / 2, Projection::Separate), None);
     }
 }

@@ -1,5 +1,6 @@
 //! The crate's one error type.
 
+use crate::train::NonFinite;
 use std::path::PathBuf;
 
 /// What can go wrong in `moe-models`.
@@ -46,6 +47,42 @@ pub enum Error {
         needed: usize,
         /// In the pool.
         free: usize,
+    },
+    /// Training made no update for too long, because losses or gradients were not finite.
+    #[error(
+        "{}{what}; no update for {in_a_row} steps in a row; lower lr, lengthen the warm-up, or look at the data",
+        step.map_or_else(String::new, |step| format!("step {step}: "))
+    )]
+    NonFinite {
+        /// The last step, counted from 1; `None` from an optimizer alone, which does not count them.
+        step: Option<u64>,
+        /// What was not finite in it.
+        what: NonFinite,
+        /// Steps without an update, up to this one.
+        in_a_row: u64,
+    },
+    /// A worker of the training loop panicked.
+    #[error(
+        "a worker panicked at micro-batch {micro_batch}: {text}; this is a defect of the program or the model, please report it"
+    )]
+    Panic {
+        /// What it worked on: the index in the step or in the evaluation.
+        micro_batch: usize,
+        /// The text of the panic.
+        text: String,
+    },
+    /// Another process writes to the folder of a run.
+    #[error(
+        "{} is in use by {}; wait for that run, {}, or choose another folder",
+        dir.display(),
+        holder.map_or_else(|| "another process".to_owned(), |id| format!("process {id}")),
+        holder.map_or_else(|| "end it".to_owned(), |id| format!("end it (kill {id})"))
+    )]
+    InUse {
+        /// The folder.
+        dir: PathBuf,
+        /// The id of that process; `None` if it has not written it yet.
+        holder: Option<u32>,
     },
     /// An argument of a call is out of range; the text names it and the fix.
     #[error("{0}")]

@@ -20,7 +20,7 @@ pub use attention::{AttentionShape, KvShape, PagedKv, PagedSequence};
 pub use candle::CandleOps;
 pub use decoder::DecoderOps;
 pub use loss::{IGNORED, LossOps, check_targets};
-pub use moe::{Choices, MoeOps, parts_per_expert, whole_experts};
+pub use moe::{Choices, MoeOps, experts_stepwise, parts_per_expert, whole_experts};
 pub use rotary::{Positions, RotaryLayout, RotaryTable};
 
 use crate::{Result, Weight, WeightSource, WeightUse};

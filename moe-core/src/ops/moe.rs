@@ -112,10 +112,28 @@ pub trait MoeOps: WeightOps {
         activation: Activation,
         offsets: &[usize],
     ) -> Result<Tensor> {
-        let hidden = self.grouped_linear(rows, &weights.fc_in, weights.fc_in_bias.as_ref(), offsets)?;
-        let hidden = self.activation(activation, &hidden)?;
-        self.grouped_linear(&hidden, &weights.fc_out, weights.fc_out_bias.as_ref(), offsets)
+        experts_stepwise(self, rows, weights, activation, offsets)
     }
+}
+
+/// [`MoeOps::experts`] one operation after the other: its default, and what a backend falls back on for weights that it has no
+/// form of its own for.
+///
+/// # Shapes
+/// `rows` `[rows, d_model]` to the same
+///
+/// # Errors
+/// If a shape does not fit `offsets`.
+pub fn experts_stepwise<O: MoeOps + ?Sized>(
+    ops: &O,
+    rows: &Tensor,
+    weights: &MlpWeights,
+    activation: Activation,
+    offsets: &[usize],
+) -> Result<Tensor> {
+    let hidden = ops.grouped_linear(rows, &weights.fc_in, weights.fc_in_bias.as_ref(), offsets)?;
+    let hidden = ops.activation(activation, &hidden)?;
+    ops.grouped_linear(&hidden, &weights.fc_out, weights.fc_out_bias.as_ref(), offsets)
 }
 
 /// What [`MoeOps::choose`] decided.

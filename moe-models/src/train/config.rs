@@ -42,7 +42,7 @@ pub struct TrainConfig {
     /// Micro-batches run side by side. Does not change any result.
     pub workers: usize,
     /// What the matrix products read: bf16 (the default) or f32. Weights, sums and everything else are f32. The model must
-    /// have been built with it, as by [`crate::gpt::Gpt::with_precision`]; [`super::Trainer`] refuses another one.
+    /// have been built with it, as by [`crate::Model::with_precision`]; [`super::Trainer`] refuses another one.
     pub precision: Precision,
     /// Largest learning rate.
     pub lr: f64,

@@ -22,7 +22,7 @@ impl RunLock {
     /// Locks the folder `dir`, which is created if absent.
     ///
     /// # Errors
-    /// [`Error::Argument`] naming the process that holds the lock; [`Error::Io`] if the folder cannot be written to.
+    /// [`Error::InUse`] naming the process that holds the lock; [`Error::Io`] if the folder cannot be written to.
     pub fn acquire(dir: &Path) -> Result<Self> {
         create_dir(dir)?;
         let path = dir.join(LOCK_FILE);
@@ -43,16 +43,10 @@ impl RunLock {
     }
 }
 
-/// The holder may not have written its id yet.
 fn in_use(dir: &Path, file: &mut File) -> Error {
     let mut text = String::new();
-    let id = file.read_to_string(&mut text).ok().and_then(|_| text.trim().parse::<u32>().ok());
-    let (holder, stop) = match id {
-        Some(id) => (format!("process {id}"), format!("end it (kill {id})")),
-        None => ("another process".to_owned(), "end it".to_owned()),
-    };
-    let dir = dir.display();
-    Error::Argument(format!("{dir} is in use by {holder}; wait for that run, {stop}, or choose another folder"))
+    let holder = file.read_to_string(&mut text).ok().and_then(|_| text.trim().parse().ok());
+    Error::InUse { dir: dir.to_owned(), holder }
 }
 
 #[cfg(test)]
@@ -65,8 +59,16 @@ mod tests {
         let dir = root.path().join("run");
         let lock = RunLock::acquire(&dir).unwrap();
         assert_eq!(lock.dir(), dir);
-        let message = RunLock::acquire(&dir).unwrap_err().to_string();
-        assert!(message.contains(&format!("in use by process {}", std::process::id())), "{message}");
+        let (error, id) = (RunLock::acquire(&dir).unwrap_err(), std::process::id());
+        assert!(
+            matches!(&error, Error::InUse { dir: used, holder } if *used == dir && *holder == Some(id)),
+            "{error:?}"
+        );
+        let want = format!(
+            "{} is in use by process {id}; wait for that run, end it (kill {id}), or choose another folder",
+            dir.display()
+        );
+        assert_eq!(error.to_string(), want);
         RunLock::acquire(&root.path().join("other")).unwrap();
         drop(lock);
         RunLock::acquire(&dir).unwrap();

@@ -137,7 +137,8 @@ impl AdamW {
     /// A non-finite gradient norm skips the update and leaves parameters, moments and bias correction as they were.
     ///
     /// # Errors
-    /// [`Error::Argument`] if `grads` does not match the parameters or after [`MAX_SKIPPED_IN_A_ROW`] skips in a row.
+    /// [`Error::Argument`] if `grads` does not match the parameters; [`Error::NonFinite`] after [`MAX_SKIPPED_IN_A_ROW`]
+    /// skips in a row.
     ///
     /// # Source
     /// Loshchilov and Hutter 2019, Algorithm 2, in PyTorch's form (`torch.optim.AdamW`): the decay is applied first,
@@ -187,13 +188,11 @@ impl AdamW {
     /// a gradient that is not finite; a caller does for a loss.
     ///
     /// # Errors
-    /// [`Error::Argument`] after [`MAX_SKIPPED_IN_A_ROW`] skips in a row, with `why` of the last.
+    /// [`Error::NonFinite`] after [`MAX_SKIPPED_IN_A_ROW`] skips in a row, with `why` of the last.
     pub fn skip(&mut self, grad_norm: f64, why: NonFinite) -> Result<StepReport> {
         self.skipped_in_a_row += 1;
         if self.skipped_in_a_row >= MAX_SKIPPED_IN_A_ROW {
-            return Err(Error::Argument(format!(
-                "{why}; no update for {MAX_SKIPPED_IN_A_ROW} steps in a row; lower lr, lengthen the warm-up, or look at the data"
-            )));
+            return Err(Error::NonFinite { step: None, what: why, in_a_row: self.skipped_in_a_row });
         }
         Ok(StepReport { grad_norm, applied: false, non_finite: Some(why) })
     }

@@ -1,8 +1,8 @@
 //! Losses and gradients of one global batch: micro-batches on several threads, summed in micro-batch order.
 //!
 //! Many of candle's CPU operations use one thread, so whole micro-batches side by side are the data parallelism of one
-//! machine; the kernels of each then stay on its thread. The order of summation does not depend on which thread finishes first: the result is
-//! bit-identical for any number of workers. Knows no optimizer.
+//! machine; the kernels of each then stay on its thread. The order of summation does not depend on which thread finishes
+//! first: the result is bit-identical for any number of workers. Knows no optimizer.
 
 use super::model::{LayerLoad, LossOutput, Pass, TokenBatch, TrainModel};
 use super::non_finite::NonFiniteLoss;
@@ -40,7 +40,7 @@ pub struct BatchSums {
 /// that ends with an error keeps the checkpoints it has.
 ///
 /// # Errors
-/// Whatever `work` or `consume` returned; [`Error::Argument`] with the text of a panic in one of them.
+/// Whatever `work` or `consume` returned; [`Error::Panic`] with the text of a panic in one of them.
 pub fn ordered_parallel<T: Send>(
     count: usize,
     workers: usize,
@@ -94,9 +94,7 @@ fn no_panic<T>(i: usize, body: impl FnOnce() -> Result<T>) -> Result<T> {
     catch_unwind(AssertUnwindSafe(body)).unwrap_or_else(|payload| {
         let text = payload.downcast_ref::<&str>().copied();
         let text = text.or_else(|| payload.downcast_ref::<String>().map(String::as_str)).unwrap_or("without a text");
-        Err(Error::Argument(format!(
-            "a worker panicked at micro-batch {i}: {text}; this is a defect of the program or the model, please report it"
-        )))
+        Err(Error::Panic { micro_batch: i, text: text.to_owned() })
     })
 }
 
@@ -250,6 +248,7 @@ mod tests {
             assert_eq!(seen, [0, 1, 2, 3, 4]);
         }
     }
+
     /// Runs `body` on a thread of its own, so that a hang fails the test and not the whole run.
     fn must_end<T: Send + 'static>(body: impl FnOnce() -> T + Send + 'static) -> T {
         let (sender, receiver) = std::sync::mpsc::channel();
@@ -268,9 +267,11 @@ mod tests {
                     Ok(i)
                 };
                 let error = ordered_parallel(1000, workers, work, |_| Ok(())).unwrap_err();
-                (error.to_string(), started.into_inner())
+                (error, started.into_inner())
             });
-            assert!(error.contains("micro-batch 5") && error.contains("index 5 out of bounds"), "{workers}: {error}");
+            assert!(matches!(error, Error::Panic { micro_batch: 5, .. }), "{workers}: {error:?}");
+            let text = error.to_string();
+            assert!(text.contains("micro-batch 5") && text.contains("index 5 out of bounds"), "{workers}: {text}");
             assert!(started <= 5 + workers, "{workers} workers went on: {started} pieces of work were begun");
         }
     }

@@ -85,8 +85,9 @@ impl<M: TrainModel> Trainer<M> {
     /// be resolved for `model`.
     ///
     /// # Errors
-    /// [`Error::Argument`] if `out` already holds checkpoints or is in use; [`Error::Io`] if it cannot be written to;
-    /// [`Error::Config`] for impossible settings, and for a `precision` that is not the model's.
+    /// [`Error::Argument`] if `out` already holds checkpoints; [`Error::InUse`] if another run writes to it;
+    /// [`Error::Io`] if it cannot be written to; [`Error::Config`] for impossible settings, and for a `precision` that is
+    /// not the model's.
     pub fn new(model: M, config: TrainConfig, corpus: Corpus, tokenizer_json: String, out: &Path) -> Result<Self> {
         check_precision(&model, &config)?;
         Self::new_in(model, config, corpus, tokenizer_json, RunLock::acquire(out)?)
@@ -120,9 +121,9 @@ impl<M: TrainModel> Trainer<M> {
     /// it keeps others out of the folder.
     ///
     /// # Errors
-    /// [`Error::Argument`] if `out` is in use; [`Error::Config`] if settings or data differ in a way that would change the
-    /// run's course, or the model's precision is not that of `config`; [`Error::Io`] and [`Error::Format`] for a checkpoint
-    /// that cannot be read or is damaged.
+    /// [`Error::InUse`] if another run writes to `out`; [`Error::Config`] if settings or data differ in a way that would
+    /// change the run's course, or the model's precision is not that of `config`; [`Error::Io`] and [`Error::Format`] for a
+    /// checkpoint that cannot be read or is damaged.
     pub fn resume(
         model: M,
         config: TrainConfig,
@@ -274,7 +275,7 @@ impl<M: TrainModel> Trainer<M> {
         let sums = accumulate(&self.model, &batches, &seeds, self.config.workers)?;
         let step = self.step + 1;
         let report = self.apply(&sums, lr).map_err(|e| match e {
-            Error::Argument(reason) => Error::Argument(format!("step {step}: {reason}")),
+            Error::NonFinite { what, in_a_row, .. } => Error::NonFinite { step: Some(step), what, in_a_row },
             other => other,
         })?;
         self.step = step;
@@ -373,7 +374,7 @@ fn check_precision<M: TrainModel>(model: &M, config: &TrainConfig) -> Result<()>
     let (asked, computed) = (config.precision, model.precision());
     if asked != computed {
         return Err(Error::Config(format!(
-            "precision is {asked:?} in the settings, the model computes in {computed:?}; build the model with the settings' precision (Gpt::with_precision) or change the setting"
+            "precision is {asked:?} in the settings, the model computes in {computed:?}; build the model with the settings' precision (Model::with_precision) or change the setting"
         )));
     }
     Ok(())

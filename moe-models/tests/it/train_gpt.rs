@@ -241,7 +241,7 @@ fn a_precision_that_is_not_the_models_is_refused() {
     let model = Gpt::load(&folder, &Device::Cpu).unwrap();
     drop(trainer);
     let resumed = Trainer::resume(model, config, corpus, tokenizer, &dir.path().join("saved"), &folder);
-    assert!(resumed.unwrap_err().to_string().contains("with_precision"));
+    assert!(resumed.unwrap_err().to_string().contains("Model::with_precision"));
 }
 
 fn config_of_one_step() -> TrainConfig {
