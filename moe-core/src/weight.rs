@@ -73,6 +73,8 @@ pub enum WeightUse {
     Gate,
     /// Rows that are looked up, and perhaps the output layer's products.
     Table,
+    /// The output layer's products alone.
+    Output,
 }
 
 /// A parameter that is still where it came from: fetched whole, or matrix by matrix so that no stack is ever held.
@@ -91,6 +93,11 @@ impl<'a> WeightSource<'a> {
     /// `[out, in]` or `[experts, out, in]`
     pub fn dims(&self) -> &[usize] {
         &self.spec.shape
+    }
+
+    /// The same place, for a parameter of another description: a part of this one.
+    pub fn of<'b>(&'b self, spec: &'b ParamSpec) -> WeightSource<'b> {
+        WeightSource { vb: self.vb, spec }
     }
 
     /// What the parameter is.

@@ -19,7 +19,7 @@ impl OutputHead {
     /// # Errors
     /// If it is missing or has another shape.
     pub fn new(spec: &ParamSpec, vb: VarBuilder<'_>, ops: Arc<dyn Ops>) -> Result<Self> {
-        let weight = ops.weight(&WeightSource::new(&vb, spec), WeightUse::Product)?;
+        let weight = ops.weight(&WeightSource::new(&vb, spec), WeightUse::Output)?;
         Ok(Self { weight, ops })
     }
 

@@ -1,6 +1,6 @@
 //! [`AllToAll`]: runs plans over a communicator, forwards and back.
 
-use super::{Counts, Nodes, Plan, Route, Step, Traffic, Transfer};
+use super::{Counts, Nodes, Plan, Route, Step, Transfer};
 use crate::comm::{Collectives, Communicator, Element, Expected, Parcel, Pending, Site};
 use crate::{Error, Result};
 use std::sync::Arc;
@@ -50,6 +50,18 @@ pub struct SentBytes {
     pub inter_node_messages: u64,
     /// Bytes in them.
     pub inter_node_bytes: u64,
+}
+
+impl std::ops::Add for SentBytes {
+    type Output = Self;
+    fn add(self, other: Self) -> Self {
+        Self {
+            intra_node_messages: self.intra_node_messages + other.intra_node_messages,
+            intra_node_bytes: self.intra_node_bytes + other.intra_node_bytes,
+            inter_node_messages: self.inter_node_messages + other.inter_node_messages,
+            inter_node_bytes: self.inter_node_bytes + other.inter_node_bytes,
+        }
+    }
 }
 
 impl AllToAll {

@@ -1,0 +1,118 @@
+//! [`Placement`]: which part of every parameter a rank holds. Pure.
+
+use crate::dims::{ParallelDims, part};
+use crate::{Error, Result};
+use candle_core::Tensor;
+use moe_core::{ParamSpec, Split, SplitKind};
+use std::ops::Range;
+
+/// A rank of a layout.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Placement {
+    dims: ParallelDims,
+    rank: usize,
+}
+
+impl Placement {
+    /// One rank that holds everything.
+    pub const WHOLE: Self = Self { dims: ParallelDims::SINGLE, rank: 0 };
+
+    /// Rank `rank` of a layout.
+    ///
+    /// # Errors
+    /// [`Error::Layout`] if the layout is impossible or has no such rank.
+    pub fn new(dims: ParallelDims, rank: usize) -> Result<Self> {
+        dims.validate(dims.world_size())?;
+        if rank >= dims.world_size() {
+            let world = dims.world_size();
+            return Err(Error::Layout(format!("rank {rank} is not one of the {world} ranks of this layout")));
+        }
+        Ok(Self { dims, rank })
+    }
+
+    /// The layout.
+    pub fn dims(&self) -> ParallelDims {
+        self.dims
+    }
+
+    /// The rank.
+    pub fn rank(&self) -> usize {
+        self.rank
+    }
+
+    /// Which of how many parts of a dense matrix.
+    pub fn tensor(&self) -> (usize, usize) {
+        (self.dims.dense(self.rank).tp_rank, self.dims.tp)
+    }
+
+    /// Which of how many shares of a layer's experts.
+    pub fn expert(&self, num_experts: usize) -> (usize, usize) {
+        let experts = self.dims.experts(num_experts);
+        (experts.coordinates(self.rank).ep_rank, experts.ep)
+    }
+
+    /// Which of how many parts of each expert.
+    pub fn slice(&self, num_experts: usize) -> (usize, usize) {
+        let experts = self.dims.experts(num_experts);
+        (experts.coordinates(self.rank).slice, experts.slices)
+    }
+
+    /// Which of how many parts along one dimension of a parameter: matrices of experts are sliced, others are split in their
+    /// tensor group.
+    fn along(&self, spec: &ParamSpec, split: &Split) -> (usize, usize) {
+        match split.kind {
+            SplitKind::Expert => self.expert(spec.shape[split.dim]),
+            SplitKind::Tensor if spec.is_stacked() => self.slice(spec.shape[0]),
+            SplitKind::Tensor => self.tensor(),
+        }
+    }
+
+    /// The experts of a stack that are held here.
+    pub fn experts(&self, num_experts: usize) -> Range<usize> {
+        let (index, parts) = self.expert(num_experts);
+        part(num_experts, index, parts)
+    }
+
+    /// The shape of this rank's part.
+    pub fn local_shape(&self, spec: &ParamSpec) -> Vec<usize> {
+        let mut shape = spec.shape.clone();
+        for split in &spec.splits {
+            let (index, parts) = self.along(spec, split);
+            shape[split.dim] = part(spec.shape[split.dim] / split.parts, index, parts).len() * split.parts;
+        }
+        shape
+    }
+
+    /// This rank's part of a whole parameter.
+    ///
+    /// # Errors
+    /// If the tensor has another shape.
+    pub fn local(&self, spec: &ParamSpec, whole: Tensor) -> Result<Tensor> {
+        self.cut(spec, whole, 0)
+    }
+
+    /// This rank's part of one expert of a stack, which lacks the first dimension.
+    ///
+    /// # Errors
+    /// If the tensor has another shape.
+    pub fn local_expert(&self, spec: &ParamSpec, whole: Tensor) -> Result<Tensor> {
+        self.cut(spec, whole, 1)
+    }
+
+    fn cut(&self, spec: &ParamSpec, mut whole: Tensor, skip: usize) -> Result<Tensor> {
+        for split in spec.splits.iter().filter(|split| split.dim >= skip) {
+            let (index, parts) = self.along(spec, split);
+            if parts == 1 {
+                continue;
+            }
+            let len = spec.shape[split.dim] / split.parts;
+            let range = part(len, index, parts);
+            let dim = split.dim - skip;
+            let pieces = (0..split.parts)
+                .map(|piece| whole.narrow(dim, piece * len + range.start, range.len()))
+                .collect::<candle_core::Result<Vec<_>>>()?;
+            whole = Tensor::cat(&pieces, dim)?;
+        }
+        Ok(whole)
+    }
+}

@@ -1,0 +1,388 @@
+//! [`RankOps`]: a backend's operations on one rank of a tensor group. Layers stay as they are: a matrix that ranks split is
+//! wrapped when it is fetched, and its products do what the split asks for.
+//!
+//! ```text
+//! by columns   every rank has the input; each computes columns of the output      backward: sum of the input's gradients
+//! by rows      each rank has columns of the input; the outputs are summed         backward: nothing
+//! ```
+//!
+//! # Source
+//! Megatron-LM (1909.08053) section 3: the conjugate operators f and g.
+
+use crate::comm::{Collectives, Communicator, Element, Reduction, Site};
+use crate::dims::part;
+use crate::exchanged::{by_dtype, exchanged, values};
+use crate::Result;
+use candle_core::{D, Device, Tensor, WithDType};
+use moe_core::ops::{
+    AttentionShape, Choices, DecoderOps, IGNORED, KvShape, LossOps, MoeOps, PagedKv, PagedSequence, Positions,
+    RotaryLayout, RotaryTable, WeightOps, check_targets, parts_per_expert,
+};
+use moe_core::{
+    Activation, DispatchTable, DroplessConfig, MlpWeights, Ops, PackedWeight, SplitKind, Weight, WeightSource, WeightUse,
+};
+use std::any::Any;
+use std::ops::Range;
+use std::sync::Arc;
+
+fn reduced<T: Element + WithDType>(comm: &dyn Communicator, site: Site, x: &Tensor, how: Reduction) -> Result<Tensor> {
+    let sum = comm.all_reduce(site, &values::<T>(x)?, how)?;
+    Ok(Tensor::from_vec(sum, x.shape(), x.device())?)
+}
+
+/// The same tensor on every rank of a group; its gradient is the sum of theirs.
+///
+/// # Errors
+/// [`crate::Error::Fault`] in the backward pass.
+pub fn copy_to_group(comm: &Arc<dyn Communicator>, site: Site, x: &Tensor) -> Result<Tensor> {
+    if comm.size() == 1 || !x.track_op() {
+        return Ok(x.clone());
+    }
+    let (comm, site) = (Arc::clone(comm), site.backward());
+    exchanged("copy_to_group", x, x.contiguous()?.copy()?, move |grad| {
+        by_dtype!(grad.dtype(), T => reduced::<T>(&*comm, site, grad, Reduction::Sum))
+    })
+}
+
+/// The sum of a group's tensors, in rank order, on every rank; its gradient is every term's.
+///
+/// # Errors
+/// [`crate::Error::Fault`].
+pub fn sum_over_group(comm: &Arc<dyn Communicator>, site: Site, x: &Tensor) -> Result<Tensor> {
+    if comm.size() == 1 {
+        return Ok(x.clone());
+    }
+    let sum = by_dtype!(x.dtype(), T => reduced::<T>(&**comm, site, x, Reduction::Sum))?;
+    exchanged("sum_over_group", x, sum, |grad| Ok(grad.clone()))
+}
+
+/// Element by element the largest of a group's tensors, on every rank; without a gradient.
+fn max_over_group(comm: &Arc<dyn Communicator>, site: Site, x: &Tensor) -> Result<Tensor> {
+    by_dtype!(x.dtype(), T => reduced::<T>(&**comm, site, x, Reduction::Max))
+}
+
+/// How a matrix is split.
+#[derive(Debug, Clone, PartialEq, Eq)]
+enum Split {
+    Columns,
+    Rows,
+    /// Rows of a table or columns of the output layer: these entries of a vocabulary.
+    Vocabulary { held: Range<usize>, size: usize },
+}
+
+/// A part of a matrix, in the backend's own form.
+#[derive(Debug)]
+struct SplitWeight {
+    part: Weight,
+    split: Split,
+}
+
+impl PackedWeight for SplitWeight {
+    fn dims(&self) -> &[usize] {
+        self.part.dims()
+    }
+    fn bytes(&self) -> usize {
+        self.part.bytes()
+    }
+    fn as_any(&self) -> &dyn Any {
+        self
+    }
+}
+
+fn split_of(weight: &Weight) -> Option<&SplitWeight> {
+    match weight {
+        Weight::Packed(packed) => packed.as_any().downcast_ref(),
+        Weight::Tensor(_) => None,
+    }
+}
+
+/// A backend on one rank.
+#[derive(Debug)]
+pub struct RankOps {
+    inner: Arc<dyn Ops>,
+    tensor: Arc<dyn Communicator>,
+    /// Ranks that share each expert, if experts are sliced.
+    slices: Option<Arc<dyn Communicator>>,
+    site: Site,
+}
+
+impl RankOps {
+    /// The operations `inner` for a rank of the tensor group `tensor`, and of the group `slices` if experts are sliced; `site`
+    /// is named in errors.
+    pub fn new(
+        inner: Arc<dyn Ops>,
+        tensor: Arc<dyn Communicator>,
+        slices: Option<Arc<dyn Communicator>>,
+        site: Site,
+    ) -> Self {
+        Self { inner, tensor, slices, site }
+    }
+
+    fn product(&self, x: &Tensor, split: &SplitWeight, bias: Option<&Tensor>) -> Result<Tensor> {
+        match &split.split {
+            Split::Columns => {
+                let x = copy_to_group(&self.tensor, self.site, x)?;
+                Ok(self.inner.linear(&x, &split.part, bias)?)
+            }
+            Split::Rows => {
+                let sum = sum_over_group(&self.tensor, self.site, &self.inner.linear(x, &split.part, None)?)?;
+                match bias {
+                    Some(bias) => Ok(sum.broadcast_add(bias)?),
+                    None => Ok(sum),
+                }
+            }
+            Split::Vocabulary { size, .. } => {
+                let x = copy_to_group(&self.tensor, self.site, x)?;
+                let columns = self.inner.linear(&x, &split.part, bias)?;
+                by_dtype!(columns.dtype(), T => self.all_columns::<T>(&columns, *size))
+            }
+        }
+    }
+
+    /// Columns of every rank side by side, `[.., size]`. Without a gradient: training takes the loss, not the logits.
+    fn all_columns<T: Element + WithDType>(&self, own: &Tensor, size: usize) -> Result<Tensor> {
+        let ranks = self.tensor.size();
+        let leading = &own.dims()[..own.rank() - 1];
+        let rows: usize = leading.iter().product();
+        let width = |rank: usize| part(size, rank, ranks).len();
+        let counts: Vec<usize> = (0..ranks).map(|rank| rows * width(rank)).collect();
+        let parts = self.tensor.start_all_gather_v(self.site, &values::<T>(own)?, &counts)?.wait_parts()?;
+        let mut all = Vec::with_capacity(rows * size);
+        for row in 0..rows {
+            for (rank, part) in parts.iter().enumerate() {
+                all.extend_from_slice(&part[row * width(rank)..][..width(rank)]);
+            }
+        }
+        Ok(Tensor::from_vec(all, [leading, &[size]].concat(), own.device())?)
+    }
+
+    /// Rows of a table, of which each rank holds some.
+    fn lookup(&self, table: &Weight, held: &Range<usize>, size: usize, ids: &[u32]) -> Result<Tensor> {
+        if let Some(id) = ids.iter().find(|&&id| id as usize >= size) {
+            return Err(crate::Error::Argument(format!("id {id} is outside the table of {size} rows")));
+        }
+        let here = |id: u32| held.contains(&(id as usize));
+        let local: Vec<u32> = ids.iter().map(|&id| if here(id) { id - held.start as u32 } else { 0 }).collect();
+        let mask: Vec<f32> = ids.iter().map(|&id| f32::from(u8::from(here(id)))).collect();
+        let rows = self.inner.embedding(table, &local)?;
+        let mask = Tensor::from_vec(mask, (ids.len(), 1), rows.device())?.to_dtype(rows.dtype())?;
+        sum_over_group(&self.tensor, self.site, &rows.broadcast_mul(&mask)?)
+    }
+
+    /// The loss over a vocabulary of which each rank has columns; the logits of one rank are never those of another.
+    ///
+    /// # Source
+    /// Megatron-LM `_VocabParallelCrossEntropy`.
+    fn loss(&self, hidden: &Tensor, split: &SplitWeight, held: &Range<usize>, targets: &[u32]) -> Result<Tensor> {
+        let counted = targets.iter().filter(|&&target| target != IGNORED).count();
+        let hidden = copy_to_group(&self.tensor, self.site, hidden)?;
+        let logits = self.inner.linear(&hidden, &split.part, None)?;
+        if targets.is_empty() {
+            return Ok((logits.sum_all()? * 0.0)?);
+        }
+        let most = max_over_group(&self.tensor, self.site, &logits.detach().max_keepdim(D::Minus1)?)?;
+        let shifted = logits.broadcast_sub(&most)?;
+        let sums = sum_over_group(&self.tensor, self.site, &shifted.exp()?.sum(D::Minus1)?)?;
+        let here = |target: u32| held.contains(&(target as usize));
+        let local = targets.iter().map(|&t| if here(t) { t - held.start as u32 } else { 0 });
+        let local = Tensor::from_iter(local, logits.device())?.unsqueeze(1)?;
+        let as_mask = |of: &dyn Fn(u32) -> bool| {
+            Tensor::from_iter(targets.iter().map(|&t| f32::from(u8::from(of(t)))), logits.device())?.to_dtype(logits.dtype())
+        };
+        let own = (shifted.gather(&local, 1)?.squeeze(1)? * as_mask(&here)?)?;
+        let chosen = sum_over_group(&self.tensor, self.site, &own)?;
+        let each = ((sums.log()? - chosen)? * as_mask(&|target| target != IGNORED)?)?;
+        Ok((each.sum_all()? / counted.max(1) as f64)?)
+    }
+
+    /// Sliced experts: each rank computes with its columns of the inner width, and the results are summed.
+    fn sliced_experts(
+        &self,
+        comm: &Arc<dyn Communicator>,
+        rows: &Tensor,
+        weights: &MlpWeights,
+        activation: Activation,
+        offsets: &[usize],
+    ) -> Result<Tensor> {
+        let rows = copy_to_group(comm, self.site, rows)?;
+        let without = MlpWeights { fc_out_bias: None, ..weights.clone() };
+        let sum = sum_over_group(comm, self.site, &self.inner.experts(&rows, &without, activation, offsets)?)?;
+        let Some(bias) = &weights.fc_out_bias else { return Ok(sum) };
+        if sum.elem_count() == 0 {
+            return Ok(sum);
+        }
+        let parts = parts_per_expert(offsets, bias.dim(0)?).unwrap_or(1);
+        let experts = offsets.windows(2).enumerate().flat_map(|(group, pair)| {
+            std::iter::repeat_n((group / parts) as u32, pair[1] - pair[0])
+        });
+        let experts = Tensor::from_iter(experts, bias.device())?;
+        Ok((sum + bias.index_select(&experts, 0)?)?)
+    }
+}
+
+impl WeightOps for RankOps {
+    fn weight(&self, source: &WeightSource<'_>, purpose: WeightUse) -> moe_core::Result<Weight> {
+        let spec = source.spec();
+        let along = spec.splits.iter().find(|split| split.kind == SplitKind::Tensor);
+        let Some(along) = along.filter(|_| self.tensor.size() > 1 && !spec.is_stacked()) else {
+            return self.inner.weight(source, purpose);
+        };
+        let split = match (purpose, along.dim) {
+            (WeightUse::Table | WeightUse::Output, 0) => {
+                let size = spec.shape[0];
+                let held = part(size, self.tensor.rank(), self.tensor.size());
+                let mut local = spec.clone();
+                local.shape[0] = held.len();
+                let part = self.inner.weight(&source.of(&local), purpose)?;
+                return Ok(Weight::Packed(Arc::new(SplitWeight { part, split: Split::Vocabulary { held, size } })));
+            }
+            (_, 0) => Split::Columns,
+            _ => Split::Rows,
+        };
+        Ok(Weight::Packed(Arc::new(SplitWeight { part: self.inner.weight(source, purpose)?, split })))
+    }
+}
+
+impl MoeOps for RankOps {
+    fn gate(&self, x: &Tensor, weight: &Weight, bias: Option<&Tensor>) -> moe_core::Result<Tensor> {
+        self.inner.gate(x, weight, bias)
+    }
+
+    fn choose(
+        &self,
+        tokens: &Tensor,
+        weight: &Weight,
+        selection_bias: Option<&Tensor>,
+        config: &DroplessConfig,
+    ) -> moe_core::Result<Option<Choices>> {
+        self.inner.choose(tokens, weight, selection_bias, config)
+    }
+
+    fn permute(&self, tokens: &Tensor, table: &Arc<DispatchTable>) -> moe_core::Result<Tensor> {
+        self.inner.permute(tokens, table)
+    }
+
+    fn unpermute(&self, rows: &Tensor, weights: &Tensor, table: &Arc<DispatchTable>) -> moe_core::Result<Tensor> {
+        self.inner.unpermute(rows, weights, table)
+    }
+
+    fn grouped_linear(
+        &self,
+        rows: &Tensor,
+        weight: &Weight,
+        bias: Option<&Tensor>,
+        offsets: &[usize],
+    ) -> moe_core::Result<Tensor> {
+        self.inner.grouped_linear(rows, weight, bias, offsets)
+    }
+
+    fn activation(&self, activation: Activation, x: &Tensor) -> moe_core::Result<Tensor> {
+        self.inner.activation(activation, x)
+    }
+
+    fn mix(&self, a: &Tensor, b: &Tensor, logits: &Tensor) -> moe_core::Result<Tensor> {
+        self.inner.mix(a, b, logits)
+    }
+
+    fn experts(
+        &self,
+        rows: &Tensor,
+        weights: &MlpWeights,
+        activation: Activation,
+        offsets: &[usize],
+    ) -> moe_core::Result<Tensor> {
+        match &self.slices {
+            Some(comm) => Ok(self.sliced_experts(comm, rows, weights, activation, offsets)?),
+            None => self.inner.experts(rows, weights, activation, offsets),
+        }
+    }
+}
+
+impl DecoderOps for RankOps {
+    fn linear(&self, x: &Tensor, weight: &Weight, bias: Option<&Tensor>) -> moe_core::Result<Tensor> {
+        match split_of(weight) {
+            Some(split) => Ok(self.product(x, split, bias)?),
+            None => self.inner.linear(x, weight, bias),
+        }
+    }
+
+    fn add(&self, a: &Tensor, b: &Tensor) -> moe_core::Result<Tensor> {
+        self.inner.add(a, b)
+    }
+
+    fn layer_norm(&self, x: &Tensor, weight: &Tensor, bias: &Tensor, epsilon: f64) -> moe_core::Result<Tensor> {
+        self.inner.layer_norm(x, weight, bias, epsilon)
+    }
+
+    fn rms_norm(&self, x: &Tensor, weight: &Tensor, epsilon: f64) -> moe_core::Result<Tensor> {
+        self.inner.rms_norm(x, weight, epsilon)
+    }
+
+    fn rotary(
+        &self,
+        x: &Tensor,
+        table: &RotaryTable,
+        layout: RotaryLayout,
+        positions: Positions<'_>,
+    ) -> moe_core::Result<Tensor> {
+        self.inner.rotary(x, table, layout, positions)
+    }
+
+    fn attention(&self, q: &Tensor, k: &Tensor, v: &Tensor, shape: AttentionShape) -> moe_core::Result<Tensor> {
+        self.inner.attention(q, k, v, shape)
+    }
+
+    fn attention_fused(&self, qkv: &Tensor, num_heads: usize) -> moe_core::Result<Tensor> {
+        self.inner.attention_fused(qkv, num_heads)
+    }
+
+    fn new_pages(
+        &self,
+        num_blocks: usize,
+        block_size: usize,
+        shape: KvShape,
+        device: &Device,
+    ) -> moe_core::Result<[Tensor; 2]> {
+        self.inner.new_pages(num_blocks, block_size, shape, device)
+    }
+
+    fn write_pages(&self, pool: PagedKv<'_>, keys: &Tensor, values: &Tensor, slots: &[u32]) -> moe_core::Result<()> {
+        self.inner.write_pages(pool, keys, values, slots)
+    }
+
+    fn paged_attention(
+        &self,
+        queries: &Tensor,
+        pool: PagedKv<'_>,
+        sequences: &[PagedSequence<'_>],
+        shape: AttentionShape,
+    ) -> moe_core::Result<Tensor> {
+        self.inner.paged_attention(queries, pool, sequences, shape)
+    }
+
+    /// Ranks wait for each other inside of `body`, so no thread is kept awake.
+    fn chain(&self, _: usize, body: &mut dyn FnMut()) {
+        body();
+    }
+
+    fn embedding(&self, table: &Weight, ids: &[u32]) -> moe_core::Result<Tensor> {
+        match split_of(table) {
+            Some(SplitWeight { split: Split::Vocabulary { held, size }, part }) => {
+                Ok(self.lookup(part, held, *size, ids)?)
+            }
+            _ => self.inner.embedding(table, ids),
+        }
+    }
+}
+
+impl LossOps for RankOps {
+    fn linear_cross_entropy(&self, hidden: &Tensor, weight: &Weight, targets: &[u32]) -> moe_core::Result<Tensor> {
+        match split_of(weight) {
+            Some(split @ SplitWeight { split: Split::Vocabulary { held, size }, part }) => {
+                check_targets(hidden.dims(), &[*size, part.dims()[1]], targets)?;
+                Ok(self.loss(hidden, split, held, targets)?)
+            }
+            _ => self.inner.linear_cross_entropy(hidden, weight, targets),
+        }
+    }
+}
