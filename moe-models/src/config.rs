@@ -4,6 +4,8 @@ use crate::params::ParamTable;
 use crate::{Error, Result};
 use moe_core::ops::{KvShape, RotaryLayout};
 use moe_core::{BranchConfig, MlpConfig, MoeConfig, ParamInit, ParamSpec, SplitKind};
+use moe_parallel::Placement;
+use moe_parallel::dims::part;
 
 /// A decoder-only language model.
 #[derive(Debug, Clone, PartialEq)]
@@ -271,6 +273,45 @@ impl FeedForwardConfig {
 }
 
 impl LayerConfig {
+    /// What a rank holds of this layer: its heads of the attention, its columns of the inner widths. Experts are counted over
+    /// all ranks still.
+    ///
+    /// # Errors
+    /// [`Error::Config`] if heads or columns cannot be split over so many ranks.
+    pub fn on_rank(&self, placement: &Placement) -> Result<Self> {
+        let (index, ranks) = placement.tensor();
+        let attention = &self.attention;
+        for (name, heads) in [("num_heads", attention.num_heads), ("num_kv_heads", attention.num_kv_heads)] {
+            if !heads.is_multiple_of(ranks) {
+                return Err(Error::Config(format!("tp {ranks} must divide {name} {heads}")));
+            }
+        }
+        let attention = AttentionConfig {
+            num_heads: attention.num_heads / ranks,
+            num_kv_heads: attention.num_kv_heads / ranks,
+            ..*attention
+        };
+        let split =
+            |mlp: MlpConfig, name: &str, (index, parts): (usize, usize)| match part(mlp.d_ff, index, parts).len() {
+                0 => Err(Error::Config(format!("{name} {parts} is more than d_ff {}", mlp.d_ff))),
+                d_ff => Ok(MlpConfig { d_ff, ..mlp }),
+            };
+        let dense = |mlp| split(mlp, "tp", (index, ranks));
+        let feed_forward = match self.feed_forward {
+            FeedForwardConfig::Dense(mlp) => FeedForwardConfig::Dense(dense(mlp)?),
+            FeedForwardConfig::Moe(moe) => FeedForwardConfig::Moe(MoeConfig {
+                expert: split(moe.expert, "expert_slices", placement.slice(moe.num_experts))?,
+                branch: match moe.branch {
+                    BranchConfig::None => BranchConfig::None,
+                    BranchConfig::Residual(mlp) => BranchConfig::Residual(dense(mlp)?),
+                    BranchConfig::Shared { mlp, gate } => BranchConfig::Shared { mlp: dense(mlp)?, gate },
+                },
+                ..moe
+            }),
+        };
+        Ok(Self { attention, feed_forward, ..*self })
+    }
+
     fn params(&self) -> Vec<ParamSpec> {
         let parts = [
             ("input_layernorm", self.norm.params()),
@@ -354,15 +395,19 @@ impl DecoderConfig {
         ParamSpec::new("weight", &[rows, self.d_model], ParamInit::Normal(self.init_std))
     }
 
+    /// `model.embed_tokens.weight`
+    pub(crate) fn embed_tokens(&self) -> ParamSpec {
+        self.table(self.vocab_size).split(SplitKind::Tensor, 0, 1)
+    }
+
     /// `lm_head`, if it is not the embedding.
     pub(crate) fn lm_head(&self) -> Option<ParamSpec> {
-        (!self.tie_embeddings).then(|| self.table(self.vocab_size).split(SplitKind::Tensor, 0, 1))
+        (!self.tie_embeddings).then(|| self.embed_tokens())
     }
 
     /// Every parameter under its whole name, in the order of the forward pass.
     pub fn params(&self) -> ParamTable {
-        let embed = self.table(self.vocab_size).split(SplitKind::Tensor, 0, 1);
-        let mut all = vec![embed.below("model.embed_tokens")];
+        let mut all = vec![self.embed_tokens().below("model.embed_tokens")];
         if self.learned_positions {
             all.push(self.table(self.max_seq_len).below("model.embed_positions"));
         }

@@ -9,7 +9,11 @@ use crate::config::{DecoderConfig, LayerConfig};
 use crate::{Error, Result};
 use candle_core::{DType, Device, Tensor};
 use candle_nn::VarBuilder;
-use moe_core::{Mode, MoeOutput, NoiseSource, Ops, PositionedNoise, RouteContext, RouterConfig, SeededNoise};
+use moe_core::{
+    LocalDispatcher, Mode, MoeOps, MoeOutput, NoiseSource, Ops, PositionedNoise, RouteContext, RouterConfig,
+    SeededNoise,
+};
+use moe_parallel::{Mesh, RankDispatcher};
 use std::sync::Arc;
 
 /// How tokens are routed outside training.
@@ -32,14 +36,55 @@ struct Layer {
     ops: Arc<dyn Ops>,
 }
 
+/// What a decoder is built over: a backend, alone or on a rank of a mesh.
+#[derive(Clone, Copy)]
+struct Backend<'a> {
+    ops: &'a Arc<dyn Ops>,
+    mesh: Option<&'a Mesh>,
+}
+
+impl Backend<'_> {
+    /// The operations before the first layer and after the last.
+    fn ops(&self) -> Result<Arc<dyn Ops>> {
+        match self.mesh {
+            Some(mesh) => Ok(mesh.ops(Arc::clone(self.ops), None, None)?),
+            None => Ok(Arc::clone(self.ops)),
+        }
+    }
+
+    /// What a rank holds of a layer, and the layer's operations.
+    fn layer(&self, index: usize, config: &LayerConfig) -> Result<(LayerConfig, Arc<dyn Ops>)> {
+        let Some(mesh) = self.mesh else { return Ok((*config, Arc::clone(self.ops))) };
+        let experts = config.feed_forward.moe().map(|moe| moe.num_experts);
+        let local = config.on_rank(&mesh.placement()).map_err(|e| Error::Config(format!("layer {index}: {e}")))?;
+        Ok((local, mesh.ops(Arc::clone(self.ops), experts, Some(index as u32))?))
+    }
+
+    fn dispatcher(&self, index: usize, num_experts: usize) -> Result<RankDispatcher> {
+        let ops = Arc::clone(self.ops) as Arc<dyn MoeOps>;
+        match self.mesh {
+            Some(mesh) => Ok(mesh.dispatcher(num_experts, index as u32, ops)?),
+            None => Ok(RankDispatcher::Local(LocalDispatcher::new(ops))),
+        }
+    }
+}
+
 impl Layer {
-    fn new(config: &LayerConfig, vb: VarBuilder<'_>, ops: &Arc<dyn Ops>, rotaries: &mut Rotaries) -> Result<Self> {
+    fn new(
+        index: usize,
+        config: &LayerConfig,
+        vb: VarBuilder<'_>,
+        backend: Backend<'_>,
+        rotaries: &mut Rotaries,
+    ) -> Result<Self> {
+        let (config, ops) = &backend.layer(index, config)?;
+        let dispatcher = |num_experts| backend.dispatcher(index, num_experts);
         let norm = |name: &str| Norm::new(&config.norm, vb.pp(name), Arc::clone(ops));
         Ok(Self {
             attention_norm: norm("input_layernorm")?,
             attention: Attention::new(&config.attention, vb.pp("self_attn"), Arc::clone(ops), rotaries)?,
             feed_forward_norm: norm("post_attention_layernorm")?,
-            feed_forward: FeedForward::new(&config.feed_forward, vb.pp("mlp"), Arc::clone(ops))?,
+            feed_forward: FeedForward::new(&config.feed_forward, vb.pp("mlp"), Arc::clone(ops), dispatcher)?,
             ops: Arc::clone(ops),
         })
     }
@@ -80,15 +125,29 @@ impl Decoder {
     /// # Errors
     /// [`Error::Config`] for an impossible configuration; if a parameter is missing or has another shape.
     pub fn new(config: DecoderConfig, vb: VarBuilder<'_>, ops: Arc<dyn Ops>) -> Result<Self> {
+        Self::build(config, vb, Backend { ops: &ops, mesh: None })
+    }
+
+    /// One rank's part of a decoder: `config` is the whole one's, `vb` gives that rank's parts. Called by all ranks of `mesh`;
+    /// passes are too, and ranks of one tensor group run the same tokens.
+    ///
+    /// # Errors
+    /// As [`Decoder::new`]; [`Error::Config`] if the layers cannot be split so; [`Error::Parallel`] if a rank fails.
+    pub fn over(config: DecoderConfig, vb: VarBuilder<'_>, ops: Arc<dyn Ops>, mesh: &Mesh) -> Result<Self> {
+        Self::build(config, vb, Backend { ops: &ops, mesh: Some(mesh) })
+    }
+
+    fn build(config: DecoderConfig, vb: VarBuilder<'_>, backend: Backend<'_>) -> Result<Self> {
         config.validate()?;
+        let ops = backend.ops()?;
         let model = vb.pp("model");
-        let embed = |name: &str, rows| Embedding::new(&config.table(rows), model.pp(name), Arc::clone(&ops));
-        let embed_tokens = embed("embed_tokens", config.vocab_size)?;
-        let embed_positions =
-            config.learned_positions.then(|| embed("embed_positions", config.max_seq_len)).transpose()?;
+        let embed = |name: &str, spec| Embedding::new(&spec, model.pp(name), Arc::clone(&ops));
+        let embed_tokens = embed("embed_tokens", config.embed_tokens())?;
+        let positions = || embed("embed_positions", config.table(config.max_seq_len));
+        let embed_positions = config.learned_positions.then(positions).transpose()?;
         let mut rotaries = Rotaries::new(config.max_seq_len);
         let layer = |(index, layer): (usize, &LayerConfig)| {
-            Layer::new(layer, model.pp("layers").pp(index), &ops, &mut rotaries)
+            Layer::new(index, layer, model.pp("layers").pp(index), backend, &mut rotaries)
         };
         let layers = config.layers.iter().enumerate().map(layer).collect::<Result<_>>()?;
         let head = match config.lm_head() {
@@ -304,7 +363,7 @@ impl CausalLm for Decoder {
     }
 
     fn cache_layout(&self) -> CacheLayout {
-        CacheLayout { layers: self.config.layers.iter().map(|layer| layer.attention.kv_shape()).collect() }
+        CacheLayout { layers: self.layers.iter().map(|layer| layer.attention.kv_shape()).collect() }
     }
 
     fn device(&self) -> &Device {

@@ -1,6 +1,7 @@
 //! The crate's one error type.
 
 use crate::train::NonFinite;
+use moe_parallel::Fault;
 use std::path::PathBuf;
 
 /// What can go wrong in `moe-models`.
@@ -16,6 +17,9 @@ pub enum Error {
     /// A kernel refused its input.
     #[error(transparent)]
     Kernel(#[from] moe_kernels::Error),
+    /// The ranks of a model cannot be laid out so, or one of them failed.
+    #[error(transparent)]
+    Parallel(#[from] moe_parallel::Error),
     /// A configuration value is missing, unknown or impossible; the text names it and the fix.
     #[error("{0}")]
     Config(String),
@@ -90,6 +94,16 @@ pub enum Error {
 }
 
 impl Error {
+    /// What ended the communication between ranks, where that is behind this error.
+    pub fn fault(&self) -> Option<&Fault> {
+        match self {
+            Self::Parallel(error) => error.fault(),
+            Self::Moe(error) => Fault::of_core(error),
+            Self::Candle(error) => Fault::of_candle(error),
+            _ => None,
+        }
+    }
+
     /// An [`Error::Io`] at `path`.
     pub fn io(path: impl Into<PathBuf>, source: std::io::Error) -> Self {
         Self::Io { path: path.into(), reason: source }

@@ -27,4 +27,4 @@ pub use error::{Error, Result};
 pub use families::{Family, ReadFamily, gpt};
 pub use model::Model;
 pub use moe_kernels::Precision;
-pub use params::{Coordinates, ParamSource, ParamTable};
+pub use params::{ParamSource, ParamTable};

@@ -4,11 +4,12 @@
 use crate::batch::{LossOutput, Pass, TokenBatch};
 use crate::families::{Family, ReadFamily};
 use crate::hf::{self, Checkpoint};
-use crate::params::{Coordinates, ParamSource, ParamTable};
+use crate::params::{ParamSource, ParamTable};
 use crate::{Decoder, DecoderConfig, Error, Result};
 use candle_core::{DType, Device, Var};
 use moe_core::{CandleOps, Ops};
 use moe_kernels::{KernelOps, Precision};
+use moe_parallel::Placement;
 use std::borrow::Cow;
 use std::path::Path;
 use std::sync::Arc;
@@ -201,7 +202,7 @@ impl Decoder {
         let config = family.decoder()?;
         let table = Arc::new(config.params());
         checkpoint.check(&table)?;
-        let source = ParamSource::checkpoint(table, Arc::new(checkpoint), Coordinates::WHOLE);
+        let source = ParamSource::checkpoint(table, Arc::new(checkpoint), Placement::WHOLE);
         packed(config, source, precision, &Device::Cpu)
     }
 }

@@ -6,9 +6,9 @@ use crate::{Error, Result};
 use candle_core::{DType, Device, Shape, Tensor, Var};
 use candle_nn::VarBuilder;
 use candle_nn::var_builder::SimpleBackend;
-use moe_core::{ParamSpec, SplitKind};
+use moe_core::ParamSpec;
+use moe_parallel::Placement;
 use std::collections::HashMap;
-use std::ops::Range;
 use std::sync::Arc;
 
 /// The parameters of a model, in the order of its forward pass.
@@ -52,62 +52,6 @@ impl ParamTable {
     }
 }
 
-/// Which part of every parameter a rank holds.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub struct Coordinates {
-    /// Rank and number of ranks that matrices are split over.
-    pub tensor: (usize, usize),
-    /// Rank and number of ranks that experts are spread over.
-    pub expert: (usize, usize),
-}
-
-impl Coordinates {
-    /// One rank that holds everything.
-    pub const WHOLE: Self = Self { tensor: (0, 1), expert: (0, 1) };
-
-    fn of(&self, kind: SplitKind) -> (usize, usize) {
-        match kind {
-            SplitKind::Expert => self.expert,
-            SplitKind::Tensor => self.tensor,
-        }
-    }
-
-    /// The part of `0..len` of a rank; the first parts are longer by one where `len` does not divide.
-    pub fn range(len: usize, (rank, size): (usize, usize)) -> Range<usize> {
-        let (least, longer) = (len / size, len % size);
-        let start = rank * least + rank.min(longer);
-        start..start + least + usize::from(rank < longer)
-    }
-
-    /// The shape of a rank's part.
-    pub fn local_shape(&self, spec: &ParamSpec) -> Vec<usize> {
-        let mut shape = spec.shape.clone();
-        for split in &spec.splits {
-            let part = Self::range(spec.shape[split.dim] / split.parts, self.of(split.kind));
-            shape[split.dim] = part.len() * split.parts;
-        }
-        shape
-    }
-
-    /// The part of a whole tensor; for one expert of a stack, `skip` is 1: the dimension it lacks.
-    fn part(&self, spec: &ParamSpec, mut whole: Tensor, skip: usize) -> candle_core::Result<Tensor> {
-        for split in spec.splits.iter().filter(|split| split.dim >= skip) {
-            let coordinates = self.of(split.kind);
-            if coordinates.1 == 1 {
-                continue;
-            }
-            let len = spec.shape[split.dim] / split.parts;
-            let range = Self::range(len, coordinates);
-            let dim = split.dim - skip;
-            let parts = (0..split.parts)
-                .map(|part| whole.narrow(dim, part * len + range.start, range.len()))
-                .collect::<candle_core::Result<Vec<_>>>()?;
-            whole = Tensor::cat(&parts, dim)?;
-        }
-        Ok(whole)
-    }
-}
-
 /// What a [`ParamSource`] takes values from.
 #[derive(Debug, Clone)]
 enum Values {
@@ -123,7 +67,7 @@ enum Values {
 #[derive(Debug, Clone)]
 pub struct ParamSource {
     table: Arc<ParamTable>,
-    coordinates: Coordinates,
+    placement: Placement,
     values: Values,
 }
 
@@ -139,17 +83,23 @@ impl ParamSource {
     }
 
     fn tensors(table: Arc<ParamTable>, tensors: impl Iterator<Item = (String, Tensor)>) -> Self {
-        Self { table, coordinates: Coordinates::WHOLE, values: Values::Variables(tensors.collect()) }
+        Self { table, placement: Placement::WHOLE, values: Values::Variables(tensors.collect()) }
     }
 
     /// The initial values that `seed` draws: the same on every rank for the same element.
-    pub fn initial(table: Arc<ParamTable>, seed: u64, coordinates: Coordinates) -> Self {
-        Self { table, coordinates, values: Values::Initial { seed } }
+    pub fn initial(table: Arc<ParamTable>, seed: u64, placement: Placement) -> Self {
+        Self { table, placement, values: Values::Initial { seed } }
     }
 
     /// The tensors of a checkpoint.
-    pub fn checkpoint(table: Arc<ParamTable>, checkpoint: Arc<Checkpoint>, coordinates: Coordinates) -> Self {
-        Self { table, coordinates, values: Values::Files(checkpoint) }
+    pub fn checkpoint(table: Arc<ParamTable>, checkpoint: Arc<Checkpoint>, placement: Placement) -> Self {
+        Self { table, placement, values: Values::Files(checkpoint) }
+    }
+
+    /// The same for a rank of a layout: variables are then that rank's parts.
+    #[must_use]
+    pub fn at(self, placement: Placement) -> Self {
+        Self { placement, ..self }
     }
 
     /// As candle's builder, f32.
@@ -168,9 +118,9 @@ impl ParamSource {
                 Values::Initial { seed } => spec.initial(*seed, device)?,
                 Values::Files(files) => files.tensor(spec, device)?,
             };
-            return Ok(self.coordinates.part(spec, whole, 0)?);
+            return Ok(self.placement.local(spec, whole)?);
         };
-        let held = Coordinates::range(spec.shape[0], self.coordinates.expert);
+        let held = self.placement.experts(spec.shape[0]);
         let Some(global) = held.clone().nth(index) else {
             return Err(Error::Config(format!("{name} is not one of the {} experts held here", held.len())));
         };
@@ -179,7 +129,7 @@ impl ParamSource {
             Values::Initial { seed } => spec.initial_expert(*seed, global, device)?,
             Values::Files(files) => files.expert(spec, global, device)?,
         };
-        Ok(self.coordinates.part(spec, whole, 1)?)
+        Ok(self.placement.local_expert(spec, whole)?)
     }
 }
 
@@ -216,8 +166,9 @@ impl SimpleBackend for ParamSource {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use moe_core::ParamInit;
     use moe_core::testing::values;
+    use moe_core::{ParamInit, SplitKind};
+    use moe_parallel::ParallelDims;
 
     fn table() -> Arc<ParamTable> {
         let normal = ParamInit::Normal(1.0);
@@ -229,37 +180,48 @@ mod tests {
     /// Parts that do not divide: what all ranks hold is the whole, and every rank draws its part as one rank would.
     #[test]
     fn parts_of_all_ranks_make_the_whole() {
-        let whole = ParamSource::initial(table(), 3, Coordinates::WHOLE).builder(&Device::Cpu);
+        let whole = ParamSource::initial(table(), 3, Placement::WHOLE).builder(&Device::Cpu);
         for ranks in [1, 2, 3] {
-            let rank = |rank| {
-                let coordinates = Coordinates { tensor: (rank, ranks), expert: (rank, ranks) };
-                (coordinates, ParamSource::initial(table(), 3, coordinates).builder(&Device::Cpu))
+            let on = |dims: ParallelDims, rank| {
+                let placement = Placement::new(dims, rank).unwrap();
+                (placement, ParamSource::initial(table(), 3, placement).builder(&Device::Cpu))
             };
-            let mut q_rows = Vec::new();
-            let mut held = 0;
-            for (coordinates, vb) in (0..ranks).map(rank) {
-                let shapes: Vec<_> = table().specs().iter().map(|s| coordinates.local_shape(s)).collect();
-                let qkv = vb.get(shapes[0].as_slice(), "qkv.weight").unwrap();
-                q_rows.push(qkv.narrow(0, 0, shapes[0][0] / 3).unwrap());
-                let stack = vb.get(shapes[1].as_slice(), "mlp.experts.fc.weight").unwrap();
-                for expert in 0..shapes[1][0] {
-                    let one = vb.get(&shapes[1][1..], &format!("mlp.experts.{expert}.fc.weight")).unwrap();
-                    assert_eq!(values(&one), values(&stack.get(expert).unwrap()));
-                    let all = whole.get((7, 4), &format!("mlp.experts.{}.fc.weight", held + expert)).unwrap();
-                    let columns = Coordinates::range(4, coordinates.tensor);
-                    assert_eq!(values(&one), values(&all.narrow(1, columns.start, columns.len()).unwrap()));
-                }
-                held += shapes[1][0];
-            }
+            let get = |placement: Placement, vb: &VarBuilder<'_>, index: usize| {
+                let spec = table().specs()[index].clone();
+                vb.get(placement.local_shape(&spec).as_slice(), &spec.name).unwrap()
+            };
+            // Dense matrices over a tensor group: each of the three parts is split by itself.
+            let q_rows = |rank| {
+                let (placement, vb) = on(ParallelDims::new(1, ranks, ranks, 1), rank);
+                let qkv = get(placement, &vb, 0);
+                qkv.narrow(0, 0, qkv.dim(0).unwrap() / 3).unwrap()
+            };
             let q = whole.get((12, 5), "qkv.weight").unwrap().narrow(0, 0, 4).unwrap();
-            assert_eq!(values(&Tensor::cat(&q_rows, 0).unwrap()), values(&q), "{ranks} ranks");
-            assert_eq!(held, 5);
+            let rows: Vec<Tensor> = (0..ranks).map(q_rows).collect();
+            assert_eq!(values(&Tensor::cat(&rows, 0).unwrap()), values(&q), "{ranks} ranks");
+
+            // Whole experts over ranks; then columns of each.
+            let stack = whole.get((5, 7, 4), "mlp.experts.fc.weight").unwrap();
+            for (dims, dim) in [(ParallelDims::new(ranks, 1, ranks, 1), 0), (ParallelDims::new(ranks, 1, 1, ranks), 2)]
+            {
+                let part = |rank| {
+                    let (placement, vb) = on(dims, rank);
+                    let held = get(placement, &vb, 1);
+                    for expert in 0..held.dim(0).unwrap() {
+                        let one = vb.get(&held.dims()[1..], &format!("mlp.experts.{expert}.fc.weight")).unwrap();
+                        assert_eq!(values(&one), values(&held.get(expert).unwrap()));
+                    }
+                    held
+                };
+                let parts: Vec<Tensor> = (0..ranks).map(part).collect();
+                assert_eq!(values(&Tensor::cat(&parts, dim).unwrap()), values(&stack), "{dims:?}");
+            }
         }
     }
 
     #[test]
     fn unknown_names_and_other_shapes_are_refused() {
-        let vb = ParamSource::initial(table(), 3, Coordinates::WHOLE).builder(&Device::Cpu);
+        let vb = ParamSource::initial(table(), 3, Placement::WHOLE).builder(&Device::Cpu);
         for (shape, name, part) in [
             (&[3][..], "m.weight", "no parameter m.weight"),
             (&[4], "n.weight", "asks for [4]"),

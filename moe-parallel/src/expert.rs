@@ -155,9 +155,7 @@ impl Travelling {
             direction: direction.reversed(),
             site: site.backward(),
         };
-        exchanged("all_to_all", sent, arrived, move |grad| {
-            by_dtype!(grad.dtype(), T => back.run::<T>(grad))
-        })
+        exchanged("all_to_all", sent, arrived, move |grad| by_dtype!(grad.dtype(), T => back.run::<T>(grad)))
     }
 }
 

@@ -134,8 +134,10 @@ impl Mesh {
         let whole = dims.expert_group(rank);
         let consecutive = dims.order == ExpertOrder::Consecutive && tp > 1;
         // A layer with fewer experts than tensor indices has its groups within one: nothing to send by destination there.
+        // And experts that are whole on every rank need no rows at all.
         let coordination = match self.exchange.coordination {
             Coordination::ByDestination if dims.order == ExpertOrder::WithinTensor => Coordination::None,
+            _ if dims.ep == 1 && dims.slices == 1 => Coordination::None,
             other => other,
         };
         let by_destination = coordination == Coordination::ByDestination && consecutive;

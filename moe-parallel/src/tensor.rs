@@ -9,17 +9,18 @@
 //! # Source
 //! Megatron-LM (1909.08053) section 3: the conjugate operators f and g.
 
+use crate::Result;
 use crate::comm::{Collectives, Communicator, Element, Reduction, Site};
 use crate::dims::part;
 use crate::exchanged::{by_dtype, exchanged, values};
-use crate::Result;
 use candle_core::{D, Device, Tensor, WithDType};
 use moe_core::ops::{
     AttentionShape, Choices, DecoderOps, IGNORED, KvShape, LossOps, MoeOps, PagedKv, PagedSequence, Positions,
     RotaryLayout, RotaryTable, WeightOps, check_targets, parts_per_expert,
 };
 use moe_core::{
-    Activation, DispatchTable, DroplessConfig, MlpWeights, Ops, PackedWeight, SplitKind, Weight, WeightSource, WeightUse,
+    Activation, DispatchTable, DroplessConfig, MlpWeights, Ops, PackedWeight, SplitKind, Weight, WeightSource,
+    WeightUse,
 };
 use std::any::Any;
 use std::ops::Range;
@@ -39,9 +40,12 @@ pub fn copy_to_group(comm: &Arc<dyn Communicator>, site: Site, x: &Tensor) -> Re
         return Ok(x.clone());
     }
     let (comm, site) = (Arc::clone(comm), site.backward());
-    exchanged("copy_to_group", x, x.contiguous()?.copy()?, move |grad| {
-        by_dtype!(grad.dtype(), T => reduced::<T>(&*comm, site, grad, Reduction::Sum))
-    })
+    exchanged(
+        "copy_to_group",
+        x,
+        x.contiguous()?.copy()?,
+        move |grad| by_dtype!(grad.dtype(), T => reduced::<T>(&*comm, site, grad, Reduction::Sum)),
+    )
 }
 
 /// The sum of a group's tensors, in rank order, on every rank; its gradient is every term's.
@@ -67,7 +71,10 @@ enum Split {
     Columns,
     Rows,
     /// Rows of a table or columns of the output layer: these entries of a vocabulary.
-    Vocabulary { held: Range<usize>, size: usize },
+    Vocabulary {
+        held: Range<usize>,
+        size: usize,
+    },
 }
 
 /// A part of a matrix, in the backend's own form.
@@ -187,7 +194,8 @@ impl RankOps {
         let local = targets.iter().map(|&t| if here(t) { t - held.start as u32 } else { 0 });
         let local = Tensor::from_iter(local, logits.device())?.unsqueeze(1)?;
         let as_mask = |of: &dyn Fn(u32) -> bool| {
-            Tensor::from_iter(targets.iter().map(|&t| f32::from(u8::from(of(t)))), logits.device())?.to_dtype(logits.dtype())
+            Tensor::from_iter(targets.iter().map(|&t| f32::from(u8::from(of(t)))), logits.device())?
+                .to_dtype(logits.dtype())
         };
         let own = (shifted.gather(&local, 1)?.squeeze(1)? * as_mask(&here)?)?;
         let chosen = sum_over_group(&self.tensor, self.site, &own)?;
@@ -212,9 +220,10 @@ impl RankOps {
             return Ok(sum);
         }
         let parts = parts_per_expert(offsets, bias.dim(0)?).unwrap_or(1);
-        let experts = offsets.windows(2).enumerate().flat_map(|(group, pair)| {
-            std::iter::repeat_n((group / parts) as u32, pair[1] - pair[0])
-        });
+        let experts = offsets
+            .windows(2)
+            .enumerate()
+            .flat_map(|(group, pair)| std::iter::repeat_n((group / parts) as u32, pair[1] - pair[0]));
         let experts = Tensor::from_iter(experts, bias.device())?;
         Ok((sum + bias.index_select(&experts, 0)?)?)
     }

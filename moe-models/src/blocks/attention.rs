@@ -7,7 +7,7 @@ use crate::{Error, Result};
 use candle_core::{D, Tensor};
 use candle_nn::VarBuilder;
 use moe_core::Ops;
-use moe_core::ops::{AttentionShape, PagedKv, Positions, RotaryTable};
+use moe_core::ops::{AttentionShape, KvShape, PagedKv, Positions, RotaryTable};
 use std::sync::Arc;
 
 /// Causal attention.
@@ -70,6 +70,11 @@ impl Attention {
             config: *config,
             ops: Arc::clone(&ops),
         })
+    }
+
+    /// What a cache keeps of a token, on this rank.
+    pub fn kv_shape(&self) -> KvShape {
+        self.config.kv_shape()
     }
 
     fn shape(&self) -> AttentionShape {

@@ -5,6 +5,7 @@ use crate::config::FeedForwardConfig;
 use candle_core::Tensor;
 use candle_nn::VarBuilder;
 use moe_core::{Mlp, MoeBlock, MoeOutput, Ops, RouteContext};
+use moe_parallel::RankDispatcher;
 use std::sync::Arc;
 
 /// One network for all tokens, or routed experts.
@@ -13,18 +14,25 @@ pub enum FeedForward {
     /// One network.
     Dense(Mlp),
     /// Experts.
-    Moe(MoeBlock),
+    Moe(MoeBlock<RankDispatcher>),
 }
 
 impl FeedForward {
-    /// The part whose parameters lie under `vb`.
+    /// The part whose parameters lie under `vb`; `dispatcher` takes tokens to the experts of as many as it is asked for.
     ///
     /// # Errors
     /// If a parameter is missing or has another shape.
-    pub fn new(config: &FeedForwardConfig, vb: VarBuilder<'_>, ops: Arc<dyn Ops>) -> Result<Self> {
+    pub fn new(
+        config: &FeedForwardConfig,
+        vb: VarBuilder<'_>,
+        ops: Arc<dyn Ops>,
+        dispatcher: impl FnOnce(usize) -> Result<RankDispatcher>,
+    ) -> Result<Self> {
         Ok(match config {
             FeedForwardConfig::Dense(mlp) => Self::Dense(Mlp::new(mlp, vb, ops)?),
-            FeedForwardConfig::Moe(moe) => Self::Moe(MoeBlock::new(moe, vb, ops)?),
+            FeedForwardConfig::Moe(moe) => {
+                Self::Moe(MoeBlock::with_dispatcher(moe, vb, ops, dispatcher(moe.num_experts)?)?)
+            }
         })
     }
 

@@ -1,9 +1,11 @@
 //! Public behaviour of `moe-models`, one module per topic.
 
+mod equality;
 mod examples;
 mod family;
 mod golden;
 mod ragged;
+mod ranks;
 mod toy;
 mod train_checkpoint;
 mod train_cli;

@@ -7,8 +7,8 @@ use moe_core::CounterRng;
 use moe_kernels::KernelOps;
 use moe_models::gpt::{Gpt, GptConfig};
 use moe_models::{
-    CachedSequence, CausalLm, Coordinates, Decoder, EvalRouting, Family, LogitsOf, ParamSource, PoolConfig, Precision,
-    ReadFamily, SequenceStep,
+    CachedSequence, CausalLm, Decoder, EvalRouting, Family, LogitsOf, ParamSource, PoolConfig, Precision, ReadFamily,
+    SequenceStep,
 };
 use std::sync::Arc;
 
@@ -34,7 +34,7 @@ fn decoders() -> Vec<(String, Decoder)> {
     let windowed = <Box<dyn Family>>::read_file(&fixtures().join("qwen3_moe/config.json")).unwrap();
     let mut config = windowed.decoder().unwrap();
     (config.layers[0].attention.window, config.layers[2].attention.window) = (Some(9), Some(40));
-    let source = ParamSource::initial(Arc::new(config.params()), 3, Coordinates::WHOLE);
+    let source = ParamSource::initial(Arc::new(config.params()), 3, moe_parallel::Placement::WHOLE);
     let ops = Arc::new(KernelOps::packing(Precision::Bf16));
     let windowed = Decoder::new(config, source.builder(&Device::Cpu), ops).unwrap();
     all.push(("windows".into(), windowed));
