@@ -217,7 +217,8 @@ impl RankOps {
         let sum = sum_over_group(comm, self.site, &self.inner.experts(&rows, &without, activation, offsets)?)?;
         let Some(bias) = &weights.fc_out_bias else { return Ok(sum) };
         if sum.elem_count() == 0 {
-            return Ok(sum);
+            // candle leaves sums of nothing out of the graph, and the bias would have no gradient; a part of no rows has zeros.
+            return Ok(Tensor::cat(&[&sum, &bias.narrow(0, 0, 0)?], 0)?);
         }
         let parts = parts_per_expert(offsets, bias.dim(0)?).unwrap_or(1);
         let experts = offsets
