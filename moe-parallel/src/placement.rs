@@ -2,8 +2,9 @@
 
 use crate::dims::{ParallelDims, part};
 use crate::{Error, Result};
-use candle_core::Tensor;
+use candle_core::{Device, Tensor};
 use moe_core::{ParamSpec, Split, SplitKind};
+use std::collections::HashMap;
 use std::ops::Range;
 
 /// A rank of a layout.
@@ -97,6 +98,15 @@ impl Placement {
     /// If the tensor has another shape.
     pub fn local_expert(&self, spec: &ParamSpec, whole: Tensor) -> Result<Tensor> {
         self.cut(spec, whole, 1)
+    }
+
+    /// This rank's part of the initial values of `specs` by name: the values one rank would draw, at the same places.
+    ///
+    /// # Errors
+    /// If a tensor cannot be made.
+    pub fn initial(&self, specs: &[ParamSpec], seed: u64, device: &Device) -> Result<HashMap<String, Tensor>> {
+        let part = |spec: &ParamSpec| Ok((spec.name.clone(), self.local(spec, spec.initial(seed, device)?)?));
+        specs.iter().map(part).collect()
     }
 
     fn cut(&self, spec: &ParamSpec, mut whole: Tensor, skip: usize) -> Result<Tensor> {

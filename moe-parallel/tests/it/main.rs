@@ -1,0 +1,4 @@
+//! Public behaviour of `moe-parallel`, one module per topic.
+
+mod layer;
+mod modes;
