@@ -62,20 +62,20 @@ fn act(scenario: &str, comm: &dyn Communicator, timeout: Duration) -> Result<()>
         "size" if victim => comm.all_gather(SITE, &[1.0f32; 2]).map(drop)?,
         "size" => comm.all_gather(SITE, &[1.0f32]).map(drop)?,
         // Stopped from outside, for ever.
-        "stop" if victim => raise(libc::SIGSTOP),
+        "stop" if victim => end_by(libc::SIGSTOP),
         // Busy elsewhere for longer than the deadline.
         "late" if victim => std::thread::sleep(timeout + timeout / 2),
         // Leaves before the others do.
         "leave" if victim => return Ok(()),
-        "kill-before" if victim => raise(libc::SIGKILL),
+        "kill-before" if victim => end_by(libc::SIGKILL),
         "kill-inside" if victim => {
             let _started = comm.start_all_to_all_v(SITE, &values, &counts, &counts)?;
-            raise(libc::SIGKILL);
+            end_by(libc::SIGKILL);
         }
         "kill-after" => {
             comm.all_to_all_v(SITE, &values, &counts, &counts)?;
             if victim {
-                raise(libc::SIGKILL);
+                end_by(libc::SIGKILL);
             }
         }
         "diverge" | "stop" | "late" | "leave" | "kill-before" | "kill-inside" => {}
@@ -86,7 +86,9 @@ fn act(scenario: &str, comm: &dyn Communicator, timeout: Duration) -> Result<()>
     comm.barrier(SITE.backward())
 }
 
-fn raise(signal: libc::c_int) {
+fn end_by(signal: libc::c_int) {
+    // Told at once, and before: what times are counted from.
+    println!("rank {VICTIM} ends itself");
     // SAFETY: the signal is this process's own, and no handler of ours runs.
     unsafe { libc::raise(signal) };
 }
