@@ -3,6 +3,7 @@
 mod bench;
 mod ci;
 mod golden;
+mod mpi;
 mod plot;
 mod repro;
 mod shell;
@@ -35,6 +36,8 @@ enum Task {
     Repro(repro::Args),
     /// Regenerate the test fixtures that are made with Python.
     Golden(golden::Args),
+    /// Run the MPI engine under `mpirun`, with ranks that stop, die and diverge.
+    Mpi(mpi::Args),
     /// Plot a run's losses from its `metrics.jsonl` as an SVG.
     Plot(plot::Args),
 }
@@ -56,6 +59,7 @@ fn run(task: Task) -> Result<()> {
         Task::Bench(args) => bench::run(&args),
         Task::Repro(args) => repro::run(&args),
         Task::Golden(args) => golden::run(&args),
+        Task::Mpi(args) => mpi::run(&args),
         Task::Plot(args) => plot::run(&args),
     }
 }

@@ -5,14 +5,20 @@
 //! engine. Reductions are an exchange of parts and a local sum in rank order, so their results depend neither on arrival nor
 //! on the engine.
 
+#[cfg(any(test, feature = "mpi"))]
+mod agreement;
 mod collectives;
 mod element;
 mod fault;
+#[cfg(feature = "mpi")]
+pub mod mpi;
 mod parcel;
 mod stamp;
 #[cfg(test)]
 mod tests;
 pub mod thread;
+#[cfg(any(test, feature = "mpi"))]
+mod wire;
 
 pub use collectives::{AllReducing, Collectives, Gathering, Reduction};
 pub use element::Element;

@@ -61,13 +61,13 @@ impl Parcel {
     }
 
     /// Header and payload, as they travel.
-    #[cfg(any(feature = "mpi", feature = "nccl"))]
-    pub(crate) fn bytes(&self) -> &[u8] {
-        &self.0
+    #[cfg(feature = "mpi")]
+    pub(crate) fn into_bytes(self) -> Vec<u8> {
+        self.0
     }
 
     /// A message that has arrived.
-    #[cfg(any(feature = "mpi", feature = "nccl"))]
+    #[cfg(feature = "mpi")]
     pub(crate) fn from_bytes(bytes: Vec<u8>) -> Self {
         Self(bytes)
     }

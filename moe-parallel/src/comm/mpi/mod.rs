@@ -1,0 +1,181 @@
+//! Ranks that are processes of an MPI job, started by `mpirun` or the like.
+//!
+//! MPI carries bytes between two ranks and nothing more: every send is one `MPI_Isend`, every receive an `MPI_Irecv` of a
+//! message that `MPI_Iprobe` has found, and all waiting is polling against the deadline, so that a rank which is slow, stopped
+//! or elsewhere ends in a typed [`Fault`](super::Fault) and not in a call that never returns. No collective of MPI's is used
+//! but those that start and end it, and these have no deadline of their own.
+//!
+//! # Progress
+//! While nobody waits, a thread of the engine's moves messages on as long as any are under way; so a large message reaches
+//! its receiver though its sender computes. MPI must offer thread level SERIALIZED.
+//!
+//! # Faults
+//! The ranks tell each other which fault they know of and agree on one within half a second (see `agreement.rs`), which every
+//! operation returns from then on, on all ranks. Messages that are under way then are never completed; their buffers are
+//! leaked, for MPI may still write to them. `MPI_Finalize`, which would wait for the missing rank, is not called, so
+//! `mpirun` ends the job with an error: a program returns from `main` soon after a fault, having dropped its [`MpiWorld`].
+//!
+//! A rank that has gone is seen by its silence at the deadline, or at once if it has dropped its world. A process that *dies*
+//! is the launcher's affair: Open MPI 4.1 ends the whole job then, within a fraction of a second, and no rank returns.
+
+mod engine;
+mod raw;
+
+use super::{Communicator, Expected, Fault, Group, Parcel, Pending, Stamp};
+use crate::comm::Cause;
+use crate::{Error, Result};
+use engine::{Engine, State};
+use raw::Link;
+use std::marker::PhantomData;
+use std::sync::Arc;
+use std::thread::JoinHandle;
+use std::time::Duration;
+
+/// This process's place in an MPI job. Dropped last, on the thread it was started on.
+#[derive(Debug)]
+pub struct MpiWorld {
+    engine: Arc<Engine>,
+    pump: Option<JoinHandle<()>>,
+    /// MPI is ended by the thread that has started it.
+    _thread: PhantomData<*const ()>,
+}
+
+impl MpiWorld {
+    /// Starts MPI, which waits for all processes of the job; the world, and the communicator of all its ranks. Every
+    /// operation, and leaving, has to end within `timeout`.
+    ///
+    /// # Errors
+    /// [`Error::Engine`] if MPI was started before, offers too low a thread level, or fails.
+    pub fn start(timeout: Duration) -> Result<(Self, Arc<dyn Communicator>)> {
+        let engine = Engine::new(Link::start().map_err(Error::Engine)?, timeout);
+        let pumped = Arc::clone(&engine);
+        let pump = std::thread::Builder::new()
+            .name("mpi-pump".into())
+            .spawn(move || pumped.pump())
+            .map_err(|error| Error::Engine(format!("no thread for MPI's progress: {error}")))?;
+        let group = Group::world(engine.rank, engine.size);
+        let comm = MpiCommunicator { group, engine: Arc::clone(&engine) };
+        Ok((Self { engine, pump: Some(pump), _thread: PhantomData }, Arc::new(comm)))
+    }
+
+    /// Leaves: waits until all messages are out and all ranks leave, and ends MPI. Communicators are of no use afterwards.
+    /// Dropping does the same, but tells nothing.
+    ///
+    /// # Errors
+    /// [`Error::Fault`] if there was a fault or there is one now, which can be that a rank does not leave within the
+    /// timeout. MPI is not ended then; the other ranks have half a second to report theirs before this returns.
+    pub fn finish(mut self) -> Result<()> {
+        self.end()
+    }
+
+    fn end(&mut self) -> Result<()> {
+        let Some(pump) = self.pump.take() else { return Ok(()) };
+        let left = self.engine.leave(std::thread::panicking());
+        let joined = pump.join().map_err(|_| Error::Engine("the thread of MPI's progress has panicked".into()));
+        let link = left?;
+        joined?;
+        link.map_or(Ok(()), Link::finalize).map_err(Error::Engine)
+    }
+}
+
+impl Drop for MpiWorld {
+    fn drop(&mut self) {
+        let _told_before = self.end();
+    }
+}
+
+#[derive(Debug)]
+struct MpiCommunicator {
+    group: Group,
+    engine: Arc<Engine>,
+}
+
+impl Communicator for MpiCommunicator {
+    fn group(&self) -> &Group {
+        &self.group
+    }
+
+    fn start(&self, stamp: Stamp, sends: Vec<(usize, Parcel)>, receives: &[Expected]) -> Result<Box<dyn Pending>> {
+        let deadline = self.engine.now() + self.engine.timeout;
+        let world = |peer: usize| self.group.members()[peer];
+        self.engine.begin(stamp, sends.into_iter().map(|(peer, parcel)| (world(peer), parcel)).collect())?;
+        Ok(Box::new(MpiPending {
+            engine: Arc::clone(&self.engine),
+            messages: Messages {
+                stamp,
+                receives: receives.iter().map(|e| (world(e.peer), e.bytes)).collect(),
+                arrived: vec![None; receives.len()],
+                deadline,
+                timeout: self.engine.timeout,
+            },
+        }))
+    }
+
+    fn over(&self, group: Group) -> Arc<dyn Communicator> {
+        Arc::new(Self { group, engine: Arc::clone(&self.engine) })
+    }
+
+    fn fault(&self) -> Option<Fault> {
+        self.engine.fault()
+    }
+}
+
+#[derive(Debug)]
+struct MpiPending {
+    engine: Arc<Engine>,
+    messages: Messages,
+}
+
+/// The messages an operation waits for.
+#[derive(Debug)]
+struct Messages {
+    stamp: Stamp,
+    /// Sender, by its number in the world, and size.
+    receives: Vec<(usize, usize)>,
+    arrived: Vec<Option<Parcel>>,
+    deadline: Duration,
+    timeout: Duration,
+}
+
+impl Messages {
+    /// Takes what has come; whether that is all. An error if the rest will not come.
+    fn collect(&mut self, state: &mut State, now: Duration) -> std::result::Result<Option<()>, Fault> {
+        let stamp = self.stamp;
+        let fault = |state: &State, cause| Fault { stamp, ..state.fault(cause) };
+        for (&(peer, bytes), arrived) in self.receives.iter().zip(&mut self.arrived).filter(|(_, a)| a.is_none()) {
+            *arrived = state.message(peer, stamp, bytes).map_err(|cause| fault(state, cause))?;
+        }
+        let missing =
+            || self.receives.iter().zip(&self.arrived).filter(|(_, a)| a.is_none()).map(|((peer, _), _)| *peer);
+        if missing().next().is_none() {
+            return Ok(Some(()));
+        }
+        if let Some(peer) = missing().find(|&peer| state.peers[peer].left) {
+            return Err(fault(state, Cause::Left { peer }));
+        }
+        if now >= self.deadline {
+            let missing = missing().map(|peer| (peer, state.peers[peer].last)).collect();
+            return Err(fault(state, Cause::Timeout { missing, after: self.timeout }));
+        }
+        Ok(None)
+    }
+}
+
+impl Pending for MpiPending {
+    fn wait(mut self: Box<Self>) -> Result<Vec<Parcel>> {
+        let messages = &mut self.messages;
+        self.engine.poll(|state, now| messages.collect(state, now))?;
+        Ok(std::mem::take(&mut messages.arrived).into_iter().flatten().collect())
+    }
+
+    fn test(&mut self) -> bool {
+        let messages = &mut self.messages;
+        self.engine.poll_once(|state, now| messages.collect(state, now))
+    }
+}
+
+impl Drop for MpiPending {
+    fn drop(&mut self) {
+        self.engine.lock().pending -= 1;
+    }
+}

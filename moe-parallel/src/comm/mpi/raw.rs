@@ -1,0 +1,239 @@
+//! The few calls of MPI the engine makes, with their return codes checked. All of this crate's `unsafe` for MPI is here.
+//!
+//! Nothing here blocks but [`Link::start`] and [`Link::finalize`]. A buffer belongs to its [`Transfer`] until MPI is done with
+//! it; one that is dropped before is leaked, for MPI may still write to it.
+#![allow(unsafe_code)]
+
+use ::mpi::ffi;
+use std::ffi::{c_int, c_void};
+use std::mem::MaybeUninit;
+use std::ptr;
+
+/// The result of calls of MPI; the text names the call.
+pub(super) type Result<T> = std::result::Result<T, String>;
+
+/// MPI counts in this type.
+pub(super) const MOST_BYTES: usize = c_int::MAX as usize;
+
+/// What a message is.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Tag {
+    /// Part of an operation.
+    Parcel = 1,
+    /// A fault that its sender knows of.
+    Vote = 2,
+    /// The last message of its sender.
+    Goodbye = 3,
+}
+
+impl Tag {
+    fn of(tag: c_int) -> Result<Self> {
+        [Self::Parcel, Self::Vote, Self::Goodbye]
+            .into_iter()
+            .find(|&known| known as c_int == tag)
+            .ok_or_else(|| format!("a message with the unknown tag {tag} has come"))
+    }
+}
+
+/// A communicator of MPI's that is ours alone.
+pub(super) struct Link {
+    comm: ffi::MPI_Comm,
+    rank: usize,
+    size: usize,
+}
+
+// SAFETY: MPI runs at thread level SERIALIZED at least (`Link::start` checks): any thread may call it, one at a time. `Link`
+// and `Transfer` are used under the engine's mutex only.
+unsafe impl Send for Link {}
+// SAFETY: as for `Link`.
+unsafe impl Send for Transfer {}
+
+impl Link {
+    /// Starts MPI and waits, without a deadline, for all processes of the job.
+    pub(super) fn start() -> Result<Self> {
+        let mut started = 0;
+        // SAFETY: this call is allowed before MPI is started and after it has ended.
+        check("MPI_Initialized", unsafe { ffi::MPI_Initialized(&mut started) })?;
+        if started != 0 {
+            return Err("MPI was started before; a process starts it once".into());
+        }
+        // SAFETY: constants of the library.
+        let (wanted, world) = unsafe { (ffi::RSMPI_THREAD_SERIALIZED, ffi::RSMPI_COMM_WORLD) };
+        let mut level = 0;
+        // SAFETY: MPI is not started yet; null stands for a program without arguments.
+        check("MPI_Init_thread", unsafe {
+            ffi::MPI_Init_thread(ptr::null_mut(), ptr::null_mut(), wanted, &mut level)
+        })?;
+        if level < wanted {
+            // SAFETY: MPI is started and nothing is under way.
+            check("MPI_Finalize", unsafe { ffi::MPI_Finalize() })?;
+            return Err(format!("this MPI offers thread level {level}, but {wanted} (serialized) is needed"));
+        }
+        return_errors(world)?;
+        let mut comm = MaybeUninit::uninit();
+        // SAFETY: MPI is started; the new handle is read after success only.
+        check("MPI_Comm_dup", unsafe { ffi::MPI_Comm_dup(world, comm.as_mut_ptr()) })?;
+        // SAFETY: written by the call above, which has succeeded.
+        Self::of(unsafe { comm.assume_init() })
+    }
+
+    fn of(comm: ffi::MPI_Comm) -> Result<Self> {
+        return_errors(comm)?;
+        let (mut rank, mut size) = (0, 0);
+        // SAFETY: `comm` is a communicator of a started MPI.
+        check("MPI_Comm_rank", unsafe { ffi::MPI_Comm_rank(comm, &mut rank) })?;
+        // SAFETY: as above.
+        check("MPI_Comm_size", unsafe { ffi::MPI_Comm_size(comm, &mut size) })?;
+        let number =
+            |value: c_int| usize::try_from(value).map_err(|_| format!("MPI gives {value} as a rank or a size"));
+        Ok(Self { comm, rank: number(rank)?, size: number(size)? })
+    }
+
+    /// This process among all.
+    pub(super) fn rank(&self) -> usize {
+        self.rank
+    }
+
+    /// Number of processes.
+    pub(super) fn size(&self) -> usize {
+        self.size
+    }
+
+    /// Begins to send.
+    pub(super) fn send(&self, peer: usize, tag: Tag, buffer: Vec<u8>) -> Result<Transfer> {
+        let (bytes, peer) = (count(buffer.len())?, count(peer)?);
+        let mut transfer = Transfer { request: null_request(), buffer, arriving: None, done: false };
+        // SAFETY: the buffer has `bytes` bytes and lives, unmoved, until the request is done: `Transfer` sees to that.
+        check("MPI_Isend", unsafe {
+            let (data, kind) = (transfer.buffer.as_ptr().cast::<c_void>(), ffi::RSMPI_UINT8_T);
+            ffi::MPI_Isend(data, bytes, kind, peer, tag as c_int, self.comm, &mut transfer.request)
+        })?;
+        Ok(transfer)
+    }
+
+    /// Begins to receive a message that has come, if one has; with it, its sender and what it is.
+    pub(super) fn receive(&self) -> Result<Option<(usize, Tag, Transfer)>> {
+        // 1. Is there any?
+        let (mut flag, mut status) = (0, MaybeUninit::uninit());
+        // SAFETY: the status is read only if the flag says that it was written.
+        check("MPI_Iprobe", unsafe {
+            let (any, tag) = (ffi::RSMPI_ANY_SOURCE, ffi::RSMPI_ANY_TAG);
+            ffi::MPI_Iprobe(any, tag, self.comm, &mut flag, status.as_mut_ptr())
+        })?;
+        if flag == 0 {
+            return Ok(None);
+        }
+        // SAFETY: the flag says that there is a message, so its status was written.
+        let status = unsafe { status.assume_init() };
+        let bytes = received(&status)?;
+        let tag = Tag::of(status.MPI_TAG)?;
+        let peer = usize::try_from(status.MPI_SOURCE)
+            .ok()
+            .filter(|&peer| peer < self.size)
+            .ok_or_else(|| format!("a message of rank {} has come, of {} ranks", status.MPI_SOURCE, self.size))?;
+
+        // 2. The very message that was found: nobody else receives on this communicator.
+        let buffer = Vec::with_capacity(bytes);
+        let mut transfer = Transfer { request: null_request(), buffer, arriving: Some(bytes), done: false };
+        // SAFETY: the buffer has room for `bytes` bytes and lives, unmoved, until the request is done.
+        check("MPI_Irecv", unsafe {
+            let (data, kind) = (transfer.buffer.as_mut_ptr().cast::<c_void>(), ffi::RSMPI_UINT8_T);
+            let (source, tag) = (status.MPI_SOURCE, status.MPI_TAG);
+            ffi::MPI_Irecv(data, count(bytes)?, kind, source, tag, self.comm, &mut transfer.request)
+        })?;
+        Ok(Some((peer, tag, transfer)))
+    }
+
+    /// Ends MPI, and waits for all processes to do so. For the thread that has started it.
+    pub(super) fn finalize(mut self) -> Result<()> {
+        // SAFETY: nothing is under way on the communicator, and it is not used again.
+        check("MPI_Comm_free", unsafe { ffi::MPI_Comm_free(&mut self.comm) })?;
+        // SAFETY: MPI is started, and `Link` was the only way to it.
+        check("MPI_Finalize", unsafe { ffi::MPI_Finalize() })
+    }
+}
+
+/// A message under way, with its buffer, which is also kept (for ever) where MPI reports that it could not begin.
+pub(super) struct Transfer {
+    request: ffi::MPI_Request,
+    buffer: Vec<u8>,
+    /// Of one that is received: how many bytes it has, which are the buffer's once it is done.
+    arriving: Option<usize>,
+    done: bool,
+}
+
+impl Transfer {
+    /// Whether MPI is done with it.
+    pub(super) fn test(&mut self) -> Result<bool> {
+        if self.done {
+            return Ok(true);
+        }
+        let (mut flag, mut status) = (0, MaybeUninit::uninit());
+        // SAFETY: the request is active: `done` is false. The status is read only if the flag says that it was written.
+        check("MPI_Test", unsafe { ffi::MPI_Test(&mut self.request, &mut flag, status.as_mut_ptr()) })?;
+        if flag == 0 {
+            return Ok(false);
+        }
+        self.done = true;
+        if let Some(bytes) = self.arriving {
+            // SAFETY: the flag says that the receive is done, so its status was written.
+            let got = received(unsafe { status.assume_init_ref() })?;
+            if got != bytes {
+                return Err(format!("MPI_Irecv got {got} bytes of a message of {bytes}"));
+            }
+            // SAFETY: MPI has written this many bytes, for which there is room.
+            unsafe { self.buffer.set_len(bytes) };
+        }
+        Ok(true)
+    }
+
+    /// The bytes of a message that is done.
+    pub(super) fn into_bytes(mut self) -> Vec<u8> {
+        debug_assert!(self.done, "the message is under way");
+        std::mem::take(&mut self.buffer)
+    }
+}
+
+impl Drop for Transfer {
+    fn drop(&mut self) {
+        if !self.done {
+            std::mem::forget(std::mem::take(&mut self.buffer));
+        }
+    }
+}
+
+fn null_request() -> ffi::MPI_Request {
+    // SAFETY: a constant of the library.
+    unsafe { ffi::RSMPI_REQUEST_NULL }
+}
+
+/// Makes errors on this communicator return codes instead of ends of the process.
+fn return_errors(comm: ffi::MPI_Comm) -> Result<()> {
+    // SAFETY: `comm` is a communicator of a started MPI, the handler a constant of the library.
+    check("MPI_Comm_set_errhandler", unsafe { ffi::MPI_Comm_set_errhandler(comm, ffi::RSMPI_ERRORS_RETURN) })
+}
+
+/// Bytes of the message of this status.
+fn received(status: &ffi::MPI_Status) -> Result<usize> {
+    let mut bytes = 0;
+    // SAFETY: the status was written by MPI.
+    check("MPI_Get_count", unsafe { ffi::MPI_Get_count(status, ffi::RSMPI_UINT8_T, &mut bytes) })?;
+    usize::try_from(bytes).map_err(|_| "MPI_Get_count gives no size".into())
+}
+
+fn count(value: usize) -> Result<c_int> {
+    c_int::try_from(value).map_err(|_| format!("{value} is more than the {MOST_BYTES} that MPI counts to"))
+}
+
+/// The error of a return code.
+fn check(call: &str, code: c_int) -> Result<()> {
+    if code == ffi::MPI_SUCCESS as c_int {
+        return Ok(());
+    }
+    let mut text = [0u8; ffi::MPI_MAX_ERROR_STRING as usize + 1];
+    let mut len = 0;
+    // SAFETY: the buffer is longer than the longest text.
+    let known = unsafe { ffi::MPI_Error_string(code, text.as_mut_ptr().cast(), &mut len) };
+    let text = usize::try_from(len).ok().and_then(|len| text.get(..len)).filter(|_| known == ffi::MPI_SUCCESS as c_int);
+    Err(format!("{call} failed with code {code}: {}", String::from_utf8_lossy(text.unwrap_or(b"unknown"))))
+}
