@@ -64,8 +64,8 @@ const SCENARIOS: [Scenario; 9] = [
 pub(crate) fn run(args: &Args) -> Result<()> {
     let version = version()?;
     // The whole workspace is named so that the dependencies are the ones its tests have compiled.
-    let examples = ["--example", "mpi_conformance", "--example", "mpi_faults"];
-    let features = ["--features", "moe-parallel/mpi,moe-parallel/testing"];
+    let examples = ["--example", "mpi_conformance", "--example", "mpi_faults", "--example", "mpi_equality"];
+    let features = ["--features", "moe-models/mpi,moe-parallel/testing"];
     shell::run(cargo(&["build", "--workspace"]).args(examples).args(features))?;
 
     println!("{version}");
@@ -73,6 +73,12 @@ pub(crate) fn run(args: &Args) -> Result<()> {
         let run = Run::of(ranks, &["mpi_conformance"])?;
         ensure!(run.succeeded && run.lines.len() == 1, "conformance on {ranks} ranks failed:\n{}", run.text());
         println!("{}", run.lines[0].1);
+    }
+
+    for ranks in [4, 8] {
+        let run = Run::of(ranks, &["mpi_equality"])?;
+        ensure!(run.succeeded && run.lines.len() == 2, "equality on {ranks} ranks failed:\n{}", run.text());
+        run.lines.iter().for_each(|(_, line)| println!("{line}"));
     }
 
     let times = if args.long { 20 } else { 2 };
