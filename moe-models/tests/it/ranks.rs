@@ -1,8 +1,14 @@
 //! A PR-MoE over up to 8 ranks on threads equals one rank; and what a rank without a partner says.
 
 use crate::equality::{Kind, Reference, check, layouts};
-use moe_models::Precision;
+use candle_core::{Device, Tensor};
+use moe_kernels::KernelOps;
+use moe_models::gpt::{Gpt, GptConfig};
+use moe_models::{CausalLm, Decoder, LogitsOf, ParamSource, PoolConfig, Precision, SequenceStep};
+use moe_parallel::all_to_all::Route;
 use moe_parallel::comm::thread::ThreadWorld;
+use moe_parallel::{Collectives, Coordination, ExchangeConfig, Mesh, ParallelDims};
+use std::sync::Arc;
 
 fn kind(experts: &[usize], top_k: usize, capacity: Option<f64>) -> Kind {
     Kind { experts: experts.to_vec(), top_k, capacity, precision: Precision::F32 }
@@ -41,5 +47,51 @@ fn every_kind_of_model_equals_one_rank() {
                 ThreadWorld::new(world).run(|comm| check(&comm, layout, &reference));
             }
         }
+    }
+}
+
+/// Logits of a prompt and of a token after it.
+fn decode(decoder: &Decoder, prompt: &[u32]) -> Vec<f32> {
+    let pool = decoder.new_pool(PoolConfig { num_pages: 8, page_size: 4 }).unwrap();
+    let mut sequence = pool.sequence();
+    let mut logits = Vec::new();
+    for token_ids in [prompt, &[7]] {
+        let step = SequenceStep { sequence: &mut sequence, token_ids, logits: LogitsOf::Last };
+        let output = decoder.forward(&mut [step], &pool).unwrap();
+        logits.extend(output.logits.flatten_all().and_then(|t: Tensor| t.to_vec1::<f32>()).unwrap());
+    }
+    logits
+}
+
+/// The inference pass over ranks, with packed weights: the bits of one rank where matrices are whole.
+#[test]
+fn inference_over_ranks_equals_one_rank() {
+    let mut config = GptConfig::preset("tiny-pr-moe").unwrap();
+    (config.vocab_size, config.max_seq_len, config.d_model, config.num_heads, config.d_ff) = (61, 16, 24, 4, 40);
+    config.init_std = 0.2;
+    let model = Gpt::new(config, 3, &Device::Cpu).unwrap();
+    let (table, config) = (Arc::new(model.table().clone()), model.decoder_config().clone());
+    let ops = || Arc::new(KernelOps::packing(Precision::F32));
+    let whole = model.into_packed().unwrap();
+    let prompt = |d: usize| (0..3 + d).map(|i| ((i * 11 + d * 5) % 61) as u32).collect::<Vec<_>>();
+    for (dims, coordination) in [
+        (ParallelDims::new(4, 1, 4, 1), Coordination::None),
+        (ParallelDims::new(2, 2, 4, 1), Coordination::ByDestination),
+        (ParallelDims::new(4, 1, 2, 2), Coordination::None),
+    ] {
+        let want: Vec<Vec<f32>> = (0..dims.dp).map(|d| decode(&whole, &prompt(d))).collect();
+        ThreadWorld::new(4).run(|comm| {
+            let exchange = ExchangeConfig { route: Route::Hierarchical, coordination };
+            let mesh = Mesh::new(Arc::clone(&comm), dims, 2, exchange).unwrap();
+            let vb = ParamSource::initial(Arc::clone(&table), 3, mesh.placement()).builder(&Device::Cpu);
+            let decoder = Decoder::over(config.clone(), vb, ops(), &mesh).unwrap();
+            let d = dims.dense(comm.rank()).dp_rank;
+            let got = decode(&decoder, &prompt(d));
+            if dims.tp == 1 && dims.expert_slices == 1 {
+                assert_eq!(got, want[d], "{dims:?}");
+            }
+            let worst = got.iter().zip(&want[d]).fold(0f32, |m, (a, b)| m.max((a - b).abs()));
+            assert!(got.len() == want[d].len() && worst < 1e-4, "{dims:?}: {worst:e}");
+        });
     }
 }

@@ -14,6 +14,34 @@ fn threads_conform() {
     }
 }
 
+/// A rank that waits for another must not hold up the kernels of a third: their threads are not those of one pool.
+#[test]
+fn every_rank_has_a_kernel_pool_of_its_own() {
+    for (world, threads) in [(ThreadWorld::new(3).with_kernel_threads(2), 2), (ThreadWorld::new(64), 1)] {
+        let ran_on = world.run(|comm| {
+            assert_eq!(rayon::current_num_threads(), threads);
+            // All threads of this rank's pool at once, while the other ranks' are at the same.
+            let ids = std::sync::Mutex::new(Vec::new());
+            let meeting = std::sync::Barrier::new(threads);
+            rayon::scope(|scope| {
+                for _ in 0..threads {
+                    scope.spawn(|_| {
+                        meeting.wait();
+                        ids.lock().unwrap().push(std::thread::current().id());
+                    });
+                }
+            });
+            comm.barrier(SITE).unwrap();
+            ids.into_inner().unwrap()
+        });
+        let mut all: Vec<String> = ran_on.iter().flatten().map(|id| format!("{id:?}")).collect();
+        let count = all.len();
+        all.sort();
+        all.dedup();
+        assert_eq!((all.len(), count), (count, threads * ran_on.len()));
+    }
+}
+
 #[test]
 fn stamps_survive_the_wire() {
     let stamp = Stamp { context: u64::MAX, sequence: 7, kind: Kind::InterNode, site: Site::layer(Phase::Backward, 3) };
