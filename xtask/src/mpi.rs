@@ -45,8 +45,9 @@ enum Expected {
     JobEnds,
 }
 
-const SCENARIOS: [Scenario; 9] = [
+const SCENARIOS: [Scenario; 10] = [
     Scenario { name: "none", expected: Expected::Done },
+    Scenario { name: "busy", expected: Expected::Done },
     Scenario { name: "diverge", expected: Expected::OnAll("must call the same operations") },
     Scenario { name: "size", expected: Expected::OnAll("bytes where") },
     Scenario { name: "late", expected: Expected::OnAll("no message within 2.0 s from rank 1, last seen in barrier") },

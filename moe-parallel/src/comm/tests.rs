@@ -104,6 +104,23 @@ fn a_rank_that_leaves_is_named_at_once() {
     }
 }
 
+/// What a rank finds above the engine ends all of them.
+#[test]
+fn a_rank_that_fails_tells_the_others() {
+    let cause = Cause::Engine("out of memory".into());
+    let found = faults(&ThreadWorld::new(3).with_timeout(Duration::from_secs(600)), |comm| {
+        if comm.rank() == 1 {
+            let stamp = comm.group().stamp(Kind::Barrier, SITE);
+            return Err(comm.fail(stamp, cause.clone()).into());
+        }
+        comm.barrier(SITE)
+    });
+    for fault in found.iter().flatten() {
+        assert_eq!((fault.rank, &fault.cause), (1, &cause));
+    }
+    assert_eq!(found.iter().flatten().count(), 3);
+}
+
 #[test]
 fn other_sizes_than_agreed_are_named() {
     let world = ThreadWorld::new(2).with_timeout(TIMEOUT);

@@ -2,6 +2,7 @@
 
 use super::raw::{Link, MOST_BYTES, Tag, Transfer};
 use crate::comm::agreement::{Agreement, GRACE};
+use crate::comm::pace::Pace;
 use crate::comm::{Cause, Fault, Kind, Parcel, Phase, Site, Stamp, wire};
 use crate::{Error, Result};
 use std::collections::{BTreeMap, HashMap, VecDeque};
@@ -158,6 +159,13 @@ impl Engine {
         };
         // There is an outcome within the grace.
         if begun { self.poll::<()>(|_, _| Ok(None)).err().and_then(|error| error.fault().cloned()) } else { None }
+    }
+
+    /// Ends this engine with a fault found above it; the one that all ranks return. Once the world has ended that is only this
+    /// rank's affair.
+    pub(super) fn fail(&self, fault: Fault) -> Fault {
+        let told = self.poll::<()>(|_, _| Err(fault.clone())).err();
+        told.and_then(|error| error.fault().cloned()).unwrap_or(fault)
     }
 
     fn wake_pump(&self, state: &State) {
@@ -406,33 +414,5 @@ impl State {
             return Err(Cause::Diverged { peer, theirs });
         }
         if got == expected { Ok(Some(parcel)) } else { Err(Cause::Size { peer, expected, got }) }
-    }
-}
-
-/// How a thread polls: fast at first, then so that others get the core.
-struct Pace {
-    turns: u32,
-}
-
-impl Pace {
-    const SPINS: u32 = 50;
-    const YIELDS: u32 = 500;
-    const SHORTEST: Duration = Duration::from_micros(20);
-    const LONGEST: Duration = Duration::from_millis(1);
-
-    fn new() -> Self {
-        Self { turns: 0 }
-    }
-
-    fn rest(&mut self) {
-        self.turns = self.turns.saturating_add(1);
-        if self.turns < Self::SPINS {
-            std::hint::spin_loop();
-        } else if self.turns < Self::YIELDS {
-            std::thread::yield_now();
-        } else {
-            let grown = Self::SHORTEST * (1 + (self.turns - Self::YIELDS) / 16);
-            std::thread::sleep(grown.min(Self::LONGEST));
-        }
     }
 }

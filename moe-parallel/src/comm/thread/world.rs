@@ -379,6 +379,13 @@ impl Communicator for ThreadCommunicator {
         let state = self.seat.world.lock();
         state.ranks[self.seat.rank].killed.clone().or_else(|| state.fault.clone())
     }
+
+    fn fail(&self, stamp: Stamp, cause: Cause) -> Fault {
+        let (world, rank) = (&self.seat.world, self.seat.rank);
+        let mut state = world.lock();
+        let killed = state.ranks[rank].killed.clone();
+        killed.unwrap_or_else(|| world.record(&mut state, Fault { rank, stamp, cause }))
+    }
 }
 
 #[derive(Debug)]
