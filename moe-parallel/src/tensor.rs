@@ -330,6 +330,10 @@ impl DecoderOps for RankOps {
         self.inner.rms_norm(x, weight, epsilon)
     }
 
+    fn for_heads(&self, parameter: &Tensor) -> moe_core::Result<Tensor> {
+        Ok(copy_to_group(&self.tensor, self.site, &self.inner.for_heads(parameter)?)?)
+    }
+
     fn rotary(
         &self,
         x: &Tensor,

@@ -233,7 +233,7 @@ impl Plan {
     fn flat(rank: usize, counts: &Counts) -> Self {
         let size = counts.sends.len();
         let (inputs, outputs) = (Self::inputs(counts), Self::output_offsets(counts));
-        let sends = in_turn(rank, size).map(|peer| Transfer::new(peer, [inputs[peer].clone()]));
+        let sends = in_turn(rank, size).map(|peer| Transfer::new(peer, std::iter::once(inputs[peer].clone())));
         let receives = in_turn(rank, size).map(|peer| Transfer::new(peer, Self::outputs(peer, size, &outputs)));
         let rows = outputs[outputs.len() - 1];
         Self { rows: inputs.last().map_or(0, |r| r.end), steps: vec![Step::new(Kind::AllToAll, sends, receives, rows)] }
@@ -278,7 +278,7 @@ impl Plan {
         // 2. Between nodes, to the receiver.
         let first = carried.iter().position(|&receiver| receiver == rank).unwrap_or(0);
         let sends = in_turn(first, carried.len())
-            .map(|at| Transfer::new(carried[at], [buffer[at * members]..buffer[(at + 1) * members]]));
+            .map(|at| Transfer::new(carried[at], std::iter::once(buffer[at * members]..buffer[(at + 1) * members])));
         let outputs = Self::output_offsets(counts);
         let own = all_nodes.iter().position(|node| node.contains(&rank)).unwrap_or(0);
         let receives = in_turn(own, all_nodes.len()).map(|node| {

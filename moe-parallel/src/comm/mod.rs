@@ -24,7 +24,7 @@ pub mod thread;
 #[cfg(any(test, feature = "mpi"))]
 mod wire;
 
-pub use collectives::{AllReducing, Collectives, Gathering, Reduction};
+pub use collectives::{AllReducing, Broadcasting, Collectives, Gathering, ReduceScattering, Reduction};
 pub use element::Element;
 pub use fault::{Cause, Fault};
 pub use parcel::Parcel;
