@@ -57,7 +57,16 @@ const TIMEOUT: Duration = Duration::from_secs(5);
 
 /// What every rank of a run returns, with the fault of those that fail.
 fn faults(world: &ThreadWorld, body: impl Fn(&dyn Communicator) -> crate::Result<()> + Sync) -> Vec<Option<Fault>> {
-    world.run(|comm| body(&*comm).err().map(|e| e.fault().cloned().unwrap_or_else(|| panic!("not a fault: {e}"))))
+    timed_faults(world, body).into_iter().map(|(fault, _)| fault).collect()
+}
+
+/// The same with the time at which each rank returned.
+fn timed_faults(
+    world: &ThreadWorld,
+    body: impl Fn(&dyn Communicator) -> crate::Result<()> + Sync,
+) -> Vec<(Option<Fault>, Duration)> {
+    let fault = |e: Error| e.fault().cloned().unwrap_or_else(|| panic!("not a fault: {e}"));
+    world.run_timed(|comm| body(&*comm).err().map(fault))
 }
 
 #[test]
@@ -162,7 +171,8 @@ fn operations(size: usize) -> u64 {
     1 + 3 * if size == 2 { 4 } else { 5 }
 }
 
-/// 2,000 plans: every survivor returns the one fault, within the deadline of the operation it was in, or nobody fails.
+/// 2,000 plans: every survivor returns the one fault, within a deadline and a second of the world's start (all steps without a
+/// fault take less than that second), or nobody fails.
 #[test]
 fn two_thousand_fault_plans_end_in_one_typed_error() {
     let mut outcomes = [0; 2];
@@ -170,7 +180,8 @@ fn two_thousand_fault_plans_end_in_one_typed_error() {
         let size = [2, 4, 8][seed as usize % 3];
         let plan = FaultPlan::seeded(seed, size, operations(size), TIMEOUT);
         let world = ThreadWorld::new(size).with_clock(Clock::Virtual).with_timeout(TIMEOUT).with_faults(plan.clone());
-        let found = faults(&world, steps);
+        let timed = timed_faults(&world, steps);
+        let found: Vec<_> = timed.iter().map(|(fault, _)| fault.clone()).collect();
         let (victim, _, injection) = plan.injections()[0];
         let harmless = matches!(injection, Injection::Delay(by) if by < TIMEOUT);
         let survivors: Vec<_> = found.iter().enumerate().filter(|(r, _)| *r != victim).map(|(_, f)| f).collect();
@@ -180,6 +191,9 @@ fn two_thousand_fault_plans_end_in_one_typed_error() {
         } else {
             assert!(!harmless, "seed {seed}: {plan:?} {found:?}");
             assert!(survivors.iter().all(|f| f.is_some() && f == &survivors[0]), "seed {seed}: {plan:?} {found:?}");
+        }
+        for (rank, (_, ended)) in timed.iter().enumerate().filter(|(rank, _)| *rank != victim) {
+            assert!(*ended <= TIMEOUT + Duration::from_secs(1), "seed {seed}: rank {rank} at {ended:?}, {plan:?}");
         }
         outcomes[usize::from(!survivors.iter().all(|f| f.is_none()))] += 1;
         if seed % 50 == 0 {

@@ -78,6 +78,14 @@ impl ThreadWorld {
     /// # Panics
     /// If the system has too few threads; if a rank panics, after all have ended: the others see that it has left.
     pub fn run<T: Send>(&self, body: impl Fn(Arc<dyn Communicator>) -> T + Sync) -> Vec<T> {
+        self.run_timed(body).into_iter().map(|(result, _)| result).collect()
+    }
+
+    /// The same, with the time by the world's clock at which each rank returned.
+    ///
+    /// # Panics
+    /// As [`ThreadWorld::run`].
+    pub fn run_timed<T: Send>(&self, body: impl Fn(Arc<dyn Communicator>) -> T + Sync) -> Vec<(T, Duration)> {
         let world = Arc::new(World {
             timeout: self.timeout,
             clock: self.clock,
@@ -93,7 +101,11 @@ impl ThreadWorld {
             let _pool = pool.build().expect("threads for the kernels of a rank");
             let comm = ThreadCommunicator { group: Group::world(rank, self.size), seat };
             world.enter(rank);
-            body(Arc::new(comm))
+            let seat = Arc::clone(&comm.seat);
+            let result = body(Arc::new(comm));
+            let now = world.now(&world.lock());
+            drop(seat);
+            (result, now)
         };
         std::thread::scope(|scope| {
             let threads: Vec<_> = (0..self.size).map(|r| scope.spawn(move || rank(r))).collect();
