@@ -79,7 +79,7 @@ impl ExpertExchange {
 
     /// How the tensor group shares rows that lie as `offsets` says, by expert.
     fn share(&self, offsets: &[usize]) -> Option<(RowShare, &Arc<dyn Communicator>)> {
-        let coordinated = self.coordinated.as_ref()?;
+        let coordinated = self.coordinated.as_ref().filter(|c| c.coordination != Coordination::None)?;
         let size = coordinated.comm.size();
         let rows_of = |member: usize| {
             let of_expert = |expert: usize| {
@@ -89,9 +89,8 @@ impl ExpertExchange {
                         let part = part(rows.len(), member, size);
                         rows.start + part.start..rows.start + part.end
                     }
-                    Coordination::ByDestination if part_of(self.num_experts, expert, self.ep) % size == member => rows,
-                    Coordination::None if member == 0 => rows,
-                    Coordination::ByDestination | Coordination::None => rows.start..rows.start,
+                    _ if part_of(self.num_experts, expert, self.ep) % size == member => rows,
+                    _ => rows.start..rows.start,
                 }
             };
             (0..self.num_experts).map(of_expert).collect()
@@ -218,11 +217,12 @@ impl AllToAllDispatcher {
     /// # Errors
     /// [`Error::Argument`] if the shares of the experts are not those of the ranks that rows travel to.
     pub fn new(exchange: Arc<ExpertExchange>, ops: Arc<dyn MoeOps>, layer: u32) -> Result<Self> {
-        let (shares, ranks) = (exchange.ep_ranks.len(), exchange.all_to_all.comm().size());
-        if shares != ranks || exchange.ep_rank >= exchange.ep {
-            let ExpertExchange { ep, ep_rank, .. } = *exchange;
+        let ExpertExchange { num_experts, ep, ep_rank, .. } = *exchange;
+        let (shares, ranks) = (&exchange.ep_ranks, exchange.all_to_all.comm().size());
+        if shares.len() != ranks || shares.iter().chain([&ep_rank]).any(|&share| share >= ep) || ep > num_experts {
             return Err(Error::Argument(format!(
-                "ep_ranks must be given for {ranks} ranks and ep_rank be below ep {ep}, got {shares} and {ep_rank}"
+                "ep_ranks must be given for {ranks} ranks, they and ep_rank be below ep {ep}, and that be at most the \
+                 {num_experts} experts, got {shares:?} and {ep_rank}"
             )));
         }
         Ok(Self { exchange, ops, site: Site::layer(Phase::Forward, layer) })

@@ -187,7 +187,7 @@ impl RankOps {
         let hidden = copy_to_group(&self.tensor, self.site, hidden)?;
         let logits = self.inner.linear(&hidden, &split.part, None)?;
         if targets.is_empty() {
-            return Ok((logits.sum_all()? * 0.0)?);
+            return Ok(logits.sum_all()?); // of nothing, with its graph: the other ranks wait for its backward pass
         }
         let most = max_over_group(&self.tensor, self.site, &logits.detach().max_keepdim(D::Minus1)?)?;
         let shifted = logits.broadcast_sub(&most)?;

@@ -3,8 +3,8 @@
 use candle_core::{DType, Device, Tensor, Var};
 use candle_nn::VarBuilder;
 use moe_core::{
-    Activation, BranchConfig, CandleOps, Dispatcher, DroplessConfig, DroplessRouter, Gate, MlpConfig, Mode, MoeConfig,
-    RouteContext, Router, RouterConfig, SeededNoise, Top1Config,
+    Activation, BranchConfig, CandleOps, Dispatcher, DroplessConfig, DroplessRouter, ExpertMlps, Gate, MlpConfig,
+    MlpWeights, Mode, MoeConfig, MoeLayer, RouteContext, Router, RouterConfig, SeededNoise, Top1Config,
 };
 use moe_parallel::all_to_all::Route;
 use moe_parallel::comm::thread::{Clock, FaultPlan, Injection, ThreadWorld};
@@ -92,6 +92,31 @@ fn any_fault_in_a_pass_comes_through_the_layer() {
     assert!(failed > 200, "{failed}");
     let layer = |phase| phases.contains(&(phase, Some(1)));
     assert!(layer(Phase::Forward) && layer(Phase::Backward), "{phases:?}");
+}
+
+/// The branch beside the experts runs while their results travel: all of them are on their way when it begins.
+#[test]
+fn the_branch_runs_while_results_travel() {
+    ThreadWorld::new(4).run(|comm| {
+        let mesh = Mesh::new(Arc::clone(&comm), ParallelDims::new(4, 1, 4, 1), 2, ExchangeConfig::default()).unwrap();
+        let dispatcher = mesh.dispatcher(4, 0, Arc::new(CandleOps)).unwrap();
+        let gate = Gate::new(moe_core::testing::random(3, &[4, 4], 1.0, DType::F32)).unwrap();
+        let router = DroplessRouter::new(gate, None, DroplessConfig::softmax(2, true)).unwrap();
+        let weights = MlpWeights {
+            fc_in: moe_core::testing::random(4, &[1, 6, 4], 1.0, DType::F32).into(),
+            fc_in_bias: None,
+            fc_out: moe_core::testing::random(5, &[1, 4, 6], 1.0, DType::F32).into(),
+            fc_out_bias: None,
+        };
+        let experts = ExpertMlps::from_weights(weights, Activation::GeluTanh).unwrap();
+        let layer = MoeLayer::new(router, dispatcher, experts).unwrap();
+        let tokens = moe_core::testing::random(comm.rank() as u64, &[40, 4], 1.0, DType::F32);
+        let beside = || Ok(Tensor::new(mesh.sent().inter_node_messages as u32, &Device::Cpu)?);
+        let (_, sent) = layer.forward_beside(&tokens, &RouteContext::infer(), beside).unwrap();
+        // Counts, rows and results to each of the two ranks of the other node.
+        assert_eq!(sent.to_scalar::<u32>().unwrap(), 6);
+        assert_eq!(mesh.sent().inter_node_messages, 6);
+    });
 }
 
 #[test]
