@@ -17,7 +17,8 @@
 //!
 //! A rank that has gone is seen by its silence at the deadline, or at once if it has dropped its world. A process that *dies*
 //! is the launcher's affair: Open MPI 4.1 ends the whole job then, within about a second, and no rank returns. Under Open MPI 5
-//! with `mpirun --with-ft ulfm` the others return that it has left, and may go on without it: [`MpiWorld::shrink`].
+//! with `mpirun --with-ft ulfm` the others return that it has left, and may go on without it: [`MpiWorld::shrink`]. The world
+//! that is left does not call `MPI_Finalize` either, for that waits for the dead process at times; its job ends well.
 
 mod engine;
 mod raw;

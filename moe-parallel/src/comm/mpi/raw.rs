@@ -68,6 +68,8 @@ pub(super) struct Link {
     rank: usize,
     /// The ranks they had when the job was started.
     origins: Vec<usize>,
+    /// A process of the job has died.
+    is_shrunken: bool,
     ulfm: Option<Ulfm>,
 }
 
@@ -107,7 +109,7 @@ impl Link {
         Self::of(unsafe { comm.assume_init() }, None)
     }
 
-    /// A communicator, of ranks that had these before.
+    /// A communicator; of one that was shrunken, the ranks these had when the job was started.
     fn of(comm: ffi::MPI_Comm, origins: Option<Vec<usize>>) -> Result<Self> {
         return_errors(comm)?;
         let (mut rank, mut size) = (0, 0);
@@ -119,6 +121,7 @@ impl Link {
         Ok(Self {
             comm,
             rank: number(rank)?,
+            is_shrunken: origins.is_some(),
             origins: origins.unwrap_or_else(|| (0..size).collect()),
             ulfm: Ulfm::find(),
         })
@@ -210,7 +213,12 @@ impl Link {
     }
 
     /// Ends MPI, and waits for all processes to do so. For the thread that has started it.
+    ///
+    /// Not where a process has died: Open MPI 5.0.11 waited for it without an end in 3 of 83 jobs.
     pub(super) fn finalize(mut self) -> Result<()> {
+        if self.is_shrunken {
+            return Ok(());
+        }
         // SAFETY: nothing is under way on the communicator, and it is not used again.
         check("MPI_Comm_free", unsafe { ffi::MPI_Comm_free(&mut self.comm) })?;
         // SAFETY: MPI is started, and `Link` was the only way to it.
