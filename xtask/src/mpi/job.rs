@@ -2,6 +2,7 @@
 
 use crate::shell;
 use anyhow::{Context, Result, bail, ensure};
+use std::fs;
 use std::io::{BufRead, BufReader, Read};
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
@@ -49,6 +50,19 @@ impl Launcher {
         command
     }
 
+    /// As [`Launcher::run`], of an example whose ranks each leave a file in a folder, which is given as the last argument.
+    pub(super) fn run_telling(&self, ranks: usize, words: &[&str]) -> Result<Job> {
+        let folder = std::env::temp_dir().join(format!("xtask-mpi-{}", std::process::id()));
+        fs::create_dir_all(&folder).with_context(|| format!("cannot make {}", folder.display()))?;
+        let words: Vec<&str> = words.iter().copied().chain(folder.to_str()).collect();
+        let mut job = self.run(ranks, &words)?;
+        for entry in fs::read_dir(&folder)? {
+            job.told.push(fs::read_to_string(entry?.path())?);
+        }
+        fs::remove_dir_all(&folder)?;
+        Ok(job)
+    }
+
     /// Runs an example, the first of `words`, on some ranks.
     pub(super) fn run(&self, ranks: usize, words: &[&str]) -> Result<Job> {
         let Some((example, args)) = words.split_first() else { bail!("no example is named") };
@@ -72,6 +86,8 @@ pub(super) struct Job {
     pub(super) hung: bool,
     pub(super) wall: Duration,
     pub(super) lines: Vec<(Duration, String)>,
+    /// What ranks have left in files.
+    pub(super) told: Vec<String>,
     errors: Vec<String>,
 }
 
@@ -94,13 +110,13 @@ impl Job {
                 Err(line) => errors.push(line),
             }
         }
-        Ok(Self { succeeded: status.success(), hung, wall, lines, errors })
+        Ok(Self { succeeded: status.success(), hung, wall, lines, told: Vec::new(), errors })
     }
 
     /// All that was printed.
     pub(super) fn text(&self) -> String {
         let lines: Vec<&str> = self.lines.iter().map(|(_, line)| line.as_str()).collect();
-        format!("{}\n{}", lines.join("\n"), self.errors.join("\n"))
+        [lines.join("\n"), self.told.join("\n"), self.errors.join("\n")].join("\n")
     }
 }
 
