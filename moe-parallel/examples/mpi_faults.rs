@@ -1,11 +1,13 @@
-//! What ranks over MPI return when one of them fails: `mpirun -n 4 mpi_faults SCENARIO SECONDS`, where the seconds are the
-//! deadline of every operation. Rank 1 fails; each rank that returns from its operations prints how and after how long.
-//! `cargo xtask mpi` runs all scenarios and judges what is printed.
+//! What ranks over MPI return when one of them fails: `mpirun -n 4 mpi_faults SCENARIO SECONDS [FOLDER]`, where the seconds are
+//! the deadline of every operation. Rank 1 fails; each rank that returns from its operations tells how and after how long, in
+//! a file of the folder or else by printing it, for `mpirun` may drop what it has not yet read when it ends a job.
+//! `cargo xtask mpi` runs all scenarios and judges what is told.
 #![allow(unsafe_code)] // to send itself a signal
 
 use moe_parallel::comm::mpi::MpiWorld;
 use moe_parallel::comm::{Communicator, Reduction};
 use moe_parallel::{Collectives, Error, Phase, Result, Site};
+use std::path::PathBuf;
 use std::process::ExitCode;
 use std::time::{Duration, Instant};
 
@@ -16,10 +18,10 @@ const SITE: Site = Site::layer(Phase::Forward, 2);
 fn main() -> ExitCode {
     let mut args = std::env::args().skip(1);
     let (Some(scenario), Some(seconds)) = (args.next(), args.next().and_then(|s| s.parse().ok())) else {
-        eprintln!("usage: mpi_faults SCENARIO SECONDS");
+        eprintln!("usage: mpi_faults SCENARIO SECONDS [FOLDER]");
         return ExitCode::FAILURE;
     };
-    match run(&scenario, Duration::from_secs_f64(seconds)) {
+    match run(&scenario, Duration::from_secs_f64(seconds), args.next().map(PathBuf::from)) {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => {
             eprintln!("error: {error}");
@@ -28,18 +30,33 @@ fn main() -> ExitCode {
     }
 }
 
-fn run(scenario: &str, timeout: Duration) -> Result<()> {
-    let (world, comm) = MpiWorld::start(timeout)?;
+fn run(scenario: &str, timeout: Duration, folder: Option<PathBuf>) -> Result<()> {
+    let (mut world, mut comm) = MpiWorld::start(timeout)?;
     // So that all begin at the same time.
     comm.barrier(Site::new(Phase::Start))?;
     let start = Instant::now();
-    let result = act(scenario, &*comm, timeout);
+    let mut result = act(scenario, &*comm, timeout);
+    if scenario == "shrink" && result.as_ref().is_err_and(|error| error.fault().is_some()) {
+        println!(
+            "rank {} shrinks the world: {}",
+            comm.rank(),
+            result.map_or_else(|e| e.to_string(), |()| String::new())
+        );
+        (world, comm) = world.shrink()?;
+        result = go_on(&world, &*comm);
+    }
     let seconds = start.elapsed().as_secs_f64();
     let told = match &result {
         Ok(()) => "done".to_owned(),
         Err(error) => error.to_string(),
     };
-    println!("rank {} after {seconds:.3} s: {told}", comm.rank());
+    let rank = world.origins()[comm.rank()];
+    let told = format!("rank {rank} after {seconds:.3} s: {told}");
+    match folder {
+        Some(folder) => std::fs::write(folder.join(format!("rank-{rank}")), told)
+            .map_err(|error| Error::Engine(format!("{}: {error}", folder.display())))?,
+        None => println!("{told}"),
+    }
     if ["late", "busy"].contains(&scenario) && comm.rank() != VICTIM {
         // The others wait for the late one, which then returns the same.
         std::thread::sleep(timeout + Duration::from_secs(1));
@@ -77,7 +94,7 @@ fn act(scenario: &str, comm: &dyn Communicator, timeout: Duration) -> Result<()>
         // Leaves before the others do.
         "leave" if victim => return Ok(()),
         "kill-before" if victim => end_by(libc::SIGKILL),
-        "kill-inside" if victim => {
+        "kill-inside" | "shrink" if victim => {
             let _started = comm.start_all_to_all_v(SITE, &values, &counts, &counts)?;
             end_by(libc::SIGKILL);
         }
@@ -87,12 +104,22 @@ fn act(scenario: &str, comm: &dyn Communicator, timeout: Duration) -> Result<()>
                 end_by(libc::SIGKILL);
             }
         }
-        "diverge" | "stop" | "late" | "leave" | "kill-before" | "kill-inside" => {}
+        "diverge" | "stop" | "late" | "leave" | "kill-before" | "kill-inside" | "shrink" => {}
         other => return Err(Error::Argument(format!("there is no scenario {other}"))),
     }
     comm.all_to_all_v(SITE, &values, &counts, &counts)?;
     comm.all_reduce(SITE.backward(), &[comm.rank() as f32], Reduction::Sum)?;
     comm.barrier(SITE.backward())
+}
+
+/// The ranks that live do what all did before.
+fn go_on(world: &MpiWorld, comm: &dyn Communicator) -> Result<()> {
+    let origins: Vec<u64> = world.origins().iter().map(|&rank| rank as u64).collect();
+    let got = comm.all_gather(SITE, &[origins[comm.rank()]])?;
+    if got != origins || got.contains(&(VICTIM as u64)) {
+        return Err(Error::Engine(format!("ranks {got:?} go on, not {origins:?}")));
+    }
+    act("none", comm, Duration::ZERO)
 }
 
 fn end_by(signal: libc::c_int) {

@@ -16,16 +16,19 @@
 //! `mpirun` ends the job with an error: a program returns from `main` soon after a fault, having dropped its [`MpiWorld`].
 //!
 //! A rank that has gone is seen by its silence at the deadline, or at once if it has dropped its world. A process that *dies*
-//! is the launcher's affair: Open MPI 4.1 ends the whole job then, within a fraction of a second, and no rank returns.
+//! is the launcher's affair: Open MPI 4.1 ends the whole job then, within about a second, and no rank returns. Under Open MPI 5
+//! with `mpirun --with-ft ulfm` the others return that it has left, and may go on without it: [`MpiWorld::shrink`]. The world
+//! that is left does not call `MPI_Finalize` either, for that waits for the dead process at times; its job ends well.
 
 mod engine;
 mod raw;
+mod ulfm;
 
 use super::{Communicator, Expected, Fault, Group, Parcel, Pending, Stamp};
 use crate::comm::Cause;
 use crate::{Error, Result};
 use engine::{Engine, State};
-use raw::Link;
+use raw::{Link, Trouble};
 use std::marker::PhantomData;
 use std::sync::Arc;
 use std::thread::JoinHandle;
@@ -35,6 +38,7 @@ use std::time::Duration;
 #[derive(Debug)]
 pub struct MpiWorld {
     engine: Arc<Engine>,
+    origins: Vec<usize>,
     pump: Option<JoinHandle<()>>,
     /// MPI is ended by the thread that has started it.
     _thread: PhantomData<*const ()>,
@@ -47,7 +51,12 @@ impl MpiWorld {
     /// # Errors
     /// [`Error::Engine`] if MPI was started before, offers too low a thread level, or fails.
     pub fn start(timeout: Duration) -> Result<(Self, Arc<dyn Communicator>)> {
-        let engine = Engine::new(Link::start().map_err(Error::Engine)?, timeout);
+        Self::over(Link::start().map_err(engine_error)?, timeout)
+    }
+
+    fn over(link: Link, timeout: Duration) -> Result<(Self, Arc<dyn Communicator>)> {
+        let origins = link.origins().to_vec();
+        let engine = Engine::new(link, timeout);
         let pumped = Arc::clone(&engine);
         let pump = std::thread::Builder::new()
             .name("mpi-pump".into())
@@ -55,7 +64,7 @@ impl MpiWorld {
             .map_err(|error| Error::Engine(format!("no thread for MPI's progress: {error}")))?;
         let group = Group::world(engine.rank, engine.size);
         let comm = MpiCommunicator { group, engine: Arc::clone(&engine) };
-        Ok((Self { engine, pump: Some(pump), _thread: PhantomData }, Arc::new(comm)))
+        Ok((Self { engine, origins, pump: Some(pump), _thread: PhantomData }, Arc::new(comm)))
     }
 
     /// Leaves: waits until all messages are out and all ranks leave, and ends MPI. Communicators are of no use afterwards.
@@ -68,14 +77,41 @@ impl MpiWorld {
         self.end()
     }
 
+    /// After a fault: a world of the ranks that live, in their order, for which every one of them calls this within the
+    /// timeout. Communicators of the old world are of no use afterwards.
+    ///
+    /// # Errors
+    /// [`Error::Engine`] if this MPI cannot do so (Open MPI 5 can, with `--with-ft ulfm`); [`Error::Fault`], the one there
+    /// was, if a rank that lives does not come; [`Error::Argument`] if there was none.
+    pub fn shrink(mut self) -> Result<(Self, Arc<dyn Communicator>)> {
+        let link = self.engine.meet_survivors()?;
+        self.pump.take().map_or(Ok(()), join)?;
+        let ended = || Error::Engine("the MPI world of this process has ended".into());
+        let smaller = link.ok_or_else(ended)?.shrink().map_err(engine_error)?;
+        Self::over(smaller, self.engine.timeout)
+    }
+
+    /// The ranks that these ranks had when the job was started.
+    pub fn origins(&self) -> &[usize] {
+        &self.origins
+    }
+
     fn end(&mut self) -> Result<()> {
         let Some(pump) = self.pump.take() else { return Ok(()) };
         let left = self.engine.leave(std::thread::panicking());
-        let joined = pump.join().map_err(|_| Error::Engine("the thread of MPI's progress has panicked".into()));
+        let joined = join(pump);
         let link = left?;
         joined?;
-        link.map_or(Ok(()), Link::finalize).map_err(Error::Engine)
+        link.map_or(Ok(()), Link::finalize).map_err(engine_error)
     }
+}
+
+fn join(pump: JoinHandle<()>) -> Result<()> {
+    pump.join().map_err(|_| Error::Engine("the thread of MPI's progress has panicked".into()))
+}
+
+fn engine_error(trouble: Trouble) -> Error {
+    Error::Engine(trouble.into_text())
 }
 
 impl Drop for MpiWorld {
