@@ -4,7 +4,7 @@
 
 mod form;
 
-use anyhow::{Result, ensure};
+use anyhow::Result;
 use clap::Parser;
 use form::{Form, Layout, Level, Sent, sent};
 
@@ -69,8 +69,7 @@ fn main() -> Result<()> {
     let layout = |ranks, tensor_ranks| Layout { ranks, ranks_per_node: args.ranks_per_node, tensor_ranks };
     for (&ranks, &tensor_ranks) in args.ranks.iter().flat_map(|ranks| args.tensor_ranks.iter().map(move |l| (ranks, l)))
     {
-        let problem = layout(ranks, tensor_ranks).problem();
-        ensure!(problem.is_none(), "{}", problem.unwrap_or_default());
+        layout(ranks, tensor_ranks).check()?;
     }
     println!(
         "One exchange of {} bytes a pair over nodes of G = {} ranks: what the rank that sends",

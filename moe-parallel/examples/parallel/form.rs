@@ -4,6 +4,7 @@
 //! experts made of the tokens that the group shares. Without coordination every rank fetches all of it; with coordination
 //! only from the ranks of its own tensor index, and the group gathers the rest among itself.
 
+use anyhow::{Result, ensure};
 use moe_parallel::all_to_all::{Counts, Nodes, Plan, Route, Traffic, Transfer};
 use std::ops::AddAssign;
 
@@ -18,17 +19,17 @@ pub(crate) struct Layout {
 }
 
 impl Layout {
-    /// What is impossible about it.
-    pub(crate) fn problem(self) -> Option<String> {
+    /// Refuses what is impossible.
+    pub(crate) fn check(self) -> Result<()> {
         let Self { ranks, ranks_per_node, tensor_ranks } = self;
-        if ranks == 0 || ranks_per_node == 0 || tensor_ranks == 0 {
-            return Some("ranks, ranks per node and ranks per tensor group must be at least 1".into());
-        }
-        if !ranks.is_multiple_of(tensor_ranks) {
-            return Some(format!("{tensor_ranks} ranks per tensor group must divide the {ranks} ranks"));
-        }
-        let whole = ranks_per_node.is_multiple_of(tensor_ranks) || ranks <= ranks_per_node;
-        (!whole).then(|| format!("{tensor_ranks} ranks per tensor group must divide the {ranks_per_node} of a node"))
+        let some = ranks > 0 && ranks_per_node > 0 && tensor_ranks > 0;
+        ensure!(some, "ranks, --ranks-per-node and --tensor-ranks must be at least 1");
+        ensure!(ranks.is_multiple_of(tensor_ranks), "--tensor-ranks {tensor_ranks} must divide the {ranks} ranks");
+        ensure!(
+            ranks_per_node.is_multiple_of(tensor_ranks) || ranks <= ranks_per_node,
+            "--tensor-ranks {tensor_ranks} must divide the {ranks_per_node} ranks of a node"
+        );
+        Ok(())
     }
 
     /// The ranks that see the same tokens as `rank`.
@@ -39,7 +40,7 @@ impl Layout {
 }
 
 /// One way.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, clap::ValueEnum)]
 pub(crate) enum Form {
     /// Every rank with every rank.
     Flat,
