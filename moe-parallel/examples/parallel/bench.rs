@@ -4,10 +4,10 @@
 //! the median over the repetitions of the time of the rank that took longest, from a common barrier on.
 
 use crate::form::{Form, Layout, sent};
-use anyhow::{Context, Result, ensure};
+use anyhow::{Result, ensure};
 use clap::{Parser, ValueEnum};
 use moe_parallel::all_to_all::{AllToAll, Counts, Direction, Nodes, Plan};
-use moe_parallel::comm::Reduction;
+use moe_parallel::comm::{Group, Reduction};
 use moe_parallel::{Collectives, Communicator, Phase, Site};
 use serde_json::{Value, json};
 use std::fmt::Write as _;
@@ -28,9 +28,9 @@ pub(crate) struct Args {
     /// Which rank's experts have how many rows.
     #[arg(long, value_enum, value_delimiter = ',', default_value = "balanced,skewed")]
     loads: Vec<Load>,
-    /// Leave these out.
-    #[arg(long, value_enum, value_delimiter = ',')]
-    without: Vec<Form>,
+    /// Only these.
+    #[arg(long, value_enum, value_delimiter = ',', default_value = "flat,hierarchical,coordinated,both,library")]
+    forms: Vec<Choice>,
     /// Most repetitions of each.
     #[arg(long, default_value_t = 200, value_parser = clap::value_parser!(u32).range(1..))]
     repetitions: u32,
@@ -43,6 +43,29 @@ pub(crate) struct Args {
     /// The ranks are this many threads instead of the processes of an MPI job.
     #[arg(long)]
     pub(crate) threads: Option<usize>,
+}
+
+/// What can be timed.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+enum Choice {
+    Flat,
+    Hierarchical,
+    Coordinated,
+    Both,
+    /// MPI's own all-to-all, where the ranks are processes.
+    Library,
+}
+
+impl Choice {
+    fn form(self) -> Option<Form> {
+        match self {
+            Self::Flat => Some(Form::Flat),
+            Self::Hierarchical => Some(Form::Hierarchical),
+            Self::Coordinated => Some(Form::Coordinated),
+            Self::Both => Some(Form::Both),
+            Self::Library => None,
+        }
+    }
 }
 
 /// How rows are spread.
@@ -73,16 +96,27 @@ impl Load {
     }
 }
 
-/// MPI's own all-to-all: sends the values in parts of the first counts, receives parts of the second.
-pub(crate) type Library<'a> = &'a dyn Fn(&[f32], &[usize], &[usize]) -> Result<Vec<f32>>;
-
 /// What the bench runs on.
-pub(crate) struct Engine<'a> {
+pub(crate) struct Engine {
     pub(crate) comm: Arc<dyn Communicator>,
     /// Seconds since whenever.
     pub(crate) now: fn() -> f64,
-    /// What is timed beside.
-    pub(crate) library: Option<Library<'a>>,
+    /// Returns when all ranks have come here.
+    pub(crate) meet: fn(&dyn Communicator) -> Result<()>,
+    /// The largest of all ranks, for each value.
+    pub(crate) largest: fn(&dyn Communicator, &[f64]) -> Result<Vec<f64>>,
+    pub(crate) library: Option<Library>,
+}
+
+/// Another's all-to-all: sends the values in parts of the first counts, receives parts of the second.
+pub(crate) type Library = fn(&[f32], &[usize], &[usize]) -> Result<Vec<f32>>;
+
+impl Engine {
+    /// With the communicator's own collectives, and no other's beside.
+    pub(crate) fn new(comm: Arc<dyn Communicator>, now: fn() -> f64) -> Self {
+        let largest = |comm: &dyn Communicator, values: &[f64]| Ok(comm.all_reduce(SITE, values, Reduction::Max)?);
+        Self { comm, now, meet: |comm| Ok(comm.barrier(SITE)?), largest, library: None }
+    }
 }
 
 const SITE: Site = Site::layer(Phase::Forward, 0);
@@ -98,12 +132,17 @@ struct Way {
 
 impl Way {
     fn new(form: Form, layout: Layout, comm: &Arc<dyn Communicator>) -> Result<Self> {
-        let (rank, tensor_ranks) = (comm.rank(), layout.tensor_ranks);
-        let among =
-            if form.is_coordinated() { comm.split(SITE, (rank % tensor_ranks) as u64, 0)? } else { Arc::clone(comm) };
+        let (rank, coordinated) = (comm.rank(), form.is_coordinated());
+        // All ranks know the layout, so groups are made without asking. Each has a context of its own; the world's is 0.
+        let group = |kind: usize, color: usize, members: Vec<usize>| {
+            let kind = 2 * usize::from(form == Form::Both) + kind;
+            let context = 1 + (layout.tensor_ranks * 4 + kind) * layout.ranks + color;
+            comm.over(Group::new(context as u64, members, comm.group().world_rank()))
+        };
+        let (index, of) = (rank % layout.tensor_ranks, rank / layout.tensor_ranks);
+        let among = if coordinated { group(0, index, form.members(layout, rank)) } else { Arc::clone(comm) };
+        let tensor_group = coordinated.then(|| group(1, of, layout.tensor_group(rank)));
         let nodes = Nodes::uniform(among.group().members(), layout.ranks_per_node);
-        let gathers = form.is_coordinated();
-        let tensor_group = gathers.then(|| comm.split(SITE, (rank / tensor_ranks) as u64, 0)).transpose()?;
         Ok(Self { form, layout, exchange: Arc::new(AllToAll::new(among, nodes, form.route())?), tensor_group })
     }
 
@@ -173,12 +212,15 @@ fn ways(args: &Args, comm: &Arc<dyn Communicator>) -> Result<Vec<Way>> {
     args.tensor_ranks.iter().try_for_each(|&tensor_ranks| layout(tensor_ranks).check())?;
     let plain = [Form::Flat, Form::Hierarchical].map(|form| (form, 1));
     let coordinated = args.tensor_ranks.iter().flat_map(|&l| [Form::Coordinated, Form::Both].map(|form| (form, l)));
-    let wanted = plain.into_iter().chain(coordinated).filter(|(form, _)| !args.without.contains(form));
+    let wanted = plain
+        .into_iter()
+        .chain(coordinated)
+        .filter(|(form, _)| args.forms.iter().any(|choice| choice.form() == Some(*form)));
     wanted.map(|(form, tensor_ranks)| Way::new(form, layout(tensor_ranks), comm)).collect()
 }
 
 /// The whole bench; what rank 0 has to print: a table, and a line of JSON for each time if that was asked for.
-pub(crate) fn run(args: &Args, engine: &Engine<'_>) -> Result<String> {
+pub(crate) fn run(args: &Args, engine: &Engine) -> Result<String> {
     let (rank, size) = (engine.comm.rank(), engine.comm.size());
     let ways = ways(args, &engine.comm)?;
     let tokens_of = |rank: usize| rank / args.tensor_ranks.iter().copied().max().unwrap_or(1);
@@ -187,7 +229,8 @@ pub(crate) fn run(args: &Args, engine: &Engine<'_>) -> Result<String> {
         format!("{size} ranks, {} a node; us\n{:<9} {:>8} {:>5}", args.ranks_per_node, "load", "bytes", "times");
     let mut lines = String::new();
     ways.iter().for_each(|way| table += &format!(" {:>14}", way.name()));
-    table += if engine.library.is_some() { "  MPI_Alltoallv\n" } else { "\n" };
+    let library = engine.library.filter(|_| args.forms.contains(&Choice::Library));
+    table += if library.is_some() { "  MPI_Alltoallv\n" } else { "\n" };
     for (&load, &bytes) in args.loads.iter().flat_map(|load| args.bytes.iter().map(move |bytes| (load, bytes))) {
         let spread = &load.spread(size, bytes.div_ceil(size_of::<f32>()).max(1));
         let entry = |way| {
@@ -195,7 +238,7 @@ pub(crate) fn run(args: &Args, engine: &Engine<'_>) -> Result<String> {
             Entry { name: way.name(), way: Some(way), run: Box::new(move || prepared.run(spread)) }
         };
         let mut entries: Vec<Entry<'_>> = ways.iter().map(entry).collect();
-        entries.extend(engine.library.map(|library| {
+        entries.extend(library.map(|library| {
             let input: Vec<f32> = (0..size).flat_map(|to| values(rank, tokens_of(to), spread[rank])).collect();
             let run = move || library(&input, &vec![spread[rank]; size], spread);
             Entry { name: "MPI_Alltoallv".into(), way: None, run: Box::new(run) }
@@ -215,9 +258,9 @@ pub(crate) fn run(args: &Args, engine: &Engine<'_>) -> Result<String> {
 }
 
 /// The times of each entry, in turns so that all meet the same minutes; results are checked first.
-fn time(args: &Args, engine: &Engine<'_>, entries: &[Entry<'_>], want: &[f32]) -> Result<Vec<Vec<f64>>> {
+fn time(args: &Args, engine: &Engine, entries: &[Entry<'_>], want: &[f32]) -> Result<Vec<Vec<f64>>> {
     let one = |entry: &Entry<'_>| {
-        engine.comm.barrier(SITE)?;
+        (engine.meet)(&*engine.comm)?;
         let start = (engine.now)();
         let got = (entry.run)()?;
         Ok::<_, anyhow::Error>(((engine.now)() - start, got))
@@ -228,7 +271,7 @@ fn time(args: &Args, engine: &Engine<'_>, entries: &[Entry<'_>], want: &[f32]) -
         ensure!(got == want, "{} gave wrong rows on rank {}", entry.name, engine.comm.rank());
         slowest = slowest.max(seconds);
     }
-    slowest = engine.comm.all_reduce(SITE, &[slowest], Reduction::Max)?[0];
+    slowest = (engine.largest)(&*engine.comm, &[slowest])?.into_iter().fold(slowest, f64::max);
     let repetitions = ((args.seconds / slowest) as u32).max(LEAST_REPETITIONS).min(args.repetitions);
     let mut times = vec![Vec::new(); entries.len()];
     for _ in 0..repetitions {
@@ -236,8 +279,7 @@ fn time(args: &Args, engine: &Engine<'_>, entries: &[Entry<'_>], want: &[f32]) -
             times.push(one(entry)?.0);
         }
     }
-    let most = |times: &Vec<f64>| engine.comm.all_reduce(SITE, times, Reduction::Max).context("the times of all ranks");
-    times.iter().map(most).collect()
+    times.iter().map(|times| (engine.largest)(&*engine.comm, times)).collect()
 }
 
 const LEAST_REPETITIONS: u32 = 5;
@@ -282,14 +324,14 @@ mod tests {
     fn forms_agree_on_threads() {
         let flags = "exchange --ranks-per-node 4 --tensor-ranks 2,4 --bytes 4,60 --repetitions 1 --json";
         let args = Args::parse_from(flags.split(' '));
-        let texts = ThreadWorld::new(8).run(|comm| run(&args, &Engine { comm, now, library: None }).unwrap());
+        let texts = ThreadWorld::new(8).run(|comm| run(&args, &Engine::new(comm, now)).unwrap());
         assert_eq!(texts[0].lines().filter(|line| line.starts_with("json ")).count(), 2 * 2 * 6);
     }
 
     #[test]
     fn a_layout_that_does_not_divide_is_refused() {
         let args = Args::parse_from(["exchange", "--tensor-ranks", "2"]);
-        let refused = ThreadWorld::new(3).run(|comm| run(&args, &Engine { comm, now, library: None }).unwrap_err());
+        let refused = ThreadWorld::new(3).run(|comm| run(&args, &Engine::new(comm, now)).unwrap_err());
         assert!(refused[0].to_string().contains("must divide the 3 ranks"));
     }
 }

@@ -25,13 +25,13 @@ fn now() -> f64 {
 fn on_threads(args: &Args, threads: usize) -> Result<String> {
     ensure!(threads > 0, "--threads must be at least 1");
     let world = ThreadWorld::new(threads);
-    let texts = world.run(|comm| bench::run(args, &Engine { comm, now, library: None }));
+    let texts = world.run(|comm| bench::run(args, &Engine::new(comm, now)));
     texts.into_iter().collect::<Result<Vec<_>>>().map(|texts| texts.into_iter().next().unwrap_or_default())
 }
 
 #[cfg(not(feature = "mpi"))]
 mod processes {
-    pub(super) fn run(_: &super::Args) -> anyhow::Result<Option<String>> {
+    pub(super) fn run<T>(_: &super::Args, _: T) -> anyhow::Result<Option<String>> {
         anyhow::bail!("built without feature `mpi`, so the ranks can only be threads: give --threads")
     }
 }
@@ -40,7 +40,7 @@ fn main() -> Result<()> {
     let args = Args::parse();
     let text = match args.threads {
         Some(threads) => Some(on_threads(&args, threads)?),
-        None => processes::run(&args)?,
+        None => processes::run(&args, |engine| engine)?,
     };
     print!("{}", text.unwrap_or_default());
     Ok(())

@@ -29,12 +29,13 @@ fn all_to_all_v(values: &[f32], sends: &[usize], receives: &[usize]) -> Result<V
     Ok(got)
 }
 
-/// What this process has to print.
-pub(crate) fn run(args: &Args) -> Result<Option<String>> {
+/// What this process has to print; `adapt` may change what the bench runs on.
+pub(crate) fn run(args: &Args, adapt: impl FnOnce(Engine) -> Engine) -> Result<Option<String>> {
     // Without a thread of its own, so that nothing calls MPI while the library's all-to-all runs.
     let (world, comm) = MpiWorld::start_single_threaded(TIMEOUT)?;
     let first = comm.rank() == 0;
-    let text = bench::run(args, &Engine { comm, now: mpi::time, library: Some(&all_to_all_v) })?;
+    let engine = Engine { library: Some(all_to_all_v), ..Engine::new(comm, mpi::time) };
+    let text = bench::run(args, &adapt(engine))?;
     world.finish()?;
     Ok(first.then_some(text))
 }

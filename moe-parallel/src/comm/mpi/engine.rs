@@ -1,12 +1,13 @@
 //! [`Engine`]: what is under way, what has come, and what is known of the other ranks; one per process, behind a mutex.
 
-use super::raw::{Link, MOST_BYTES, Tag, Transfer};
+use super::raw::{Link, MOST_BYTES, Tag, Threads, Transfer};
 use crate::comm::agreement::{Agreement, GRACE};
 use crate::comm::{Cause, Fault, Kind, Parcel, Phase, Site, Stamp, wire};
 use crate::{Error, Result};
 use std::collections::{BTreeMap, HashMap, VecDeque};
 use std::fmt;
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
+use std::thread::ThreadId;
 use std::time::{Duration, Instant};
 
 /// What all communicators of a process share.
@@ -15,6 +16,8 @@ pub(super) struct Engine {
     pub(super) size: usize,
     /// Of every operation.
     pub(super) timeout: Duration,
+    /// The only thread that may use this, where there is only one.
+    owner: Option<ThreadId>,
     start: Instant,
     state: Mutex<State>,
     /// Wakes the pump.
@@ -69,7 +72,8 @@ impl fmt::Debug for Engine {
 }
 
 impl Engine {
-    pub(super) fn new(link: Link, timeout: Duration) -> Arc<Self> {
+    /// For the thread that calls this where `threads` is one.
+    pub(super) fn new(link: Link, threads: Threads, timeout: Duration) -> Arc<Self> {
         let (rank, size) = (link.rank(), link.size());
         let nothing = Stamp { context: 0, sequence: 0, kind: Kind::Barrier, site: Site::new(Phase::Start) };
         let state = State {
@@ -82,14 +86,20 @@ impl Engine {
             polling: 0,
             pump: Pump::Looking,
         };
-        Arc::new(Self { rank, size, timeout, start: Instant::now(), state: Mutex::new(state), wake: Condvar::new() })
+        let owner = (threads == Threads::One).then(|| std::thread::current().id());
+        let start = Instant::now();
+        Arc::new(Self { rank, size, timeout, owner, start, state: Mutex::new(state), wake: Condvar::new() })
     }
 
     pub(super) fn now(&self) -> Duration {
         self.start.elapsed()
     }
 
+    /// # Panics
+    /// If another thread has this for itself.
     pub(super) fn lock(&self) -> MutexGuard<'_, State> {
+        let allowed = self.owner.is_none_or(|owner| owner == std::thread::current().id());
+        assert!(allowed, "a single-threaded MPI world is for the thread that has started it");
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
@@ -99,7 +109,7 @@ impl Engine {
         &self,
         mut done: impl FnMut(&mut State, Duration) -> std::result::Result<Option<T>, Fault>,
     ) -> Result<T> {
-        let mut pace = Pace::new();
+        let mut pace = Pace::new(self.owner.is_none());
         let mut polling = false;
         loop {
             let now = self.now();
@@ -220,7 +230,7 @@ impl Engine {
         // 2. After a fault: nobody leaves before the others have told theirs, for the launcher may end them then.
         if let Err(Error::Fault(_)) = &result {
             let deadline = self.now() + GRACE;
-            let mut pace = Pace::new();
+            let mut pace = Pace::new(self.owner.is_none());
             loop {
                 let mut state = self.lock();
                 if !std::mem::replace(&mut said, true) && state.tell_all(Tag::Goodbye, &[]).is_err() {
@@ -412,6 +422,8 @@ impl State {
 /// How a thread polls: fast at first, then so that others get the core.
 struct Pace {
     turns: u32,
+    /// Whether it sleeps in the end.
+    sleeps: bool,
 }
 
 impl Pace {
@@ -420,15 +432,15 @@ impl Pace {
     const SHORTEST: Duration = Duration::from_micros(20);
     const LONGEST: Duration = Duration::from_millis(1);
 
-    fn new() -> Self {
-        Self { turns: 0 }
+    fn new(sleeps: bool) -> Self {
+        Self { turns: 0, sleeps }
     }
 
     fn rest(&mut self) {
         self.turns = self.turns.saturating_add(1);
         if self.turns < Self::SPINS {
             std::hint::spin_loop();
-        } else if self.turns < Self::YIELDS {
+        } else if self.turns < Self::YIELDS || !self.sleeps {
             std::thread::yield_now();
         } else {
             let grown = Self::SHORTEST * (1 + (self.turns - Self::YIELDS) / 16);

@@ -7,7 +7,8 @@
 //!
 //! # Progress
 //! While nobody waits, a thread of the engine's moves messages on as long as any are under way; so a large message reaches
-//! its receiver though its sender computes. MPI must offer thread level SERIALIZED.
+//! its receiver though its sender computes. MPI must offer thread level SERIALIZED. [`MpiWorld::start_single_threaded`] does
+//! without that thread and that level.
 //!
 //! # Faults
 //! The ranks tell each other which fault they know of and agree on one within half a second (see `agreement.rs`), which every
@@ -25,7 +26,7 @@ use super::{Communicator, Expected, Fault, Group, Parcel, Pending, Stamp};
 use crate::comm::Cause;
 use crate::{Error, Result};
 use engine::{Engine, State};
-use raw::Link;
+use raw::{Link, Threads};
 use std::marker::PhantomData;
 use std::sync::Arc;
 use std::thread::JoinHandle;
@@ -36,6 +37,7 @@ use std::time::Duration;
 pub struct MpiWorld {
     engine: Arc<Engine>,
     pump: Option<JoinHandle<()>>,
+    ended: bool,
     /// MPI is ended by the thread that has started it.
     _thread: PhantomData<*const ()>,
 }
@@ -47,15 +49,30 @@ impl MpiWorld {
     /// # Errors
     /// [`Error::Engine`] if MPI was started before, offers too low a thread level, or fails.
     pub fn start(timeout: Duration) -> Result<(Self, Arc<dyn Communicator>)> {
-        let engine = Engine::new(Link::start().map_err(Error::Engine)?, timeout);
-        let pumped = Arc::clone(&engine);
+        let (mut world, comm) = Self::new(Threads::Any, timeout)?;
+        let pumped = Arc::clone(&world.engine);
         let pump = std::thread::Builder::new()
             .name("mpi-pump".into())
             .spawn(move || pumped.pump())
             .map_err(|error| Error::Engine(format!("no thread for MPI's progress: {error}")))?;
+        world.pump = Some(pump);
+        Ok((world, comm))
+    }
+
+    /// [`MpiWorld::start`] for an MPI that only one thread may call, such as a simulator's: messages move only while this
+    /// thread starts or awaits an operation, and it never sleeps while it waits. Communicators panic on any other thread.
+    ///
+    /// # Errors
+    /// As [`MpiWorld::start`], but for the thread level.
+    pub fn start_single_threaded(timeout: Duration) -> Result<(Self, Arc<dyn Communicator>)> {
+        Self::new(Threads::One, timeout)
+    }
+
+    fn new(threads: Threads, timeout: Duration) -> Result<(Self, Arc<dyn Communicator>)> {
+        let engine = Engine::new(Link::start(threads).map_err(Error::Engine)?, threads, timeout);
         let group = Group::world(engine.rank, engine.size);
         let comm = MpiCommunicator { group, engine: Arc::clone(&engine) };
-        Ok((Self { engine, pump: Some(pump), _thread: PhantomData }, Arc::new(comm)))
+        Ok((Self { engine, pump: None, ended: false, _thread: PhantomData }, Arc::new(comm)))
     }
 
     /// Leaves: waits until all messages are out and all ranks leave, and ends MPI. Communicators are of no use afterwards.
@@ -69,9 +86,13 @@ impl MpiWorld {
     }
 
     fn end(&mut self) -> Result<()> {
-        let Some(pump) = self.pump.take() else { return Ok(()) };
+        if std::mem::replace(&mut self.ended, true) {
+            return Ok(());
+        }
         let left = self.engine.leave(std::thread::panicking());
-        let joined = pump.join().map_err(|_| Error::Engine("the thread of MPI's progress has panicked".into()));
+        let joined = self.pump.take().map_or(Ok(()), |pump| {
+            pump.join().map_err(|_| Error::Engine("the thread of MPI's progress has panicked".into()))
+        });
         let link = left?;
         joined?;
         link.map_or(Ok(()), Link::finalize).map_err(Error::Engine)
