@@ -5,7 +5,6 @@ use crate::{Error, Result};
 use moe_core::ops::{KvShape, RotaryLayout};
 use moe_core::{BranchConfig, MlpConfig, MoeConfig, ParamInit, ParamSpec, SplitKind};
 use moe_parallel::Placement;
-use moe_parallel::dims::part;
 
 /// A decoder-only language model.
 #[derive(Debug, Clone, PartialEq)]
@@ -279,7 +278,7 @@ impl LayerConfig {
     /// # Errors
     /// [`Error::Config`] if heads or columns cannot be split over so many ranks.
     pub fn on_rank(&self, placement: &Placement) -> Result<Self> {
-        let (index, ranks) = placement.tensor();
+        let (_, ranks) = placement.tensor();
         let attention = &self.attention;
         for (name, heads) in [("num_heads", attention.num_heads), ("num_kv_heads", attention.num_kv_heads)] {
             if !heads.is_multiple_of(ranks) {
@@ -291,23 +290,9 @@ impl LayerConfig {
             num_kv_heads: attention.num_kv_heads / ranks,
             ..*attention
         };
-        let split =
-            |mlp: MlpConfig, name: &str, (index, parts): (usize, usize)| match part(mlp.d_ff, index, parts).len() {
-                0 => Err(Error::Config(format!("{name} {parts} is more than d_ff {}", mlp.d_ff))),
-                d_ff => Ok(MlpConfig { d_ff, ..mlp }),
-            };
-        let dense = |mlp| split(mlp, "tp", (index, ranks));
         let feed_forward = match self.feed_forward {
-            FeedForwardConfig::Dense(mlp) => FeedForwardConfig::Dense(dense(mlp)?),
-            FeedForwardConfig::Moe(moe) => FeedForwardConfig::Moe(MoeConfig {
-                expert: split(moe.expert, "expert_slices", placement.slice(moe.num_experts))?,
-                branch: match moe.branch {
-                    BranchConfig::None => BranchConfig::None,
-                    BranchConfig::Residual(mlp) => BranchConfig::Residual(dense(mlp)?),
-                    BranchConfig::Shared { mlp, gate } => BranchConfig::Shared { mlp: dense(mlp)?, gate },
-                },
-                ..moe
-            }),
+            FeedForwardConfig::Dense(mlp) => FeedForwardConfig::Dense(placement.mlp(mlp)?),
+            FeedForwardConfig::Moe(moe) => FeedForwardConfig::Moe(placement.moe(&moe)?),
         };
         Ok(Self { attention, feed_forward, ..*self })
     }

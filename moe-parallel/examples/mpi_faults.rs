@@ -40,8 +40,8 @@ fn run(scenario: &str, timeout: Duration) -> Result<()> {
         Err(error) => error.to_string(),
     };
     println!("rank {} after {seconds:.3} s: {told}", comm.rank());
-    if scenario == "late" && comm.rank() != VICTIM {
-        // The others wait for the late one, to see that it returns the same.
+    if ["late", "busy"].contains(&scenario) && comm.rank() != VICTIM {
+        // The others wait for the late one, which then returns the same.
         std::thread::sleep(timeout + Duration::from_secs(1));
     }
     result.and(world.finish())
@@ -65,6 +65,15 @@ fn act(scenario: &str, comm: &dyn Communicator, timeout: Duration) -> Result<()>
         "stop" if victim => end_by(libc::SIGSTOP),
         // Busy elsewhere for longer than the deadline.
         "late" if victim => std::thread::sleep(timeout + timeout / 2),
+        // Sends a large message and then computes for longer than the deadline: no fault, for the others get it meanwhile.
+        "busy" => {
+            let mut values = vec![comm.rank() as u64; 1_000_000];
+            comm.broadcast(SITE, &mut values, VICTIM)?;
+            if victim {
+                std::thread::sleep(timeout + timeout / 2);
+            }
+            return Ok(());
+        }
         // Leaves before the others do.
         "leave" if victim => return Ok(()),
         "kill-before" if victim => end_by(libc::SIGKILL),

@@ -2,7 +2,7 @@
 
 use candle_core::{DType, Device, Tensor};
 use candle_nn::VarBuilder;
-use moe_core::{Activation, BranchConfig, CandleOps, MlpConfig, Mode, MoeBlock, MoeConfig};
+use moe_core::{Activation, BranchConfig, CandleOps, MlpConfig, Mode, MoeConfig};
 use moe_core::{RouteContext, RouterConfig, SeededNoise, Top1Config};
 use moe_parallel::comm::thread::ThreadWorld;
 use moe_parallel::{Collectives, ExchangeConfig, Mesh, ParallelDims, Result};
@@ -23,11 +23,9 @@ fn main() -> Result<()> {
     };
     let rank = |comm| -> Result<()> {
         let mesh = Mesh::new(comm, ParallelDims::new(4, 1, 4, 1), 2, ExchangeConfig::default())?;
-        let ops = Arc::new(CandleOps);
-        let dispatcher = mesh.dispatcher(config.num_experts, 0, ops.clone())?;
         let weights = mesh.placement().initial(&config.params(), 42, &Device::Cpu)?;
         let vb = VarBuilder::from_tensors(weights, DType::F32, &Device::Cpu);
-        let layer = MoeBlock::with_dispatcher(&config, vb, ops, dispatcher)?;
+        let layer = mesh.moe_block(&config, vb, Arc::new(CandleOps), 0)?;
         let tokens = Tensor::randn(0f32, 1.0, (32, 16), &Device::Cpu)?;
         let noise = SeededNoise::new(42, mesh.world().rank() as u64);
         let output = layer.forward(&tokens, &RouteContext::new(Mode::Train, &noise))?;

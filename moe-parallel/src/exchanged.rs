@@ -1,7 +1,7 @@
 //! Communication as candle operations: the one place of this crate that knows candle's trait for custom operations.
 
-use crate::Result;
-use candle_core::{CpuStorage, CustomOp1, Layout, Shape, Storage, Tensor};
+use crate::{Error, Result};
+use candle_core::{CpuStorage, CustomOp1, Layout, Shape, Storage, Tensor, WithDType};
 use std::sync::{Mutex, PoisonError};
 
 /// Runs `$body` with `$T` as the element type of a tensor that can be sent.
@@ -31,22 +31,23 @@ type Back = Box<dyn Fn(&Tensor) -> Result<Tensor> + Send + Sync>;
 
 struct Exchanged {
     name: &'static str,
-    output: Mutex<Option<Tensor>>,
+    output: Mutex<Option<(CpuStorage, Shape)>>,
     back: Back,
 }
 
 /// What has arrived in return for `input`, as a tensor of the graph: its gradient goes back by `back`.
-pub(crate) fn exchanged(
+pub(crate) fn exchanged<T: WithDType>(
     name: &'static str,
     input: &Tensor,
-    output: Tensor,
+    (values, shape): (Vec<T>, impl Into<Shape>),
     back: impl Fn(&Tensor) -> Result<Tensor> + Send + Sync + 'static,
 ) -> Result<Tensor> {
+    let shape = shape.into();
     if !input.track_op() {
-        return Ok(output);
+        return Ok(Tensor::from_vec(values, shape, input.device())?);
     }
-    let op = Exchanged { name, output: Mutex::new(Some(output)), back: Box::new(back) };
-    Ok(input.apply_op1(op)?)
+    let output = Mutex::new(Some((T::to_cpu_storage_owned(values), shape)));
+    Ok(input.apply_op1(Exchanged { name, output, back: Box::new(back) })?)
 }
 
 impl CustomOp1 for Exchanged {
@@ -56,13 +57,7 @@ impl CustomOp1 for Exchanged {
 
     fn cpu_fwd(&self, _: &CpuStorage, _: &Layout) -> candle_core::Result<(CpuStorage, Shape)> {
         let output = self.output.lock().unwrap_or_else(PoisonError::into_inner).take();
-        let Some(output) = output else { candle_core::bail!("{} was applied twice", self.name) };
-        let output = output.contiguous()?;
-        let (storage, layout) = output.storage_and_layout();
-        match &*storage {
-            Storage::Cpu(cpu) if layout.start_offset() == 0 => Ok((cpu.clone(), output.shape().clone())),
-            _ => candle_core::bail!("{} exchanges tensors on the CPU", self.name),
-        }
+        output.ok_or_else(|| candle_core::Error::msg(format!("{} was applied twice", self.name)))
     }
 
     fn bwd(&self, _: &Tensor, _: &Tensor, grad: &Tensor) -> candle_core::Result<Option<Tensor>> {
@@ -70,7 +65,12 @@ impl CustomOp1 for Exchanged {
     }
 }
 
-/// The values of a tensor, row by row.
-pub(crate) fn values<T: candle_core::WithDType>(tensor: &Tensor) -> Result<Vec<T>> {
-    Ok(tensor.flatten_all()?.to_vec1()?)
+/// Calls `body` with the values of a tensor on the CPU, row by row.
+pub(crate) fn with_values<T: WithDType, R>(tensor: &Tensor, body: impl FnOnce(&[T]) -> Result<R>) -> Result<R> {
+    let tensor = tensor.contiguous()?;
+    let (storage, layout) = tensor.storage_and_layout();
+    match (&*storage, layout.contiguous_offsets()) {
+        (Storage::Cpu(cpu), Some((start, end))) => body(&cpu.as_slice::<T>()?[start..end]),
+        _ => Err(Error::Argument(format!("tensors on the CPU are exchanged, got one on {:?}", tensor.device()))),
+    }
 }

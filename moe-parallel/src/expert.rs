@@ -7,7 +7,7 @@
 use crate::all_to_all::{AllToAll, Direction, Moving, Plan};
 use crate::comm::{Collectives, Communicator, Element, Phase, Site};
 use crate::dims::{part, part_of};
-use crate::exchanged::{by_dtype, exchanged, values};
+use crate::exchanged::{by_dtype, exchanged, with_values};
 use crate::share::{RowShare, put_together, take_own};
 use crate::{Error, Result};
 use candle_core::{DType, Tensor, WithDType};
@@ -79,7 +79,7 @@ impl ExpertExchange {
 
     /// How the tensor group shares rows that lie as `offsets` says, by expert.
     fn share(&self, offsets: &[usize]) -> Option<(RowShare, &Arc<dyn Communicator>)> {
-        let coordinated = self.coordinated.as_ref()?;
+        let coordinated = self.coordinated.as_ref().filter(|c| c.coordination != Coordination::None)?;
         let size = coordinated.comm.size();
         let rows_of = |member: usize| {
             let of_expert = |expert: usize| {
@@ -89,9 +89,8 @@ impl ExpertExchange {
                         let part = part(rows.len(), member, size);
                         rows.start + part.start..rows.start + part.end
                     }
-                    Coordination::ByDestination if part_of(self.num_experts, expert, self.ep) % size == member => rows,
-                    Coordination::None if member == 0 => rows,
-                    Coordination::ByDestination | Coordination::None => rows.start..rows.start,
+                    _ if part_of(self.num_experts, expert, self.ep) % size == member => rows,
+                    _ => rows.start..rows.start,
                 }
             };
             (0..self.num_experts).map(of_expert).collect()
@@ -131,31 +130,22 @@ impl fmt::Debug for Travelling {
 }
 
 impl Travelling {
-    fn start(all: &Arc<AllToAll>, plan: &Arc<Plan>, direction: Direction, site: Site, rows: &Tensor) -> Result<Self> {
-        let width = rows.dim(1)?;
+    fn start(journey: &Journey, rows: &Tensor) -> Result<Self> {
         Ok(match rows.dtype() {
-            DType::F32 => Self::F32(all.start(plan, direction, site, &values(rows)?, width)?),
-            DType::F64 => Self::F64(all.start(plan, direction, site, &values(rows)?, width)?),
-            DType::BF16 => Self::Bf16(all.start(plan, direction, site, &values(rows)?, width)?),
+            DType::F32 => Self::F32(journey.start(rows)?),
+            DType::F64 => Self::F64(journey.start(rows)?),
+            DType::BF16 => Self::Bf16(journey.start(rows)?),
             other => return Err(Error::Argument(format!("rows of f32, f64 and bf16 travel, got {other:?}"))),
         })
     }
 
     /// What arrived, as the result of sending `sent`.
     fn finish(self, journey: &Journey, sent: &Tensor) -> Result<Tensor> {
-        let arrived = match self {
-            Self::F32(moving) => journey.tensor(moving.finish()?, sent),
-            Self::F64(moving) => journey.tensor(moving.finish()?, sent),
-            Self::Bf16(moving) => journey.tensor(moving.finish()?, sent),
-        }?;
-        let Journey { all, plan, direction, site } = journey;
-        let back = Journey {
-            all: Arc::clone(all),
-            plan: Arc::clone(plan),
-            direction: direction.reversed(),
-            site: site.backward(),
-        };
-        exchanged("all_to_all", sent, arrived, move |grad| by_dtype!(grad.dtype(), T => back.run::<T>(grad)))
+        match self {
+            Self::F32(moving) => journey.finish(moving, sent),
+            Self::F64(moving) => journey.finish(moving, sent),
+            Self::Bf16(moving) => journey.finish(moving, sent),
+        }
     }
 }
 
@@ -169,17 +159,26 @@ struct Journey {
 }
 
 impl Journey {
-    fn tensor<T: Element + WithDType>(&self, values: Vec<T>, sent: &Tensor) -> Result<Tensor> {
-        let rows = match self.direction {
-            Direction::There => self.plan.output_rows(),
-            Direction::Back => self.plan.rows,
-        };
-        Ok(Tensor::from_vec(values, (rows, sent.dim(1)?), sent.device())?)
+    fn start<T: Element + WithDType>(&self, rows: &Tensor) -> Result<Moving<T>> {
+        let width = rows.dim(1)?;
+        with_values(rows, |values| self.all.start(&self.plan, self.direction, self.site, values, width))
     }
 
-    fn run<T: Element + WithDType>(&self, rows: &Tensor) -> Result<Tensor> {
-        let moved = self.all.run::<T>(&self.plan, self.direction, self.site, &values(rows)?, rows.dim(1)?)?;
-        self.tensor(moved, rows)
+    fn finish<T: Element + WithDType>(&self, moving: Moving<T>, sent: &Tensor) -> Result<Tensor> {
+        let back = Self { direction: self.direction.reversed(), site: self.site.backward(), ..self.clone() };
+        let arrived = (moving.finish()?, (self.rows(), sent.dim(1)?));
+        exchanged("all_to_all", sent, arrived, move |grad| {
+            let shape = (back.rows(), grad.dim(1)?);
+            Ok(Tensor::from_vec(back.start::<T>(grad)?.finish()?, shape, grad.device())?)
+        })
+    }
+
+    /// Rows that arrive.
+    fn rows(&self) -> usize {
+        match self.direction {
+            Direction::There => self.plan.output_rows(),
+            Direction::Back => self.plan.rows,
+        }
     }
 }
 
@@ -218,11 +217,12 @@ impl AllToAllDispatcher {
     /// # Errors
     /// [`Error::Argument`] if the shares of the experts are not those of the ranks that rows travel to.
     pub fn new(exchange: Arc<ExpertExchange>, ops: Arc<dyn MoeOps>, layer: u32) -> Result<Self> {
-        let (shares, ranks) = (exchange.ep_ranks.len(), exchange.all_to_all.comm().size());
-        if shares != ranks || exchange.ep_rank >= exchange.ep {
-            let ExpertExchange { ep, ep_rank, .. } = *exchange;
+        let ExpertExchange { num_experts, ep, ep_rank, .. } = *exchange;
+        let (shares, ranks) = (&exchange.ep_ranks, exchange.all_to_all.comm().size());
+        if shares.len() != ranks || shares.iter().chain([&ep_rank]).any(|&share| share >= ep) || ep > num_experts {
             return Err(Error::Argument(format!(
-                "ep_ranks must be given for {ranks} ranks and ep_rank be below ep {ep}, got {shares} and {ep_rank}"
+                "ep_ranks must be given for {ranks} ranks, they and ep_rank be below ep {ep}, and that be at most the \
+                 {num_experts} experts, got {shares:?} and {ep_rank}"
             )));
         }
         Ok(Self { exchange, ops, site: Site::layer(Phase::Forward, layer) })
@@ -257,7 +257,7 @@ impl AllToAllDispatcher {
         let counts = exchange.all_to_all.exchange_counts(self.site, sends)?;
         let plan = Arc::new(exchange.all_to_all.plan(&counts));
         let offsets = Plan::output_offsets(&counts);
-        let travelling = Travelling::start(&exchange.all_to_all, &plan, Direction::There, self.site, &rows)?;
+        let travelling = Travelling::start(&self.journey(&plan, Direction::There), &rows)?;
         let receipt = AllToAllReceipt {
             table,
             combine_weights: routing.combine_weights.clone(),
@@ -307,8 +307,7 @@ impl AllToAllDispatcher {
             rows = take_own(share, comm, self.site, &rows)?;
         }
         let rows = scaled_gradient(rows, 1.0 / self.exchange.copies as f64)?;
-        let Journey { all, plan, direction, site } = self.journey(&receipt.plan, Direction::Back);
-        let travelling = Travelling::start(&all, &plan, direction, site, &rows)?;
+        let travelling = Travelling::start(&self.journey(&receipt.plan, Direction::Back), &rows)?;
         Ok(Combining { travelling, sent: rows, receipt })
     }
 
@@ -329,7 +328,10 @@ fn scaled_gradient(rows: Tensor, factor: f64) -> Result<Tensor> {
     if factor == 1.0 {
         return Ok(rows);
     }
-    exchanged("scaled_gradient", &rows, rows.copy()?, move |grad| Ok((grad * factor)?))
+    by_dtype!(rows.dtype(), T => {
+        let same = with_values::<T, _>(&rows, |values| Ok(values.to_vec()))?;
+        exchanged("scaled_gradient", &rows, (same, rows.shape()), move |grad| Ok((grad * factor)?))
+    })
 }
 
 impl Dispatcher for AllToAllDispatcher {

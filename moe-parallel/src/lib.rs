@@ -2,6 +2,20 @@
 //!
 //! Ranks are threads of this process ([`comm::thread`], the reference), processes of an MPI job (feature `mpi`) or GPUs that
 //! exchange over NCCL (feature `nccl`). Layers come from `moe-core` and know nothing of it.
+//!
+//! ```
+//! use moe_parallel::comm::{Reduction, thread::ThreadWorld};
+//! use moe_parallel::{Collectives, Phase, Site};
+//!
+//! let sums = ThreadWorld::new(4).run(|comm| {
+//!     let site = Site::layer(Phase::Forward, 2); // named in errors
+//!     comm.all_reduce(site, &[comm.rank() as f32, 1.0], Reduction::Sum)
+//! });
+//! for sum in sums {
+//!     assert_eq!(sum?, [6.0, 4.0]);
+//! }
+//! # Ok::<(), moe_parallel::Error>(())
+//! ```
 
 pub mod all_to_all;
 pub mod comm;

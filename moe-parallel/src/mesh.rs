@@ -8,7 +8,8 @@ use crate::expert::{AllToAllDispatcher, Coordinated, Coordination, ExpertExchang
 use crate::placement::Placement;
 use crate::tensor::RankOps;
 use crate::{Error, Result};
-use moe_core::{LocalDispatcher, MoeOps, Ops, ParamSpec};
+use candle_nn::VarBuilder;
+use moe_core::{LocalDispatcher, MoeBlock, MoeConfig, MoeOps, Ops, ParamSpec};
 use std::collections::HashMap;
 use std::sync::{Arc, Mutex, PoisonError};
 
@@ -195,6 +196,23 @@ impl Mesh {
         let slices = num_experts.map(|experts| self.groups(experts)).transpose()?.and_then(|g| g.slices.clone());
         let site = Site { phase: Phase::Forward, layer };
         Ok(Arc::new(RankOps::new(inner, Arc::clone(&self.tensor), slices, site)))
+    }
+
+    /// This rank's part of an MoE layer: `config` is the whole one's, `vb` gives this rank's parts of the parameters. All ranks
+    /// call this for the same layers in the same order.
+    ///
+    /// # Errors
+    /// As [`MoeBlock::with_dispatcher`]; [`Error::Layout`] if the layer cannot be split so; [`Error::Fault`].
+    pub fn moe_block(
+        &self,
+        config: &MoeConfig,
+        vb: VarBuilder<'_>,
+        ops: Arc<dyn Ops>,
+        layer: u32,
+    ) -> Result<MoeBlock<RankDispatcher>> {
+        let dispatcher = self.dispatcher(config.num_experts, layer, Arc::clone(&ops) as Arc<dyn MoeOps>)?;
+        let ops = self.ops(ops, Some(config.num_experts), Some(layer))?;
+        Ok(MoeBlock::with_dispatcher(&self.placement.moe(config)?, vb, ops, dispatcher)?)
     }
 
     /// The ranks over which the gradient of a parameter is added up: those that hold the same part of it and have seen other

@@ -3,7 +3,7 @@
 use crate::dims::{ParallelDims, part};
 use crate::{Error, Result};
 use candle_core::{Device, Tensor};
-use moe_core::{ParamSpec, Split, SplitKind};
+use moe_core::{BranchConfig, MlpConfig, MoeConfig, ParamSpec, Split, SplitKind};
 use std::collections::HashMap;
 use std::ops::Range;
 
@@ -74,6 +74,29 @@ impl Placement {
         part(num_experts, index, parts)
     }
 
+    /// What a rank holds of a dense network: its columns of the inner width.
+    ///
+    /// # Errors
+    /// [`Error::Layout`] if there are fewer columns than ranks.
+    pub fn mlp(&self, config: MlpConfig) -> Result<MlpConfig> {
+        inner_part(config, "tp", self.tensor())
+    }
+
+    /// What a rank holds of an MoE layer: its columns of each expert and of the network beside them. Experts are counted over
+    /// all ranks still.
+    ///
+    /// # Errors
+    /// [`Error::Layout`] if there are fewer columns than ranks.
+    pub fn moe(&self, config: &MoeConfig) -> Result<MoeConfig> {
+        let branch = match config.branch {
+            BranchConfig::None => BranchConfig::None,
+            BranchConfig::Residual(mlp) => BranchConfig::Residual(self.mlp(mlp)?),
+            BranchConfig::Shared { mlp, gate } => BranchConfig::Shared { mlp: self.mlp(mlp)?, gate },
+        };
+        let expert = inner_part(config.expert, "expert_slices", self.slice(config.num_experts))?;
+        Ok(MoeConfig { expert, branch, ..*config })
+    }
+
     /// The shape of this rank's part.
     pub fn local_shape(&self, spec: &ParamSpec) -> Vec<usize> {
         let mut shape = spec.shape.clone();
@@ -124,5 +147,12 @@ impl Placement {
             whole = Tensor::cat(&pieces, dim)?;
         }
         Ok(whole)
+    }
+}
+
+fn inner_part(config: MlpConfig, name: &str, (index, parts): (usize, usize)) -> Result<MlpConfig> {
+    match part(config.d_ff, index, parts).len() {
+        0 => Err(Error::Layout(format!("{name} {parts} is more than the {} columns of d_ff", config.d_ff))),
+        d_ff => Ok(MlpConfig { d_ff, ..config }),
     }
 }

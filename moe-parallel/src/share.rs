@@ -2,7 +2,7 @@
 //! together. One is the other's gradient.
 
 use crate::comm::{Collectives, Communicator, Element, Site};
-use crate::exchanged::{by_dtype, exchanged, values};
+use crate::exchanged::{by_dtype, exchanged, with_values};
 use crate::{Error, Result};
 use candle_core::{Tensor, WithDType};
 use std::ops::Range;
@@ -67,10 +67,13 @@ impl RowShare {
     }
 }
 
-fn taken<T: Element + WithDType>(share: &RowShare, all: &Tensor, member: usize) -> Result<Tensor> {
+/// Rows and their shape.
+type Rows<T> = (Vec<T>, (usize, usize));
+
+fn taken<T: Element + WithDType>(share: &RowShare, all: &Tensor, member: usize) -> Result<Rows<T>> {
     let width = all.dim(1)?;
-    let own = share.take::<T>(&values(all)?, member, width);
-    Ok(Tensor::from_vec(own, (share.rows_of(member), width), all.device())?)
+    let own = with_values::<T, _>(all, |all| Ok(share.take(all, member, width)))?;
+    Ok((own, (share.rows_of(member), width)))
 }
 
 fn gathered<T: Element + WithDType>(
@@ -78,10 +81,14 @@ fn gathered<T: Element + WithDType>(
     comm: &dyn Communicator,
     site: Site,
     own: &Tensor,
-) -> Result<Tensor> {
+) -> Result<Rows<T>> {
     let width = own.dim(1)?;
-    let all = share.together::<T>(comm, site, &values(own)?, width)?;
-    Ok(Tensor::from_vec(all, (share.rows(), width), own.device())?)
+    let all = with_values::<T, _>(own, |own| share.together(comm, site, own, width))?;
+    Ok((all, (share.rows(), width)))
+}
+
+fn tensor<T: WithDType>((values, shape): Rows<T>, like: &Tensor) -> Result<Tensor> {
+    Ok(Tensor::from_vec(values, shape, like.device())?)
 }
 
 fn check(what: &str, tensor: &Tensor, rows: usize) -> Result<()> {
@@ -102,9 +109,11 @@ fn check(what: &str, tensor: &Tensor, rows: usize) -> Result<()> {
 pub fn take_own(share: &Arc<RowShare>, comm: &Arc<dyn Communicator>, site: Site, all: &Tensor) -> Result<Tensor> {
     check("rows of all members", all, share.rows())?;
     let member = comm.rank();
-    let own = by_dtype!(all.dtype(), T => taken::<T>(share, all, member))?;
-    let (share, comm, site) = (Arc::clone(share), Arc::clone(comm), site.backward());
-    exchanged("take_own", all, own, move |grad| by_dtype!(grad.dtype(), T => gathered::<T>(&share, &*comm, site, grad)))
+    by_dtype!(all.dtype(), T => {
+        let own = taken::<T>(share, all, member)?;
+        let (share, comm, site) = (Arc::clone(share), Arc::clone(comm), site.backward());
+        exchanged("take_own", all, own, move |grad| tensor(gathered::<T>(&share, &*comm, site, grad)?, grad))
+    })
 }
 
 /// The rows of all members, the same on each. Its gradient, which every member has alike, is taken apart again.
@@ -117,7 +126,9 @@ pub fn take_own(share: &Arc<RowShare>, comm: &Arc<dyn Communicator>, site: Site,
 pub fn put_together(share: &Arc<RowShare>, comm: &Arc<dyn Communicator>, site: Site, own: &Tensor) -> Result<Tensor> {
     let member = comm.rank();
     check("rows of this rank", own, share.rows_of(member))?;
-    let all = by_dtype!(own.dtype(), T => gathered::<T>(share, &**comm, site, own))?;
-    let share = Arc::clone(share);
-    exchanged("put_together", own, all, move |grad| by_dtype!(grad.dtype(), T => taken::<T>(&share, grad, member)))
+    by_dtype!(own.dtype(), T => {
+        let all = gathered::<T>(share, &**comm, site, own)?;
+        let share = Arc::clone(share);
+        exchanged("put_together", own, all, move |grad| tensor(taken::<T>(&share, grad, member)?, grad))
+    })
 }

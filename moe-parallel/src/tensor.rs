@@ -12,7 +12,7 @@
 use crate::Result;
 use crate::comm::{Collectives, Communicator, Element, Reduction, Site};
 use crate::dims::part;
-use crate::exchanged::{by_dtype, exchanged, values};
+use crate::exchanged::{by_dtype, exchanged, with_values};
 use candle_core::{D, Device, Tensor, WithDType};
 use moe_core::ops::{
     AttentionShape, Choices, DecoderOps, IGNORED, KvShape, LossOps, MoeOps, PagedKv, PagedSequence, Positions,
@@ -26,9 +26,8 @@ use std::any::Any;
 use std::ops::Range;
 use std::sync::Arc;
 
-fn reduced<T: Element + WithDType>(comm: &dyn Communicator, site: Site, x: &Tensor, how: Reduction) -> Result<Tensor> {
-    let sum = comm.all_reduce(site, &values::<T>(x)?, how)?;
-    Ok(Tensor::from_vec(sum, x.shape(), x.device())?)
+fn reduced<T: Element + WithDType>(comm: &dyn Communicator, site: Site, x: &Tensor, how: Reduction) -> Result<Vec<T>> {
+    with_values::<T, _>(x, |values| comm.all_reduce(site, values, how))
 }
 
 /// The same tensor on every rank of a group; its gradient is the sum of theirs.
@@ -40,12 +39,12 @@ pub fn copy_to_group(comm: &Arc<dyn Communicator>, site: Site, x: &Tensor) -> Re
         return Ok(x.clone());
     }
     let (comm, site) = (Arc::clone(comm), site.backward());
-    exchanged(
-        "copy_to_group",
-        x,
-        x.contiguous()?.copy()?,
-        move |grad| by_dtype!(grad.dtype(), T => reduced::<T>(&*comm, site, grad, Reduction::Sum)),
-    )
+    by_dtype!(x.dtype(), T => {
+        let same = with_values::<T, _>(x, |values| Ok(values.to_vec()))?;
+        exchanged("copy_to_group", x, (same, x.shape()), move |grad| {
+            Ok(Tensor::from_vec(reduced::<T>(&*comm, site, grad, Reduction::Sum)?, grad.shape(), grad.device())?)
+        })
+    })
 }
 
 /// The sum of a group's tensors, in rank order, on every rank; its gradient is every term's.
@@ -56,13 +55,15 @@ pub fn sum_over_group(comm: &Arc<dyn Communicator>, site: Site, x: &Tensor) -> R
     if comm.size() == 1 {
         return Ok(x.clone());
     }
-    let sum = by_dtype!(x.dtype(), T => reduced::<T>(&**comm, site, x, Reduction::Sum))?;
-    exchanged("sum_over_group", x, sum, |grad| Ok(grad.clone()))
+    by_dtype!(x.dtype(), T => {
+        let sum = reduced::<T>(&**comm, site, x, Reduction::Sum)?;
+        exchanged("sum_over_group", x, (sum, x.shape()), |grad| Ok(grad.clone()))
+    })
 }
 
 /// Element by element the largest of a group's tensors, on every rank; without a gradient.
 fn max_over_group(comm: &Arc<dyn Communicator>, site: Site, x: &Tensor) -> Result<Tensor> {
-    by_dtype!(x.dtype(), T => reduced::<T>(&**comm, site, x, Reduction::Max))
+    by_dtype!(x.dtype(), T => Ok(Tensor::from_vec(reduced::<T>(&**comm, site, x, Reduction::Max)?, x.shape(), x.device())?))
 }
 
 /// How a matrix is split.
@@ -153,7 +154,8 @@ impl RankOps {
         let rows: usize = leading.iter().product();
         let width = |rank: usize| part(size, rank, ranks).len();
         let counts: Vec<usize> = (0..ranks).map(|rank| rows * width(rank)).collect();
-        let parts = self.tensor.start_all_gather_v(self.site, &values::<T>(own)?, &counts)?.wait_parts()?;
+        let gathering = with_values::<T, _>(own, |own| self.tensor.start_all_gather_v(self.site, own, &counts))?;
+        let parts = gathering.wait_parts()?;
         let mut all = Vec::with_capacity(rows * size);
         for row in 0..rows {
             for (rank, part) in parts.iter().enumerate() {
@@ -185,7 +187,7 @@ impl RankOps {
         let hidden = copy_to_group(&self.tensor, self.site, hidden)?;
         let logits = self.inner.linear(&hidden, &split.part, None)?;
         if targets.is_empty() {
-            return Ok((logits.sum_all()? * 0.0)?);
+            return Ok(logits.sum_all()?); // of nothing, with its graph: the other ranks wait for its backward pass
         }
         let most = max_over_group(&self.tensor, self.site, &logits.detach().max_keepdim(D::Minus1)?)?;
         let shifted = logits.broadcast_sub(&most)?;
@@ -326,6 +328,10 @@ impl DecoderOps for RankOps {
 
     fn rms_norm(&self, x: &Tensor, weight: &Tensor, epsilon: f64) -> moe_core::Result<Tensor> {
         self.inner.rms_norm(x, weight, epsilon)
+    }
+
+    fn for_heads(&self, parameter: &Tensor) -> moe_core::Result<Tensor> {
+        Ok(copy_to_group(&self.tensor, self.site, &self.inner.for_heads(parameter)?)?)
     }
 
     fn rotary(

@@ -23,6 +23,13 @@ pub fn conformance(comm: &dyn Communicator) {
     let first = comm.start_all_reduce(site, &[1u32; 5000], Reduction::Sum).expect("start");
     let second = halves.start_all_gather_v(site, &[rank], &vec![1; halves.size()]).expect("start");
     let third = comm.start_all_gather_v(site, &[rank], &vec![1; comm.size()]).expect("start");
+    let fourth = comm.start_reduce_scatter(site, &[rank as i64; 7], Reduction::Max).expect("start");
+    let fifth = comm.start_broadcast(site, &[rank * 3; 2], comm.size() - 1).expect("start");
+    let sixth = comm.start_barrier(site).expect("start");
+    sixth.wait().expect("sixth");
+    assert_eq!(fifth.wait().expect("fifth"), [3 * (comm.size() as u64 - 1); 2]);
+    let part = crate::dims::part(7, comm.rank(), comm.size()).len();
+    assert_eq!(fourth.wait().expect("fourth"), vec![comm.size() as i64 - 1; part]);
     assert_eq!(third.wait().expect("third"), (0..comm.size() as u64).collect::<Vec<_>>());
     assert_eq!(second.wait().expect("second").len(), halves.size());
     assert_eq!(first.wait().expect("first"), vec![comm.size() as u32; 5000]);

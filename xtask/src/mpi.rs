@@ -45,8 +45,9 @@ enum Expected {
     JobEnds,
 }
 
-const SCENARIOS: [Scenario; 9] = [
+const SCENARIOS: [Scenario; 10] = [
     Scenario { name: "none", expected: Expected::Done },
+    Scenario { name: "busy", expected: Expected::Done },
     Scenario { name: "diverge", expected: Expected::OnAll("must call the same operations") },
     Scenario { name: "size", expected: Expected::OnAll("bytes where") },
     Scenario { name: "late", expected: Expected::OnAll("no message within 2.0 s from rank 1, last seen in barrier") },
@@ -64,8 +65,8 @@ const SCENARIOS: [Scenario; 9] = [
 pub(crate) fn run(args: &Args) -> Result<()> {
     let version = version()?;
     // The whole workspace is named so that the dependencies are the ones its tests have compiled.
-    let examples = ["--example", "mpi_conformance", "--example", "mpi_faults"];
-    let features = ["--features", "moe-parallel/mpi,moe-parallel/testing"];
+    let examples = ["--example", "mpi_conformance", "--example", "mpi_faults", "--example", "mpi_equality"];
+    let features = ["--features", "moe-models/mpi,moe-parallel/testing"];
     shell::run(cargo(&["build", "--workspace"]).args(examples).args(features))?;
 
     println!("{version}");
@@ -73,6 +74,12 @@ pub(crate) fn run(args: &Args) -> Result<()> {
         let run = Run::of(ranks, &["mpi_conformance"])?;
         ensure!(run.succeeded && run.lines.len() == 1, "conformance on {ranks} ranks failed:\n{}", run.text());
         println!("{}", run.lines[0].1);
+    }
+
+    for ranks in [4, 8] {
+        let run = Run::of(ranks, &["mpi_equality"])?;
+        ensure!(run.succeeded && run.lines.len() == 2, "equality on {ranks} ranks failed:\n{}", run.text());
+        run.lines.iter().for_each(|(_, line)| println!("{line}"));
     }
 
     let times = if args.long { 20 } else { 2 };

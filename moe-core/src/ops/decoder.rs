@@ -41,6 +41,15 @@ pub trait DecoderOps: WeightOps {
     /// If a shape does not fit.
     fn rms_norm(&self, x: &Tensor, weight: &Tensor, epsilon: f64) -> Result<Tensor>;
 
+    /// A parameter that every head uses. A backend that computes some of the heads only gives it a gradient that is summed
+    /// over all of them.
+    ///
+    /// # Errors
+    /// If the tensor cannot be taken.
+    fn for_heads(&self, parameter: &Tensor) -> Result<Tensor> {
+        Ok(parameter.clone())
+    }
+
     /// Turns the first columns of each head by the angles of the row's position.
     ///
     /// # Shapes

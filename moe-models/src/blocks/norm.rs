@@ -31,9 +31,13 @@ impl Norm {
     /// # Errors
     /// If the width is another.
     pub fn forward(&self, x: &Tensor) -> Result<Tensor> {
-        Ok(match &self.bias {
-            Some(bias) => self.ops.layer_norm(x, &self.weight, bias, self.epsilon)?,
-            None => self.ops.rms_norm(x, &self.weight, self.epsilon)?,
+        self.apply(x, &self.weight, self.bias.as_ref())
+    }
+
+    fn apply(&self, x: &Tensor, weight: &Tensor, bias: Option<&Tensor>) -> Result<Tensor> {
+        Ok(match bias {
+            Some(bias) => self.ops.layer_norm(x, weight, bias, self.epsilon)?,
+            None => self.ops.rms_norm(x, weight, self.epsilon)?,
         })
     }
 
@@ -43,6 +47,8 @@ impl Norm {
     /// If the last dimension is no whole number of heads.
     pub fn forward_heads(&self, x: &Tensor) -> Result<Tensor> {
         let heads = x.reshape(((), self.weight.dim(0)?))?;
-        Ok(self.forward(&heads)?.reshape(x.shape())?)
+        let weight = self.ops.for_heads(&self.weight)?;
+        let bias = self.bias.as_ref().map(|bias| self.ops.for_heads(bias)).transpose()?;
+        Ok(self.apply(&heads, &weight, bias.as_ref())?.reshape(x.shape())?)
     }
 }

@@ -1,8 +1,17 @@
 //! A PR-MoE over up to 8 ranks on threads equals one rank; and what a rank without a partner says.
 
 use crate::equality::{Kind, Reference, check, layouts};
-use moe_models::Precision;
+use crate::golden::fixtures;
+use candle_core::{Device, Tensor, Var};
+use moe_kernels::KernelOps;
+use moe_models::gpt::{Gpt, GptConfig};
+use moe_models::gpt::{Pass, TokenBatch};
+
+use moe_models::{CausalLm, Decoder, Family, LogitsOf, Model, ParamSource, PoolConfig, Precision, SequenceStep};
+use moe_parallel::all_to_all::Route;
 use moe_parallel::comm::thread::ThreadWorld;
+use moe_parallel::{Collectives, Coordination, ExchangeConfig, Mesh, ParallelDims};
+use std::sync::Arc;
 
 fn kind(experts: &[usize], top_k: usize, capacity: Option<f64>) -> Kind {
     Kind { experts: experts.to_vec(), top_k, capacity, precision: Precision::F32 }
@@ -42,4 +51,112 @@ fn every_kind_of_model_equals_one_rank() {
             }
         }
     }
+}
+
+/// Logits of a prompt and of a token after it.
+fn decode(decoder: &Decoder, prompt: &[u32]) -> Vec<f32> {
+    let pool = decoder.new_pool(PoolConfig { num_pages: 8, page_size: 4 }).unwrap();
+    let mut sequence = pool.sequence();
+    let mut logits = Vec::new();
+    for token_ids in [prompt, &[7]] {
+        let step = SequenceStep { sequence: &mut sequence, token_ids, logits: LogitsOf::Last };
+        let output = decoder.forward(&mut [step], &pool).unwrap();
+        logits.extend(output.logits.flatten_all().and_then(|t: Tensor| t.to_vec1::<f32>()).unwrap());
+    }
+    logits
+}
+
+/// The inference pass over ranks, with packed weights: the bits of one rank where matrices are whole.
+#[test]
+fn inference_over_ranks_equals_one_rank() {
+    let mut config = GptConfig::preset("tiny-pr-moe").unwrap();
+    (config.vocab_size, config.max_seq_len, config.d_model, config.num_heads, config.d_ff) = (61, 16, 24, 4, 40);
+    config.init_std = 0.2;
+    let model = Gpt::new(config, 3, &Device::Cpu).unwrap();
+    let (table, config) = (Arc::new(model.table().clone()), model.decoder_config().clone());
+    let ops = || Arc::new(KernelOps::packing(Precision::F32));
+    let whole = model.into_packed().unwrap();
+    let prompt = |d: usize| (0..3 + d).map(|i| ((i * 11 + d * 5) % 61) as u32).collect::<Vec<_>>();
+    for (dims, coordination) in [
+        (ParallelDims::new(4, 1, 4, 1), Coordination::None),
+        (ParallelDims::new(2, 2, 4, 1), Coordination::ByDestination),
+        (ParallelDims::new(4, 1, 2, 2), Coordination::None),
+    ] {
+        let want: Vec<Vec<f32>> = (0..dims.dp).map(|d| decode(&whole, &prompt(d))).collect();
+        ThreadWorld::new(4).run(|comm| {
+            let exchange = ExchangeConfig { route: Route::Hierarchical, coordination };
+            let mesh = Mesh::new(Arc::clone(&comm), dims, 2, exchange).unwrap();
+            let vb = ParamSource::initial(Arc::clone(&table), 3, mesh.placement()).builder(&Device::Cpu);
+            let decoder = Decoder::over(config.clone(), vb, ops(), &mesh).unwrap();
+            let d = dims.dense(comm.rank()).dp_rank;
+            let got = decode(&decoder, &prompt(d));
+            if dims.tp == 1 && dims.expert_slices == 1 {
+                assert_eq!(got, want[d], "{dims:?}");
+            }
+            let worst = got.iter().zip(&want[d]).fold(0f32, |m, (a, b)| m.max((a - b).abs()));
+            assert!(got.len() == want[d].len() && worst < 1e-4, "{dims:?}: {worst:e}");
+        });
+    }
+}
+
+/// A family with separate projections, shared key heads, rotary positions and an output layer of its own, from its published
+/// files: loss, logits and gradients of each rank's part.
+#[test]
+fn qwen3_moe_over_ranks_equals_one_rank() {
+    let dir = fixtures().join("qwen3_moe");
+    let whole = Model::<Box<dyn Family>>::load(&dir, &Device::Cpu).unwrap();
+    let table = Arc::new(whole.table().clone());
+    let ids: Vec<u32> = (0..13).map(|i| i * 7 % 97).collect();
+    let batch = TokenBatch { input_ids: ids[..12].to_vec(), target_ids: ids[1..].to_vec(), batch: 1, seq_len: 12 };
+    let want = whole.loss(&batch, Pass::Train { seed: 1 }).unwrap();
+    let want_grads = want.loss.backward().unwrap();
+    let (hidden, _) = whole.decoder().hidden(&batch.input_ids, 12, Pass::Eval).unwrap();
+    let want_logits = whole.decoder().head().logits(&hidden).unwrap();
+    for (dims, coordination) in [
+        (ParallelDims::new(1, 2, 2, 1), Coordination::ByDestination),
+        (ParallelDims::new(2, 1, 1, 2), Coordination::None),
+        (ParallelDims::new(2, 1, 2, 1), Coordination::None),
+    ] {
+        ThreadWorld::new(2).run(|comm| {
+            let exchange = ExchangeConfig { route: Route::Flat, coordination };
+            let mesh = Mesh::new(Arc::clone(&comm), dims, 2, exchange).unwrap();
+            let placement = mesh.placement();
+            let values = table.specs().iter().zip(whole.params()).map(|(spec, (name, var))| {
+                let part = placement.local(spec, var.as_detached_tensor()).unwrap();
+                (name.clone(), Var::from_tensor(&part.contiguous().unwrap()).unwrap())
+            });
+            let vars: Vec<(String, Var)> = values.collect();
+            let vb = ParamSource::variables(Arc::clone(&table), &vars).at(placement).builder(&Device::Cpu);
+            let ops = Arc::new(KernelOps::default());
+            let decoder = Decoder::over(whole.decoder_config().clone(), vb, ops, &mesh).unwrap();
+            // Every rank has the same tokens here, so experts see them once per data-parallel rank.
+            let got = decoder.loss(&batch, Pass::Train { seed: 1 }).unwrap();
+            assert!((got.lm_loss - want.lm_loss).abs() < 1e-5, "{dims:?}: {} {}", got.lm_loss, want.lm_loss);
+            let (hidden, _) = decoder.hidden(&batch.input_ids, 12, Pass::Eval).unwrap();
+            let logits = decoder.head().logits(&hidden).unwrap();
+            moe_core::testing::assert_close(&logits, &want_logits, 1e-4, &format!("{dims:?}: logits"));
+            let grads = got.loss.backward().unwrap();
+            for (spec, (name, var)) in table.specs().iter().zip(&vars) {
+                let times = if spec.is_stacked() && (dims.ep > 1 || dims.expert_slices > 1) { dims.dp } else { 1 };
+                let whole_var = whole.params().iter().find(|(n, _)| n == name).map(|(_, v)| v).unwrap();
+                let part = placement.local(spec, want_grads.get(whole_var).unwrap().clone()).unwrap();
+                let want = (part * times as f64).unwrap();
+                moe_core::testing::assert_close(grads.get(var).unwrap(), &want, 1e-5, &format!("{dims:?}: {name}"));
+            }
+        });
+    }
+}
+
+/// Heads that the ranks cannot share are refused with the layer and the numbers.
+#[test]
+fn heads_that_do_not_divide_are_refused() {
+    let whole = Model::<Box<dyn Family>>::load(&fixtures().join("qwen3_moe"), &Device::Cpu).unwrap();
+    let table = Arc::new(whole.table().clone());
+    ThreadWorld::new(4).run(|comm| {
+        let mesh = Mesh::new(comm, ParallelDims::new(1, 4, 4, 1), 4, ExchangeConfig::default()).unwrap();
+        let vb = ParamSource::initial(Arc::clone(&table), 3, mesh.placement()).builder(&Device::Cpu);
+        let error = Decoder::over(whole.decoder_config().clone(), vb, Arc::new(KernelOps::default()), &mesh);
+        let text = error.map(drop).unwrap_err().to_string();
+        assert!(text.contains("layer 0: tp 4 must divide num_kv_heads 2"), "{text}");
+    });
 }

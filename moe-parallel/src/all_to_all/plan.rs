@@ -5,18 +5,35 @@
 //! Rows go in ordered by (receiver, chunk) and come out ordered by (chunk, sender), whatever the route.
 
 use crate::comm::Kind;
+use std::collections::HashMap;
 use std::ops::Range;
 
 /// Which node each member of a group is on.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Nodes {
+    /// The node of each member, numbered by first members.
     of: Vec<usize>,
+    /// The place of each member on its node.
+    places: Vec<usize>,
+    /// The members of each node, in rank order.
+    members: Vec<Vec<usize>>,
 }
 
 impl Nodes {
     /// The node of each member, by any numbers.
-    pub fn new(of: Vec<usize>) -> Self {
-        Self { of }
+    pub fn new(of: &[usize]) -> Self {
+        let mut numbers = HashMap::new();
+        let (mut nodes, mut places, mut members) = (Vec::new(), Vec::new(), Vec::<Vec<usize>>::new());
+        for (rank, name) in of.iter().enumerate() {
+            let node = *numbers.entry(name).or_insert(members.len());
+            if node == members.len() {
+                members.push(Vec::new());
+            }
+            nodes.push(node);
+            places.push(members[node].len());
+            members[node].push(rank);
+        }
+        Self { of: nodes, places, members }
     }
 
     /// Members of a world whose nodes have `ranks_per_node` consecutive ranks each.
@@ -24,7 +41,7 @@ impl Nodes {
     /// # Panics
     /// If `ranks_per_node` is 0.
     pub fn uniform(members: &[usize], ranks_per_node: usize) -> Self {
-        Self::new(members.iter().map(|m| m / ranks_per_node).collect())
+        Self::new(&members.iter().map(|m| m / ranks_per_node).collect::<Vec<_>>())
     }
 
     /// Members.
@@ -37,36 +54,19 @@ impl Nodes {
         self.of[a] == self.of[b]
     }
 
-    /// The members of each node, in rank order; nodes by their first member.
-    fn nodes(&self) -> Vec<Vec<usize>> {
-        let mut nodes: Vec<Vec<usize>> = Vec::new();
-        for rank in 0..self.size() {
-            match nodes.iter_mut().find(|node| self.together(node[0], rank)) {
-                Some(node) => node.push(rank),
-                None => nodes.push(vec![rank]),
-            }
-        }
-        nodes
+    /// The members on the node of `rank`, in rank order.
+    pub fn node_of(&self, rank: usize) -> &[usize] {
+        &self.members[self.of[rank]]
     }
 
-    /// Which member of a node of `members` ranks carries rows to each rank.
-    fn carriers(&self, members: usize) -> Vec<usize> {
-        (0..self.size()).map(|receiver| self.node_of(receiver).1 % members).collect()
+    /// On a hierarchical route: the ranks whose rows member `place` of a node of `members` ranks carries on.
+    pub(super) fn carried(&self, place: usize, members: usize) -> impl Iterator<Item = usize> {
+        (0..self.size()).filter(move |&receiver| self.places[receiver] % members == place)
     }
 
-    /// On a hierarchical route: the members on the node of `rank`, and the ranks it carries their rows to.
-    pub(super) fn carried(&self, rank: usize) -> (Vec<usize>, Vec<usize>) {
-        let (node, index) = self.node_of(rank);
-        let carriers = self.carriers(node.len());
-        let carried = (0..self.size()).filter(|&receiver| carriers[receiver] == index).collect();
-        (node, carried)
-    }
-
-    /// The members on the node of `rank`, and its place among them.
-    fn node_of(&self, rank: usize) -> (Vec<usize>, usize) {
-        let node: Vec<usize> = (0..self.size()).filter(|&r| self.together(r, rank)).collect();
-        let index = node.iter().position(|&r| r == rank).unwrap_or(0);
-        (node, index)
+    /// [`Nodes::carried`] by `rank`.
+    pub(super) fn carried_by(&self, rank: usize) -> impl Iterator<Item = usize> {
+        self.carried(self.places[rank], self.node_of(rank).len())
     }
 }
 
@@ -100,7 +100,7 @@ impl Counts {
     pub fn of(all: &[Vec<Vec<usize>>], rank: usize, route: Route, nodes: &Nodes) -> Self {
         let passing = match route {
             Route::Flat => Vec::new(),
-            Route::Hierarchical => nodes.node_of(rank).0.into_iter().map(|member| all[member].clone()).collect(),
+            Route::Hierarchical => nodes.node_of(rank).iter().map(|&member| all[member].clone()).collect(),
         };
         Self { sends: all[rank].clone(), receives: all.iter().map(|sender| sender[rank].clone()).collect(), passing }
     }
@@ -110,7 +110,7 @@ impl Counts {
         let row: Vec<Vec<usize>> = chunks.iter().map(|&chunks| vec![rows; chunks]).collect();
         let passing = match route {
             Route::Flat => Vec::new(),
-            Route::Hierarchical => vec![row.clone(); nodes.node_of(rank).0.len()],
+            Route::Hierarchical => vec![row.clone(); nodes.node_of(rank).len()],
         };
         Self { receives: vec![row[rank].clone(); row.len()], sends: row, passing }
     }
@@ -233,7 +233,7 @@ impl Plan {
     fn flat(rank: usize, counts: &Counts) -> Self {
         let size = counts.sends.len();
         let (inputs, outputs) = (Self::inputs(counts), Self::output_offsets(counts));
-        let sends = in_turn(rank, size).map(|peer| Transfer::new(peer, [inputs[peer].clone()]));
+        let sends = in_turn(rank, size).map(|peer| Transfer::new(peer, std::iter::once(inputs[peer].clone())));
         let receives = in_turn(rank, size).map(|peer| Transfer::new(peer, Self::outputs(peer, size, &outputs)));
         let rows = outputs[outputs.len() - 1];
         Self { rows: inputs.last().map_or(0, |r| r.end), steps: vec![Step::new(Kind::AllToAll, sends, receives, rows)] }
@@ -249,19 +249,17 @@ impl Plan {
     /// ```
     fn hierarchical(rank: usize, nodes: &Nodes, counts: &Counts) -> Self {
         let size = counts.sends.len();
-        let (own_node, index) = nodes.node_of(rank);
-        let all_nodes = nodes.nodes();
-        let carriers = nodes.carriers(own_node.len());
+        let (own_node, index) = (nodes.node_of(rank), nodes.places[rank]);
+        let members = own_node.len();
 
         // 1. Inside the node, to whoever carries on.
         let inputs = Self::inputs(counts);
-        let carried_by = |member: usize| (0..size).filter(|&r| carriers[r] == member).collect::<Vec<_>>();
-        let sends = in_turn(index, own_node.len()).map(|member| {
-            Transfer::new(own_node[member], carried_by(member).into_iter().map(|receiver| inputs[receiver].clone()))
+        let sends = in_turn(index, members).map(|member| {
+            let pieces = nodes.carried(member, members).map(|receiver| inputs[receiver].clone());
+            Transfer::new(own_node[member], pieces)
         });
-        let carried = carried_by(index);
+        let carried: Vec<usize> = nodes.carried_by(rank).collect();
         let passing = |member: usize, receiver: usize| counts.passing[member][receiver].iter().sum::<usize>();
-        let members = own_node.len();
         let buffer = offsets(
             carried
                 .iter()
@@ -278,11 +276,10 @@ impl Plan {
         // 2. Between nodes, to the receiver.
         let first = carried.iter().position(|&receiver| receiver == rank).unwrap_or(0);
         let sends = in_turn(first, carried.len())
-            .map(|at| Transfer::new(carried[at], [buffer[at * members]..buffer[(at + 1) * members]]));
+            .map(|at| Transfer::new(carried[at], std::iter::once(buffer[at * members]..buffer[(at + 1) * members])));
         let outputs = Self::output_offsets(counts);
-        let own = all_nodes.iter().position(|node| node.contains(&rank)).unwrap_or(0);
-        let receives = in_turn(own, all_nodes.len()).map(|node| {
-            let node = &all_nodes[node];
+        let receives = in_turn(nodes.of[rank], nodes.members.len()).map(|node| {
+            let node = &nodes.members[node];
             let pieces = node.iter().flat_map(|&sender| Self::outputs(sender, size, &outputs));
             Transfer::new(node[index % node.len()], pieces)
         });

@@ -129,11 +129,11 @@ impl AllToAll {
 
     /// What the node's members send through this rank, from the buffer between the two steps: by receiver, member and chunk.
     fn passing(&self, buffer: &[u64], chunks: &[usize]) -> Vec<Vec<Vec<usize>>> {
-        let (node, carried) = self.nodes.carried(self.comm.rank());
+        let rank = self.comm.rank();
         let nothing: Vec<_> = chunks.iter().map(|&chunks| vec![0; chunks]).collect();
-        let mut passing = vec![nothing; node.len()];
+        let mut passing = vec![nothing; self.nodes.node_of(rank).len()];
         let mut values = buffer.iter();
-        for receiver in carried {
+        for receiver in self.nodes.carried_by(rank) {
             for count in passing.iter_mut().flat_map(|member| &mut member[receiver]) {
                 *count = values.next().map_or(0, |&value| value as usize);
             }

@@ -93,7 +93,7 @@ proptest! {
     ) {
         let chunks = &chunks[..of.len()];
         let count = |s: usize, r: usize, c: usize| (seed as usize >> ((s * 5 + r * 3 + c) % 29)) % 4;
-        check(&filled(chunks, count), &Nodes::new(of.clone()));
+        check(&filled(chunks, count), &Nodes::new(&of));
     }
 }
 

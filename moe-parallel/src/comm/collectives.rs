@@ -104,6 +104,52 @@ impl<T: Element, C: Communicator + ?Sized> AllReducing<'_, T, C> {
     }
 }
 
+/// A reduction on its way, of which each member gets a part.
+#[derive(Debug)]
+#[must_use = "values arrive when it is waited for"]
+pub struct ReduceScattering<T> {
+    parts: Gathering<T>,
+    reduction: Reduction,
+}
+
+impl<T: Element> ReduceScattering<T> {
+    /// Waits; this rank's part.
+    ///
+    /// # Errors
+    /// As [`Pending::wait`].
+    pub fn wait(self) -> Result<Vec<T>> {
+        Ok(self.reduction.apply(&self.parts.wait_parts()?))
+    }
+
+    /// Whether [`ReduceScattering::wait`] would return at once.
+    pub fn test(&mut self) -> bool {
+        self.parts.test()
+    }
+}
+
+/// One member's values on their way to all.
+#[derive(Debug)]
+#[must_use = "values arrive when it is waited for"]
+pub struct Broadcasting<T> {
+    parts: Gathering<T>,
+    root: usize,
+}
+
+impl<T: Element> Broadcasting<T> {
+    /// Waits; the root's values.
+    ///
+    /// # Errors
+    /// As [`Pending::wait`].
+    pub fn wait(self) -> Result<Vec<T>> {
+        Ok(self.parts.wait_parts()?.swap_remove(self.root))
+    }
+
+    /// Whether [`Broadcasting::wait`] would return at once.
+    pub fn test(&mut self) -> bool {
+        self.parts.test()
+    }
+}
+
 /// Up to this size every member sends all its values to all others: one exchange instead of two.
 const SMALL_REDUCTION: usize = 4096;
 
@@ -251,8 +297,20 @@ pub trait Collectives: Communicator {
     /// # Errors
     /// [`Error::Fault`], also if a rank has another number of values.
     fn reduce_scatter<T: Element>(&self, site: Site, values: &[T], reduction: Reduction) -> Result<Vec<T>> {
-        let gathering = start_reduce_scatter(self, Kind::ReduceScatter, site, values)?;
-        Ok(reduction.apply(&gathering.wait_parts()?))
+        self.start_reduce_scatter(site, values, reduction)?.wait()
+    }
+
+    /// Begins [`Collectives::reduce_scatter`].
+    ///
+    /// # Errors
+    /// [`Error::Fault`].
+    fn start_reduce_scatter<T: Element>(
+        &self,
+        site: Site,
+        values: &[T],
+        reduction: Reduction,
+    ) -> Result<ReduceScattering<T>> {
+        Ok(ReduceScattering { parts: start_reduce_scatter(self, Kind::ReduceScatter, site, values)?, reduction })
     }
 
     /// Begins [`Collectives::all_reduce`].
@@ -289,19 +347,24 @@ pub trait Collectives: Communicator {
     /// # Errors
     /// [`Error::Argument`] if there is no such rank; [`Error::Fault`].
     fn broadcast<T: Element>(&self, site: Site, values: &mut [T], root: usize) -> Result<()> {
+        let sent = self.start_broadcast(site, values, root)?.wait()?;
+        values.copy_from_slice(&sent);
+        Ok(())
+    }
+
+    /// Begins [`Collectives::broadcast`]; the values of ranks other than `root` only say how many come.
+    ///
+    /// # Errors
+    /// [`Error::Argument`] if there is no such rank; [`Error::Fault`].
+    fn start_broadcast<T: Element>(&self, site: Site, values: &[T], root: usize) -> Result<Broadcasting<T>> {
         let (rank, size) = (self.rank(), self.size());
         if root >= size {
             return Err(Error::Argument(format!("root {root} is not one of {size} ranks")));
         }
         let counts: Vec<usize> = (0..size).map(|r| if r == root { values.len() } else { 0 }).collect();
-        let part_for = |peer: usize| if rank == root && peer != root { values.to_vec() } else { Vec::new() };
-        let receives = if rank == root { vec![0; size] } else { counts };
+        let part_for = |_| if rank == root { values.to_vec() } else { Vec::new() };
         let sends_to = |_| rank == root && !values.is_empty();
-        let parts = start_exchange(self, Kind::Broadcast, site, part_for, sends_to, &receives)?.wait_parts()?;
-        if rank != root {
-            values.copy_from_slice(&parts[root]);
-        }
-        Ok(())
+        Ok(Broadcasting { parts: start_exchange(self, Kind::Broadcast, site, part_for, sends_to, &counts)?, root })
     }
 
     /// Returns when every rank has come here.
@@ -309,10 +372,18 @@ pub trait Collectives: Communicator {
     /// # Errors
     /// [`Error::Fault`].
     fn barrier(&self, site: Site) -> Result<()> {
+        self.start_barrier(site)?.wait().map(drop)
+    }
+
+    /// Begins [`Collectives::barrier`]; what it gives when it is waited for is of no use.
+    ///
+    /// # Errors
+    /// [`Error::Fault`].
+    fn start_barrier(&self, site: Site) -> Result<Box<dyn Pending>> {
         let peers = || (0..self.size()).filter(|&peer| peer != self.rank());
         let sends = peers().map(|peer| (peer, Parcel::with_capacity(0))).collect();
         let receives: Vec<Expected> = peers().map(|peer| Expected { peer, bytes: 0 }).collect();
-        self.start(self.group().stamp(Kind::Barrier, site), sends, &receives)?.wait().map(drop)
+        self.start(self.group().stamp(Kind::Barrier, site), sends, &receives)
     }
 
     /// A communicator of the ranks that give the same color, in the order of their keys (of this group where keys are equal).

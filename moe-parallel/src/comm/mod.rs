@@ -12,6 +12,10 @@ mod element;
 mod fault;
 #[cfg(feature = "mpi")]
 pub mod mpi;
+#[cfg(feature = "nccl")]
+pub mod nccl;
+#[cfg(any(feature = "mpi", feature = "nccl"))]
+mod pace;
 mod parcel;
 mod stamp;
 #[cfg(test)]
@@ -20,7 +24,7 @@ pub mod thread;
 #[cfg(any(test, feature = "mpi"))]
 mod wire;
 
-pub use collectives::{AllReducing, Collectives, Gathering, Reduction};
+pub use collectives::{AllReducing, Broadcasting, Collectives, Gathering, ReduceScattering, Reduction};
 pub use element::Element;
 pub use fault::{Cause, Fault};
 pub use parcel::Parcel;
@@ -128,4 +132,8 @@ pub trait Communicator: Debug + Send + Sync {
 
     /// What ended this engine, if anything did: every operation then returns it.
     fn fault(&self) -> Option<Fault>;
+
+    /// Ends this engine on every rank, for what was found in an operation above it; the fault that all return, which may be
+    /// an earlier one.
+    fn fail(&self, stamp: Stamp, cause: Cause) -> Fault;
 }

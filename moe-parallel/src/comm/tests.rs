@@ -14,6 +14,34 @@ fn threads_conform() {
     }
 }
 
+/// A rank that waits for another must not hold up the kernels of a third: their threads are not those of one pool.
+#[test]
+fn every_rank_has_a_kernel_pool_of_its_own() {
+    for (world, threads) in [(ThreadWorld::new(3).with_kernel_threads(2), 2), (ThreadWorld::new(64), 1)] {
+        let ran_on = world.run(|comm| {
+            assert_eq!(rayon::current_num_threads(), threads);
+            // All threads of this rank's pool at once, while the other ranks' are at the same.
+            let ids = std::sync::Mutex::new(Vec::new());
+            let meeting = std::sync::Barrier::new(threads);
+            rayon::scope(|scope| {
+                for _ in 0..threads {
+                    scope.spawn(|_| {
+                        meeting.wait();
+                        ids.lock().unwrap().push(std::thread::current().id());
+                    });
+                }
+            });
+            comm.barrier(SITE).unwrap();
+            ids.into_inner().unwrap()
+        });
+        let mut all: Vec<String> = ran_on.iter().flatten().map(|id| format!("{id:?}")).collect();
+        let count = all.len();
+        all.sort();
+        all.dedup();
+        assert_eq!((all.len(), count), (count, threads * ran_on.len()));
+    }
+}
+
 #[test]
 fn stamps_survive_the_wire() {
     let stamp = Stamp { context: u64::MAX, sequence: 7, kind: Kind::InterNode, site: Site::layer(Phase::Backward, 3) };
@@ -29,7 +57,16 @@ const TIMEOUT: Duration = Duration::from_secs(5);
 
 /// What every rank of a run returns, with the fault of those that fail.
 fn faults(world: &ThreadWorld, body: impl Fn(&dyn Communicator) -> crate::Result<()> + Sync) -> Vec<Option<Fault>> {
-    world.run(|comm| body(&*comm).err().map(|e| e.fault().cloned().unwrap_or_else(|| panic!("not a fault: {e}"))))
+    timed_faults(world, body).into_iter().map(|(fault, _)| fault).collect()
+}
+
+/// The same with the time at which each rank returned.
+fn timed_faults(
+    world: &ThreadWorld,
+    body: impl Fn(&dyn Communicator) -> crate::Result<()> + Sync,
+) -> Vec<(Option<Fault>, Duration)> {
+    let fault = |e: Error| e.fault().cloned().unwrap_or_else(|| panic!("not a fault: {e}"));
+    world.run_timed(|comm| body(&*comm).err().map(fault))
 }
 
 #[test]
@@ -76,6 +113,23 @@ fn a_rank_that_leaves_is_named_at_once() {
     }
 }
 
+/// What a rank finds above the engine ends all of them.
+#[test]
+fn a_rank_that_fails_tells_the_others() {
+    let cause = Cause::Engine("out of memory".into());
+    let found = faults(&ThreadWorld::new(3).with_timeout(Duration::from_secs(600)), |comm| {
+        if comm.rank() == 1 {
+            let stamp = comm.group().stamp(Kind::Barrier, SITE);
+            return Err(comm.fail(stamp, cause.clone()).into());
+        }
+        comm.barrier(SITE)
+    });
+    for fault in found.iter().flatten() {
+        assert_eq!((fault.rank, &fault.cause), (1, &cause));
+    }
+    assert_eq!(found.iter().flatten().count(), 3);
+}
+
 #[test]
 fn other_sizes_than_agreed_are_named() {
     let world = ThreadWorld::new(2).with_timeout(TIMEOUT);
@@ -117,7 +171,8 @@ fn operations(size: usize) -> u64 {
     1 + 3 * if size == 2 { 4 } else { 5 }
 }
 
-/// 2,000 plans: every survivor returns the one fault, within the deadline of the operation it was in, or nobody fails.
+/// 2,000 plans: every survivor returns the one fault, within a deadline and a second of the world's start (all steps without a
+/// fault take less than that second), or nobody fails.
 #[test]
 fn two_thousand_fault_plans_end_in_one_typed_error() {
     let mut outcomes = [0; 2];
@@ -125,7 +180,8 @@ fn two_thousand_fault_plans_end_in_one_typed_error() {
         let size = [2, 4, 8][seed as usize % 3];
         let plan = FaultPlan::seeded(seed, size, operations(size), TIMEOUT);
         let world = ThreadWorld::new(size).with_clock(Clock::Virtual).with_timeout(TIMEOUT).with_faults(plan.clone());
-        let found = faults(&world, steps);
+        let timed = timed_faults(&world, steps);
+        let found: Vec<_> = timed.iter().map(|(fault, _)| fault.clone()).collect();
         let (victim, _, injection) = plan.injections()[0];
         let harmless = matches!(injection, Injection::Delay(by) if by < TIMEOUT);
         let survivors: Vec<_> = found.iter().enumerate().filter(|(r, _)| *r != victim).map(|(_, f)| f).collect();
@@ -135,6 +191,9 @@ fn two_thousand_fault_plans_end_in_one_typed_error() {
         } else {
             assert!(!harmless, "seed {seed}: {plan:?} {found:?}");
             assert!(survivors.iter().all(|f| f.is_some() && f == &survivors[0]), "seed {seed}: {plan:?} {found:?}");
+        }
+        for (rank, (_, ended)) in timed.iter().enumerate().filter(|(rank, _)| *rank != victim) {
+            assert!(*ended <= TIMEOUT + Duration::from_secs(1), "seed {seed}: rank {rank} at {ended:?}, {plan:?}");
         }
         outcomes[usize::from(!survivors.iter().all(|f| f.is_none()))] += 1;
         if seed % 50 == 0 {

@@ -87,7 +87,7 @@ fn tokens(load: Load, d: usize) -> Vec<f32> {
 }
 
 fn mask(load: Load, d: usize, count: usize) -> Option<Vec<bool>> {
-    (load == Load::Masked).then(|| (0..count).map(|i| (i + d) % 3 != 0).collect())
+    (load == Load::Masked).then(|| (0..count).map(|i| !(i + d).is_multiple_of(3)).collect())
 }
 
 /// Whole parameters; biases are not zero, so that a lost one shows.

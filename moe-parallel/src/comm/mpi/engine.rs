@@ -2,6 +2,7 @@
 
 use super::raw::{Link, MOST_BYTES, Tag, Threads, Transfer};
 use crate::comm::agreement::{Agreement, GRACE};
+use crate::comm::pace::Pace;
 use crate::comm::{Cause, Fault, Kind, Parcel, Phase, Site, Stamp, wire};
 use crate::{Error, Result};
 use std::collections::{BTreeMap, HashMap, VecDeque};
@@ -103,13 +104,18 @@ impl Engine {
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
+    /// Where one thread has the engine for itself, all ranks may be on it.
+    fn pace(&self) -> Pace {
+        if self.owner.is_some() { Pace::awake() } else { Pace::new() }
+    }
+
     /// Moves the engine on until `done` gives something, or all ranks know of a fault. Never longer than [`GRACE`] after there
     /// is a fault; without one `done` sees to the end.
     pub(super) fn poll<T>(
         &self,
         mut done: impl FnMut(&mut State, Duration) -> std::result::Result<Option<T>, Fault>,
     ) -> Result<T> {
-        let mut pace = Pace::new(self.owner.is_none());
+        let mut pace = self.pace();
         let mut polling = false;
         loop {
             let now = self.now();
@@ -168,6 +174,13 @@ impl Engine {
         };
         // There is an outcome within the grace.
         if begun { self.poll::<()>(|_, _| Ok(None)).err().and_then(|error| error.fault().cloned()) } else { None }
+    }
+
+    /// Ends this engine with a fault found above it; the one that all ranks return. Once the world has ended that is only this
+    /// rank's affair.
+    pub(super) fn fail(&self, fault: Fault) -> Fault {
+        let told = self.poll::<()>(|_, _| Err(fault.clone())).err();
+        told.and_then(|error| error.fault().cloned()).unwrap_or(fault)
     }
 
     fn wake_pump(&self, state: &State) {
@@ -230,7 +243,7 @@ impl Engine {
         // 2. After a fault: nobody leaves before the others have told theirs, for the launcher may end them then.
         if let Err(Error::Fault(_)) = &result {
             let deadline = self.now() + GRACE;
-            let mut pace = Pace::new(self.owner.is_none());
+            let mut pace = self.pace();
             loop {
                 let mut state = self.lock();
                 if !std::mem::replace(&mut said, true) && state.tell_all(Tag::Goodbye, &[]).is_err() {
@@ -416,35 +429,5 @@ impl State {
             return Err(Cause::Diverged { peer, theirs });
         }
         if got == expected { Ok(Some(parcel)) } else { Err(Cause::Size { peer, expected, got }) }
-    }
-}
-
-/// How a thread polls: fast at first, then so that others get the core.
-struct Pace {
-    turns: u32,
-    /// Whether it sleeps in the end.
-    sleeps: bool,
-}
-
-impl Pace {
-    const SPINS: u32 = 50;
-    const YIELDS: u32 = 500;
-    const SHORTEST: Duration = Duration::from_micros(20);
-    const LONGEST: Duration = Duration::from_millis(1);
-
-    fn new(sleeps: bool) -> Self {
-        Self { turns: 0, sleeps }
-    }
-
-    fn rest(&mut self) {
-        self.turns = self.turns.saturating_add(1);
-        if self.turns < Self::SPINS {
-            std::hint::spin_loop();
-        } else if self.turns < Self::YIELDS || !self.sleeps {
-            std::thread::yield_now();
-        } else {
-            let grown = Self::SHORTEST * (1 + (self.turns - Self::YIELDS) / 16);
-            std::thread::sleep(grown.min(Self::LONGEST));
-        }
     }
 }

@@ -139,6 +139,10 @@ impl Communicator for MpiCommunicator {
     fn fault(&self) -> Option<Fault> {
         self.engine.fault()
     }
+
+    fn fail(&self, stamp: Stamp, cause: Cause) -> Fault {
+        self.engine.fail(Fault { rank: self.engine.rank, stamp, cause })
+    }
 }
 
 #[derive(Debug)]

@@ -57,6 +57,16 @@ impl ThreadWorld {
         Self { clock, ..self }
     }
 
+    /// Threads of each rank's kernels, its own included; by default the cores divided by the ranks, at least 1.
+    ///
+    /// # Panics
+    /// If `threads` is 0.
+    #[must_use]
+    pub fn with_kernel_threads(self, threads: usize) -> Self {
+        assert!(threads > 0, "a rank computes on one thread at least");
+        Self { kernel_threads: threads, ..self }
+    }
+
     /// What goes wrong.
     #[must_use]
     pub fn with_faults(self, plan: FaultPlan) -> Self {
@@ -66,8 +76,16 @@ impl ThreadWorld {
     /// Runs `body` on every rank, each on a thread whose kernels have a pool of their own; the results in rank order.
     ///
     /// # Panics
-    /// If a rank panics, after all have ended: the others see that it has left.
+    /// If the system has too few threads; if a rank panics, after all have ended: the others see that it has left.
     pub fn run<T: Send>(&self, body: impl Fn(Arc<dyn Communicator>) -> T + Sync) -> Vec<T> {
+        self.run_timed(body).into_iter().map(|(result, _)| result).collect()
+    }
+
+    /// The same, with the time by the world's clock at which each rank returned.
+    ///
+    /// # Panics
+    /// As [`ThreadWorld::run`].
+    pub fn run_timed<T: Send>(&self, body: impl Fn(Arc<dyn Communicator>) -> T + Sync) -> Vec<(T, Duration)> {
         let world = Arc::new(World {
             timeout: self.timeout,
             clock: self.clock,
@@ -78,11 +96,16 @@ impl ThreadWorld {
         });
         let rank = |rank: usize| {
             let seat = Arc::new(Seat { world: Arc::clone(&world), rank });
-            let pool = rayon::ThreadPoolBuilder::new().num_threads(self.kernel_threads).use_current_thread().build();
-            drop(pool); // the thread stays a member
+            // This thread is one of its pool, for as long as the pool lives.
+            let pool = rayon::ThreadPoolBuilder::new().num_threads(self.kernel_threads).use_current_thread();
+            let _pool = pool.build().expect("threads for the kernels of a rank");
             let comm = ThreadCommunicator { group: Group::world(rank, self.size), seat };
             world.enter(rank);
-            body(Arc::new(comm))
+            let seat = Arc::clone(&comm.seat);
+            let result = body(Arc::new(comm));
+            let now = world.now(&world.lock());
+            drop(seat);
+            (result, now)
         };
         std::thread::scope(|scope| {
             let threads: Vec<_> = (0..self.size).map(|r| scope.spawn(move || rank(r))).collect();
@@ -367,6 +390,13 @@ impl Communicator for ThreadCommunicator {
     fn fault(&self) -> Option<Fault> {
         let state = self.seat.world.lock();
         state.ranks[self.seat.rank].killed.clone().or_else(|| state.fault.clone())
+    }
+
+    fn fail(&self, stamp: Stamp, cause: Cause) -> Fault {
+        let (world, rank) = (&self.seat.world, self.seat.rank);
+        let mut state = world.lock();
+        let killed = state.ranks[rank].killed.clone();
+        killed.unwrap_or_else(|| world.record(&mut state, Fault { rank, stamp, cause }))
     }
 }
 
