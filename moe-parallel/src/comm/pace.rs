@@ -6,6 +6,7 @@ use std::time::Duration;
 #[derive(Debug)]
 pub(super) struct Pace {
     turns: u32,
+    sleeps: bool,
 }
 
 impl Pace {
@@ -16,7 +17,13 @@ impl Pace {
 
     /// Of a wait that begins.
     pub(super) fn new() -> Self {
-        Self { turns: 0 }
+        Self { turns: 0, sleeps: true }
+    }
+
+    /// Of a wait in which the thread must not sleep, for others run on it too.
+    #[cfg(feature = "mpi")]
+    pub(super) fn awake() -> Self {
+        Self { turns: 0, sleeps: false }
     }
 
     /// Between two looks.
@@ -24,7 +31,7 @@ impl Pace {
         self.turns = self.turns.saturating_add(1);
         if self.turns < Self::SPINS {
             std::hint::spin_loop();
-        } else if self.turns < Self::YIELDS {
+        } else if self.turns < Self::YIELDS || !self.sleeps {
             std::thread::yield_now();
         } else {
             let grown = Self::SHORTEST * (1 + (self.turns - Self::YIELDS) / 16);

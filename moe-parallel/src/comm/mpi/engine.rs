@@ -1,6 +1,6 @@
 //! [`Engine`]: what is under way, what has come, and what is known of the other ranks; one per process, behind a mutex.
 
-use super::raw::{Link, MOST_BYTES, Tag, Transfer, Trouble};
+use super::raw::{Link, MOST_BYTES, Tag, Threads, Transfer, Trouble};
 use crate::comm::agreement::{Agreement, GRACE};
 use crate::comm::pace::Pace;
 use crate::comm::{Cause, Fault, Kind, Parcel, Phase, Site, Stamp, wire};
@@ -8,6 +8,7 @@ use crate::{Error, Result};
 use std::collections::{BTreeMap, HashMap, VecDeque};
 use std::fmt;
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
+use std::thread::ThreadId;
 use std::time::{Duration, Instant};
 
 /// What all communicators of a process share.
@@ -16,6 +17,8 @@ pub(super) struct Engine {
     pub(super) size: usize,
     /// Of every operation.
     pub(super) timeout: Duration,
+    /// The only thread that may use this, where there is only one.
+    owner: Option<ThreadId>,
     start: Instant,
     state: Mutex<State>,
     /// Wakes the pump.
@@ -79,7 +82,8 @@ impl fmt::Debug for Engine {
 }
 
 impl Engine {
-    pub(super) fn new(link: Link, timeout: Duration) -> Arc<Self> {
+    /// For the thread that calls this where `threads` is one.
+    pub(super) fn new(link: Link, threads: Threads, timeout: Duration) -> Arc<Self> {
         let (rank, size) = (link.rank(), link.size());
         let nothing = Stamp { context: 0, sequence: 0, kind: Kind::Barrier, site: Site::new(Phase::Start) };
         let state = State {
@@ -92,15 +96,26 @@ impl Engine {
             polling: 0,
             pump: Pump::Looking,
         };
-        Arc::new(Self { rank, size, timeout, start: Instant::now(), state: Mutex::new(state), wake: Condvar::new() })
+        let owner = (threads == Threads::One).then(|| std::thread::current().id());
+        let start = Instant::now();
+        Arc::new(Self { rank, size, timeout, owner, start, state: Mutex::new(state), wake: Condvar::new() })
     }
 
     pub(super) fn now(&self) -> Duration {
         self.start.elapsed()
     }
 
+    /// # Panics
+    /// If another thread has this for itself.
     pub(super) fn lock(&self) -> MutexGuard<'_, State> {
+        let allowed = self.owner.is_none_or(|owner| owner == std::thread::current().id());
+        assert!(allowed, "a single-threaded MPI world is for the thread that has started it");
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Where one thread has the engine for itself, all ranks may be on it.
+    fn pace(&self) -> Pace {
+        if self.owner.is_some() { Pace::awake() } else { Pace::new() }
     }
 
     /// Moves the engine on until `done` gives something, or all ranks know of a fault. Never longer than [`GRACE`] after there
@@ -109,7 +124,7 @@ impl Engine {
         &self,
         mut done: impl FnMut(&mut State, Duration) -> std::result::Result<Option<T>, Fault>,
     ) -> Result<T> {
-        let mut pace = Pace::new();
+        let mut pace = self.pace();
         let mut polling = false;
         loop {
             let now = self.now();
@@ -237,7 +252,7 @@ impl Engine {
         // 2. After a fault: nobody leaves before the others have told theirs, for the launcher may end them then.
         if let Err(Error::Fault(_)) = &result {
             let deadline = self.now() + GRACE;
-            let mut pace = Pace::new();
+            let mut pace = self.pace();
             loop {
                 let mut state = self.lock();
                 if !std::mem::replace(&mut said, true) && state.tell_all(Tag::Goodbye, &[]).is_err() {
@@ -278,7 +293,7 @@ impl Engine {
                 "this MPI cannot go on without a rank; Open MPI 5 can, with --with-ft ulfm".into(),
             ));
         }
-        let (deadline, mut pace, mut said) = (self.now() + self.timeout, Pace::new(), false);
+        let (deadline, mut pace, mut said) = (self.now() + self.timeout, self.pace(), false);
         loop {
             let now = self.now();
             let mut state = self.lock();

@@ -7,7 +7,8 @@
 //!
 //! # Progress
 //! While nobody waits, a thread of the engine's moves messages on as long as any are under way; so a large message reaches
-//! its receiver though its sender computes. MPI must offer thread level SERIALIZED.
+//! its receiver though its sender computes. MPI must offer thread level SERIALIZED. [`MpiWorld::start_single_threaded`] does
+//! without that thread and that level.
 //!
 //! # Faults
 //! The ranks tell each other which fault they know of and agree on one within half a second (see `agreement.rs`), which every
@@ -28,7 +29,7 @@ use super::{Communicator, Expected, Fault, Group, Parcel, Pending, Stamp};
 use crate::comm::Cause;
 use crate::{Error, Result};
 use engine::{Engine, State};
-use raw::{Link, Trouble};
+use raw::{Link, Threads, Trouble};
 use std::marker::PhantomData;
 use std::sync::Arc;
 use std::thread::JoinHandle;
@@ -38,8 +39,10 @@ use std::time::Duration;
 #[derive(Debug)]
 pub struct MpiWorld {
     engine: Arc<Engine>,
+    threads: Threads,
     origins: Vec<usize>,
     pump: Option<JoinHandle<()>>,
+    ended: bool,
     /// MPI is ended by the thread that has started it.
     _thread: PhantomData<*const ()>,
 }
@@ -51,20 +54,30 @@ impl MpiWorld {
     /// # Errors
     /// [`Error::Engine`] if MPI was started before, offers too low a thread level, or fails.
     pub fn start(timeout: Duration) -> Result<(Self, Arc<dyn Communicator>)> {
-        Self::over(Link::start().map_err(engine_error)?, timeout)
+        Self::over(Link::start(Threads::Any).map_err(engine_error)?, Threads::Any, timeout)
     }
 
-    fn over(link: Link, timeout: Duration) -> Result<(Self, Arc<dyn Communicator>)> {
+    /// [`MpiWorld::start`] for an MPI that only one thread may call, such as a simulator's: messages move only while this
+    /// thread starts or awaits an operation, and it never sleeps while it waits. Communicators panic on any other thread.
+    ///
+    /// # Errors
+    /// As [`MpiWorld::start`], but for the thread level.
+    pub fn start_single_threaded(timeout: Duration) -> Result<(Self, Arc<dyn Communicator>)> {
+        Self::over(Link::start(Threads::One).map_err(engine_error)?, Threads::One, timeout)
+    }
+
+    fn over(link: Link, threads: Threads, timeout: Duration) -> Result<(Self, Arc<dyn Communicator>)> {
         let origins = link.origins().to_vec();
-        let engine = Engine::new(link, timeout);
-        let pumped = Arc::clone(&engine);
-        let pump = std::thread::Builder::new()
-            .name("mpi-pump".into())
-            .spawn(move || pumped.pump())
-            .map_err(|error| Error::Engine(format!("no thread for MPI's progress: {error}")))?;
+        let engine = Engine::new(link, threads, timeout);
+        let pump = || {
+            let pumped = Arc::clone(&engine);
+            let started = std::thread::Builder::new().name("mpi-pump".into()).spawn(move || pumped.pump());
+            started.map_err(|error| Error::Engine(format!("no thread for MPI's progress: {error}")))
+        };
+        let pump = (threads == Threads::Any).then(pump).transpose()?;
         let group = Group::world(engine.rank, engine.size);
         let comm = MpiCommunicator { group, engine: Arc::clone(&engine) };
-        Ok((Self { engine, origins, pump: Some(pump), _thread: PhantomData }, Arc::new(comm)))
+        Ok((Self { engine, threads, origins, pump, ended: false, _thread: PhantomData }, Arc::new(comm)))
     }
 
     /// Leaves: waits until all messages are out and all ranks leave, and ends MPI. Communicators are of no use afterwards.
@@ -85,10 +98,11 @@ impl MpiWorld {
     /// was, if a rank that lives does not come; [`Error::Argument`] if there was none.
     pub fn shrink(mut self) -> Result<(Self, Arc<dyn Communicator>)> {
         let link = self.engine.meet_survivors()?;
+        self.ended = true;
         self.pump.take().map_or(Ok(()), join)?;
         let ended = || Error::Engine("the MPI world of this process has ended".into());
         let smaller = link.ok_or_else(ended)?.shrink().map_err(engine_error)?;
-        Self::over(smaller, self.engine.timeout)
+        Self::over(smaller, self.threads, self.engine.timeout)
     }
 
     /// The ranks that these ranks had when the job was started.
@@ -97,9 +111,11 @@ impl MpiWorld {
     }
 
     fn end(&mut self) -> Result<()> {
-        let Some(pump) = self.pump.take() else { return Ok(()) };
+        if std::mem::replace(&mut self.ended, true) {
+            return Ok(());
+        }
         let left = self.engine.leave(std::thread::panicking());
-        let joined = join(pump);
+        let joined = self.pump.take().map_or(Ok(()), join);
         let link = left?;
         joined?;
         link.map_or(Ok(()), Link::finalize).map_err(engine_error)

@@ -62,6 +62,15 @@ impl Tag {
     }
 }
 
+/// Which threads of this process call MPI.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Threads {
+    /// The one that starts it: the engine sees to that.
+    One,
+    /// Any, one at a time.
+    Any,
+}
+
 /// A communicator of MPI's that is ours alone.
 pub(super) struct Link {
     comm: ffi::MPI_Comm,
@@ -74,14 +83,14 @@ pub(super) struct Link {
 }
 
 // SAFETY: MPI runs at thread level SERIALIZED at least (`Link::start` checks): any thread may call it, one at a time. `Link`
-// and `Transfer` are used under the engine's mutex only.
+// and `Transfer` are used under the engine's mutex only, which with `Threads::One` no other thread takes.
 unsafe impl Send for Link {}
 // SAFETY: as for `Link`.
 unsafe impl Send for Transfer {}
 
 impl Link {
     /// Starts MPI and waits, without a deadline, for all processes of the job.
-    pub(super) fn start() -> Result<Self> {
+    pub(super) fn start(threads: Threads) -> Result<Self> {
         let mut started = 0;
         // SAFETY: this call is allowed before MPI is started and after it has ended.
         check("MPI_Initialized", unsafe { ffi::MPI_Initialized(&mut started) })?;
@@ -89,7 +98,9 @@ impl Link {
             return Err(Trouble::Other("MPI was started before; a process starts it once".into()));
         }
         // SAFETY: constants of the library.
-        let (wanted, world) = unsafe { (ffi::RSMPI_THREAD_SERIALIZED, ffi::RSMPI_COMM_WORLD) };
+        let (single, serialized, world) =
+            unsafe { (ffi::RSMPI_THREAD_SINGLE, ffi::RSMPI_THREAD_SERIALIZED, ffi::RSMPI_COMM_WORLD) };
+        let wanted = if threads == Threads::One { single } else { serialized };
         let mut level = 0;
         // SAFETY: MPI is not started yet; null stands for a program without arguments.
         check("MPI_Init_thread", unsafe {
