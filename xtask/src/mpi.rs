@@ -97,8 +97,7 @@ pub(crate) fn run(args: &Args) -> Result<()> {
         let mut slowest = 0.0f64;
         let mut right = 0;
         for _ in 0..times {
-            let run =
-                launcher.run_telling(RANKS, &["mpi_faults", scenario.name, &DEADLINE.as_secs_f64().to_string()])?;
+            let run = launcher.run(RANKS, &["mpi_faults", scenario.name, &DEADLINE.as_secs_f64().to_string()])?;
             match outcome.judge(&run) {
                 Ok(seconds) => {
                     right += 1;
@@ -160,7 +159,7 @@ impl Outcome {
             return Ok(seconds);
         };
         ensure!(run.succeeded == *succeeded, "the exit status of mpirun is wrong");
-        let told: Vec<Told> = run.told.iter().filter_map(|told| Told::of(told)).collect();
+        let told: Vec<Told> = run.lines.iter().filter_map(|(_, line)| Told::of(line)).collect();
         let missing: Vec<_> = ranks.iter().filter(|&&rank| told.iter().all(|told| told.rank != rank)).collect();
         ensure!(missing.is_empty(), "ranks {missing:?} have told nothing");
         let told: Vec<_> = told.into_iter().filter(|told| ranks.contains(&told.rank)).collect();

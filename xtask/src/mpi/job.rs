@@ -2,7 +2,6 @@
 
 use crate::shell;
 use anyhow::{Context, Result, bail, ensure};
-use std::fs;
 use std::io::{BufRead, BufReader, Read};
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
@@ -50,19 +49,6 @@ impl Launcher {
         command
     }
 
-    /// As [`Launcher::run`], of an example whose ranks each leave a file in a folder, which is given as the last argument.
-    pub(super) fn run_telling(&self, ranks: usize, words: &[&str]) -> Result<Job> {
-        let folder = std::env::temp_dir().join(format!("xtask-mpi-{}", std::process::id()));
-        fs::create_dir_all(&folder).with_context(|| format!("cannot make {}", folder.display()))?;
-        let words: Vec<&str> = words.iter().copied().chain(folder.to_str()).collect();
-        let mut job = self.run(ranks, &words)?;
-        for entry in fs::read_dir(&folder)? {
-            job.told.push(fs::read_to_string(entry?.path())?);
-        }
-        fs::remove_dir_all(&folder)?;
-        Ok(job)
-    }
-
     /// Runs an example, the first of `words`, on some ranks.
     pub(super) fn run(&self, ranks: usize, words: &[&str]) -> Result<Job> {
         let Some((example, args)) = words.split_first() else { bail!("no example is named") };
@@ -72,7 +58,8 @@ impl Launcher {
         if self.is_tolerant {
             command.args(["--with-ft", "ulfm", "--map-by", ":OVERSUBSCRIBE"]);
         } else {
-            command.arg("--oversubscribe");
+            // It ends a job in one or more steps, between which it else waits for a second.
+            command.args(["--oversubscribe", "--mca", "odls_base_sigkill_timeout", "0"]);
         }
         let program = shell::root().join("target/debug/examples").join(example);
         command.args(["-n", &ranks.to_string()]).arg(program).args(args);
@@ -86,8 +73,6 @@ pub(super) struct Job {
     pub(super) hung: bool,
     pub(super) wall: Duration,
     pub(super) lines: Vec<(Duration, String)>,
-    /// What ranks have left in files.
-    pub(super) told: Vec<String>,
     errors: Vec<String>,
 }
 
@@ -110,13 +95,13 @@ impl Job {
                 Err(line) => errors.push(line),
             }
         }
-        Ok(Self { succeeded: status.success(), hung, wall, lines, told: Vec::new(), errors })
+        Ok(Self { succeeded: status.success(), hung, wall, lines, errors })
     }
 
     /// All that was printed.
     pub(super) fn text(&self) -> String {
         let lines: Vec<&str> = self.lines.iter().map(|(_, line)| line.as_str()).collect();
-        [lines.join("\n"), self.told.join("\n"), self.errors.join("\n")].join("\n")
+        format!("{}\n{}", lines.join("\n"), self.errors.join("\n"))
     }
 }
 
