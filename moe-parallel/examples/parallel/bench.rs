@@ -34,8 +34,8 @@ pub(crate) struct Args {
     /// Most repetitions of each.
     #[arg(long, default_value_t = 200, value_parser = clap::value_parser!(u32).range(1..))]
     repetitions: u32,
-    /// Fewer repetitions, but at least five, where they would take longer.
-    #[arg(long, default_value_t = 1.0)]
+    /// Fewer repetitions, but at least eleven, where they would take longer.
+    #[arg(long, default_value_t = 1.5)]
     seconds: f64,
     /// Print a line of JSON for each time too.
     #[arg(long)]
@@ -265,14 +265,17 @@ fn time(args: &Args, engine: &Engine, entries: &[Entry<'_>], want: &[f32]) -> Re
         let got = (entry.run)()?;
         Ok::<_, anyhow::Error>(((engine.now)() - start, got))
     };
-    let mut slowest = 0f64;
     for entry in entries {
-        let (seconds, got) = one(entry)?;
+        let (_, got) = one(entry)?;
         ensure!(got == want, "{} gave wrong rows on rank {}", entry.name, engine.comm.rank());
-        slowest = slowest.max(seconds);
     }
-    slowest = (engine.largest)(&*engine.comm, &[slowest])?.into_iter().fold(slowest, f64::max);
-    let repetitions = ((args.seconds / slowest) as u32).max(LEAST_REPETITIONS).min(args.repetitions);
+    // The first time made connections; the second tells how often there is time for.
+    let mut repetitions = args.repetitions;
+    if repetitions > LEAST_REPETITIONS {
+        let mine = entries.iter().map(|entry| Ok(one(entry)?.0)).collect::<Result<Vec<f64>>>()?;
+        let slowest = (engine.largest)(&*engine.comm, &mine)?.into_iter().fold(0.0, f64::max);
+        repetitions = ((args.seconds / slowest) as u32).clamp(LEAST_REPETITIONS, repetitions);
+    }
     let mut times = vec![Vec::new(); entries.len()];
     for _ in 0..repetitions {
         for (entry, times) in entries.iter().zip(&mut times) {
@@ -282,7 +285,7 @@ fn time(args: &Args, engine: &Engine, entries: &[Entry<'_>], want: &[f32]) -> Re
     times.iter().map(|times| (engine.largest)(&*engine.comm, times)).collect()
 }
 
-const LEAST_REPETITIONS: u32 = 5;
+const LEAST_REPETITIONS: u32 = 11;
 
 fn median(times: &[f64]) -> f64 {
     let mut times = times.to_vec();

@@ -14,15 +14,15 @@ use std::time::Duration;
 
 #[derive(clap::Args)]
 #[command(next_help_heading = "With `parallel hosts`")]
-pub(super) struct Settings {
+pub(super) struct Network {
     /// From one host to another, one way.
-    #[arg(long, value_name = "US", default_value_t = 100)]
+    #[arg(long, requires = "part", value_name = "US", default_value_t = 100)]
     delay_us: u64,
     /// Of each host's line, out and in.
-    #[arg(long, value_name = "GBITS", default_value_t = 1.0, value_parser = positive)]
+    #[arg(long, requires = "part", value_name = "GBITS", default_value_t = 1.0, value_parser = positive)]
     gbits: f64,
     /// What a packet takes of a line, beside its bytes.
-    #[arg(long, value_name = "US", default_value_t = 0)]
+    #[arg(long, requires = "part", value_name = "US", default_value_t = 0)]
     packet_us: u64,
 }
 
@@ -40,8 +40,9 @@ pub(super) fn missing() -> Vec<String> {
 
 /// Up to which size each form gains over the flat one.
 fn crossovers(rows: &[Row]) -> String {
-    let mut text =
-        String::from("\nhosts  load      form            gain at least, most bytes   over flat until bytes\n");
+    let mut text = String::from(
+        "\ntimes as fast as flat           at fewest bytes   at most      until bytes\nhosts  load      form\n",
+    );
     let cases = distinct(rows.iter().filter(|row| row.form != "flat").map(|row| (row.ranks, &row.load, &row.name)));
     for (ranks, load, name) in cases {
         let of = rows.iter().filter(|row| (row.ranks, &row.load, &row.name) == (ranks, load, name));
@@ -53,33 +54,29 @@ fn crossovers(rows: &[Row]) -> String {
             None => "none".into(),
         };
         // Writing to a string cannot fail.
-        let _ = writeln!(
-            text,
-            "{:>5}  {load:<9} {name:<15} {first:>14.2} {last:>11.2} {until:>23}",
-            ranks / RANKS_PER_HOST
-        );
+        let _ =
+            writeln!(text, "{:>5}  {load:<9} {name:<15} {first:>14.2} {last:>9.2} {until:>16}", ranks / RANKS_PER_HOST);
     }
     text
 }
 
+/// Each form's time against the flat one's: the times themselves span three orders of magnitude.
 fn draw(rows: &[Row], out: &Path) -> Result<()> {
     let mut panels = Vec::new();
     for (ranks, load) in distinct(rows.iter().map(|row| (row.ranks, &row.load))) {
         let here = || rows.iter().filter(move |row| (row.ranks, &row.load) == (ranks, load));
         let curve = |name: &String| {
             let points = here().filter(|row| row.name == *name);
-            Curve {
-                name: name.clone(),
-                points: points.map(|row| (row.bytes as f64, row.median_seconds * 1e6)).collect(),
-            }
+            let points = points.filter_map(|row| Some((row.bytes as f64, 100.0 / row.gain(rows)?)));
+            Curve { name: name.clone(), points: points.collect() }
         };
         let title = format!("{} hosts, {load}", ranks / RANKS_PER_HOST);
         panels.push(Panel { title, curves: distinct(here().map(|row| &row.name)).into_iter().map(curve).collect() });
     }
-    draw_panels(&panels, ["bytes of a pair of ranks", "us"], out)
+    draw_panels(&panels, ["bytes of a pair of ranks", "% of the flat form's time"], out)
 }
 
-pub(super) fn run(settings: &Settings, out: &Path) -> Result<()> {
+pub(super) fn run(settings: &Network, out: &Path) -> Result<()> {
     build("exchange", |build| build)?;
     let link = Link {
         delay: Duration::from_micros(settings.delay_us),

@@ -19,9 +19,9 @@ pub(super) struct Settings {
     #[arg(value_enum)]
     part: Option<Part>,
     #[command(flatten)]
-    hosts: hosts::Settings,
+    hosts: hosts::Network,
     #[command(flatten)]
-    simulated: simulated::Settings,
+    simulated: simulated::Cluster,
 }
 
 #[derive(Clone, Copy, PartialEq, Eq, clap::ValueEnum)]

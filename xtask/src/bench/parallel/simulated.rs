@@ -15,34 +15,34 @@ use std::process::Command;
 
 #[derive(clap::Args)]
 #[command(next_help_heading = "With `parallel simulated`")]
-pub(super) struct Settings {
+pub(super) struct Cluster {
     /// Numbers of ranks, 8 on a node.
-    #[arg(long, value_name = "P", value_delimiter = ',', default_value = "16,32,64,128")]
+    #[arg(long, requires = "part", value_name = "P", value_delimiter = ',', default_value = "16,32,64,128")]
     sim_ranks: Vec<usize>,
     /// Bytes of a pair of ranks.
-    #[arg(long, value_name = "BYTES", value_delimiter = ',', default_value = "64")]
+    #[arg(long, requires = "part", value_name = "BYTES", value_delimiter = ',', default_value = "64")]
     sim_bytes: Vec<usize>,
     /// What a message costs its sender, and its receiver.
-    #[arg(long, value_name = "NS", default_value_t = 300)]
+    #[arg(long, requires = "part", value_name = "NS", default_value_t = 300)]
     message_ns: u64,
     /// Latency of a node's link to the switch; between nodes there are two.
-    #[arg(long, value_name = "NS", default_value_t = 1000)]
+    #[arg(long, requires = "part", value_name = "NS", default_value_t = 1000)]
     link_ns: u64,
     /// Latency of the switch.
-    #[arg(long, value_name = "NS", default_value_t = 500)]
+    #[arg(long, requires = "part", value_name = "NS", default_value_t = 500)]
     switch_ns: u64,
     /// Latency inside a node.
-    #[arg(long, value_name = "NS", default_value_t = 200)]
+    #[arg(long, requires = "part", value_name = "NS", default_value_t = 200)]
     node_ns: u64,
     /// Rate of a node's link, in each direction.
-    #[arg(long, value_name = "GB/S", default_value_t = 10.0)]
+    #[arg(long, requires = "part", value_name = "GB/S", default_value_t = 10.0)]
     link_gbytes: f64,
     /// Rate inside a node.
-    #[arg(long, value_name = "GB/S", default_value_t = 20.0)]
+    #[arg(long, requires = "part", value_name = "GB/S", default_value_t = 20.0)]
     node_gbytes: f64,
     /// Simulated time that a look for a message takes if there is none; a fifth of it for one at a message under way, of which
     /// there are many. Shorter is more exact, and takes longer.
-    #[arg(long, value_name = "NS", default_value_t = 10)]
+    #[arg(long, requires = "part", value_name = "NS", default_value_t = 10)]
     poll_ns: u64,
 }
 
@@ -89,7 +89,7 @@ fn folder() -> PathBuf {
     root().join("target/simgrid")
 }
 
-impl Settings {
+impl Cluster {
     /// SimGrid's description of the nodes and their links.
     fn platform(&self, nodes: usize) -> String {
         format!(
@@ -172,7 +172,7 @@ impl Settings {
 }
 
 /// Simulated times and modelled ones, and the gains of both over the flat form.
-fn compared(settings: &Settings, rows: &[Row], factors: Factors) -> String {
+fn compared(settings: &Cluster, rows: &[Row], factors: Factors) -> String {
     let mut text = String::from("    p    bytes  form            messages  simulated us   gain    model us   gain\n");
     let flat_model = |of: &Row| {
         let flat = rows.iter().find(|row| (row.ranks, row.bytes, row.form.as_str()) == (of.ranks, of.bytes, "flat"))?;
@@ -199,7 +199,7 @@ fn compared(settings: &Settings, rows: &[Row], factors: Factors) -> String {
     text
 }
 
-pub(super) fn run(settings: &Settings, out: &Path) -> Result<()> {
+pub(super) fn run(settings: &Cluster, out: &Path) -> Result<()> {
     for (name, rate) in [("--link-gbytes", settings.link_gbytes), ("--node-gbytes", settings.node_gbytes)] {
         ensure!(rate > 0.0 && rate.is_finite(), "{name} must be more than 0, got {rate}");
     }
