@@ -17,7 +17,8 @@ pub(crate) struct Args {
     #[arg(long)]
     long: bool,
     /// Run with the Open MPI installed here, which has to be one the `mpicc` on the PATH is compatible with. From version 5
-    /// on it is run with its fault tolerance.
+    /// on it is run with its fault tolerance. (The launcher of 5.0.11 sometimes locks itself up once all ranks have ended, in
+    /// two of some 600 jobs that end by a fault; that counts as a hang here.)
     #[arg(long)]
     prefix: Option<PathBuf>,
 }
