@@ -29,17 +29,26 @@ fn main() -> ExitCode {
 }
 
 fn run(scenario: &str, timeout: Duration) -> Result<()> {
-    let (world, comm) = MpiWorld::start(timeout)?;
-    // So that all begin at the same time.
-    comm.barrier(Site::new(Phase::Start))?;
+    let (mut world, mut comm) = MpiWorld::start(timeout)?;
+    // So that all begin at the same time. One that is slow may hear of the fault here already.
+    let begun = comm.barrier(Site::new(Phase::Start));
     let start = Instant::now();
-    let result = act(scenario, &*comm, timeout);
+    let mut result = begun.and_then(|()| act(scenario, &*comm, timeout));
+    if scenario == "shrink" && result.as_ref().is_err_and(|error| error.fault().is_some()) {
+        println!(
+            "rank {} shrinks the world: {}",
+            comm.rank(),
+            result.map_or_else(|e| e.to_string(), |()| String::new())
+        );
+        (world, comm) = world.shrink()?;
+        result = go_on(&world, &*comm);
+    }
     let seconds = start.elapsed().as_secs_f64();
     let told = match &result {
         Ok(()) => "done".to_owned(),
         Err(error) => error.to_string(),
     };
-    println!("rank {} after {seconds:.3} s: {told}", comm.rank());
+    println!("rank {} after {seconds:.3} s: {told}", world.origins()[comm.rank()]);
     if ["late", "busy"].contains(&scenario) && comm.rank() != VICTIM {
         // The others wait for the late one, which then returns the same.
         std::thread::sleep(timeout + Duration::from_secs(1));
@@ -77,7 +86,7 @@ fn act(scenario: &str, comm: &dyn Communicator, timeout: Duration) -> Result<()>
         // Leaves before the others do.
         "leave" if victim => return Ok(()),
         "kill-before" if victim => end_by(libc::SIGKILL),
-        "kill-inside" if victim => {
+        "kill-inside" | "shrink" if victim => {
             let _started = comm.start_all_to_all_v(SITE, &values, &counts, &counts)?;
             end_by(libc::SIGKILL);
         }
@@ -87,12 +96,22 @@ fn act(scenario: &str, comm: &dyn Communicator, timeout: Duration) -> Result<()>
                 end_by(libc::SIGKILL);
             }
         }
-        "diverge" | "stop" | "late" | "leave" | "kill-before" | "kill-inside" => {}
+        "diverge" | "stop" | "late" | "leave" | "kill-before" | "kill-inside" | "shrink" => {}
         other => return Err(Error::Argument(format!("there is no scenario {other}"))),
     }
     comm.all_to_all_v(SITE, &values, &counts, &counts)?;
     comm.all_reduce(SITE.backward(), &[comm.rank() as f32], Reduction::Sum)?;
     comm.barrier(SITE.backward())
+}
+
+/// The ranks that live do what all did before.
+fn go_on(world: &MpiWorld, comm: &dyn Communicator) -> Result<()> {
+    let origins: Vec<u64> = world.origins().iter().map(|&rank| rank as u64).collect();
+    let got = comm.all_gather(SITE, &[origins[comm.rank()]])?;
+    if got != origins || got.contains(&(VICTIM as u64)) {
+        return Err(Error::Engine(format!("ranks {got:?} go on, not {origins:?}")));
+    }
+    act("none", comm, Duration::ZERO)
 }
 
 fn end_by(signal: libc::c_int) {

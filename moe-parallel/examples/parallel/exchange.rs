@@ -31,7 +31,9 @@ fn on_threads(args: &Args, threads: usize) -> Result<String> {
 
 #[cfg(not(feature = "mpi"))]
 mod processes {
-    pub(super) fn run<T>(_: &super::Args, _: T) -> anyhow::Result<Option<String>> {
+    type Adapt = fn(super::Engine) -> super::Engine;
+
+    pub(super) fn run(_: &super::Args, _: Adapt) -> anyhow::Result<Option<String>> {
         anyhow::bail!("built without feature `mpi`, so the ranks can only be threads: give --threads")
     }
 }

@@ -16,6 +16,8 @@ pub(super) const GRACE: Duration = Duration::from_millis(500);
 pub(super) struct Agreement {
     rank: usize,
     votes: Vec<Option<Fault>>,
+    /// Ranks whose vote is not waited for.
+    excused: Vec<bool>,
     /// When the first vote was known.
     since: Option<Duration>,
     decided: Option<Fault>,
@@ -24,7 +26,7 @@ pub(super) struct Agreement {
 impl Agreement {
     /// Of rank `rank` among `size`, which knows of no fault.
     pub(super) fn new(rank: usize, size: usize) -> Self {
-        Self { rank, votes: vec![None; size], since: None, decided: None }
+        Self { rank, votes: vec![None; size], excused: vec![false; size], since: None, decided: None }
     }
 
     /// Whether there is a fault; which one may not be known yet.
@@ -47,6 +49,11 @@ impl Agreement {
         if self.begun() { None } else { self.hear(self.rank, fault, now) }
     }
 
+    /// That rank is dead and will not vote.
+    pub(super) fn excuse(&mut self, rank: usize) {
+        self.excused[rank] = true;
+    }
+
     /// Whether that rank has voted.
     #[cfg(feature = "mpi")]
     pub(super) fn has_voted(&self, rank: usize) -> bool {
@@ -56,7 +63,7 @@ impl Agreement {
     /// The fault that all ranks return, once that is known.
     pub(super) fn outcome(&mut self, now: Duration) -> Option<&Fault> {
         let over = now.saturating_sub(self.since?) >= GRACE;
-        let all = self.votes.iter().all(Option::is_some);
+        let all = self.votes.iter().zip(&self.excused).all(|(vote, &excused)| excused || vote.is_some());
         if self.decided.is_none() && (all || over) {
             self.decided = self.votes.iter().flatten().min_by_key(|fault| fault.rank).cloned();
         }
@@ -144,7 +151,8 @@ mod tests {
         assert_eq!(agreement.hear(2, found_by(2), GRACE), Some(&found_by(2)), "it passes on what it hears");
         assert_eq!(agreement.find(found_by(1), GRACE), None);
         assert!(agreement.outcome(GRACE).is_none(), "rank 0 has not voted");
-        assert_eq!(agreement.outcome(GRACE * 2), Some(&found_by(2)));
+        agreement.excuse(0);
+        assert_eq!(agreement.outcome(GRACE), Some(&found_by(2)), "it will not");
         assert_eq!(agreement.hear(0, found_by(0), GRACE), None);
         assert_eq!(agreement.outcome(GRACE * 9), Some(&found_by(2)), "what is decided stays");
     }

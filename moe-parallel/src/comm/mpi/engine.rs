@@ -1,6 +1,6 @@
 //! [`Engine`]: what is under way, what has come, and what is known of the other ranks; one per process, behind a mutex.
 
-use super::raw::{Link, MOST_BYTES, Tag, Threads, Transfer};
+use super::raw::{Link, MOST_BYTES, Tag, Threads, Transfer, Trouble};
 use crate::comm::agreement::{Agreement, GRACE};
 use crate::comm::pace::Pace;
 use crate::comm::{Cause, Fault, Kind, Parcel, Phase, Site, Stamp, wire};
@@ -62,8 +62,17 @@ pub(super) struct Peer {
     inbox: HashMap<u64, BTreeMap<u64, Parcel>>,
     /// The operation it was last seen in.
     pub(super) last: Option<Stamp>,
-    /// It has said goodbye, after all its other messages.
+    /// It has said goodbye, after all its other messages, or is dead.
     pub(super) left: bool,
+}
+
+impl Peer {
+    /// It is dead: what is under way to it and from it never ends.
+    fn die(&mut self) {
+        self.left = true;
+        self.outgoing.clear();
+        self.incoming.clear();
+    }
 }
 
 impl fmt::Debug for Engine {
@@ -259,15 +268,49 @@ impl Engine {
             }
         }
 
-        // 3. The pump ends, and so does every communicator.
-        let mut state = self.lock();
-        state.pump = Pump::Ending;
-        self.wake.notify_all();
-        let link = state.link.take();
+        let link = self.end();
         if abandons && result.is_ok() {
             result = Err(Error::Engine("this rank has left the others".into()));
         }
         result.map(|()| link)
+    }
+
+    /// The pump ends, and so does every communicator.
+    fn end(&self) -> Option<Link> {
+        let mut state = self.lock();
+        state.pump = Pump::Ending;
+        self.wake.notify_all();
+        state.link.take()
+    }
+
+    /// After a fault: waits until every rank that lives has come here, until the deadline.
+    pub(super) fn meet_survivors(&self) -> Result<Option<Link>> {
+        let Some(fault) = self.fault() else {
+            return Err(Error::Argument("there was no fault: a world is shrunk after one".into()));
+        };
+        if !self.lock().link.as_ref().is_some_and(Link::can_shrink) {
+            return Err(Error::Engine(
+                "this MPI cannot go on without a rank; Open MPI 5 can, with --with-ft ulfm".into(),
+            ));
+        }
+        let (deadline, mut pace, mut said) = (self.now() + self.timeout, self.pace(), false);
+        loop {
+            let now = self.now();
+            let mut state = self.lock();
+            if !std::mem::replace(&mut said, true) {
+                state.tell_all(Tag::Goodbye, &[]).map_err(Error::Engine)?;
+            }
+            state.progress(now);
+            if state.staying().next().is_none() {
+                drop(state);
+                return Ok(self.end());
+            }
+            if now >= deadline {
+                return Err(fault.into());
+            }
+            drop(state);
+            pace.rest();
+        }
     }
 }
 
@@ -327,7 +370,11 @@ impl State {
                 "a message of {len} bytes to rank {peer} is over MPI's {MOST_BYTES}; send it in parts"
             ));
         }
-        self.peers[peer].outgoing.push_back(link.send(peer, tag, bytes)?);
+        match link.send(peer, tag, bytes) {
+            Ok(transfer) => self.peers[peer].outgoing.push_back(transfer),
+            Err(Trouble::Death) => self.bury(peer),
+            Err(Trouble::Other(text)) => return Err(text),
+        }
         Ok(())
     }
 
@@ -364,28 +411,57 @@ impl State {
     }
 
     fn try_progress(&mut self, now: Duration) -> std::result::Result<(), String> {
-        let Some(link) = &self.link else { return Ok(()) };
-        while let Some((peer, tag, transfer)) = link.receive()? {
-            self.peers[peer].incoming.push_back((tag, transfer));
-        }
-        for index in 0..self.peers.len() {
-            let peer = &mut self.peers[index];
-            while let Some(first) = peer.outgoing.front_mut() {
-                if !first.test()? {
-                    break;
+        // 1. What has come begins to be received.
+        loop {
+            let Some(link) = &self.link else { return Ok(()) };
+            match link.receive() {
+                Ok(Some((peer, tag, transfer))) => self.peers[peer].incoming.push_back((tag, transfer)),
+                Ok(None) => break,
+                Err(Trouble::Death) => {
+                    let dead = link.acknowledge_dead().map_err(Trouble::into_text)?;
+                    if dead.is_empty() {
+                        return Err("MPI reports a death, but of no process".into());
+                    }
+                    dead.into_iter().for_each(|peer| self.bury(peer));
                 }
-                peer.outgoing.pop_front();
+                Err(Trouble::Other(text)) => return Err(text),
             }
-            while let Some((_, first)) = self.peers[index].incoming.front_mut() {
-                if !first.test()? {
-                    break;
-                }
+        }
+
+        // 2. What has gone out, and what is here.
+        for index in 0..self.peers.len() {
+            while self.first_is_done(index, |peer| peer.outgoing.front_mut())? {
+                self.peers[index].outgoing.pop_front();
+            }
+            while self.first_is_done(index, |peer| peer.incoming.front_mut().map(|(_, transfer)| transfer))? {
                 if let Some((tag, transfer)) = self.peers[index].incoming.pop_front() {
                     self.take(index, tag, transfer.into_bytes(), now)?;
                 }
             }
         }
         Ok(())
+    }
+
+    /// Whether the first transfer of a queue is done.
+    fn first_is_done(
+        &mut self,
+        peer: usize,
+        first: impl FnOnce(&mut Peer) -> Option<&mut Transfer>,
+    ) -> std::result::Result<bool, String> {
+        match first(&mut self.peers[peer]).map_or(Ok(false), Transfer::test) {
+            Ok(done) => Ok(done),
+            Err(Trouble::Death) => {
+                self.bury(peer);
+                Ok(false)
+            }
+            Err(Trouble::Other(text)) => Err(text),
+        }
+    }
+
+    /// That rank is dead. Whoever waits for it finds that it has left.
+    fn bury(&mut self, peer: usize) {
+        self.peers[peer].die();
+        self.agreement.excuse(peer);
     }
 
     /// A message that has come.

@@ -17,16 +17,19 @@
 //! `mpirun` ends the job with an error: a program returns from `main` soon after a fault, having dropped its [`MpiWorld`].
 //!
 //! A rank that has gone is seen by its silence at the deadline, or at once if it has dropped its world. A process that *dies*
-//! is the launcher's affair: Open MPI 4.1 ends the whole job then, within a fraction of a second, and no rank returns.
+//! is the launcher's affair: Open MPI 4.1 ends the whole job then, within about a second, and no rank returns. Under Open MPI 5
+//! with `mpirun --with-ft ulfm` the others return that it has left, and may go on without it: [`MpiWorld::shrink`]. The world
+//! that is left does not call `MPI_Finalize` either, for that waits for the dead process at times; its job ends well.
 
 mod engine;
 mod raw;
+mod ulfm;
 
 use super::{Communicator, Expected, Fault, Group, Parcel, Pending, Stamp};
 use crate::comm::Cause;
 use crate::{Error, Result};
 use engine::{Engine, State};
-use raw::{Link, Threads};
+use raw::{Link, Threads, Trouble};
 use std::marker::PhantomData;
 use std::sync::Arc;
 use std::thread::JoinHandle;
@@ -36,6 +39,8 @@ use std::time::Duration;
 #[derive(Debug)]
 pub struct MpiWorld {
     engine: Arc<Engine>,
+    threads: Threads,
+    origins: Vec<usize>,
     pump: Option<JoinHandle<()>>,
     ended: bool,
     /// MPI is ended by the thread that has started it.
@@ -49,14 +54,7 @@ impl MpiWorld {
     /// # Errors
     /// [`Error::Engine`] if MPI was started before, offers too low a thread level, or fails.
     pub fn start(timeout: Duration) -> Result<(Self, Arc<dyn Communicator>)> {
-        let (mut world, comm) = Self::new(Threads::Any, timeout)?;
-        let pumped = Arc::clone(&world.engine);
-        let pump = std::thread::Builder::new()
-            .name("mpi-pump".into())
-            .spawn(move || pumped.pump())
-            .map_err(|error| Error::Engine(format!("no thread for MPI's progress: {error}")))?;
-        world.pump = Some(pump);
-        Ok((world, comm))
+        Self::over(Link::start(Threads::Any).map_err(engine_error)?, Threads::Any, timeout)
     }
 
     /// [`MpiWorld::start`] for an MPI that only one thread may call, such as a simulator's: messages move only while this
@@ -65,14 +63,21 @@ impl MpiWorld {
     /// # Errors
     /// As [`MpiWorld::start`], but for the thread level.
     pub fn start_single_threaded(timeout: Duration) -> Result<(Self, Arc<dyn Communicator>)> {
-        Self::new(Threads::One, timeout)
+        Self::over(Link::start(Threads::One).map_err(engine_error)?, Threads::One, timeout)
     }
 
-    fn new(threads: Threads, timeout: Duration) -> Result<(Self, Arc<dyn Communicator>)> {
-        let engine = Engine::new(Link::start(threads).map_err(Error::Engine)?, threads, timeout);
+    fn over(link: Link, threads: Threads, timeout: Duration) -> Result<(Self, Arc<dyn Communicator>)> {
+        let origins = link.origins().to_vec();
+        let engine = Engine::new(link, threads, timeout);
+        let pump = || {
+            let pumped = Arc::clone(&engine);
+            let started = std::thread::Builder::new().name("mpi-pump".into()).spawn(move || pumped.pump());
+            started.map_err(|error| Error::Engine(format!("no thread for MPI's progress: {error}")))
+        };
+        let pump = (threads == Threads::Any).then(pump).transpose()?;
         let group = Group::world(engine.rank, engine.size);
         let comm = MpiCommunicator { group, engine: Arc::clone(&engine) };
-        Ok((Self { engine, pump: None, ended: false, _thread: PhantomData }, Arc::new(comm)))
+        Ok((Self { engine, threads, origins, pump, ended: false, _thread: PhantomData }, Arc::new(comm)))
     }
 
     /// Leaves: waits until all messages are out and all ranks leave, and ends MPI. Communicators are of no use afterwards.
@@ -85,18 +90,44 @@ impl MpiWorld {
         self.end()
     }
 
+    /// After a fault: a world of the ranks that live, in their order, for which every one of them calls this within the
+    /// timeout. Communicators of the old world are of no use afterwards.
+    ///
+    /// # Errors
+    /// [`Error::Engine`] if this MPI cannot do so (Open MPI 5 can, with `--with-ft ulfm`); [`Error::Fault`], the one there
+    /// was, if a rank that lives does not come; [`Error::Argument`] if there was none.
+    pub fn shrink(mut self) -> Result<(Self, Arc<dyn Communicator>)> {
+        let link = self.engine.meet_survivors()?;
+        self.ended = true;
+        self.pump.take().map_or(Ok(()), join)?;
+        let ended = || Error::Engine("the MPI world of this process has ended".into());
+        let smaller = link.ok_or_else(ended)?.shrink().map_err(engine_error)?;
+        Self::over(smaller, self.threads, self.engine.timeout)
+    }
+
+    /// The ranks that these ranks had when the job was started.
+    pub fn origins(&self) -> &[usize] {
+        &self.origins
+    }
+
     fn end(&mut self) -> Result<()> {
         if std::mem::replace(&mut self.ended, true) {
             return Ok(());
         }
         let left = self.engine.leave(std::thread::panicking());
-        let joined = self.pump.take().map_or(Ok(()), |pump| {
-            pump.join().map_err(|_| Error::Engine("the thread of MPI's progress has panicked".into()))
-        });
+        let joined = self.pump.take().map_or(Ok(()), join);
         let link = left?;
         joined?;
-        link.map_or(Ok(()), Link::finalize).map_err(Error::Engine)
+        link.map_or(Ok(()), Link::finalize).map_err(engine_error)
     }
+}
+
+fn join(pump: JoinHandle<()>) -> Result<()> {
+    pump.join().map_err(|_| Error::Engine("the thread of MPI's progress has panicked".into()))
+}
+
+fn engine_error(trouble: Trouble) -> Error {
+    Error::Engine(trouble.into_text())
 }
 
 impl Drop for MpiWorld {
