@@ -42,7 +42,7 @@ fn main() -> Result<()> {
     let args = Args::parse();
     let text = match args.threads {
         Some(threads) => Some(on_threads(&args, threads)?),
-        None => processes::run(&args, |engine| engine)?,
+        None => processes::run(&args, std::convert::identity::<Engine>)?,
     };
     print!("{}", text.unwrap_or_default());
     Ok(())

@@ -162,7 +162,8 @@ impl Cluster {
         // The flat forms wait for the slowest of their messages, the hierarchical ones for the steps one after the other.
         let inside = match row.form.as_str() {
             "hierarchical" => 1,
-            "both" => 1 + u64::from(row.tensor_ranks? > 1),
+            // Nothing moves inside the node before the tensor ranks gather where they are the whole node.
+            "both" => 1 + u64::from(row.intra_node_messages? >= row.tensor_ranks?),
             "coordinated" => u64::from(row.tensor_ranks? > 1),
             _ => u64::from(among_nodes == 0),
         };
@@ -238,4 +239,51 @@ pub(super) fn run(settings: &Cluster, out: &Path) -> Result<()> {
     }
     fs::write(out.join("parallel-simulated.json"), serde_json::to_string_pretty(&kept)?)?;
     keep(&out.join("parallel-simulated.txt"), &text)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use clap::Parser;
+
+    #[derive(Parser)]
+    struct Command {
+        #[arg(default_value = "simulated")]
+        part: String,
+        #[command(flatten)]
+        cluster: Cluster,
+    }
+
+    #[track_caller]
+    fn check(form: &str, tensor_ranks: usize, messages: [usize; 2], nanoseconds: f64) {
+        let row = Row {
+            ranks: 16,
+            ranks_per_node: 8,
+            load: "balanced".into(),
+            bytes: 64,
+            form: form.into(),
+            name: form.into(),
+            tensor_ranks: Some(tensor_ranks),
+            intra_node_messages: Some(messages[0]),
+            inter_node_messages: Some(messages[1]),
+            median_seconds: 1.0,
+            least_seconds: 1.0,
+            repetitions: 1,
+        };
+        let command = Command::parse_from(["bench"]);
+        assert_eq!(command.part, "simulated");
+        let model = command.cluster.model(&row, Factors::One).unwrap() * 1e9;
+        assert!((model - nanoseconds).abs() < 1e-6, "{form}: {model}");
+    }
+
+    /// 600 ns a message, 2500 between nodes, 200 inside.
+    #[test]
+    fn messages_and_latencies_are_modelled() {
+        check("flat", 1, [7, 8], 15.0 * 600.0 + 2500.0);
+        check("hierarchical", 1, [7, 1], 8.0 * 600.0 + 200.0 + 2500.0);
+        check("coordinated", 2, [4, 4], 8.0 * 600.0 + 2500.0 + 200.0);
+        check("both", 2, [4, 1], 5.0 * 600.0 + 2500.0 + 200.0 + 200.0);
+        check("both", 8, [7, 1], 8.0 * 600.0 + 2500.0 + 200.0);
+        check("flat", 1, [7, 0], 7.0 * 600.0 + 200.0);
+    }
 }
