@@ -115,10 +115,7 @@ impl Mlp {
     /// # Errors
     /// If the width differs from `d_model`.
     pub fn forward(&self, x: &Tensor) -> Result<Tensor> {
-        let w = &self.weights;
-        let hidden = self.ops.linear(x, &w.fc_in, w.fc_in_bias.as_ref())?;
-        let hidden = self.ops.activation(self.activation, &hidden)?;
-        self.ops.linear(&hidden, &w.fc_out, w.fc_out_bias.as_ref())
+        self.ops.mlp(x, &self.weights, self.activation)
     }
 }
 

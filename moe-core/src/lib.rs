@@ -47,6 +47,7 @@ mod params;
 mod rng;
 mod router;
 mod routing;
+pub mod tape;
 #[cfg(feature = "testing")]
 pub mod testing;
 mod weight;

@@ -125,8 +125,8 @@ fn operations<'a>(
     add(
         "attention",
         &[&[TOKENS / SEQ, SEQ, 3 * D_MODEL]],
-        Box::new(move |x| causal_attention(&x[0], HEADS, f32)),
-        Box::new(move |x| Ok(CandleOps.attention_fused(&x[0], HEADS)?)),
+        Box::new(move |x| causal_attention(&x[0], HEADS, SEQ, f32)),
+        Box::new(move |x| Ok(CandleOps.attention_fused(&x[0], HEADS, SEQ)?)),
     )?;
     add(
         "permute",

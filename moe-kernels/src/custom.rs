@@ -1,7 +1,8 @@
 //! From functions on slices to candle operations: the one place that knows candle's traits for custom operations.
 
 use crate::{Error, Result};
-use candle_core::{CpuStorage, CustomOp1, CustomOp2, CustomOp3, DType, Layout, Shape, Storage, Tensor};
+use candle_core::{CpuStorage, CustomOp1, CustomOp2, CustomOp3, DType, Device, Layout, Shape, Storage, Tensor};
+use moe_core::tape::{self, Edge, GradSlice, Gradients};
 
 /// The elements of one argument, contiguous.
 #[derive(Debug, Clone, Copy)]
@@ -22,34 +23,136 @@ impl Input<'_> {
     }
 }
 
+/// Where the gradient of one input goes.
+#[derive(Debug)]
+pub(crate) enum Target<'a> {
+    /// Nobody wants it.
+    Unwanted,
+    /// A buffer of its own.
+    Own(Option<Vec<f32>>),
+    /// The sum that is kept of a parameter's gradients.
+    Kept(GradSlice<'a>),
+}
+
+/// The targets of inputs with these edges.
+pub(crate) fn targets<'a>(edges: &[Edge], into: &mut Gradients<'a>) -> Vec<Target<'a>> {
+    let target = |edge: &Edge| match into.take(edge) {
+        Some(slice) => Target::Kept(slice),
+        None if edge.is_wanted() => Target::Own(None),
+        None => Target::Unwanted,
+    };
+    edges.iter().map(target).collect()
+}
+
+/// Passes on what the targets hold.
+///
+/// # Errors
+/// As [`Gradients::give`].
+pub(crate) fn settle<'a>(
+    edges: &[Edge],
+    shapes: Vec<Shape>,
+    targets: Vec<Target<'a>>,
+    into: &mut Gradients<'a>,
+) -> moe_core::Result<()> {
+    for ((edge, target), shape) in edges.iter().zip(targets).zip(shapes) {
+        match target {
+            Target::Kept(slice) => into.put_back(edge, slice),
+            Target::Own(Some(values)) => into.give(edge, Tensor::from_vec(values, shape, &Device::Cpu)?)?,
+            Target::Own(None) | Target::Unwanted => {}
+        }
+    }
+    Ok(())
+}
+
+impl Target<'_> {
+    /// Brings a whole gradient, if it is wanted.
+    pub(crate) fn bring(&mut self, gradient: impl FnOnce() -> Vec<f32>) {
+        match self {
+            Self::Unwanted => {}
+            Self::Own(own) => *own = Some(gradient()),
+            Self::Kept(slice) => slice.add(&gradient()),
+        }
+    }
+
+    /// Calls `add` with `len` elements to add terms to, if they are wanted.
+    pub(crate) fn add_to(&mut self, len: usize, add: impl FnOnce(&mut [f32])) {
+        match self {
+            Self::Unwanted => {}
+            Self::Own(own) => add(own.get_or_insert_with(|| vec![0.0; len])),
+            Self::Kept(slice) => add(slice.zeroed()),
+        }
+    }
+}
+
 /// An operation on slices with its gradient. Sizes are checked before it is applied.
 pub(crate) trait SliceOp: Send + Sync {
     /// For error messages and profiles.
     fn name(&self) -> &'static str;
 
+    /// Whether the gradient needs the values of the inputs; if not, [`SliceOp::backward`] may get none.
+    fn needs_inputs(&self) -> bool {
+        true
+    }
+
+    /// Whether the gradient needs the values of the output.
+    fn needs_output(&self) -> bool {
+        false
+    }
+
     /// Values and dimensions of the result.
     fn forward(&self, inputs: &[Input<'_>]) -> (Vec<f32>, Vec<usize>);
 
-    /// The gradient of each input, of its size, from the result and its gradient.
+    /// Brings the gradient of each input to its target, from the result and its gradient.
     ///
     /// # Errors
     /// If the operation keeps nothing any more that the gradient needs.
-    fn backward(&self, inputs: &[Input<'_>], out: &[f32], grad: &[f32]) -> Result<Vec<Vec<f32>>>;
+    fn backward(&self, inputs: &[Input<'_>], out: &[f32], grad: &[f32], to: &mut [Target<'_>]) -> Result<()>;
 }
 
-/// Applies `op` to one to three tensors, made contiguous.
+/// Applies `op`, recorded on the tape of this thread if there is one; otherwise as an operation of candle's, which takes up to
+/// three tensors. They are made contiguous.
 ///
 /// # Errors
 /// [`Error::Argument`] for a tensor of another type than f32 or another device than the CPU.
 pub(crate) fn apply<O: SliceOp + 'static>(op: O, inputs: &[&Tensor]) -> Result<Tensor> {
     expect_f32(op.name(), inputs)?;
     let inputs = inputs.iter().map(|input| input.contiguous()).collect::<candle_core::Result<Vec<_>>>()?;
+    if tape::is_active() {
+        return apply_recorded(op, &inputs);
+    }
     Ok(match inputs.as_slice() {
         [a] => a.apply_op1(Candle(op))?,
         [a, b] => a.apply_op2(b, Candle(op))?,
         [a, b, c] => a.apply_op3(b, c, Candle(op))?,
         _ => unreachable!("candle's operations have one to three arguments"),
     })
+}
+
+fn apply_recorded<O: SliceOp + 'static>(op: O, inputs: &[Tensor]) -> Result<Tensor> {
+    let all: Vec<&Tensor> = inputs.iter().collect();
+    let (values, dims) = with_cpu_inputs(&all, |inputs| op.forward(inputs))?;
+    if !tape::tracks(&all) {
+        return Ok(Tensor::from_vec(values, dims, &Device::Cpu)?);
+    }
+    let out = tape::output(values, &dims, &Device::Cpu)?;
+    let edges: Vec<Edge> = inputs.iter().map(Edge::of).collect();
+    let shapes: Vec<Shape> = inputs.iter().map(|input| input.shape().clone()).collect();
+    let kept: Vec<Tensor> = if op.needs_inputs() { inputs.iter().map(Tensor::detach).collect() } else { Vec::new() };
+    let kept_out = op.needs_output().then(|| out.detach());
+    tape::record(&[&out], move |gradients, into| {
+        let Some(Some(grad)) = gradients.into_iter().next() else { return Ok(()) };
+        let mut targets = targets(&edges, into);
+        let all: Vec<&Tensor> = kept.iter().chain(&kept_out).chain([&grad]).collect();
+        with_cpu_inputs(&all, |all| {
+            let (grad, all) = all.split_last().expect("the gradient is there");
+            let without: Vec<Input<'_>> = shapes.iter().map(|s| Input { values: &[], dims: s.dims() }).collect();
+            let (inputs, out) = if kept.is_empty() { (&without[..], all) } else { all.split_at(shapes.len()) };
+            op.backward(inputs, out.first().map_or(&[], |out| out.values), grad.values, &mut targets)
+        })??;
+        drop((kept, kept_out, grad));
+        settle(&edges, shapes, targets, into)
+    });
+    Ok(out)
 }
 
 /// Refuses tensors that the kernels cannot take.
@@ -76,7 +179,11 @@ pub(crate) fn with_inputs<R>(name: &str, tensors: &[&Tensor], body: impl FnOnce(
     Ok(with_cpu_inputs(tensors, body)?)
 }
 
-fn with_cpu_inputs<R>(tensors: &[&Tensor], body: impl FnOnce(&[Input<'_>]) -> R) -> candle_core::Result<R> {
+/// [`with_inputs`] of tensors that have been checked.
+///
+/// # Errors
+/// If one of them is not contiguous f32 on the CPU.
+pub(crate) fn with_cpu_inputs<R>(tensors: &[&Tensor], body: impl FnOnce(&[Input<'_>]) -> R) -> candle_core::Result<R> {
     let tensors = tensors.iter().map(|t| t.contiguous()).collect::<candle_core::Result<Vec<_>>>()?;
     let guards: Vec<_> = tensors.iter().map(Tensor::storage_and_layout).collect();
     let inputs = guards
@@ -111,14 +218,14 @@ impl<O: SliceOp> Candle<O> {
         grad: &Tensor,
     ) -> candle_core::Result<[Option<Tensor>; N]> {
         let all: Vec<&Tensor> = inputs.iter().copied().chain([out, grad]).collect();
-        let gradients = with_cpu_inputs(&all, |all| self.0.backward(&all[..N], all[N].values, all[N + 1].values))?
+        let mut targets = inputs.map(|input| if input.track_op() { Target::Own(None) } else { Target::Unwanted });
+        with_cpu_inputs(&all, |all| self.0.backward(&all[..N], all[N].values, all[N + 1].values, &mut targets))?
             .map_err(candle_core::Error::wrap)?;
-        debug_assert_eq!(gradients.len(), N, "{}", self.0.name());
-        let mut gradients = gradients.into_iter();
         let mut tensors = [const { None }; N];
-        for (tensor, input) in tensors.iter_mut().zip(inputs) {
-            let values = gradients.next().map(|values| Tensor::from_vec(values, input.shape(), input.device()));
-            *tensor = values.transpose()?;
+        for ((tensor, input), target) in tensors.iter_mut().zip(inputs).zip(targets) {
+            if let Target::Own(Some(values)) = target {
+                *tensor = Some(Tensor::from_vec(values, input.shape(), input.device())?);
+            }
         }
         Ok(tensors)
     }

@@ -9,6 +9,7 @@
 
 pub mod activation;
 pub mod adamw;
+pub mod add_norm;
 pub mod attention;
 mod buffer;
 pub mod cross_entropy;
@@ -21,6 +22,7 @@ pub mod gemm;
 pub mod grouped_linear;
 pub mod layer_norm;
 pub mod machine;
+mod mlp;
 mod norm_rows;
 pub mod ops;
 mod packed;

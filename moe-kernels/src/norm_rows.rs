@@ -15,44 +15,26 @@ fn block_len(width: usize) -> usize {
     (TASK_ROWS * width).max(1)
 }
 
-/// Calls `work` with the number of each block and the range of its elements, of `len` in all.
-fn for_blocks(len: usize, width: usize, work: impl Fn(usize, Range<usize>) + Sync) {
-    let block = block_len(width);
-    parallel::for_each_if(len, LEAST_WORK, len.div_ceil(block), |task| {
-        work(task, task * block..((task + 1) * block).min(len));
-    });
+/// What `norm` writes, given the range of each block of rows, of `len` elements in all, and the place for its result, zeroed.
+pub(crate) fn for_blocks(len: usize, width: usize, norm: impl Fn(Range<usize>, &mut [f32]) + Sync) -> Vec<f32> {
+    parallel::filled(len, block_len(width), LEAST_WORK, norm)
 }
 
-/// What `norm` writes, given each block of the rows `x` and the place for its result.
-pub(crate) fn forward(x: &[f32], width: usize, norm: impl Fn(&[f32], &mut [f32]) + Sync) -> Vec<f32> {
-    let mut out = vec![0.0; x.len()];
-    let shared = SharedMut::new(&mut out);
-    for_blocks(x.len(), width, |_, range| {
-        // SAFETY: blocks do not overlap.
-        let into = unsafe { shared.slice(range.start, range.len()) };
-        norm(&x[range], into);
-    });
-    out
-}
-
-/// The gradient of the rows `x`, and that of the `num_params` parameters, which is summed over the blocks in their order.
+/// The gradient of rows of `len` elements in all, and that of the `num_params` parameters, which is summed over the blocks in their order.
 ///
-/// `backward` gets a block of `x` and of `grad`, the place for the gradient of the rows, and zeros to sum the other in.
+/// `backward` gets the range of a block, the place for the gradient of its rows, and zeros to sum the other in.
 pub(crate) fn backward(
-    x: &[f32],
-    grad: &[f32],
+    len: usize,
     width: usize,
     num_params: usize,
-    backward: impl Fn(&[f32], &[f32], &mut [f32], &mut [f32]) + Sync,
+    backward: impl Fn(Range<usize>, &mut [f32], &mut [f32]) + Sync,
 ) -> (Vec<f32>, Vec<f32>) {
-    let mut dx = vec![0.0; x.len()];
-    let mut partial = vec![0.0; x.len().div_ceil(block_len(width)) * num_params];
-    let (dx_shared, partial_shared) = (SharedMut::new(&mut dx), SharedMut::new(&mut partial));
-    for_blocks(x.len(), width, |task, range| {
-        // SAFETY: blocks do not overlap, and each has partial sums of its own.
-        let (into, sums) =
-            unsafe { (dx_shared.slice(range.start, range.len()), partial_shared.slice(task * num_params, num_params)) };
-        backward(&x[range.clone()], &grad[range], into, sums);
+    let mut partial = vec![0.0; len.div_ceil(block_len(width)) * num_params];
+    let shared = SharedMut::new(&mut partial);
+    let dx = for_blocks(len, width, |range, into| {
+        // SAFETY: each block has partial sums of its own.
+        let sums = unsafe { shared.slice(range.start / block_len(width) * num_params, num_params) };
+        backward(range, into, sums);
     });
     let mut sums = vec![0.0; num_params];
     for part in partial.chunks_exact(num_params.max(1)) {

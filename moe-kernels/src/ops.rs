@@ -5,15 +5,16 @@ use crate::expert_mlp::{BorrowedMlp, experts};
 use crate::gate::BorrowedGate;
 use crate::packed::PackedMatrices;
 use crate::{
-    Error, Precision, Result, activation, attention, cross_entropy, embedding, grouped_linear, layer_norm, parallel,
-    permute, rms_norm, rotary, select, sums,
+    Error, Precision, Result, activation, add_norm, attention, cross_entropy, embedding, grouped_linear, layer_norm,
+    mlp, parallel, permute, rms_norm, rotary, select, sums,
 };
 use candle_core::{Device, Tensor};
 use moe_core::ops::{
     AttentionShape, Choices, DecoderOps, KvShape, LossOps, MoeOps, PagedKv, PagedSequence, Positions, RotaryLayout,
-    RotaryTable, WeightOps, experts_stepwise, whole_experts,
+    RotaryTable, WeightOps, experts_stepwise, mlp_stepwise, whole_experts,
 };
-use moe_core::{Activation, DispatchTable, DroplessConfig, MlpWeights, Weight, WeightSource, WeightUse};
+use moe_core::tape;
+use moe_core::{Activation, DispatchTable, DroplessConfig, MlpWeights, Ops, Weight, WeightSource, WeightUse};
 use std::sync::Arc;
 
 /// The kernels, for f32 tensors on the CPU; others are refused, [`moe_core::CandleOps`] takes them.
@@ -162,9 +163,6 @@ impl MoeOps for KernelOps {
     }
 
     fn mix(&self, a: &Tensor, b: &Tensor, logits: &Tensor) -> moe_core::Result<Tensor> {
-        if [a, b, logits].into_iter().any(Tensor::track_op) {
-            return MoeOps::mix(&moe_core::CandleOps, a, b, logits);
-        }
         Ok(sums::mix(a, b, logits)?)
     }
 
@@ -177,6 +175,7 @@ impl MoeOps for KernelOps {
     ) -> moe_core::Result<Tensor> {
         match self.experts_packed(rows, weights, activation, offsets)? {
             Some(rows) => Ok(rows),
+            None if tape::is_active() => Ok(mlp::experts(rows, weights, activation, offsets, self.precision)?),
             None => experts_stepwise(self, rows, weights, activation, offsets),
         }
     }
@@ -188,8 +187,26 @@ impl DecoderOps for KernelOps {
     }
 
     fn add(&self, a: &Tensor, b: &Tensor) -> moe_core::Result<Tensor> {
-        // candle's own wakes a pool of its own, which an inference pass has no core for.
-        if a.track_op() || b.track_op() { Ok((a + b)?) } else { Ok(sums::add(a, b)?) }
+        Ok(sums::add(a, b)?)
+    }
+
+    fn add_norm(
+        &self,
+        x: &Tensor,
+        delta: &Tensor,
+        weight: &Tensor,
+        bias: Option<&Tensor>,
+        epsilon: f64,
+    ) -> moe_core::Result<[Tensor; 2]> {
+        if !tape::is_active() && [x, delta, weight].into_iter().any(Tensor::track_op) {
+            let sum = self.add(x, delta)?;
+            let normed = match bias {
+                Some(bias) => self.layer_norm(&sum, weight, bias, epsilon)?,
+                None => self.rms_norm(&sum, weight, epsilon)?,
+            };
+            return Ok([sum, normed]);
+        }
+        Ok(add_norm::add_norm(x, delta, weight, bias, epsilon)?)
     }
 
     fn layer_norm(&self, x: &Tensor, weight: &Tensor, bias: &Tensor, epsilon: f64) -> moe_core::Result<Tensor> {
@@ -216,12 +233,13 @@ impl DecoderOps for KernelOps {
         keys: &Tensor,
         values: &Tensor,
         shape: AttentionShape,
+        seq_len: usize,
     ) -> moe_core::Result<Tensor> {
-        Ok(attention::grouped_query_attention(queries, keys, values, shape, self.precision)?)
+        Ok(attention::grouped_query_attention(queries, keys, values, shape, seq_len, self.precision)?)
     }
 
-    fn attention_fused(&self, qkv: &Tensor, num_heads: usize) -> moe_core::Result<Tensor> {
-        Ok(attention::causal_attention(qkv, num_heads, self.precision)?)
+    fn attention_fused(&self, qkv: &Tensor, num_heads: usize, seq_len: usize) -> moe_core::Result<Tensor> {
+        Ok(attention::causal_attention(qkv, num_heads, seq_len, self.precision)?)
     }
 
     fn new_pages(
@@ -258,6 +276,17 @@ impl DecoderOps for KernelOps {
         };
         let rows = packed.rows(ids)?;
         Ok(Tensor::from_vec(rows, (ids.len(), table.dims()[1]), &candle_core::Device::Cpu)?)
+    }
+}
+
+impl Ops for KernelOps {
+    fn mlp(&self, x: &Tensor, weights: &MlpWeights, activation: Activation) -> moe_core::Result<Tensor> {
+        match (&weights.fc_in, &weights.fc_out) {
+            (Weight::Tensor(fc_in), Weight::Tensor(fc_out)) if tape::is_active() => {
+                Ok(mlp::dense(x, [fc_in, fc_out], weights, activation, self.precision)?)
+            }
+            _ => mlp_stepwise(self, x, weights, activation),
+        }
     }
 }
 

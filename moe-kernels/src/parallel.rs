@@ -293,10 +293,46 @@ impl<T> SharedMut<T> {
     }
 }
 
+/// A new buffer of `len` elements, filled in parts of `part` by `fill`, which gets the range of a part and its elements, zeroed.
+/// Fresh memory is touched once, by the thread that fills it.
+pub(crate) fn filled(
+    len: usize,
+    part: usize,
+    least_units: usize,
+    fill: impl Fn(std::ops::Range<usize>, &mut [f32]) + Sync,
+) -> Vec<f32> {
+    let part = part.max(1);
+    let mut out: Vec<f32> = Vec::with_capacity(len);
+    let shared = SharedMut::from_raw(out.as_mut_ptr(), len);
+    for_each_if(len, least_units, len.div_ceil(part), |task| {
+        let range = task * part..((task + 1) * part).min(len);
+        // SAFETY: parts do not overlap, and each lies inside of the capacity; zeros are values.
+        let values = unsafe {
+            std::ptr::write_bytes(shared.at(range.start), 0, range.len());
+            shared.slice(range.start, range.len())
+        };
+        fill(range, values);
+    });
+    // SAFETY: the parts cover the buffer, and every element has been written.
+    unsafe { out.set_len(len) };
+    out
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
     use std::sync::atomic::AtomicU32;
+
+    #[test]
+    fn a_new_buffer_is_filled_once() {
+        for (len, part) in [(0, 3), (1, 0), (7, 3), (100_000, 777)] {
+            let got = filled(len, part, 1 << 10, |range, values| {
+                assert!(values.iter().all(|v| *v == 0.0));
+                values.iter_mut().zip(range).for_each(|(v, i)| *v += i as f32);
+            });
+            assert!(got.len() == len && got.iter().enumerate().all(|(i, v)| *v == i as f32), "{len} by {part}");
+        }
+    }
 
     #[test]
     fn serial_work_stays_on_the_calling_thread() {

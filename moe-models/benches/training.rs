@@ -7,12 +7,13 @@
 
 use anyhow::{Context, Result, bail, ensure};
 use candle_core::{DType, Device, Var};
+use moe_core::tape::GradBuffers;
 use moe_core::{Capacity, CounterRng};
 use moe_kernels::{Precision, machine, select};
 use moe_models::gpt::{Gpt, GptConfig, GptMoeConfig};
 use moe_models::train::model::{LossOutput, Pass, TokenBatch};
 use moe_models::train::optimizer::AdamW;
-use moe_models::train::step::{BatchSums, accumulate};
+use moe_models::train::step::{BatchSums, accumulate, grad_buffers};
 use moe_models::train::{TrainConfig, TrainModel};
 use std::path::Path;
 use std::process::Command;
@@ -41,16 +42,12 @@ const ROUTERS: [(&str, Capacity); 2] = [
 /// A way to cut the step's sequences into micro-batches.
 struct Batching {
     name: &'static str,
-    /// Micro-batches side by side.
-    workers: usize,
     /// Sequences of each.
     micro_batch_size: usize,
 }
 
-const BATCHINGS: [Batching; 2] = [
-    Batching { name: "1x8", workers: 1, micro_batch_size: 8 },
-    Batching { name: "2x4", workers: 2, micro_batch_size: 4 },
-];
+const BATCHINGS: [Batching; 2] =
+    [Batching { name: "1x8", micro_batch_size: 8 }, Batching { name: "2x4", micro_batch_size: 4 }];
 
 fn model_config(capacity: Capacity) -> GptConfig {
     GptConfig {
@@ -176,6 +173,7 @@ struct Run<'a> {
     model: Timed<'a>,
     config: TrainConfig,
     optimizer: AdamW,
+    grads: GradBuffers,
     rng: CounterRng,
     step: u64,
 }
@@ -185,15 +183,15 @@ impl<'a> Run<'a> {
         let config = TrainConfig {
             micro_batch_size: batching.micro_batch_size,
             global_batch_size: BATCH,
-            workers: batching.workers,
             precision: model.precision(),
             ..TrainConfig::default()
         };
         let config = config.resolved(SEQ_LEN)?;
         let decays = model.params().iter().map(|(name, var)| model.has_weight_decay(name, var.dims())).collect();
         let optimizer = AdamW::new(config.adamw(), model.params(), decays)?;
+        let grads = grad_buffers(model)?;
         let model = Timed { model, forward_ns: AtomicU64::new(0) };
-        Ok(Self { model, config, optimizer, rng: CounterRng::new(2, 0), step: 0 })
+        Ok(Self { model, config, optimizer, grads, rng: CounterRng::new(2, 0), step: 0 })
     }
 
     fn random_batches(&mut self) -> Vec<TokenBatch> {
@@ -211,10 +209,10 @@ impl<'a> Run<'a> {
         self.step += 1;
 
         let start = Instant::now();
-        let sums = accumulate(&self.model, &batches, &seeds, self.config.workers)?;
+        let sums = accumulate(&self.model, &batches, &seeds, &mut self.grads)?;
         let accumulated = start.elapsed();
         let scale = 1.0 / sums.micro_batches as f64;
-        let report = self.optimizer.step(self.model.params(), &sums.grads, scale, LR)?;
+        let report = self.optimizer.step(self.model.params(), &self.grads.all(), scale, LR)?;
         let optimizer = start.elapsed() - accumulated;
         let (lm_loss, drop_rate) = (sums.lm_loss, drop_rate(&sums));
         drop(sums);
@@ -222,8 +220,7 @@ impl<'a> Run<'a> {
 
         ensure!(report.applied, "the gradients of step {} are not finite", self.step);
         // Side by side, so a share of the sum passed by the clock; the rest is backward and adding up.
-        let side_by_side = self.config.workers.min(batches.len()) as u32;
-        let forward = Duration::from_nanos(self.model.forward_ns.load(Ordering::Relaxed)) / side_by_side;
+        let forward = Duration::from_nanos(self.model.forward_ns.load(Ordering::Relaxed));
         let backward = accumulated.saturating_sub(forward);
         Ok(Stepped { times: Times { step, forward, backward, optimizer }, lm_loss, drop_rate })
     }
@@ -323,9 +320,6 @@ fn measure_apart(batching: &Batching, options: &Options) -> Result<()> {
     command.arg(HERE).arg(batching.name).args(["--steps", &options.steps.to_string()]);
     command.args(options.words.iter().filter(|word| !names.contains(&word.as_str())));
     command.args(options.json.then_some("--json")).env("MIMALLOC_PURGE_DELAY", "-1");
-    if batching.workers > 1 {
-        command.env("RAYON_NUM_THREADS", "1");
-    }
     let status = command.status().context("cannot start again")?;
     ensure!(status.success(), "measuring {} failed: {status}", batching.name);
     Ok(())
@@ -345,7 +339,9 @@ fn print_head(options: &Options) {
         parameters.active as f64 / 1e6
     );
     println!("step: {BATCH} sequences of {SEQ_LEN} random tokens; medians of {} after one warm-up", options.steps);
-    println!("batches: workers x sequences of each; backward includes adding up the gradients, optimizer their norm");
+    println!(
+        "batches: micro-batches x sequences of each; backward includes adding up the gradients, optimizer their norm"
+    );
     println!(
         "useful work: 6 x active weights that multiply + 6 x layers x length x d_model (causal attention) =\n\
          {:.1} MFLOP a token; dropped tokens count as if computed\n",

@@ -2,16 +2,16 @@
 //! pages of keys and values, for inference. Both run the same blocks.
 
 use crate::batch::{LayerLoad, LossOutput, Pass, TokenBatch};
-use crate::blocks::{Attention, Embedding, FeedForward, Norm, OutputHead, Rotaries};
+use crate::blocks::{Attention, Embedding, Norm, OutputHead, Rotaries};
 use crate::cache::{CacheLayout, KvPool, PagedStep, PoolConfig};
 use crate::causal_lm::{CausalLm, LayerExperts, LogitsOf, SequenceStep, StepOutput};
 use crate::config::{DecoderConfig, LayerConfig};
+use crate::layer::{Layer, LayerPass, Recompute, Stream};
 use crate::{Error, Result};
 use candle_core::{DType, Device, Tensor};
 use candle_nn::VarBuilder;
 use moe_core::{
     LocalDispatcher, Mode, MoeOps, MoeOutput, NoiseSource, Ops, PositionedNoise, RouteContext, RouterConfig,
-    SeededNoise,
 };
 use moe_parallel::{Mesh, RankDispatcher};
 use std::sync::Arc;
@@ -27,18 +27,9 @@ pub enum EvalRouting {
     Original,
 }
 
-#[derive(Debug)]
-struct Layer {
-    attention_norm: Norm,
-    attention: Attention,
-    feed_forward_norm: Norm,
-    feed_forward: FeedForward,
-    ops: Arc<dyn Ops>,
-}
-
 /// What a decoder is built over: a backend, alone or on a rank of a mesh.
 #[derive(Clone, Copy)]
-struct Backend<'a> {
+pub(crate) struct Backend<'a> {
     ops: &'a Arc<dyn Ops>,
     mesh: Option<&'a Mesh>,
 }
@@ -53,52 +44,19 @@ impl Backend<'_> {
     }
 
     /// What a rank holds of a layer, and the layer's operations.
-    fn layer(&self, index: usize, config: &LayerConfig) -> Result<(LayerConfig, Arc<dyn Ops>)> {
+    pub(crate) fn layer(&self, index: usize, config: &LayerConfig) -> Result<(LayerConfig, Arc<dyn Ops>)> {
         let Some(mesh) = self.mesh else { return Ok((*config, Arc::clone(self.ops))) };
         let experts = config.feed_forward.moe().map(|moe| moe.num_experts);
         let local = config.on_rank(&mesh.placement()).map_err(|e| Error::Config(format!("layer {index}: {e}")))?;
         Ok((local, mesh.ops(Arc::clone(self.ops), experts, Some(index as u32))?))
     }
 
-    fn dispatcher(&self, index: usize, num_experts: usize) -> Result<RankDispatcher> {
+    pub(crate) fn dispatcher(&self, index: usize, num_experts: usize) -> Result<RankDispatcher> {
         let ops = Arc::clone(self.ops) as Arc<dyn MoeOps>;
         match self.mesh {
             Some(mesh) => Ok(mesh.dispatcher(num_experts, index as u32, ops)?),
             None => Ok(RankDispatcher::Local(LocalDispatcher::new(ops))),
         }
-    }
-}
-
-impl Layer {
-    fn new(
-        index: usize,
-        config: &LayerConfig,
-        vb: VarBuilder<'_>,
-        backend: Backend<'_>,
-        rotaries: &mut Rotaries,
-    ) -> Result<Self> {
-        let (config, ops) = &backend.layer(index, config)?;
-        let dispatcher = |num_experts| backend.dispatcher(index, num_experts);
-        let norm = |name: &str| Norm::new(&config.norm, vb.pp(name), Arc::clone(ops));
-        Ok(Self {
-            attention_norm: norm("input_layernorm")?,
-            attention: Attention::new(&config.attention, vb.pp("self_attn"), Arc::clone(ops), rotaries)?,
-            feed_forward_norm: norm("post_attention_layernorm")?,
-            feed_forward: FeedForward::new(&config.feed_forward, vb.pp("mlp"), Arc::clone(ops), dispatcher)?,
-            ops: Arc::clone(ops),
-        })
-    }
-
-    /// `attend` maps the normed `[tokens, d_model]` to what attention adds.
-    fn forward(
-        &self,
-        x: &Tensor,
-        context: &RouteContext<'_>,
-        attend: impl FnOnce(&Attention, &Tensor) -> Result<Tensor>,
-    ) -> Result<(Tensor, Option<MoeOutput>)> {
-        let x = self.ops.add(x, &attend(&self.attention, &self.attention_norm.forward(x)?)?)?;
-        let (added, output) = self.feed_forward.forward(&self.feed_forward_norm.forward(&x)?, context)?;
-        Ok((self.ops.add(&x, &added)?, output))
     }
 }
 
@@ -111,10 +69,11 @@ pub struct Decoder {
     config: DecoderConfig,
     embed_tokens: Embedding,
     embed_positions: Option<Embedding>,
-    layers: Vec<Layer>,
+    layers: Vec<Arc<Layer>>,
     norm: Norm,
     head: OutputHead,
     eval_routing: EvalRouting,
+    recompute: Recompute,
     ops: Arc<dyn Ops>,
     device: Device,
 }
@@ -147,22 +106,34 @@ impl Decoder {
         let embed_positions = config.learned_positions.then(positions).transpose()?;
         let mut rotaries = Rotaries::new(config.max_seq_len);
         let layer = |(index, layer): (usize, &LayerConfig)| {
-            Layer::new(index, layer, model.pp("layers").pp(index), backend, &mut rotaries)
+            Ok(Arc::new(Layer::new(index, layer, model.pp("layers").pp(index), backend, &mut rotaries)?))
         };
-        let layers = config.layers.iter().enumerate().map(layer).collect::<Result<_>>()?;
+        let layers = config.layers.iter().enumerate().map(layer).collect::<Result<Vec<_>>>()?;
         let head = match config.lm_head() {
             Some(spec) => OutputHead::new(&spec, vb.pp("lm_head"), Arc::clone(&ops))?,
             None => OutputHead::tied(embed_tokens.table(), Arc::clone(&ops)),
         };
         let norm = Norm::new(&config.norm, model.pp("norm"), Arc::clone(&ops))?;
-        let (eval_routing, device) = (EvalRouting::default(), vb.device().clone());
-        Ok(Self { config, embed_tokens, embed_positions, layers, norm, head, eval_routing, ops, device })
+        let (eval_routing, recompute) = (EvalRouting::default(), Recompute::default());
+        let device = vb.device().clone();
+        Ok(Self { config, embed_tokens, embed_positions, layers, norm, head, eval_routing, recompute, ops, device })
+    }
+
+    /// The same with another choice of what training passes compute again.
+    #[must_use]
+    pub fn with_recompute(self, recompute: Recompute) -> Self {
+        Self { recompute, ..self }
     }
 
     /// The same with another routing outside training.
     #[must_use]
     pub fn with_eval_routing(self, eval_routing: EvalRouting) -> Self {
         Self { eval_routing, ..self }
+    }
+
+    /// What training passes compute again.
+    pub fn recompute(&self) -> Recompute {
+        self.recompute
     }
 
     /// What it is made of.
@@ -175,12 +146,9 @@ impl Decoder {
         &self.head
     }
 
-    fn embed(&self, ids: &[u32], positions: impl Iterator<Item = u32>) -> Result<Tensor> {
-        let tokens = self.embed_tokens.forward(ids)?;
-        match &self.embed_positions {
-            Some(table) => Ok(self.ops.add(&tokens, &table.forward(&positions.collect::<Vec<_>>())?)?),
-            None => Ok(tokens),
-        }
+    fn embed(&self, ids: &[u32], positions: impl Iterator<Item = u32>) -> Result<Stream> {
+        let positions = self.embed_positions.as_ref().map(|table| table.forward(&positions.collect::<Vec<_>>()));
+        Ok(Stream { x: self.embed_tokens.forward(ids)?, added: positions.transpose()? })
     }
 
     /// What the output layer sees of whole sequences, `[batch * seq_len, d_model]`, with its graph in a training pass; and the
@@ -194,21 +162,21 @@ impl Decoder {
             return Err(Error::Argument(format!("{count} ids must be whole sequences of seq_len {seq_len}")));
         }
         self.check_ids(ids, seq_len)?;
-        let mut x = self.embed(ids, (0..ids.len()).map(|i| (i % seq_len) as u32))?;
+        let mut stream = self.embed(ids, (0..ids.len()).map(|i| (i % seq_len) as u32))?;
         let mut outputs = Vec::new();
+        let (mode, seed) = match (pass, self.eval_routing) {
+            (Pass::Train { seed }, _) => (Mode::Train, seed),
+            (Pass::Eval, EvalRouting::TokenByToken) => (Mode::Infer, 0),
+            (Pass::Eval, EvalRouting::Original) => (Mode::Eval, 0),
+        };
         for (index, layer) in self.layers.iter().enumerate() {
-            let (mode, seed) = match (pass, self.eval_routing) {
-                (Pass::Train { seed }, _) => (Mode::Train, seed),
-                (Pass::Eval, EvalRouting::TokenByToken) => (Mode::Infer, 0),
-                (Pass::Eval, EvalRouting::Original) => (Mode::Eval, 0),
-            };
-            let noise = SeededNoise::new(seed, index as u64);
-            let context = RouteContext { seq_len: Some(seq_len), ..RouteContext::new(mode, &noise) };
-            let (next, output) = layer.forward(&x, &context, |attention, x| attention.forward(x, seq_len))?;
-            x = next;
+            let pass = LayerPass { mode, seed, layer: index, seq_len, recompute: self.recompute };
+            let (next, output) = layer.forward_sequences(stream, pass)?;
+            stream = next;
             outputs.extend(output.map(|output| (index, output)));
         }
-        Ok((self.norm.forward(&x)?, outputs))
+        let [_, normed] = stream.normed(&self.norm)?;
+        Ok((normed, outputs))
     }
 
     /// The training loss of a batch.
@@ -302,7 +270,7 @@ impl Decoder {
         }
 
         // 2. The blocks.
-        let mut x = self.embed(&ids, step.positions.iter().copied())?;
+        let mut stream = self.embed(&ids, step.positions.iter().copied())?;
         let mut experts = Vec::new();
         for (index, layer) in self.layers.iter().enumerate() {
             let noise = PositionedNoise::new(&step.draws, index as u64);
@@ -311,13 +279,13 @@ impl Decoder {
                 EvalRouting::Original => RouteContext::new(Mode::Eval, &noise as &dyn NoiseSource),
             };
             let attend = |attention: &Attention, x: &Tensor| attention.forward_paged(x, &step, pool.layer(index));
-            let (next, output) = layer.forward(&x, &context, attend)?;
-            x = next;
+            let (next, output) = layer.forward(stream, &context, attend)?;
+            stream = next;
             experts.extend(output.map(|output| layer_experts(index, &output)).transpose()?);
         }
 
         // 3. Logits of the rows asked for; the sequences grow only now.
-        let logits = match self.wanted(&x, batch)? {
+        let logits = match self.wanted(&stream.sum(&*self.ops)?, batch)? {
             none if none.dim(0)? == 0 => Tensor::zeros((0, self.config.vocab_size), DType::F32, &self.device)?,
             rows => self.head.logits(&self.norm.forward(&rows)?)?,
         };

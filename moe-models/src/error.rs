@@ -115,5 +115,18 @@ impl Error {
     }
 }
 
+/// For parts of a model that run inside of an operation.
+impl From<Error> for moe_core::Error {
+    fn from(error: Error) -> Self {
+        match error {
+            Error::Moe(error) => error,
+            Error::Candle(error) => error.into(),
+            Error::Kernel(error) => error.into(),
+            Error::Parallel(error) => error.into(),
+            other => candle_core::Error::wrap(other).into(),
+        }
+    }
+}
+
 /// The crate's result.
 pub type Result<T> = std::result::Result<T, Error>;

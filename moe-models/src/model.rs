@@ -5,7 +5,7 @@ use crate::batch::{LossOutput, Pass, TokenBatch};
 use crate::families::{Family, ReadFamily};
 use crate::hf::{self, Checkpoint};
 use crate::params::{ParamSource, ParamTable};
-use crate::{Decoder, DecoderConfig, Error, Result};
+use crate::{Decoder, DecoderConfig, Error, Recompute, Result};
 use candle_core::{DType, Device, Var};
 use moe_core::{CandleOps, Ops};
 use moe_kernels::{KernelOps, Precision};
@@ -78,9 +78,21 @@ impl<F: Family> Model<F> {
     /// # Errors
     /// [`Error::Argument`] for a precision that the device has no operations for.
     pub fn with_precision(self, precision: Precision) -> Result<Self> {
-        let config = self.training.config().clone();
+        let (config, recompute) = (self.training.config().clone(), self.recompute());
         let variables = self.variables.into_iter().map(|(_, var)| var).collect();
-        Self::assemble(self.family, config, self.table, variables, precision, &self.device)
+        let model = Self::assemble(self.family, config, self.table, variables, precision, &self.device)?;
+        Ok(model.with_recompute(recompute))
+    }
+
+    /// The same model whose training passes compute again what `recompute` says. The bits are the same.
+    #[must_use]
+    pub fn with_recompute(self, recompute: Recompute) -> Self {
+        Self { training: self.training.with_recompute(recompute), ..self }
+    }
+
+    /// What training passes compute again.
+    pub fn recompute(&self) -> Recompute {
+        self.training.recompute()
     }
 
     /// The precision of the matrix products.

@@ -1,7 +1,8 @@
-//! Communication as candle operations: the one place of this crate that knows candle's trait for custom operations.
+//! Communication as operations with gradients, recorded on the tape or candle's: the one place of this crate that knows how.
 
 use crate::{Error, Result};
 use candle_core::{CpuStorage, CustomOp1, Layout, Shape, Storage, Tensor, WithDType};
+use moe_core::tape::{self, Edge};
 use std::sync::{Mutex, PoisonError};
 
 /// Runs `$body` with `$T` as the element type of a tensor that can be sent.
@@ -43,8 +44,16 @@ pub(crate) fn exchanged<T: WithDType>(
     back: impl Fn(&Tensor) -> Result<Tensor> + Send + Sync + 'static,
 ) -> Result<Tensor> {
     let shape = shape.into();
-    if !input.track_op() {
+    if !tape::tracks(&[input]) {
         return Ok(Tensor::from_vec(values, shape, input.device())?);
+    }
+    if tape::is_recording() {
+        let (out, edge) = (tape::output(values, shape.dims(), input.device())?, Edge::of(input));
+        tape::record(&[&out], move |gradients, into| {
+            let Some(Some(gradient)) = gradients.into_iter().next() else { return Ok(()) };
+            into.give(&edge, back(&gradient.contiguous()?)?)
+        });
+        return Ok(out);
     }
     let output = Mutex::new(Some((T::to_cpu_storage_owned(values), shape)));
     Ok(input.apply_op1(Exchanged { name, output, back: Box::new(back) })?)

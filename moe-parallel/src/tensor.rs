@@ -16,7 +16,7 @@ use crate::exchanged::{by_dtype, exchanged, with_values};
 use candle_core::{D, Device, Tensor, WithDType};
 use moe_core::ops::{
     AttentionShape, Choices, DecoderOps, IGNORED, KvShape, LossOps, MoeOps, PagedKv, PagedSequence, Positions,
-    RotaryLayout, RotaryTable, WeightOps, check_targets, parts_per_expert,
+    RotaryLayout, RotaryTable, WeightOps, check_targets, mlp_stepwise, parts_per_expert,
 };
 use moe_core::{
     Activation, DispatchTable, DroplessConfig, MlpWeights, Ops, PackedWeight, SplitKind, Weight, WeightSource,
@@ -255,6 +255,15 @@ impl WeightOps for RankOps {
     }
 }
 
+impl Ops for RankOps {
+    fn mlp(&self, x: &Tensor, weights: &MlpWeights, activation: Activation) -> moe_core::Result<Tensor> {
+        match [&weights.fc_in, &weights.fc_out].map(split_of) {
+            [None, None] => self.inner.mlp(x, weights, activation),
+            _ => mlp_stepwise(self, x, weights, activation),
+        }
+    }
+}
+
 impl MoeOps for RankOps {
     fn gate(&self, x: &Tensor, weight: &Weight, bias: Option<&Tensor>) -> moe_core::Result<Tensor> {
         self.inner.gate(x, weight, bias)
@@ -322,6 +331,17 @@ impl DecoderOps for RankOps {
         self.inner.add(a, b)
     }
 
+    fn add_norm(
+        &self,
+        x: &Tensor,
+        delta: &Tensor,
+        weight: &Tensor,
+        bias: Option<&Tensor>,
+        epsilon: f64,
+    ) -> moe_core::Result<[Tensor; 2]> {
+        self.inner.add_norm(x, delta, weight, bias, epsilon)
+    }
+
     fn layer_norm(&self, x: &Tensor, weight: &Tensor, bias: &Tensor, epsilon: f64) -> moe_core::Result<Tensor> {
         self.inner.layer_norm(x, weight, bias, epsilon)
     }
@@ -344,12 +364,19 @@ impl DecoderOps for RankOps {
         self.inner.rotary(x, table, layout, positions)
     }
 
-    fn attention(&self, q: &Tensor, k: &Tensor, v: &Tensor, shape: AttentionShape) -> moe_core::Result<Tensor> {
-        self.inner.attention(q, k, v, shape)
+    fn attention(
+        &self,
+        q: &Tensor,
+        k: &Tensor,
+        v: &Tensor,
+        shape: AttentionShape,
+        seq_len: usize,
+    ) -> moe_core::Result<Tensor> {
+        self.inner.attention(q, k, v, shape, seq_len)
     }
 
-    fn attention_fused(&self, qkv: &Tensor, num_heads: usize) -> moe_core::Result<Tensor> {
-        self.inner.attention_fused(qkv, num_heads)
+    fn attention_fused(&self, qkv: &Tensor, num_heads: usize, seq_len: usize) -> moe_core::Result<Tensor> {
+        self.inner.attention_fused(qkv, num_heads, seq_len)
     }
 
     fn new_pages(

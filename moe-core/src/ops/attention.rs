@@ -70,16 +70,21 @@ impl AttentionShape {
         Ok(d_model / num_heads)
     }
 
-    /// Checks queries, keys and values of whole sequences; returns the width of a head.
+    /// Checks queries, keys and values of whole sequences of `seq_len` tokens; returns the width of a head.
     ///
     /// # Errors
     /// [`Error::Input`] if the shapes do not fit.
-    pub fn check(self, queries: &Tensor, keys: &Tensor, values: &Tensor) -> Result<usize> {
-        let ((batch, seq_len, d_model), (_, _, kv_width)) = (queries.dims3()?, keys.dims3()?);
+    pub fn check(self, queries: &Tensor, keys: &Tensor, values: &Tensor, seq_len: usize) -> Result<usize> {
+        let (Some((&d_model, leading)), Some((&kv_width, kv_leading))) =
+            (queries.dims().split_last(), keys.dims().split_last())
+        else {
+            return Err(Error::Input("attention needs queries and keys of at least one dimension".into()));
+        };
+        check_sequences(leading.iter().product(), seq_len)?;
         let head_dim = self.head_dim(d_model, kv_width)?;
-        if keys.dims() != values.dims() || keys.dims()[..2] != [batch, seq_len] {
+        if keys.dims() != values.dims() || leading != kv_leading {
             return Err(Error::Input(format!(
-                "keys {:?} and values {:?} must have one shape, and the batch and length of the queries {:?}",
+                "keys {:?} and values {:?} must have one shape, and the tokens of the queries {:?}",
                 keys.dims(),
                 values.dims(),
                 queries.dims()
@@ -87,6 +92,17 @@ impl AttentionShape {
         }
         Ok(head_dim)
     }
+}
+
+/// Refuses tokens that are not whole sequences.
+///
+/// # Errors
+/// [`Error::Input`] naming both numbers.
+pub fn check_sequences(tokens: usize, seq_len: usize) -> Result<()> {
+    if seq_len == 0 || !tokens.is_multiple_of(seq_len) {
+        return Err(Error::Input(format!("{tokens} tokens must be whole sequences of seq_len {seq_len}")));
+    }
+    Ok(())
 }
 
 /// What a token takes in one layer's pool: keys of this many heads, and values of as many.

@@ -41,6 +41,29 @@ pub trait DecoderOps: WeightOps {
     /// If a shape does not fit.
     fn rms_norm(&self, x: &Tensor, weight: &Tensor, epsilon: f64) -> Result<Tensor>;
 
+    /// `x + delta`, and its norm over the last dimension: LayerNorm, or RMSNorm without a bias.
+    ///
+    /// # Shapes
+    /// `x` and `delta` `[.., width]`, `weight` and `bias` `[width]`; returns two of the shape of `x`
+    ///
+    /// # Errors
+    /// If a shape does not fit.
+    fn add_norm(
+        &self,
+        x: &Tensor,
+        delta: &Tensor,
+        weight: &Tensor,
+        bias: Option<&Tensor>,
+        epsilon: f64,
+    ) -> Result<[Tensor; 2]> {
+        let sum = self.add(x, delta)?;
+        let normed = match bias {
+            Some(bias) => self.layer_norm(&sum, weight, bias, epsilon)?,
+            None => self.rms_norm(&sum, weight, epsilon)?,
+        };
+        Ok([sum, normed])
+    }
+
     /// A parameter that every head uses. A backend that computes some of the heads only gives it a gradient that is summed
     /// over all of them.
     ///
@@ -60,23 +83,32 @@ pub trait DecoderOps: WeightOps {
     fn rotary(&self, x: &Tensor, table: &RotaryTable, layout: RotaryLayout, positions: Positions<'_>)
     -> Result<Tensor>;
 
-    /// Attention of each token to itself and those before it in its sequence.
+    /// Attention of each token to itself and those before it in its sequence; sequences of `seq_len` tokens lie one after the
+    /// other.
     ///
     /// # Shapes
-    /// `queries` `[batch, seq_len, num_heads * head_dim]`, `keys` and `values` `[batch, seq_len, num_kv_heads * head_dim]`
+    /// `queries` `[.., num_heads * head_dim]`, `keys` and `values` `[.., num_kv_heads * head_dim]`, as many tokens each; returns
+    /// the shape of `queries`
     ///
     /// # Errors
     /// If the shapes do not fit.
-    fn attention(&self, queries: &Tensor, keys: &Tensor, values: &Tensor, shape: AttentionShape) -> Result<Tensor>;
+    fn attention(
+        &self,
+        queries: &Tensor,
+        keys: &Tensor,
+        values: &Tensor,
+        shape: AttentionShape,
+        seq_len: usize,
+    ) -> Result<Tensor>;
 
     /// [`DecoderOps::attention`] of `[q | k | v]` with as many key heads as query heads, without taking it apart.
     ///
     /// # Shapes
-    /// `[batch, seq_len, 3 * d_model]` to `[batch, seq_len, d_model]`
+    /// `[.., 3 * d_model]` to `[.., d_model]`
     ///
     /// # Errors
     /// If the shapes do not fit.
-    fn attention_fused(&self, qkv: &Tensor, num_heads: usize) -> Result<Tensor>;
+    fn attention_fused(&self, qkv: &Tensor, num_heads: usize, seq_len: usize) -> Result<Tensor>;
 
     /// Keys and values of a pool of `num_blocks` blocks of `block_size` tokens, in the form that
     /// [`DecoderOps::write_pages`] writes and [`DecoderOps::paged_attention`] reads: by default rows of f32.

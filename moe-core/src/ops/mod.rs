@@ -16,14 +16,15 @@ mod rotary;
 mod tests;
 
 pub use activation::Activation;
-pub use attention::{AttentionShape, KvShape, PagedKv, PagedSequence};
+pub use attention::{AttentionShape, KvShape, PagedKv, PagedSequence, check_sequences};
 pub use candle::CandleOps;
 pub use decoder::DecoderOps;
 pub use loss::{IGNORED, LossOps, check_targets};
 pub use moe::{Choices, MoeOps, experts_stepwise, parts_per_expert, whole_experts};
 pub use rotary::{Positions, RotaryLayout, RotaryTable};
 
-use crate::{Result, Weight, WeightSource, WeightUse};
+use crate::{MlpWeights, Result, Weight, WeightSource, WeightUse};
+use candle_core::Tensor;
 use std::fmt::Debug;
 
 /// In which form a backend keeps weights.
@@ -40,6 +41,34 @@ pub trait WeightOps: Debug + Send + Sync {
 }
 
 /// Everything a decoder needs of a backend.
-pub trait Ops: MoeOps + DecoderOps + LossOps {}
+pub trait Ops: MoeOps + DecoderOps + LossOps {
+    /// A feed-forward network over the last dimension: two linear maps with the activation between them.
+    ///
+    /// # Shapes
+    /// `[.., d_model]` to the same
+    ///
+    /// # Errors
+    /// If the sizes do not fit.
+    fn mlp(&self, x: &Tensor, weights: &MlpWeights, activation: Activation) -> Result<Tensor> {
+        mlp_stepwise(self, x, weights, activation)
+    }
+}
 
-impl<T: MoeOps + DecoderOps + LossOps> Ops for T {}
+/// [`Ops::mlp`] one operation after the other: its default, and what a backend falls back on for weights that it has no form of
+/// its own for.
+///
+/// # Shapes
+/// `[.., d_model]` to the same
+///
+/// # Errors
+/// If the sizes do not fit.
+pub fn mlp_stepwise<O: Ops + ?Sized>(
+    ops: &O,
+    x: &Tensor,
+    weights: &MlpWeights,
+    activation: Activation,
+) -> Result<Tensor> {
+    let hidden = ops.linear(x, &weights.fc_in, weights.fc_in_bias.as_ref())?;
+    let hidden = ops.activation(activation, &hidden)?;
+    ops.linear(&hidden, &weights.fc_out, weights.fc_out_bias.as_ref())
+}

@@ -3,7 +3,7 @@
 #[cfg(test)]
 mod tests;
 
-use crate::custom::{self, Input, SliceOp};
+use crate::custom::{self, Input, SliceOp, Target};
 use crate::parallel::SharedMut;
 use crate::{Error, Isa, Result, parallel, select};
 use candle_core::Tensor;
@@ -28,6 +28,12 @@ pub fn activation(activation: Activation, x: &Tensor) -> Result<Tensor> {
 /// [`activation`] of `[rows, width]` values into `[rows, width / inputs]`.
 pub(crate) fn apply_into(isa: Isa, activation: Activation, x: &[f32], width: usize, out: &mut [f32]) {
     Elementwise { activation, isa }.forward_into(x, width, out);
+}
+
+/// Gradient and value at once, each where an input was: `x` `[rows, width]` becomes its gradient, and `grad`
+/// `[rows, width / inputs]`, the gradient of the result, becomes the result.
+pub(crate) fn gradient_in_place(isa: Isa, activation: Activation, x: &mut [f32], width: usize, grad: &mut [f32]) {
+    Elementwise { activation, isa }.gradient_in_place(x, width, grad);
 }
 
 /// Elements per task.
@@ -62,28 +68,74 @@ struct Elementwise {
 }
 
 impl Elementwise {
-    /// Calls `work` with each part of `0..rows`, of about [`TASK`] elements, or fewer where threads would have none.
-    fn for_parts(&self, rows: usize, width: usize, work: impl Fn(std::ops::Range<usize>) + Sync) {
+    /// Rows of about [`TASK`] elements, or fewer where threads would have none.
+    fn rows_per_task(&self, rows: usize, width: usize) -> usize {
         let even = rows.div_ceil(2 * rayon::current_num_threads());
-        let per_task = (TASK / width.max(1)).min(even).max(1);
-        parallel::for_each_if(rows * width, LEAST_WORK, rows.div_ceil(per_task), |task| {
-            work(task * per_task..((task + 1) * per_task).min(rows));
-        });
+        (TASK / width.max(1)).min(even).max(1)
     }
 
     fn forward_into(&self, x: &[f32], width: usize, out: &mut [f32]) {
         let (rows, out_width) = (x.len() / width.max(1), width / self.activation.inputs());
-        let shared = SharedMut::new(out);
-        self.for_parts(rows, width, |part| {
-            let from = &x[part.start * width..part.end * width];
+        let (per_task, shared) = (self.rows_per_task(rows, width), SharedMut::new(out));
+        parallel::for_each_if(rows * width, LEAST_WORK, rows.div_ceil(per_task), |task| {
+            let part = task * per_task..((task + 1) * per_task).min(rows);
             // SAFETY: parts have rows of their own.
             let into = unsafe { shared.slice(part.start * out_width, part.len() * out_width) };
+            self.rows(&x[part.start * width..part.end * width], width, into);
+        });
+    }
+
+    fn forward_new(&self, x: &[f32], width: usize) -> Vec<f32> {
+        let (rows, out_width) = (x.len() / width.max(1), width / self.activation.inputs());
+        let part = self.rows_per_task(rows, width) * out_width;
+        parallel::filled(rows * out_width, part, LEAST_WORK, |range, into| {
+            let inputs = self.activation.inputs();
+            self.rows(&x[range.start * inputs..range.end * inputs], width, into);
+        })
+    }
+
+    fn rows(&self, from: &[f32], width: usize, into: &mut [f32]) {
+        let out_width = width / self.activation.inputs();
+        self.isa.vectorize(|| match self.activation {
+            Activation::GeluTanh => into.iter_mut().zip(from).for_each(|(y, &x)| *y = gelu(x)),
+            Activation::SwiGlu => {
+                for (into, row) in into.chunks_exact_mut(out_width).zip(from.chunks_exact(width)) {
+                    let (gate, up) = row.split_at(out_width);
+                    into.iter_mut().zip(gate).zip(up).for_each(|((y, &g), &u)| *y = g * sigmoid(g) * u);
+                }
+            }
+        });
+    }
+
+    fn gradient_in_place(&self, x: &mut [f32], width: usize, grad: &mut [f32]) {
+        let (rows, out_width) = (x.len() / width.max(1), width / self.activation.inputs());
+        let (len, per_task) = (x.len(), self.rows_per_task(rows, width));
+        let (x, grad) = (SharedMut::new(x), SharedMut::new(grad));
+        parallel::for_each_if(len, LEAST_WORK, rows.div_ceil(per_task), |task| {
+            let part = task * per_task..((task + 1) * per_task).min(rows);
+            // SAFETY: parts have rows of their own.
+            let (x, grad) = unsafe {
+                (
+                    x.slice(part.start * width, part.len() * width),
+                    grad.slice(part.start * out_width, part.len() * out_width),
+                )
+            };
             self.isa.vectorize(|| match self.activation {
-                Activation::GeluTanh => into.iter_mut().zip(from).for_each(|(y, &x)| *y = gelu(x)),
+                Activation::GeluTanh => {
+                    for (x, grad) in x.iter_mut().zip(grad) {
+                        let (value, slope) = (gelu(*x), gelu_gradient(*x));
+                        (*x, *grad) = (*grad * slope, value);
+                    }
+                }
                 Activation::SwiGlu => {
-                    for (into, row) in into.chunks_exact_mut(out_width).zip(from.chunks_exact(width)) {
-                        let (gate, up) = row.split_at(out_width);
-                        into.iter_mut().zip(gate).zip(up).for_each(|((y, &g), &u)| *y = g * sigmoid(g) * u);
+                    for (row, grads) in x.chunks_exact_mut(width).zip(grad.chunks_exact_mut(out_width)) {
+                        let (gate, up) = row.split_at_mut(out_width);
+                        for ((g, u), d) in gate.iter_mut().zip(up).zip(grads) {
+                            let s = sigmoid(*g);
+                            let (of_gate, of_up) = (*d * *u * s * (1.0 + *g * (1.0 - s)), *d * *g * s);
+                            *d = *g * s * *u;
+                            (*g, *u) = (of_gate, of_up);
+                        }
                     }
                 }
             });
@@ -92,13 +144,10 @@ impl Elementwise {
 
     fn gradient(&self, x: &[f32], grad: &[f32], width: usize) -> Vec<f32> {
         let (rows, out_width) = (x.len() / width.max(1), width / self.activation.inputs());
-        let mut out = vec![0.0; x.len()];
-        let shared = SharedMut::new(&mut out);
-        self.for_parts(rows, width, |part| {
-            let from = &x[part.start * width..part.end * width];
-            let grads = &grad[part.start * out_width..part.end * out_width];
-            // SAFETY: parts have rows of their own.
-            let into = unsafe { shared.slice(part.start * width, part.len() * width) };
+        let inputs = self.activation.inputs();
+        parallel::filled(x.len(), self.rows_per_task(rows, width) * width, LEAST_WORK, |range, into| {
+            let grads = &grad[range.start / inputs..range.end / inputs];
+            let from = &x[range];
             self.isa.vectorize(|| match self.activation {
                 Activation::GeluTanh => {
                     into.iter_mut().zip(from).zip(grads).for_each(|((d, &x), &g)| *d = g * gelu_gradient(x));
@@ -111,8 +160,7 @@ impl Elementwise {
                     }
                 }
             });
-        });
-        out
+        })
     }
 }
 
@@ -137,13 +185,13 @@ impl SliceOp for Elementwise {
 
     fn forward(&self, inputs: &[Input<'_>]) -> (Vec<f32>, Vec<usize>) {
         let Input { values, dims } = inputs[0];
-        let mut out = vec![0.0; values.len() / self.activation.inputs()];
-        self.forward_into(values, inputs[0].width(), &mut out);
+        let out = self.forward_new(values, inputs[0].width());
         let leading = &dims[..dims.len() - 1];
         (out, [leading, &[inputs[0].width() / self.activation.inputs()]].concat())
     }
 
-    fn backward(&self, inputs: &[Input<'_>], _: &[f32], grad: &[f32]) -> Result<Vec<Vec<f32>>> {
-        Ok(vec![self.gradient(inputs[0].values, grad, inputs[0].width())])
+    fn backward(&self, inputs: &[Input<'_>], _: &[f32], grad: &[f32], to: &mut [Target<'_>]) -> Result<()> {
+        to[0].bring(|| self.gradient(inputs[0].values, grad, inputs[0].width()));
+        Ok(())
     }
 }

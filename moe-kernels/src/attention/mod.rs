@@ -15,26 +15,28 @@ pub(crate) use blocks::row_max;
 pub use moe_core::ops::{AttentionShape, KvShape, PagedKv, PagedSequence};
 pub use paged::{new_pages, paged_attention, write_pages};
 
-use crate::custom::{self, Input, SliceOp, with_inputs};
+use crate::custom::{self, Input, SliceOp, Target, with_inputs};
 use crate::parallel::SharedMut;
 use crate::{Error, Precision, Result};
 use blocks::{Heads, Place, Sequence, Source, Strip, Training};
-use candle_core::Tensor;
+use candle_core::{D, Tensor};
+use moe_core::ops::check_sequences;
 
 /// Attention of each token to itself and the tokens before it in its sequence.
 ///
 /// `precision` is that of the matrix products; the softmax is f32.
 ///
 /// # Shapes
-/// `qkv` `[batch, seq_len, 3 * d_model]` as queries, keys, values, each head after head; returns
-/// `[batch, seq_len, d_model]`
+/// `qkv` `[.., 3 * d_model]`, sequences of `seq_len` tokens one after the other, as queries, keys, values, each head after
+/// head; returns `[.., d_model]`
 ///
 /// # Errors
-/// If `num_heads` does not divide `d_model`.
-pub fn causal_attention(qkv: &Tensor, num_heads: usize, precision: Precision) -> Result<Tensor> {
-    let (_, _, width) = qkv.dims3()?;
+/// If `num_heads` does not divide `d_model`, or `seq_len` the tokens.
+pub fn causal_attention(qkv: &Tensor, num_heads: usize, seq_len: usize, precision: Precision) -> Result<Tensor> {
+    let width = qkv.dim(D::Minus1)?;
+    check_sequences(qkv.elem_count() / width.max(1), seq_len)?;
     let head_dim = AttentionShape::fused_head_dim(width, num_heads)?;
-    custom::apply(Fused(Heads::new(AttentionShape::equal(num_heads), head_dim, precision)), &[qkv])
+    custom::apply(Fused(Heads::new(AttentionShape::equal(num_heads), head_dim, precision), seq_len), &[qkv])
 }
 
 /// [`causal_attention`] of separate queries, keys and values, where several query heads may share a key and value head.
@@ -42,8 +44,8 @@ pub fn causal_attention(qkv: &Tensor, num_heads: usize, precision: Precision) ->
 /// With as many key heads as query heads the bits are those of [`causal_attention`].
 ///
 /// # Shapes
-/// `queries` `[batch, seq_len, num_heads * head_dim]`, `keys` and `values` `[batch, seq_len, num_kv_heads * head_dim]`;
-/// returns the shape of `queries`
+/// `queries` `[.., num_heads * head_dim]`, `keys` and `values` `[.., num_kv_heads * head_dim]`, sequences of `seq_len` tokens
+/// one after the other; returns the shape of `queries`
 ///
 /// # Errors
 /// [`Error::Argument`] if the shapes do not fit.
@@ -55,10 +57,11 @@ pub fn grouped_query_attention(
     keys: &Tensor,
     values: &Tensor,
     shape: AttentionShape,
+    seq_len: usize,
     precision: Precision,
 ) -> Result<Tensor> {
-    let head_dim = shape.check(queries, keys, values)?;
-    custom::apply(Grouped(Heads::new(shape, head_dim, precision)), &[queries, keys, values])
+    let head_dim = shape.check(queries, keys, values, seq_len)?;
+    custom::apply(Grouped(Heads::new(shape, head_dim, precision), seq_len), &[queries, keys, values])
 }
 
 /// [`grouped_query_attention`] of the last `queries.dim(0)` tokens of one sequence over all its keys and values. No
@@ -98,11 +101,11 @@ pub fn grouped_query_attention_cached(
     Ok(Tensor::from_vec(out, (new, d_model), queries.device())?)
 }
 
-/// Attention of one `[q | k | v]`.
-struct Fused(Heads);
+/// Attention of one `[q | k | v]`, with the length of its sequences.
+struct Fused(Heads, usize);
 
-/// Attention of separate queries, keys and values.
-struct Grouped(Heads);
+/// Attention of separate queries, keys and values, with the length of their sequences.
+struct Grouped(Heads, usize);
 
 /// The sequences of a batch in which each of the three parts has its columns and its distance between rows.
 fn batch_of<'a>([q, k, v]: [Strip<'a>; 3], batch: usize, seq_len: usize) -> Vec<Sequence<'a>> {
@@ -190,15 +193,19 @@ impl SliceOp for Fused {
         "causal_attention"
     }
 
-    fn forward(&self, inputs: &[Input<'_>]) -> (Vec<f32>, Vec<usize>) {
-        let Input { values, dims } = inputs[0];
-        let out = self.0.forward_batch(self.parts(values), dims[0], dims[1]);
-        (out, vec![dims[0], dims[1], self.0.d_model()])
+    fn needs_output(&self) -> bool {
+        true
     }
 
-    fn backward(&self, inputs: &[Input<'_>], out: &[f32], grad: &[f32]) -> Result<Vec<Vec<f32>>> {
+    fn forward(&self, inputs: &[Input<'_>]) -> (Vec<f32>, Vec<usize>) {
         let Input { values, dims } = inputs[0];
-        Ok(vec![self.gradient(values, out, grad, dims[0], dims[1])])
+        let out = self.0.forward_batch(self.parts(values), inputs[0].rows() / self.1, self.1);
+        (out, [&dims[..dims.len() - 1], &[self.0.d_model()]].concat())
+    }
+
+    fn backward(&self, inputs: &[Input<'_>], out: &[f32], grad: &[f32], to: &mut [Target<'_>]) -> Result<()> {
+        to[0].bring(|| self.gradient(inputs[0].values, out, grad, inputs[0].rows() / self.1, self.1));
+        Ok(())
     }
 }
 
@@ -207,14 +214,20 @@ impl SliceOp for Grouped {
         "grouped_query_attention"
     }
 
+    fn needs_output(&self) -> bool {
+        true
+    }
+
     fn forward(&self, inputs: &[Input<'_>]) -> (Vec<f32>, Vec<usize>) {
         let dims = inputs[0].dims;
         let parts = self.parts([0, 1, 2].map(|part| inputs[part].values));
-        (self.0.forward_batch(parts, dims[0], dims[1]), dims.to_vec())
+        (self.0.forward_batch(parts, inputs[0].rows() / self.1, self.1), dims.to_vec())
     }
 
-    fn backward(&self, inputs: &[Input<'_>], out: &[f32], grad: &[f32]) -> Result<Vec<Vec<f32>>> {
+    fn backward(&self, inputs: &[Input<'_>], out: &[f32], grad: &[f32], to: &mut [Target<'_>]) -> Result<()> {
         let qkv = [0, 1, 2].map(|part| inputs[part].values);
-        Ok(self.gradient(qkv, [out, grad], (inputs[0].dims[0], inputs[0].dims[1])).into())
+        let gradients = self.gradient(qkv, [out, grad], (inputs[0].rows() / self.1, self.1));
+        to.iter_mut().zip(gradients).for_each(|(to, gradient)| to.bring(|| gradient));
+        Ok(())
     }
 }

@@ -13,8 +13,8 @@ fn values_and_gradients_equal_the_reference() {
         for (precision, tolerance) in [(Precision::F32, 1e-5), (Precision::Bf16, 4e-2)] {
             let qkv = random_var(5, &[batch, seq, 36], 1.0, DType::F32);
             let wide = Var::from_tensor(&qkv.to_dtype(DType::F64).unwrap()).unwrap();
-            let want = CandleOps.attention_fused(&wide, 3).unwrap();
-            let got = causal_attention(&qkv, 3, precision).unwrap();
+            let want = CandleOps.attention_fused(&wide, 3, seq).unwrap();
+            let got = causal_attention(&qkv, 3, seq, precision).unwrap();
             assert_close(&got, &want, tolerance, &format!("forward {batch}x{seq} {precision:?}"));
             let factors = random(6, &[batch, seq, 12], 1.0, DType::F32);
             let backward = |y: Tensor, f: &Tensor| (y * f).unwrap().sum_all().unwrap().backward().unwrap();
@@ -24,7 +24,7 @@ fn values_and_gradients_equal_the_reference() {
             assert_close(got.get(&qkv).unwrap(), want.get(&wide).unwrap(), 2.0 * tolerance, &label);
         }
     }
-    let refused = causal_attention(&random(7, &[1, 2, 36], 1.0, DType::F32), 5, Precision::F32).unwrap_err();
+    let refused = causal_attention(&random(7, &[1, 2, 36], 1.0, DType::F32), 5, 2, Precision::F32).unwrap_err();
     assert!(refused.to_string().contains("num_heads"), "{refused}");
 }
 
@@ -34,7 +34,7 @@ fn cached_attention_has_the_bits_of_the_whole_pass() {
     let qkv = random(9, &[1, 110, 48], 1.0, DType::F32);
     let part = |i: usize| qkv.squeeze(0).unwrap().narrow(1, i * 16, 16).unwrap();
     for precision in [Precision::F32, Precision::Bf16] {
-        let want = causal_attention(&qkv, 2, precision).unwrap().squeeze(0).unwrap();
+        let want = causal_attention(&qkv, 2, 110, precision).unwrap().squeeze(0).unwrap();
         for (start, rows) in [(0, 110), (69, 1), (3, 1), (0, 1), (30, 60), (47, 2)] {
             let upto = |i| part(i).narrow(0, 0, start + rows).unwrap();
             let queries = part(0).narrow(0, start, rows).unwrap();
@@ -53,7 +53,7 @@ fn the_number_of_threads_changes_nothing() {
     let qkv = random_var(1, &[3, 200, 96], 1.0, DType::F32);
     let run = |threads: usize| {
         rayon::ThreadPoolBuilder::new().num_threads(threads).build().unwrap().install(|| {
-            let y = causal_attention(&qkv, 4, Precision::Bf16).unwrap();
+            let y = causal_attention(&qkv, 4, 200, Precision::Bf16).unwrap();
             let grads = y.sqr().unwrap().sum_all().unwrap().backward().unwrap();
             (values(&y), values(grads.get(&qkv).unwrap()))
         })
@@ -84,9 +84,9 @@ fn grouped_values_and_gradients_equal_the_reference() {
                 let vars = grouped(shape, batch, seq, 9, DType::F32);
                 let wide = vars.each_ref().map(|v| Var::from_tensor(&v.to_dtype(DType::F64).unwrap()).unwrap());
                 let [q, k, v] = &vars;
-                let got = grouped_query_attention(q, k, v, shape, precision).unwrap();
+                let got = grouped_query_attention(q, k, v, shape, seq, precision).unwrap();
                 let [q, k, v] = &wide;
-                let want = CandleOps.attention(q, k, v, shape).unwrap();
+                let want = CandleOps.attention(q, k, v, shape, seq).unwrap();
                 let label = format!("{shape:?} {batch}x{seq} {precision:?}");
                 assert_close(&got, &want, tolerance, &label);
                 let factors = random(6, got.dims(), 1.0, DType::F32);
@@ -116,9 +116,9 @@ fn windows_have_the_values_and_gradients_of_the_reference() {
         let vars = grouped(shape, 2, 70, 9, DType::F32);
         let wide = vars.each_ref().map(|v| Var::from_tensor(&v.to_dtype(DType::F64).unwrap()).unwrap());
         let [q, k, v] = &vars;
-        let got = grouped_query_attention(q, k, v, shape, Precision::F32).unwrap();
+        let got = grouped_query_attention(q, k, v, shape, 70, Precision::F32).unwrap();
         let [q, k, v] = &wide;
-        let want = CandleOps.attention(q, k, v, shape).unwrap();
+        let want = CandleOps.attention(q, k, v, shape, 70).unwrap();
         assert_close(&got, &want, 1e-5, &format!("window {window}"));
         let all = square_gradients(&got, &vars).concat();
         for (got, want) in all.iter().zip(square_gradients(&want, &wide).concat()) {
@@ -127,7 +127,7 @@ fn windows_have_the_values_and_gradients_of_the_reference() {
     }
     let none = AttentionShape { window: Some(0), ..AttentionShape::new(4, 2) };
     let [q, k, v] = grouped(AttentionShape::new(4, 2), 1, 3, 4, DType::F32);
-    let error = grouped_query_attention(&q, &k, &v, none, Precision::F32).unwrap_err();
+    let error = grouped_query_attention(&q, &k, &v, none, 3, Precision::F32).unwrap_err();
     assert!(error.to_string().contains("window"), "{error}");
 }
 
@@ -142,9 +142,9 @@ fn with_a_key_head_per_query_head_the_bits_are_those_of_the_fused_form() {
     for precision in [Precision::F32, Precision::Bf16] {
         let vars = grouped(SHAPES[0], 2, 70, 8, DType::F32);
         let qkv = Tensor::cat(&vars.each_ref().map(|v| v.as_tensor()), 2).unwrap();
-        let fused = causal_attention(&qkv, 4, precision).unwrap();
+        let fused = causal_attention(&qkv, 4, 70, precision).unwrap();
         let [q, k, v] = &vars;
-        let parts = grouped_query_attention(q, k, v, SHAPES[0], precision).unwrap();
+        let parts = grouped_query_attention(q, k, v, SHAPES[0], 70, precision).unwrap();
         assert_eq!(values(&parts), values(&fused), "{precision:?}");
         assert_eq!(square_gradients(&parts, &vars), square_gradients(&fused, &vars), "{precision:?}");
     }
@@ -156,14 +156,14 @@ fn grouped_heads_have_the_bits_of_repeated_ones_and_decoding_those_of_the_whole_
     for shape in SHAPES {
         for precision in [Precision::F32, Precision::Bf16] {
             let [q, k, v] = grouped(shape, 1, 60, 8, DType::F32);
-            let whole = grouped_query_attention(&q, &k, &v, shape, precision).unwrap();
+            let whole = grouped_query_attention(&q, &k, &v, shape, 60, precision).unwrap();
             let group = shape.num_heads / shape.num_kv_heads;
             let repeat = |x: &Tensor| {
                 let heads = x.reshape((60, shape.num_kv_heads, 1, 8)).unwrap().repeat((1, 1, group, 1)).unwrap();
                 heads.reshape((1, 60, shape.num_heads * 8)).unwrap()
             };
             let qkv = Tensor::cat(&[q.as_tensor(), &repeat(&k), &repeat(&v)], 2).unwrap();
-            let want = causal_attention(&qkv, shape.num_heads, precision).unwrap();
+            let want = causal_attention(&qkv, shape.num_heads, 60, precision).unwrap();
             assert_eq!(values(&whole), values(&want), "{shape:?} {precision:?}");
             for (start, rows) in [(0, 60), (59, 1), (0, 1), (4, 1), (7, 30)] {
                 let upto = |x: &Tensor| x.get(0).unwrap().narrow(0, 0, start + rows).unwrap();
@@ -183,7 +183,7 @@ fn neither_threads_nor_instruction_sets_change_grouped_attention() {
         let [q, k, v] = parts.each_ref().map(Vec::as_slice);
         for precision in [Precision::F32, Precision::Bf16] {
             let run = |isa: Isa, threads: usize| {
-                let op = Grouped(Heads::new(shape, 17, precision).on(isa));
+                let op = Grouped(Heads::new(shape, 17, precision).on(isa), 101);
                 let pool = rayon::ThreadPoolBuilder::new().num_threads(threads).build().unwrap();
                 pool.install(|| {
                     let out = op.0.forward_batch(op.parts([q, k, v]), 2, 101);
@@ -205,17 +205,20 @@ fn neither_threads_nor_instruction_sets_change_grouped_attention() {
 #[test]
 fn no_tokens_are_fine_and_bad_heads_are_named() {
     let empty = |batch, seq| grouped(SHAPES[1], batch, seq, 4, DType::F32);
-    for (batch, seq) in [(0, 3), (2, 0)] {
-        let vars = empty(batch, seq);
-        let [q, k, v] = &vars;
-        let y = grouped_query_attention(q, k, v, SHAPES[1], Precision::F32).unwrap();
-        assert_eq!(y.dims(), [batch, seq, 24]);
-        assert!(square_gradients(&y, &vars).iter().all(Vec::is_empty));
+    let vars = empty(0, 3);
+    let [q, k, v] = &vars;
+    let y = grouped_query_attention(q, k, v, SHAPES[1], 3, Precision::F32).unwrap();
+    assert_eq!(y.dims(), [0, 3, 24]);
+    assert!(square_gradients(&y, &vars).iter().all(Vec::is_empty));
+    for seq_len in [0, 3] {
+        let [q, k, v] = empty(2, 2);
+        let error = grouped_query_attention(&q, &k, &v, SHAPES[1], seq_len, Precision::F32).unwrap_err().to_string();
+        assert!(error.contains(&format!("4 tokens must be whole sequences of seq_len {seq_len}")), "{error}");
     }
     let [q, k, v] = empty(1, 3);
     let refused = |num_heads, num_kv_heads, q: &Tensor, v: &Tensor, name: &str| {
         let shape = AttentionShape::new(num_heads, num_kv_heads);
-        let error = grouped_query_attention(q, &k, v, shape, Precision::F32).unwrap_err();
+        let error = grouped_query_attention(q, &k, v, shape, 1, Precision::F32).unwrap_err();
         assert!(error.to_string().contains(name), "{error}");
     };
     refused(6, 4, &q, &v, "num_kv_heads");

@@ -10,13 +10,14 @@ pub use moe_core::ops::IGNORED;
 
 use crate::attention::row_max;
 use crate::buffer::with_scratch_f32;
-use crate::custom::{self, Input, SliceOp, with_inputs};
+use crate::custom::{self, Input, SliceOp, Target, with_inputs};
 use crate::gemm::{Group, Operand, PackedWeights, Start, Weights, gemm};
 use crate::parallel::SharedMut;
 use crate::{Error, Isa, Precision, Result, parallel, select};
 use candle_core::Tensor;
 use moe_core::ops::check_targets;
 use moe_core::ops::host::{self, Real};
+use moe_core::tape;
 use std::sync::{Mutex, PoisonError};
 
 /// Mean over the counted targets of `-log softmax(hidden weight^T)[target]`, in nats.
@@ -33,7 +34,7 @@ pub fn linear_cross_entropy(hidden: &Tensor, weight: &Tensor, targets: &[u32], p
         targets: targets.to_vec(),
         precision,
         isa: select::current(),
-        wants_gradients: hidden.track_op() || weight.track_op(),
+        wants_gradients: tape::tracks(&[hidden, weight]),
         gradients: Mutex::new(None),
     };
     custom::apply(op, &[hidden, weight])
@@ -185,6 +186,10 @@ impl SliceOp for LinearCrossEntropy {
         "linear_cross_entropy"
     }
 
+    fn needs_inputs(&self) -> bool {
+        false
+    }
+
     fn forward(&self, inputs: &[Input<'_>]) -> (Vec<f32>, Vec<usize>) {
         let (hidden, weight) = (inputs[0], inputs[1]);
         let sizes = Sizes { tokens: hidden.rows(), width: hidden.width(), vocab: weight.rows() };
@@ -193,7 +198,7 @@ impl SliceOp for LinearCrossEntropy {
         (vec![loss], Vec::new())
     }
 
-    fn backward(&self, _: &[Input<'_>], _: &[f32], grad: &[f32]) -> Result<Vec<Vec<f32>>> {
+    fn backward(&self, _: &[Input<'_>], _: &[f32], grad: &[f32], to: &mut [Target<'_>]) -> Result<()> {
         let kept = self.gradients.lock().unwrap_or_else(PoisonError::into_inner).take();
         let Some(mut gradients) = kept else {
             return Err(Error::Argument(
@@ -206,6 +211,7 @@ impl SliceOp for LinearCrossEntropy {
                 self.isa.vectorize(|| values.iter_mut().for_each(|v| *v *= upstream));
             }
         }
-        Ok(gradients.into())
+        to.iter_mut().zip(gradients).for_each(|(to, gradient)| to.bring(|| gradient));
+        Ok(())
     }
 }

@@ -4,7 +4,7 @@
 #[cfg(test)]
 mod tests;
 
-use crate::custom::{self, Input, SliceOp};
+use crate::custom::{self, Input, SliceOp, Target};
 use crate::parallel::SharedMut;
 use crate::{Error, Isa, Result, parallel, select};
 use candle_core::Tensor;
@@ -69,36 +69,33 @@ impl TokensById {
 
 impl Embedding {
     fn rows(&self, weight: &[f32], width: usize) -> Vec<f32> {
-        let mut out = vec![0.0; self.ids.len() * width];
-        let shared = SharedMut::new(&mut out);
-        parallel::for_each_if(shared.len(), LEAST_WORK, self.ids.len().div_ceil(TASK_ROWS), |task| {
-            for token in task * TASK_ROWS..((task + 1) * TASK_ROWS).min(self.ids.len()) {
-                // SAFETY: each token belongs to one task.
-                let into = unsafe { shared.slice(token * width, width) };
-                into.copy_from_slice(&weight[self.ids[token] as usize * width..][..width]);
+        parallel::filled(self.ids.len() * width, TASK_ROWS * width, LEAST_WORK, |range, rows| {
+            for (into, &id) in rows.chunks_exact_mut(width).zip(&self.ids[range.start / width..]) {
+                into.copy_from_slice(&weight[id as usize * width..][..width]);
             }
-        });
-        out
+        })
     }
 
-    /// Gradient of the weight.
-    fn gradient(&self, grad: &[f32], vocab: usize, width: usize) -> Vec<f32> {
+    /// Adds the gradient of the weight: each row's is finished before it is added to what is there.
+    fn add_gradient(&self, grad: &[f32], vocab: usize, width: usize, sums: &mut [f32]) {
         let sorted = TokensById::new(&self.ids, vocab);
-        let mut sums = vec![0.0; vocab * width];
-        let shared = SharedMut::new(&mut sums);
+        let shared = SharedMut::new(sums);
         parallel::for_each_if(grad.len(), LEAST_WORK, vocab.div_ceil(TASK_VOCAB), |task| {
+            let mut row = vec![0.0; width];
             self.isa.vectorize(|| {
                 for id in task * TASK_VOCAB..((task + 1) * TASK_VOCAB).min(vocab) {
-                    for &token in sorted.of(id) {
-                        // SAFETY: each row belongs to one task.
-                        let into = unsafe { shared.slice(id * width, width) };
-                        let from = &grad[token as usize * width..][..width];
-                        into.iter_mut().zip(from).for_each(|(sum, g)| *sum += g);
+                    let Some((&first, rest)) = sorted.of(id).split_first() else { continue };
+                    let of = |token: u32| &grad[token as usize * width..][..width];
+                    row.copy_from_slice(of(first));
+                    for &token in rest {
+                        row.iter_mut().zip(of(token)).for_each(|(sum, g)| *sum += g);
                     }
+                    // SAFETY: each row belongs to one task.
+                    let into = unsafe { shared.slice(id * width, width) };
+                    into.iter_mut().zip(&row).for_each(|(sum, g)| *sum += g);
                 }
             });
         });
-        sums
     }
 }
 
@@ -107,12 +104,18 @@ impl SliceOp for Embedding {
         "embedding"
     }
 
+    fn needs_inputs(&self) -> bool {
+        false
+    }
+
     fn forward(&self, inputs: &[Input<'_>]) -> (Vec<f32>, Vec<usize>) {
         let width = inputs[0].width();
         (self.rows(inputs[0].values, width), vec![self.ids.len(), width])
     }
 
-    fn backward(&self, inputs: &[Input<'_>], _: &[f32], grad: &[f32]) -> Result<Vec<Vec<f32>>> {
-        Ok(vec![self.gradient(grad, inputs[0].rows(), inputs[0].width())])
+    fn backward(&self, inputs: &[Input<'_>], _: &[f32], grad: &[f32], to: &mut [Target<'_>]) -> Result<()> {
+        let (vocab, width) = (inputs[0].rows(), inputs[0].width());
+        to[0].add_to(vocab * width, |sums| self.add_gradient(grad, vocab, width, sums));
+        Ok(())
     }
 }

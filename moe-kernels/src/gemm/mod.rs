@@ -86,6 +86,8 @@ pub enum Start<'a> {
     Bias(&'a [f32]),
     /// What the output holds.
     Output,
+    /// Zero; the finished sums are then added to what the output holds.
+    Added,
 }
 
 impl<'a> Start<'a> {
@@ -368,7 +370,8 @@ pub fn gemm_new(isa: Isa, precision: Precision, groups: &[Group<'_>], len: usize
     isa.require();
     let covered: usize = groups.iter().map(|g| g.m() * g.n()).sum();
     assert!(covered == len, "groups of {covered} elements must cover the {len} of the output");
-    assert!(groups.iter().all(|g| !matches!(g.start, Start::Output)), "a new output has nothing to start from");
+    let starts_anew = |g: &Group<'_>| matches!(g.start, Start::Zero | Start::Bias(_));
+    assert!(groups.iter().all(starts_anew), "a new output has nothing to start from");
     check(precision, groups, len);
     let mut out = Vec::with_capacity(len);
     // SAFETY: the groups lie inside the buffer, do not overlap and cover it: every element is written, none is read
@@ -460,6 +463,35 @@ fn pack_operands(isa: Isa, plan: &Plan, groups: &[Group<'_>], least: usize, a_wo
 
 /// One block of tiles times one block of panels, over all of `p`.
 fn run_task(isa: Isa, plan: &Plan, group: &Group<'_>, task: Task, a: &[u32], b: &[u32], out: SharedMut<f32>) {
+    if !matches!(group.start, Start::Added) {
+        return run_block(isa, plan, (group, task), a, b, (out, [0, 0]));
+    }
+    // The sums are finished in a block of their own, which stays in the cache.
+    let tile_rows = group.tile_rows(plan.a_format);
+    let (row, col) = (task.first_tile * tile_rows, task.first_panel * PANEL_COLS);
+    let (rows, cols) = ((TASK_TILES * tile_rows).min(group.m() - row), (TASK_PANELS * PANEL_COLS).min(group.n() - col));
+    buffer::with_scratch_f32(rows * cols, |block| {
+        let sums = Group { start: Start::Zero, out_offset: 0, out_stride: cols, ..*group };
+        run_block(isa, plan, (&sums, task), a, b, (SharedMut::new(block), [row, col]));
+        isa.vectorize(|| {
+            for (index, terms) in block.chunks_exact(cols).enumerate() {
+                // SAFETY: the task's part of the output, which the caller of `run` promised to be ours.
+                let into = unsafe { out.slice(group.out_offset + (row + index) * group.out_stride + col, cols) };
+                into.iter_mut().zip(terms).for_each(|(sum, term)| *sum += term);
+            }
+        });
+    });
+}
+
+/// The same into `out`, whose first element is the product's at `origin`.
+fn run_block(
+    isa: Isa,
+    plan: &Plan,
+    (group, task): (&Group<'_>, Task),
+    a: &[u32],
+    b: &[u32],
+    (out, origin): (SharedMut<f32>, [usize; 2]),
+) {
     let (a_words, b_words) = (plan.a_format.words(group.k()), plan.b_format.words(group.k()));
     let tile_rows = group.tile_rows(plan.a_format);
     let tiles = task.first_tile..(task.first_tile + TASK_TILES).min(group.tiles(plan.a_format));
@@ -495,9 +527,10 @@ fn run_task(isa: Isa, plan: &Plan, group: &Group<'_>, task: Task, a: &[u32], b: 
                 let begin = match group.start {
                     Start::Bias(bias) if start == 0 => Start::Bias(&bias[col..col + cols]),
                     Start::Zero if start == 0 => Start::Zero,
+                    Start::Added => unreachable!("sums that are added have a block of their own"),
                     _ => Start::Output,
                 };
-                let to = group.out_offset + row * group.out_stride + col;
+                let to = group.out_offset + (row - origin[0]) * group.out_stride + (col - origin[1]);
                 micro::run(
                     isa,
                     plan.a_format,

@@ -5,8 +5,8 @@
 #[cfg(test)]
 mod tests;
 
-use crate::custom::{self, Input, SliceOp, with_inputs};
-use crate::gemm::{Group, Operand, PackedWeights, Start, Weights, gemm_new};
+use crate::custom::{self, Input, SliceOp, Target, with_inputs};
+use crate::gemm::{Group, Operand, PackedWeights, Start, Weights, gemm, gemm_new};
 use crate::{Error, Isa, Precision, Result, parallel, select};
 use candle_core::Tensor;
 use moe_core::ops::{host, parts_per_expert, whole_experts};
@@ -145,13 +145,14 @@ pub(crate) fn check(
     Ok(parts)
 }
 
-struct GroupedLinear {
+/// The products of one call.
+pub(crate) struct GroupedLinear {
     /// Of each batch of each expert.
-    offsets: Vec<usize>,
+    pub(crate) offsets: Vec<usize>,
     /// Batches of each expert.
-    parts: usize,
-    precision: Precision,
-    isa: Isa,
+    pub(crate) parts: usize,
+    pub(crate) precision: Precision,
+    pub(crate) isa: Isa,
 }
 
 impl GroupedLinear {
@@ -164,22 +165,21 @@ impl GroupedLinear {
         gemm_new(self.isa, self.precision, &experts.collect::<Vec<_>>(), len)
     }
 
-    fn num_experts(&self) -> usize {
+    pub(crate) fn num_experts(&self) -> usize {
         (self.offsets.len() - 1) / self.parts
     }
 
-    fn num_rows(&self) -> usize {
+    pub(crate) fn num_rows(&self) -> usize {
         self.offsets[self.offsets.len() - 1]
     }
 
-    /// The rows of batch `part` of each expert that has any in it.
-    fn batch(&self, part: usize) -> impl Iterator<Item = (usize, Range<usize>)> {
-        let rows = move |e: usize| self.offsets[e * self.parts + part]..self.offsets[e * self.parts + part + 1];
-        (0..self.num_experts()).map(move |e| (e, rows(e))).filter(|(_, rows)| !rows.is_empty())
+    /// The rows of batch `part` of expert `e`.
+    fn rows_of(&self, e: usize, part: usize) -> Range<usize> {
+        self.offsets[e * self.parts + part]..self.offsets[e * self.parts + part + 1]
     }
 
     /// `[rows, out]`
-    fn product(&self, x: &[f32], w: &[f32], bias: Option<&[f32]>, inner: usize, out: usize) -> Vec<f32> {
+    pub(crate) fn product(&self, x: &[f32], w: &[f32], bias: Option<&[f32]>, inner: usize, out: usize) -> Vec<f32> {
         self.products(self.num_rows() * out, |e, first, rows| Group {
             a: Operand::rows(&x[first * inner..][..rows * inner], rows, inner, inner),
             b: Operand::rows(&w[e * out * inner..][..out * inner], out, inner, inner).into(),
@@ -190,7 +190,7 @@ impl GroupedLinear {
     }
 
     /// Gradient of the rows, `[rows, in]`.
-    fn input_gradient(&self, grad: &[f32], w: &[f32], inner: usize, out: usize) -> Vec<f32> {
+    pub(crate) fn input_gradient(&self, grad: &[f32], w: &[f32], inner: usize, out: usize) -> Vec<f32> {
         self.products(self.num_rows() * inner, |e, first, rows| Group {
             a: Operand::rows(&grad[first * out..][..rows * out], rows, out, out),
             b: Operand::columns(&w[e * out * inner..][..out * inner], inner, out, inner).into(),
@@ -200,45 +200,51 @@ impl GroupedLinear {
         })
     }
 
-    /// Gradient of the weights, `[experts, out, in]`; zeros for experts without rows. Each batch's products are finished
-    /// before they are added to those of the batches before it: one chain over all rows would round otherwise than batches
-    /// that are run one after the other do.
-    fn weight_gradient(&self, grad: &[f32], x: &[f32], inner: usize, out: usize) -> Vec<f32> {
+    /// Brings the gradient of the weights, `[experts, out, in]`; zeros for experts without rows. Each batch's products are
+    /// finished before they are added to those of the batches before it: one chain over all rows would round otherwise than
+    /// batches that are run one after the other do.
+    pub(crate) fn bring_weight_gradient(&self, grad: &[f32], x: &[f32], inner: usize, out: usize, to: &mut Target<'_>) {
         let size = out * inner;
-        let product = |e: usize, rows: &Range<usize>, out_offset: usize| Group {
-            a: Operand::columns(&grad[rows.start * out..rows.end * out], out, rows.len(), out),
-            b: Operand::columns(&x[rows.start * inner..rows.end * inner], inner, rows.len(), inner).into(),
-            start: Start::Zero,
-            out_offset: if self.parts == 1 { e * size } else { out_offset },
-            out_stride: inner,
-        };
-        if self.parts == 1 {
-            return self.products(self.num_experts() * size, |e, first, rows| product(e, &(first..first + rows), 0));
-        }
-        let mut sums = vec![0.0; self.num_experts() * size];
-        for part in 0..self.parts {
-            let batch: Vec<_> = self.batch(part).collect();
-            if batch.is_empty() {
-                continue;
+        let product = |start: Start<'static>| {
+            move |e: usize, rows: Range<usize>| Group {
+                a: Operand::columns(&grad[rows.start * out..rows.end * out], out, rows.len(), out),
+                b: Operand::columns(&x[rows.start * inner..rows.end * inner], inner, rows.len(), inner).into(),
+                start,
+                out_offset: e * size,
+                out_stride: inner,
             }
-            let groups: Vec<_> = batch.iter().enumerate().map(|(at, (e, rows))| product(*e, rows, at * size)).collect();
-            let products = gemm_new(self.isa, self.precision, &groups, groups.len() * size);
-            let shared = parallel::SharedMut::new(&mut sums);
-            parallel::for_each_if(products.len(), 1 << 16, batch.len(), |at| {
-                // SAFETY: each expert is in a batch once, and its gradient is this task's alone.
-                let into = unsafe { shared.slice(batch[at].0 * size, size) };
-                let product = &products[at * size..][..size];
-                self.isa.vectorize(|| into.iter_mut().zip(product).for_each(|(sum, term)| *sum += term));
-            });
+        };
+        let first = || -> Vec<Group<'_>> {
+            let product = product(Start::Zero);
+            (0..self.num_experts()).map(|e| product(e, self.rows_of(e, 0))).collect()
+        };
+        let (sums, done) = match to {
+            Target::Unwanted => return,
+            Target::Own(own) => {
+                let new = gemm_new(self.isa, self.precision, &first(), self.num_experts() * size);
+                (own.insert(new).as_mut_slice(), 1)
+            }
+            Target::Kept(slice) if slice.is_stale() => {
+                let sums = slice.sum();
+                gemm(self.isa, self.precision, &first(), sums);
+                (sums, 1)
+            }
+            Target::Kept(slice) => (slice.sum(), 0),
+        };
+        for part in done..self.parts {
+            let product = product(Start::Added);
+            let batch =
+                (0..self.num_experts()).map(|e| (e, self.rows_of(e, part))).filter(|(_, rows)| !rows.is_empty());
+            let groups: Vec<Group<'_>> = batch.map(|(e, rows)| product(e, rows)).collect();
+            gemm(self.isa, self.precision, &groups, sums);
         }
-        sums
     }
 
-    /// Gradient of the bias, `[experts, out]`: sums over the rows of each batch in their order, and over batches in theirs.
-    fn bias_gradient(&self, grad: &[f32], out: usize) -> Vec<f32> {
+    /// Adds the gradient of the bias, `[experts, out]`: sums over the rows of each batch in their order, and over batches in
+    /// theirs.
+    pub(crate) fn add_bias_gradient(&self, grad: &[f32], out: usize, sums: &mut [f32]) {
         let experts = self.num_experts();
-        let mut sums = vec![0.0; experts * out];
-        let shared = parallel::SharedMut::new(&mut sums);
+        let shared = parallel::SharedMut::new(sums);
         // Columns in strips, so that one group alone gives work to several threads too.
         const STRIP: usize = 256;
         let strips = out.div_ceil(STRIP);
@@ -260,7 +266,6 @@ impl GroupedLinear {
                 }
             });
         });
-        sums
     }
 }
 
@@ -276,14 +281,14 @@ impl SliceOp for GroupedLinear {
         (y, [&x.dims[..x.dims.len() - 1], &[out]].concat())
     }
 
-    fn backward(&self, inputs: &[Input<'_>], _: &[f32], grad: &[f32]) -> Result<Vec<Vec<f32>>> {
+    fn backward(&self, inputs: &[Input<'_>], _: &[f32], grad: &[f32], to: &mut [Target<'_>]) -> Result<()> {
         let (x, w) = (inputs[0], inputs[1]);
         let (inner, out) = (x.width(), w.rows() / self.num_experts());
-        let mut gradients =
-            vec![self.input_gradient(grad, w.values, inner, out), self.weight_gradient(grad, x.values, inner, out)];
-        if inputs.len() == 3 {
-            gradients.push(self.bias_gradient(grad, out));
+        to[0].bring(|| self.input_gradient(grad, w.values, inner, out));
+        self.bring_weight_gradient(grad, x.values, inner, out, &mut to[1]);
+        if let Some(bias) = to.get_mut(2) {
+            bias.add_to(self.num_experts() * out, |sums| self.add_bias_gradient(grad, out, sums));
         }
-        Ok(gradients)
+        Ok(())
     }
 }

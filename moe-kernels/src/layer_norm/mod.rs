@@ -3,7 +3,7 @@
 #[cfg(test)]
 mod tests;
 
-use crate::custom::{self, Input, SliceOp};
+use crate::custom::{self, Input, SliceOp, Target};
 use crate::{Isa, Result, norm_rows, select};
 use candle_core::{D, Tensor};
 use moe_core::ops::host;
@@ -22,9 +22,11 @@ pub fn layer_norm(x: &Tensor, weight: &Tensor, bias: &Tensor, epsilon: f64) -> R
     custom::apply(LayerNorm { epsilon: epsilon as f32, isa: select::current() }, &[x, weight, bias])
 }
 
-struct LayerNorm {
-    epsilon: f32,
-    isa: Isa,
+/// The row functions.
+#[derive(Clone, Copy)]
+pub(crate) struct LayerNorm {
+    pub(crate) epsilon: f32,
+    pub(crate) isa: Isa,
 }
 
 /// Mean and inverse standard deviation of a row.
@@ -38,31 +40,39 @@ fn moments(row: &[f32], epsilon: f32) -> (f32, f32) {
 
 impl LayerNorm {
     fn normed(&self, x: &[f32], weight: &[f32], bias: &[f32]) -> Vec<f32> {
+        norm_rows::for_blocks(x.len(), weight.len(), |range, into| self.forward_rows(&x[range], weight, bias, into))
+    }
+
+    /// Rows of `from`, normed into those of `into`.
+    pub(crate) fn forward_rows(&self, from: &[f32], weight: &[f32], bias: &[f32], into: &mut [f32]) {
         let width = weight.len();
-        norm_rows::forward(x, width, |from, into| {
-            self.isa.vectorize(|| {
-                for (row, into) in from.chunks_exact(width).zip(into.chunks_exact_mut(width)) {
-                    let (mean, inverse) = moments(row, self.epsilon);
-                    for (((o, &v), &w), &b) in into.iter_mut().zip(row).zip(weight).zip(bias) {
-                        *o = (v - mean) * inverse * w + b;
-                    }
+        self.isa.vectorize(|| {
+            for (row, into) in from.chunks_exact(width).zip(into.chunks_exact_mut(width)) {
+                let (mean, inverse) = moments(row, self.epsilon);
+                for (((o, &v), &w), &b) in into.iter_mut().zip(row).zip(weight).zip(bias) {
+                    *o = (v - mean) * inverse * w + b;
                 }
-            });
-        })
+            }
+        });
     }
 
     /// Gradients of input, weight and bias.
     fn gradients(&self, x: &[f32], weight: &[f32], grad: &[f32]) -> [Vec<f32>; 3] {
         let width = weight.len();
-        let (dx, mut dw) = norm_rows::backward(x, grad, width, 2 * width, |x, grad, dx, sums| {
-            self.isa.vectorize(|| self.backward_rows(x, weight, grad, dx, sums));
+        let (dx, mut dw) = norm_rows::backward(x.len(), width, 2 * width, |range, dx, sums| {
+            self.backward_rows(&x[range.clone()], weight, &grad[range], dx, sums);
         });
         let db = dw.split_off(width);
         [dx, dw, db]
     }
 
+    /// The gradient of rows of `x` into `dx`; those of the parameters are added to `sums`, weight before bias.
+    pub(crate) fn backward_rows(&self, x: &[f32], weight: &[f32], grad: &[f32], dx: &mut [f32], sums: &mut [f32]) {
+        self.isa.vectorize(|| self.gradient_rows(x, weight, grad, dx, sums));
+    }
+
     #[inline(always)]
-    fn backward_rows(&self, x: &[f32], weight: &[f32], grad: &[f32], dx: &mut [f32], sums: &mut [f32]) {
+    fn gradient_rows(&self, x: &[f32], weight: &[f32], grad: &[f32], dx: &mut [f32], sums: &mut [f32]) {
         let width = weight.len();
         let scale = 1.0 / width as f32;
         let (dw, db) = sums.split_at_mut(width);
@@ -89,7 +99,9 @@ impl SliceOp for LayerNorm {
         (self.normed(inputs[0].values, inputs[1].values, inputs[2].values), inputs[0].dims.to_vec())
     }
 
-    fn backward(&self, inputs: &[Input<'_>], _: &[f32], grad: &[f32]) -> Result<Vec<Vec<f32>>> {
-        Ok(self.gradients(inputs[0].values, inputs[1].values, grad).into())
+    fn backward(&self, inputs: &[Input<'_>], _: &[f32], grad: &[f32], to: &mut [Target<'_>]) -> Result<()> {
+        let gradients = self.gradients(inputs[0].values, inputs[1].values, grad);
+        to.iter_mut().zip(gradients).for_each(|(to, gradient)| to.bring(|| gradient));
+        Ok(())
     }
 }

@@ -5,7 +5,7 @@
 #[cfg(test)]
 mod tests;
 
-use crate::custom::{self, Input, SliceOp};
+use crate::custom::{self, Input, SliceOp, Target};
 use crate::parallel::SharedMut;
 use crate::{Error, Isa, Result, parallel, select};
 use candle_core::Tensor;
@@ -64,9 +64,11 @@ fn fill_rows(out: &mut [f32], width: usize, fill: impl Fn(usize, &mut [f32]) + S
 
 /// A new `[count, width]` buffer, filled as by [`fill_rows`]; `fill` gets zeroed elements.
 fn rows_of(count: usize, width: usize, fill: impl Fn(usize, &mut [f32]) + Sync) -> Vec<f32> {
-    let mut out = vec![0.0; count * width];
-    fill_rows(&mut out, width, fill);
-    out
+    parallel::filled(count * width, TASK_ROWS * width, LEAST_WORK, |range, rows| {
+        for (row, into) in rows.chunks_exact_mut(width).enumerate() {
+            fill(range.start / width + row, into);
+        }
+    })
 }
 
 /// The token of each row, copied into `out` `[rows, width]`.
@@ -107,15 +109,21 @@ impl SliceOp for Permute {
         "moe_permute"
     }
 
+    fn needs_inputs(&self) -> bool {
+        false
+    }
+
     fn forward(&self, inputs: &[Input<'_>]) -> (Vec<f32>, Vec<usize>) {
-        let width = inputs[0].width();
-        let mut rows = vec![0.0; self.0.num_rows() * width];
-        gather_into(inputs[0].values, width, &self.0, &mut rows);
+        let (tokens, width) = (inputs[0].values, inputs[0].width());
+        let rows = rows_of(self.0.num_rows(), width, |row, into| {
+            into.copy_from_slice(&tokens[self.0.row_tokens[row] as usize * width..][..width]);
+        });
         (rows, vec![self.0.num_rows(), width])
     }
 
-    fn backward(&self, inputs: &[Input<'_>], _: &[f32], grad: &[f32]) -> Result<Vec<Vec<f32>>> {
-        Ok(vec![sum_choices(select::current(), grad, None, &self.0, inputs[0].width())])
+    fn backward(&self, inputs: &[Input<'_>], _: &[f32], grad: &[f32], to: &mut [Target<'_>]) -> Result<()> {
+        to[0].bring(|| sum_choices(select::current(), grad, None, &self.0, inputs[0].width()));
+        Ok(())
     }
 }
 
@@ -156,11 +164,10 @@ impl SliceOp for Unpermute {
         (sum_choices(select::current(), rows, Some(weights), &self.0, width), vec![self.0.num_tokens, width])
     }
 
-    fn backward(&self, inputs: &[Input<'_>], _: &[f32], grad: &[f32]) -> Result<Vec<Vec<f32>>> {
+    fn backward(&self, inputs: &[Input<'_>], _: &[f32], grad: &[f32], to: &mut [Target<'_>]) -> Result<()> {
         let (isa, width) = (select::current(), inputs[0].width());
-        Ok(vec![
-            self.row_gradient(isa, inputs[1].values, grad, width),
-            self.weight_gradient(isa, inputs[0].values, grad, width),
-        ])
+        to[0].bring(|| self.row_gradient(isa, inputs[1].values, grad, width));
+        to[1].bring(|| self.weight_gradient(isa, inputs[0].values, grad, width));
+        Ok(())
     }
 }

@@ -3,7 +3,7 @@
 #[cfg(test)]
 mod tests;
 
-use crate::custom::{self, Input, SliceOp};
+use crate::custom::{self, Input, SliceOp, Target};
 use crate::{Error, Isa, Result, norm_rows, select};
 use candle_core::{D, Tensor};
 use moe_core::ops::host;
@@ -32,9 +32,11 @@ pub fn rms_norm(x: &Tensor, weight: &Tensor, epsilon: f64) -> Result<Tensor> {
     custom::apply(RmsNorm { epsilon: epsilon as f32, isa: select::current() }, &[x, weight])
 }
 
-struct RmsNorm {
-    epsilon: f32,
-    isa: Isa,
+/// The row functions.
+#[derive(Clone, Copy)]
+pub(crate) struct RmsNorm {
+    pub(crate) epsilon: f32,
+    pub(crate) isa: Isa,
 }
 
 impl RmsNorm {
@@ -46,30 +48,38 @@ impl RmsNorm {
     }
 
     fn normed(&self, x: &[f32], weight: &[f32]) -> Vec<f32> {
+        norm_rows::for_blocks(x.len(), weight.len(), |range, into| self.forward_rows(&x[range], weight, into))
+    }
+
+    /// Rows of `from`, normed into those of `into`.
+    pub(crate) fn forward_rows(&self, from: &[f32], weight: &[f32], into: &mut [f32]) {
         let width = weight.len();
-        norm_rows::forward(x, width, |from, into| {
-            self.isa.vectorize(|| {
-                for (row, into) in from.chunks_exact(width).zip(into.chunks_exact_mut(width)) {
-                    let inverse = self.inverse_rms(row);
-                    for ((o, &v), &w) in into.iter_mut().zip(row).zip(weight) {
-                        *o = v * inverse * w;
-                    }
+        self.isa.vectorize(|| {
+            for (row, into) in from.chunks_exact(width).zip(into.chunks_exact_mut(width)) {
+                let inverse = self.inverse_rms(row);
+                for ((o, &v), &w) in into.iter_mut().zip(row).zip(weight) {
+                    *o = v * inverse * w;
                 }
-            });
-        })
+            }
+        });
     }
 
     /// Gradients of input and weight.
     fn gradients(&self, x: &[f32], weight: &[f32], grad: &[f32]) -> [Vec<f32>; 2] {
         let width = weight.len();
-        let (dx, dw) = norm_rows::backward(x, grad, width, width, |x, grad, dx, dw| {
-            self.isa.vectorize(|| self.backward_rows(x, weight, grad, dx, dw));
+        let (dx, dw) = norm_rows::backward(x.len(), width, width, |range, dx, dw| {
+            self.backward_rows(&x[range.clone()], weight, &grad[range], dx, dw);
         });
         [dx, dw]
     }
 
+    /// The gradient of rows of `x` into `dx`; that of the weight is added to `dw`.
+    pub(crate) fn backward_rows(&self, x: &[f32], weight: &[f32], grad: &[f32], dx: &mut [f32], dw: &mut [f32]) {
+        self.isa.vectorize(|| self.gradient_rows(x, weight, grad, dx, dw));
+    }
+
     #[inline(always)]
-    fn backward_rows(&self, x: &[f32], weight: &[f32], grad: &[f32], dx: &mut [f32], dw: &mut [f32]) {
+    fn gradient_rows(&self, x: &[f32], weight: &[f32], grad: &[f32], dx: &mut [f32], dw: &mut [f32]) {
         let width = weight.len();
         let scale = 1.0 / width as f32;
         for ((row, g), into) in x.chunks_exact(width).zip(grad.chunks_exact(width)).zip(dx.chunks_exact_mut(width)) {
@@ -93,7 +103,9 @@ impl SliceOp for RmsNorm {
         (self.normed(inputs[0].values, inputs[1].values), inputs[0].dims.to_vec())
     }
 
-    fn backward(&self, inputs: &[Input<'_>], _: &[f32], grad: &[f32]) -> Result<Vec<Vec<f32>>> {
-        Ok(self.gradients(inputs[0].values, inputs[1].values, grad).into())
+    fn backward(&self, inputs: &[Input<'_>], _: &[f32], grad: &[f32], to: &mut [Target<'_>]) -> Result<()> {
+        let gradients = self.gradients(inputs[0].values, inputs[1].values, grad);
+        to.iter_mut().zip(gradients).for_each(|(to, gradient)| to.bring(|| gradient));
+        Ok(())
     }
 }

@@ -8,8 +8,7 @@ mod tests;
 
 pub use moe_core::ops::{Positions, RotaryLayout, RotaryTable};
 
-use crate::custom::{self, Input, SliceOp};
-use crate::parallel::SharedMut;
+use crate::custom::{self, Input, SliceOp, Target};
 use crate::{Isa, Result, parallel, select};
 use candle_core::Tensor;
 
@@ -48,16 +47,10 @@ impl Rotary {
         let rows = self.positions.len();
         let width = x.len() / rows.max(1);
         let per_task = (TASK / width.max(1)).max(1);
-        let mut out = vec![0.0; x.len()];
-        let shared = SharedMut::new(&mut out);
-        parallel::for_each_if(x.len(), LEAST_WORK, rows.div_ceil(per_task), |task| {
-            let rows = task * per_task..((task + 1) * per_task).min(rows);
-            // SAFETY: tasks have rows of their own.
-            let into = unsafe { shared.slice(rows.start * width, rows.len() * width) };
-            let from = &x[rows.start * width..rows.end * width];
-            self.isa.vectorize(|| self.turn_rows(from, &self.positions[rows], sign, into));
-        });
-        out
+        parallel::filled(x.len(), per_task * width, LEAST_WORK, |range, into| {
+            let rows = range.start / width.max(1)..range.end / width.max(1);
+            self.isa.vectorize(|| self.turn_rows(&x[range], &self.positions[rows], sign, into));
+        })
     }
 
     #[inline(always)]
@@ -106,11 +99,16 @@ impl SliceOp for Rotary {
         "rotary"
     }
 
+    fn needs_inputs(&self) -> bool {
+        false
+    }
+
     fn forward(&self, inputs: &[Input<'_>]) -> (Vec<f32>, Vec<usize>) {
         (self.turn(inputs[0].values, 1.0), inputs[0].dims.to_vec())
     }
 
-    fn backward(&self, _: &[Input<'_>], _: &[f32], grad: &[f32]) -> Result<Vec<Vec<f32>>> {
-        Ok(vec![self.turn(grad, -1.0)])
+    fn backward(&self, _: &[Input<'_>], _: &[f32], grad: &[f32], to: &mut [Target<'_>]) -> Result<()> {
+        to[0].bring(|| self.turn(grad, -1.0));
+        Ok(())
     }
 }

@@ -133,11 +133,14 @@ fn attention_equals_pytorch() {
     for (name, num_heads, num_kv_heads) in [("causal_attention", 2, 2), ("grouped_query_attention", 6, 2)] {
         let of = Fixture::load(name);
         let shape = AttentionShape::new(num_heads, num_kv_heads);
-        of.check_products(|precision| grouped_query_attention(of.var("q"), of.var("k"), of.var("v"), shape, precision));
+        let [q, k, v] = ["q", "k", "v"].map(|name| of.var(name));
+        let seq_len = q.dim(1).unwrap();
+        of.check_products(|precision| grouped_query_attention(q, k, v, shape, seq_len, precision));
     }
     let of = Fixture::load("causal_attention");
     of.check_products(|precision| {
-        causal_attention(&Tensor::cat(&[of.var("q"), of.var("k"), of.var("v")], 2)?, 2, precision)
+        let qkv = Tensor::cat(&[of.var("q"), of.var("k"), of.var("v")], 2)?;
+        causal_attention(&qkv, 2, qkv.dim(1)?, precision)
     });
 }
 

@@ -117,22 +117,18 @@ impl Attention {
         if seq_len == 0 || !tokens.is_multiple_of(seq_len) {
             return Err(Error::Argument(format!("{tokens} tokens must be whole sequences of seq_len {seq_len}")));
         }
-        let batch = tokens / seq_len;
         let plain = self.head_norms.is_none() && self.rotary.is_none() && self.config.window.is_none();
         let attended = if self.config.projection == Projection::Fused
             && plain
             && self.config.num_heads == self.config.num_kv_heads
         {
-            let qkv = self.projections[0].forward(x)?;
-            let width = qkv.dim(1)?;
-            self.ops.attention_fused(&qkv.reshape((batch, seq_len, width))?, self.config.num_heads)?
+            self.ops.attention_fused(&self.projections[0].forward(x)?, self.config.num_heads, seq_len)?
         } else {
             let positions: Vec<u32> = (0..tokens).map(|token| (token % seq_len) as u32).collect();
             let [q, k, v] = self.qkv(x, Positions::Each(&positions))?;
-            let split = |part: &Tensor| part.reshape((batch, seq_len, part.dim(1)?));
-            self.ops.attention(&split(&q)?, &split(&k)?, &split(&v)?, self.shape())?
+            self.ops.attention(&q, &k, &v, self.shape(), seq_len)?
         };
-        self.out.forward(&attended.reshape((tokens, self.config.q_width()))?)
+        self.out.forward(&attended)
     }
 
     /// The new tokens of a ragged batch, whose keys and values go into `pages`.

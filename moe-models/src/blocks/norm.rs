@@ -34,6 +34,14 @@ impl Norm {
         self.apply(x, &self.weight, self.bias.as_ref())
     }
 
+    /// `x + delta` and its norm.
+    ///
+    /// # Errors
+    /// If the shapes differ or the width is another.
+    pub fn add(&self, x: &Tensor, delta: &Tensor) -> Result<[Tensor; 2]> {
+        Ok(self.ops.add_norm(x, delta, &self.weight, self.bias.as_ref(), self.epsilon)?)
+    }
+
     fn apply(&self, x: &Tensor, weight: &Tensor, bias: Option<&Tensor>) -> Result<Tensor> {
         Ok(match bias {
             Some(bias) => self.ops.layer_norm(x, weight, bias, self.epsilon)?,

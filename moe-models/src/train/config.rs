@@ -2,7 +2,7 @@
 
 use super::optimizer::AdamWConfig;
 use super::schedule::LrSchedule;
-use crate::{Error, Precision, Result};
+use crate::{Error, Precision, Recompute, Result};
 use serde::{Deserialize, Serialize};
 use std::path::Path;
 
@@ -39,11 +39,12 @@ pub struct TrainConfig {
     pub micro_batch_size: usize,
     /// Sequences per optimizer step; a multiple of `micro_batch_size`.
     pub global_batch_size: usize,
-    /// Micro-batches run side by side. Does not change any result.
-    pub workers: usize,
     /// What the matrix products read: bf16 (the default) or f32. Weights, sums and everything else are f32. The model must
     /// have been built with it, as by [`crate::Model::with_precision`]; [`super::Trainer`] refuses another one.
     pub precision: Precision,
+    /// What a step computes again in its backward pass instead of keeping it: `none`, `block` or `moe`. Does not change any
+    /// result. The model must follow it, as by [`crate::Model::with_recompute`]; [`super::Trainer`] refuses another one.
+    pub recompute: Recompute,
     /// Largest learning rate.
     pub lr: f64,
     /// Final learning rate; `None`: a tenth of `lr`.
@@ -89,8 +90,8 @@ impl Default for TrainConfig {
             train_tokens: 2_000_000,
             micro_batch_size: 8,
             global_batch_size: 16,
-            workers: 1,
             precision: Precision::Bf16,
+            recompute: Recompute::None,
             lr: 2e-3,
             min_lr: None,
             lr_warmup_tokens: None,
@@ -149,7 +150,6 @@ impl TrainConfig {
             ("train_tokens", self.train_tokens),
             ("micro_batch_size", self.micro_batch_size as u64),
             ("global_batch_size", self.global_batch_size as u64),
-            ("workers", self.workers as u64),
             ("eval_interval", self.eval_interval),
             ("save_interval", self.save_interval),
             ("keep_last", self.keep_last as u64),
@@ -212,7 +212,7 @@ impl TrainConfig {
     }
 
     /// Refuses to continue a run of configuration `saved` with `self` where that would change its course. Length,
-    /// workers, intervals and where the data lie may change (the data's content is checked by fingerprint).
+    /// recomputation, intervals and where the data lie may change (the data's content is checked by fingerprint).
     ///
     /// # Errors
     /// [`Error::Config`] naming the first setting that differs, with both values.
@@ -221,7 +221,7 @@ impl TrainConfig {
             "data",
             "valid",
             "train_tokens",
-            "workers",
+            "recompute",
             "eval_interval",
             "eval_iters",
             "save_interval",
@@ -270,7 +270,6 @@ mod tests {
     fn impossible_settings_are_named() {
         check_refused("global_batch_size 10", |c| c.global_batch_size = 10);
         check_refused("micro_batch_size", |c| c.micro_batch_size = 0);
-        check_refused("workers", |c| c.workers = 0);
         check_refused("train_tokens", |c| c.train_tokens = 0);
         check_refused("1..=128", |c| c.seq_length = Some(129));
         check_refused("seq_length", |c| c.seq_length = Some(0));
@@ -302,7 +301,7 @@ mod tests {
     #[test]
     fn only_the_course_of_a_run_is_fixed() {
         let saved = TrainConfig::default().resolved(128).unwrap();
-        let longer = TrainConfig { workers: 7, train_tokens: 9_000_000, log_interval: 1, ..saved.clone() };
+        let longer = TrainConfig { train_tokens: 9_000_000, log_interval: 1, ..saved.clone() };
         longer.check_continues(&saved).unwrap();
         let message = TrainConfig { lr: 1.0, ..saved.clone() }.check_continues(&saved).unwrap_err().to_string();
         assert!(message.contains("lr is 1.0") && message.contains("0.002"), "{message}");

@@ -3,9 +3,9 @@
 use super::data::ValidSource;
 use super::metrics::{Record, VALID_BITS_PER_BYTE, VALID_LOSS};
 use super::model::{Pass, TokenBatch, TrainModel};
-use super::step::ordered_parallel;
 use crate::Result;
 use crate::gpt::IGNORED;
+use moe_kernels::parallel;
 
 /// One source's part of an [`Evaluation`].
 #[derive(Debug, Clone, PartialEq)]
@@ -75,17 +75,11 @@ impl Evaluation {
     }
 }
 
-/// Evaluates `sources` in batches of at most `batch_size` sequences on `workers` threads; the result does not depend on
-/// `workers`.
+/// Evaluates `sources` in batches of at most `batch_size` sequences.
 ///
 /// # Errors
 /// What the model returns.
-pub fn evaluate<M: TrainModel>(
-    model: &M,
-    sources: &[ValidSource],
-    batch_size: usize,
-    workers: usize,
-) -> Result<Evaluation> {
+pub fn evaluate<M: TrainModel>(model: &M, sources: &[ValidSource], batch_size: usize) -> Result<Evaluation> {
     let mut results: Vec<SourceLoss> = sources
         .iter()
         .map(|s| SourceLoss { name: s.name().to_owned(), tokens: 0, bytes: s.target_bytes(), nats: 0.0 })
@@ -95,7 +89,7 @@ pub fn evaluate<M: TrainModel>(
         .enumerate()
         .flat_map(|(index, source)| source.batches(batch_size).into_iter().map(move |batch| (index, batch)))
         .collect();
-    add_losses(model, &batches, workers, &mut results)?;
+    add_losses(model, &batches, &mut results)?;
     Ok(Evaluation { sources: results })
 }
 
@@ -104,22 +98,14 @@ pub fn evaluate<M: TrainModel>(
 ///
 /// # Errors
 /// What the model returns.
-pub fn add_losses<M: TrainModel>(
-    model: &M,
-    batches: &[(usize, TokenBatch)],
-    workers: usize,
-    results: &mut [SourceLoss],
-) -> Result<()> {
-    let work = |i: usize| {
-        let (source, batch) = &batches[i];
+pub fn add_losses<M: TrainModel>(model: &M, batches: &[(usize, TokenBatch)], results: &mut [SourceLoss]) -> Result<()> {
+    for (source, batch) in batches {
         let targets = batch.target_ids.iter().filter(|&&id| id != IGNORED).count();
         // The mean over no target is no number.
-        let mean = if targets == 0 { 0.0 } else { model.loss(batch, Pass::Eval)?.lm_loss };
-        Ok((*source, targets, mean))
-    };
-    ordered_parallel(batches.len(), workers, work, |(source, targets, mean)| {
-        results[source].tokens += targets as u64;
-        results[source].nats += mean * targets as f64;
-        Ok(())
-    })
+        let loss = || parallel::together(|| model.loss(batch, Pass::Eval));
+        let mean = if targets == 0 { 0.0 } else { loss()?.lm_loss };
+        results[*source].tokens += targets as u64;
+        results[*source].nats += mean * targets as f64;
+    }
+    Ok(())
 }

@@ -1,6 +1,6 @@
 //! [`TrainModel`]: what the training loop needs of a model, and nothing else.
 
-use crate::{Family, Model, Precision, Result};
+use crate::{Family, Model, Precision, Recompute, Result};
 use candle_core::Var;
 use std::path::Path;
 
@@ -20,11 +20,21 @@ pub trait TrainModel: Sync {
     fn has_weight_decay(&self, _name: &str, shape: &[usize]) -> bool {
         shape.len() >= 2
     }
+    /// The group whose buffer a parameter's gradient is kept in: those that the same ranks reduce, and update together.
+    fn grad_group(&self, _name: &str) -> String {
+        "dense".into()
+    }
     /// What the matrix products of [`TrainModel::loss`] read. The trainer refuses settings that say otherwise.
     ///
     /// By default f32, which is what ordinary tensor operations on f32 parameters compute in.
     fn precision(&self) -> Precision {
         Precision::F32
+    }
+    /// What [`TrainModel::loss`] computes again in its backward pass. The trainer refuses settings that say otherwise.
+    ///
+    /// By default nothing.
+    fn recompute(&self) -> Recompute {
+        Recompute::None
     }
     /// The loss of one micro-batch.
     ///
@@ -56,8 +66,15 @@ impl<F: Family> TrainModel for Model<F> {
     fn has_weight_decay(&self, name: &str, _: &[usize]) -> bool {
         self.table().get(name).is_some_and(|spec| spec.decay)
     }
+    fn grad_group(&self, name: &str) -> String {
+        let experts = self.table().get(name).filter(|spec| spec.is_stacked());
+        experts.map_or_else(|| "dense".into(), |spec| format!("experts of {}", spec.shape[0]))
+    }
     fn precision(&self) -> Precision {
         self.precision()
+    }
+    fn recompute(&self) -> Recompute {
+        self.recompute()
     }
     fn loss(&self, batch: &TokenBatch, pass: Pass) -> Result<LossOutput> {
         self.loss(batch, pass)

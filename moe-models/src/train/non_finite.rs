@@ -34,13 +34,13 @@ impl NonFinite {
     ///
     /// # Errors
     /// If a parameter's values cannot be read.
-    pub fn find(params: &[(String, Var)], grads: &[Vec<f32>]) -> Result<Self> {
+    pub fn find<G: AsRef<[f32]>>(params: &[(String, Var)], grads: &[G]) -> Result<Self> {
         let mut found = Self::default();
         for ((name, var), grad) in params.iter().zip(grads) {
             if found.parameter.is_none() && any(&var.flatten_all()?.to_vec1::<f32>()?) {
                 found.parameter = Some(name.clone());
             }
-            if found.gradient.is_none() && any(grad) {
+            if found.gradient.is_none() && any(grad.as_ref()) {
                 found.gradient = Some(name.clone());
             }
         }
@@ -81,6 +81,6 @@ mod tests {
             NonFinite { loss: Some(loss), ..found }.to_string(),
             "parameter c is not finite; the loss of micro-batch 2 is NaN (language model 1.5, auxiliary NaN); the gradient of b is not finite"
         );
-        assert_eq!(NonFinite::find(&params[..2], &[vec![0.0], vec![1.0]]).unwrap(), NonFinite::default());
+        assert_eq!(NonFinite::find(&params[..2], &[[0.0], [1.0]]).unwrap(), NonFinite::default());
     }
 }

@@ -143,10 +143,10 @@ impl AdamW {
     /// # Source
     /// Loshchilov and Hutter 2019, Algorithm 2, in PyTorch's form (`torch.optim.AdamW`): the decay is applied first,
     /// with the learning rate as its factor.
-    pub fn step(
+    pub fn step<G: AsRef<[f32]> + Sync>(
         &mut self,
         params: &[(String, Var)],
-        grads: &[Vec<f32>],
+        grads: &[G],
         grad_scale: f64,
         lr: f64,
     ) -> Result<StepReport> {
@@ -172,7 +172,7 @@ impl AdamW {
         let state = self.moments.iter_mut().zip(&self.decays);
         let mut pending = params.iter().zip(grads).zip(state).map(|(((_, var), grad), (moments, &decays))| {
             let weight_decay = if decays { settings.weight_decay } else { 0.0 };
-            Pending { var, settings: adamw::Settings { weight_decay, ..settings }, moments, grad }
+            Pending { var, settings: adamw::Settings { weight_decay, ..settings }, moments, grad: grad.as_ref() }
         });
         loop {
             let group: Vec<_> = pending.by_ref().take(TOGETHER).collect();
@@ -197,7 +197,7 @@ impl AdamW {
         Ok(StepReport { grad_norm, applied: false, non_finite: Some(why) })
     }
 
-    fn check_shapes(&self, params: &[(String, Var)], grads: &[Vec<f32>]) -> Result<()> {
+    fn check_shapes<G: AsRef<[f32]>>(&self, params: &[(String, Var)], grads: &[G]) -> Result<()> {
         let (want, got) = (self.moments.len(), grads.len());
         if want != params.len() || want != got || want != self.decays.len() {
             let have = params.len();
@@ -210,7 +210,7 @@ impl AdamW {
             if !seen.insert(var.id()) {
                 return Err(Error::Argument(format!("{name} is given to the optimizer twice")));
             }
-            let (want, got, held) = (var.elem_count(), grad.len(), moments.exp_avg.len());
+            let (want, got, held) = (var.elem_count(), grad.as_ref().len(), moments.exp_avg.len());
             if want != got || want != held || held != moments.exp_avg_sq.len() {
                 return Err(Error::Argument(format!(
                     "{name} has {want} elements, its gradient {got}, its optimizer state {held}"
@@ -222,7 +222,7 @@ impl AdamW {
 }
 
 /// Norm of all gradients together, each multiplied by `grad_scale`.
-pub fn grad_norm(grads: &[Vec<f32>], grad_scale: f64) -> f64 {
+pub fn grad_norm<G: AsRef<[f32]> + Sync>(grads: &[G], grad_scale: f64) -> f64 {
     adamw::sum_of_squares(select::current(), grads).sqrt() * grad_scale
 }
 

@@ -84,7 +84,7 @@ fn it_finds_the_minimum_of_a_parabola() {
     let params = [("x".to_owned(), var(&[0.0; 3], &[3]))];
     let mut optimizer = AdamW::new(config(0.0), &params, decays(&params)).unwrap();
     for step in 0..1500 {
-        let grad = values(&params[0].1).iter().zip(target).map(|(x, t)| 2.0 * (x - t)).collect();
+        let grad: Vec<f32> = values(&params[0].1).iter().zip(target).map(|(x, t)| 2.0 * (x - t)).collect();
         optimizer.step(&params, &[grad], 1.0, 0.05 * (1.0 - step as f64 / 1500.0)).unwrap();
     }
     for (got, want) in values(&params[0].1).iter().zip(target) {
@@ -155,7 +155,7 @@ fn mismatches_are_named() {
     let params = [("w".to_owned(), var(&[1.0, 2.0], &[2]))];
     let mut optimizer = AdamW::new(config(1.0), &params, decays(&params)).unwrap();
     assert!(optimizer.step(&params, &[vec![0.1]], 1.0, 0.1).unwrap_err().to_string().contains('w'));
-    assert!(optimizer.step(&params, &[], 1.0, 0.1).is_err());
+    assert!(optimizer.step(&params, &[] as &[Vec<f32>], 1.0, 0.1).is_err());
     let twice = [params[0].clone(), ("again".to_owned(), params[0].1.clone())];
     let mut both = AdamW::new(config(1.0), &twice, decays(&twice)).unwrap();
     let message = both.step(&twice, &[vec![0.1; 2], vec![0.1; 2]], 1.0, 0.1).unwrap_err().to_string();

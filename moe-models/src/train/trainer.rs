@@ -11,9 +11,10 @@ use super::model::{TokenBatch, TrainModel, decay_flags};
 use super::non_finite::NonFinite;
 use super::observer::{Event, Observer};
 use super::optimizer::{AdamW, StepReport, grad_norm};
-use super::step::{BatchSums, accumulate};
+use super::step::{BatchSums, accumulate, grad_buffers};
 use crate::{Error, Result};
 use moe_core::CounterRng;
+use moe_core::tape::GradBuffers;
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
@@ -70,6 +71,7 @@ pub struct Trainer<M> {
     corpus: Corpus,
     tokenizer_json: String,
     optimizer: AdamW,
+    grads: GradBuffers,
     store: CheckpointStore,
     metrics: MetricsWriter,
     step: u64,
@@ -86,10 +88,10 @@ impl<M: TrainModel> Trainer<M> {
     ///
     /// # Errors
     /// [`Error::Argument`] if `out` already holds checkpoints; [`Error::InUse`] if another run writes to it;
-    /// [`Error::Io`] if it cannot be written to; [`Error::Config`] for impossible settings, and for a `precision` that is
-    /// not the model's.
+    /// [`Error::Io`] if it cannot be written to; [`Error::Config`] for impossible settings, and for a `precision` or `recompute`
+    /// that is not the model's.
     pub fn new(model: M, config: TrainConfig, corpus: Corpus, tokenizer_json: String, out: &Path) -> Result<Self> {
-        check_precision(&model, &config)?;
+        check_model(&model, &config)?;
         Self::new_in(model, config, corpus, tokenizer_json, RunLock::acquire(out)?)
     }
 
@@ -104,7 +106,7 @@ impl<M: TrainModel> Trainer<M> {
         tokenizer_json: String,
         lock: RunLock,
     ) -> Result<Self> {
-        check_precision(&model, &config)?;
+        check_model(&model, &config)?;
         let store = CheckpointStore::open(lock.dir(), config.keep_last)?;
         if !store.steps()?.is_empty() {
             return Err(Error::Argument(format!(
@@ -132,7 +134,7 @@ impl<M: TrainModel> Trainer<M> {
         out: &Path,
         folder: &Path,
     ) -> Result<Self> {
-        check_precision(&model, &config)?;
+        check_model(&model, &config)?;
         Self::resume_in(model, config, corpus, tokenizer_json, RunLock::acquire(out)?, folder)
     }
 
@@ -148,7 +150,7 @@ impl<M: TrainModel> Trainer<M> {
         lock: RunLock,
         folder: &Path,
     ) -> Result<Self> {
-        check_precision(&model, &config)?;
+        check_model(&model, &config)?;
         let store = CheckpointStore::open(lock.dir(), config.keep_last)?;
         let state = read_state(folder)?;
         verify(folder, &state)?;
@@ -165,12 +167,14 @@ impl<M: TrainModel> Trainer<M> {
         let metrics = MetricsWriter::open(lock.dir(), step)?;
         let saved_step = (step > 0).then_some(step);
         let speed = (Duration::ZERO, 0);
+        let grads = grad_buffers(&model)?;
         Ok(Self {
             model,
             config,
             corpus,
             tokenizer_json,
             optimizer,
+            grads,
             store,
             metrics,
             step,
@@ -272,7 +276,7 @@ impl<M: TrainModel> Trainer<M> {
         let seeds: Vec<u64> = (0..batches.len() as u64)
             .map(|micro_batch| CounterRng::mix(self.config.seed, &[PASS_TAG, self.step, micro_batch]))
             .collect();
-        let sums = accumulate(&self.model, &batches, &seeds, self.config.workers)?;
+        let sums = accumulate(&self.model, &batches, &seeds, &mut self.grads)?;
         let step = self.step + 1;
         let report = self.apply(&sums, lr).map_err(|e| match e {
             Error::NonFinite { what, in_a_row, .. } => Error::NonFinite { step: Some(step), what, in_a_row },
@@ -285,13 +289,13 @@ impl<M: TrainModel> Trainer<M> {
 
     /// Updates the parameters, unless a loss or a gradient is not finite.
     fn apply(&mut self, sums: &BatchSums, lr: f64) -> Result<StepReport> {
-        let (params, scale) = (self.model.params(), 1.0 / sums.micro_batches as f64);
+        let (params, grads, scale) = (self.model.params(), self.grads.all(), 1.0 / sums.micro_batches as f64);
         match sums.non_finite {
-            None => self.optimizer.step(params, &sums.grads, scale, lr),
+            None => self.optimizer.step(params, &grads, scale, lr),
             // Its gradient may be finite by chance, but it points nowhere.
             loss => {
-                let why = NonFinite { loss, ..NonFinite::find(params, &sums.grads)? };
-                self.optimizer.skip(grad_norm(&sums.grads, scale), why)
+                let why = NonFinite { loss, ..NonFinite::find(params, &grads)? };
+                self.optimizer.skip(grad_norm(&grads, scale), why)
             }
         }
     }
@@ -325,7 +329,7 @@ impl<M: TrainModel> Trainer<M> {
         if self.corpus.valid.is_empty() {
             return Ok(None);
         }
-        let evaluation = evaluate(&self.model, &self.corpus.valid, self.config.micro_batch_size, self.config.workers)?;
+        let evaluation = evaluate(&self.model, &self.corpus.valid, self.config.micro_batch_size)?;
         observer.event(&Event::Validated {
             step: self.step,
             loss: evaluation.loss(),
@@ -369,12 +373,18 @@ struct Start {
     best: Option<BestCheckpoint>,
 }
 
-/// The setting is recorded in checkpoints, so one that the model does not follow would tell a lie about the run.
-fn check_precision<M: TrainModel>(model: &M, config: &TrainConfig) -> Result<()> {
+/// Settings are recorded in checkpoints, so one that the model does not follow would tell a lie about the run.
+fn check_model<M: TrainModel>(model: &M, config: &TrainConfig) -> Result<()> {
     let (asked, computed) = (config.precision, model.precision());
     if asked != computed {
         return Err(Error::Config(format!(
             "precision is {asked:?} in the settings, the model computes in {computed:?}; build the model with the settings' precision (Model::with_precision) or change the setting"
+        )));
+    }
+    let (asked, does) = (config.recompute, model.recompute());
+    if asked != does {
+        return Err(Error::Config(format!(
+            "recompute is {asked:?} in the settings, the model does {does:?}; build the model with the settings' recompute (Model::with_recompute) or change the setting"
         )));
     }
     Ok(())

@@ -2,6 +2,7 @@
 //! test on threads and by `examples/mpi_equality.rs`.
 
 use candle_core::{Device, Tensor, Var};
+use moe_core::tape::{GradBuffers, Tape};
 use moe_core::{CounterRng, ParamSpec};
 use moe_kernels::KernelOps;
 use moe_models::gpt::{Gpt, GptConfig};
@@ -131,11 +132,16 @@ fn outcome(decoder: &Decoder, vars: &[(String, Var)], d: usize) -> Outcome {
     let (batch, pass) = batch(d);
     let (hidden, _) = decoder.hidden(&batch.input_ids, SEQ_LEN, pass).expect("a forward pass");
     let logits = decoder.head().logits(&hidden.detach()).expect("logits");
-    let output = decoder.loss(&batch, pass).expect("a loss");
-    let store = output.loss.backward().expect("a backward pass");
-    let grads = vars.iter().map(|(name, var)| {
-        let grad = store.get(var).unwrap_or_else(|| panic!("{name} has no gradient"));
-        (name.clone(), grad.clone())
+    // As the trainer takes them: where gradients are kept.
+    let params = vars.iter().map(|(name, var)| (name.as_str(), var, "all".to_owned()));
+    let mut buffers = GradBuffers::new(params).expect("variables");
+    buffers.begin();
+    let (output, tape) = Tape::record(|| decoder.loss(&batch, pass).expect("a loss"));
+    tape.backward_of(&output.loss, &mut buffers.gradients()).expect("a backward pass");
+    buffers.finish();
+    let grads = vars.iter().enumerate().map(|(index, (name, var))| {
+        let grad = Tensor::from_slice(buffers.of(index), var.shape(), var.device()).expect("a gradient");
+        (name.clone(), grad)
     });
     Outcome {
         logits: flat(&logits),

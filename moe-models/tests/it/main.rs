@@ -15,3 +15,4 @@ mod train_metrics;
 mod train_prepare;
 mod train_resume;
 mod train_step;
+mod train_tape;

@@ -12,7 +12,7 @@ fn a_uniform_model_costs_the_logarithm_of_the_vocabulary() {
     let toy = Toy::new(1);
     toy.params().iter().for_each(|(_, var)| var.set(&var.zeros_like().unwrap()).unwrap());
     let (corpus, _) = corpus(&config());
-    let result = evaluate(&toy, &corpus.valid, 2, 1).unwrap();
+    let result = evaluate(&toy, &corpus.valid, 2).unwrap();
     assert_eq!(result.sources.len(), 2);
     assert!((result.loss() - (VOCAB as f64).ln()).abs() < 1e-5);
     let (mut tokens, mut bytes) = (0, 0);
@@ -27,13 +27,12 @@ fn a_uniform_model_costs_the_logarithm_of_the_vocabulary() {
 }
 
 #[test]
-fn neither_workers_nor_repetition_change_the_result() {
+fn repetition_does_not_change_the_result() {
     let toy = Toy::new(1);
     let (corpus, _) = corpus(&config());
-    let one = evaluate(&toy, &corpus.valid, 1, 1).unwrap();
-    assert_eq!(one, evaluate(&toy, &corpus.valid, 1, 3).unwrap());
-    assert_eq!(one, evaluate(&toy, &corpus.valid, 1, 1).unwrap());
-    let wider = evaluate(&toy, &corpus.valid, 2, 2).unwrap();
+    let one = evaluate(&toy, &corpus.valid, 1).unwrap();
+    assert_eq!(one, evaluate(&toy, &corpus.valid, 1).unwrap());
+    let wider = evaluate(&toy, &corpus.valid, 2).unwrap();
     assert!((one.loss() - wider.loss()).abs() < 1e-5, "the batch size only regroups the windows");
 }
 
@@ -51,7 +50,7 @@ fn ignored_targets_weigh_nothing() {
     let total = |batches: &[TokenBatch]| {
         let mut result = [SourceLoss { name: "s".into(), tokens: 0, bytes: 1, nats: 0.0 }];
         let batches: Vec<_> = batches.iter().map(|batch| (0, batch.clone())).collect();
-        add_losses(&model, &batches, 2, &mut result).unwrap();
+        add_losses(&model, &batches, &mut result).unwrap();
         (result[0].tokens, result[0].nats)
     };
     let (tokens, nats) = total(&[batch(1, 0..8), batch(2, 3..4), batch(3, 0..0)]);

@@ -1,14 +1,14 @@
-//! The real model under the trainer: resume and workers bit for bit, every checkpoint a folder that serves.
+//! The real model under the trainer: resume, threads and recomputation bit for bit, every checkpoint a folder that serves.
 
 use candle_core::{DType, Device};
 use moe_core::CounterRng;
-use moe_models::Precision;
 use moe_models::gpt::{Gpt, GptConfig};
 use moe_models::train::data::{Documents, Packer};
 use moe_models::train::export::export;
 use moe_models::train::optimizer::AdamW;
 use moe_models::train::tokenizer::{to_json, train_bpe};
 use moe_models::train::{Corpus, Event, Outcome, Silent, TrainConfig, Trainer};
+use moe_models::{Precision, Recompute};
 use std::path::Path;
 use std::sync::atomic::{AtomicBool, Ordering};
 
@@ -47,7 +47,8 @@ pub(crate) fn corpus(config: &TrainConfig) -> (Corpus, String) {
 }
 
 fn new_model(shape: GptConfig, config: &TrainConfig) -> Gpt {
-    Gpt::new(shape, config.seed, &Device::Cpu).unwrap().with_precision(config.precision).unwrap()
+    let model = Gpt::new(shape, config.seed, &Device::Cpu).unwrap();
+    model.with_precision(config.precision).unwrap().with_recompute(config.recompute)
 }
 
 fn run(config: &TrainConfig, out: &Path, resume: Option<&Path>, stop_after: u64) -> (Outcome, Trainer<Gpt>) {
@@ -59,6 +60,7 @@ fn run(config: &TrainConfig, out: &Path, resume: Option<&Path>, stop_after: u64)
         }
         Some(folder) => {
             let model = Gpt::load(folder, &Device::Cpu).unwrap().with_precision(config.precision).unwrap();
+            let model = model.with_recompute(config.recompute);
             Trainer::resume(model, config.clone(), corpus, tokenizer, out, folder).unwrap()
         }
     };
@@ -89,20 +91,20 @@ fn assert_same(a: &Trainer<Gpt>, b: &Trainer<Gpt>, what: &str) {
 }
 
 #[test]
-fn a_pr_moe_resumes_bit_exactly_with_any_number_of_workers() {
+fn a_pr_moe_resumes_bit_exactly_whatever_it_computes_again() {
     let config = config();
     let dir = tempfile::tempdir().unwrap();
     let (outcome, whole) = run(&config, &dir.path().join("whole"), None, u64::MAX);
     assert_eq!((outcome, whole.step()), (Outcome::Finished, 12));
     let mut rng = CounterRng::new(4_711, 0);
-    for workers in 1..=3 {
+    for recompute in [Recompute::None, Recompute::Block, Recompute::Moe] {
         let stop_after = u64::from(1 + rng.below(11));
-        let out = dir.path().join(format!("workers-{workers}"));
-        let config = TrainConfig { workers, ..config.clone() };
+        let out = dir.path().join(format!("{recompute:?}"));
+        let config = TrainConfig { recompute, ..config.clone() };
         assert_eq!(run(&config, &out, None, stop_after).0, Outcome::Stopped);
         let folder = out.join(format!("step-{stop_after:08}"));
         let (_, resumed) = run(&config, &out, Some(&folder), u64::MAX);
-        assert_same(&whole, &resumed, &format!("{workers} workers, stopped after {stop_after}"));
+        assert_same(&whole, &resumed, &format!("{recompute:?}, stopped after {stop_after}"));
     }
 }
 
@@ -132,15 +134,14 @@ fn thread_times(pool: &rayon::ThreadPool) -> Option<Vec<u64>> {
     pool.broadcast(time).into_iter().collect()
 }
 
-/// One worker lets the kernels use the pool, several keep each kernel on its worker's thread.
 #[test]
-fn kernels_on_several_threads_and_any_number_of_workers_are_bit_identical() {
+fn kernels_on_several_threads_and_recomputation_are_bit_identical() {
     let (shape, config) = wide();
     let dir = tempfile::tempdir().unwrap();
     for precision in [Precision::Bf16, Precision::F32] {
-        let train = |workers: usize, threads: usize| {
-            let config = TrainConfig { workers, precision, ..config.clone() };
-            let out = dir.path().join(format!("{precision:?}-{workers}-{threads}"));
+        let train = |recompute: Recompute, threads: usize| {
+            let config = TrainConfig { recompute, precision, ..config.clone() };
+            let out = dir.path().join(format!("{precision:?}-{recompute:?}-{threads}"));
             let pool = rayon::ThreadPoolBuilder::new().num_threads(threads).build().unwrap();
             let (corpus, tokenizer) = corpus(&config);
             let model = new_model(shape.clone(), &config);
@@ -151,8 +152,8 @@ fn kernels_on_several_threads_and_any_number_of_workers_are_bit_identical() {
             let spent = before.zip(thread_times(&pool));
             (trainer, spent.map(|(old, new)| new.iter().zip(old).map(|(new, old)| new - old).collect::<Vec<_>>()))
         };
-        let (alone, _) = train(1, 1);
-        let (threaded, spent) = train(1, 3);
+        let (alone, _) = train(Recompute::None, 1);
+        let (threaded, spent) = train(Recompute::None, 3);
         // Threads that have nothing to do come to 0.1 ms.
         if let Some(spent) = spent {
             assert!(spent.iter().all(|&ns| ns > 2_000_000), "the kernels stayed on one thread: {spent:?} ns");
@@ -160,8 +161,8 @@ fn kernels_on_several_threads_and_any_number_of_workers_are_bit_identical() {
             eprintln!("not checked here: that the kernels use several threads");
         }
         assert_same(&alone, &threaded, &format!("{precision:?}, kernels on three threads"));
-        for workers in [2, 3] {
-            assert_same(&alone, &train(workers, 3).0, &format!("{precision:?}, {workers} workers"));
+        for recompute in [Recompute::Block, Recompute::Moe] {
+            assert_same(&alone, &train(recompute, 2).0, &format!("{precision:?}, {recompute:?}, two threads"));
         }
     }
 }

@@ -1,8 +1,8 @@
-//! A run that was stopped and resumed ends with the bits of the run that was not; so does any number of workers.
+//! A run that was stopped and resumed ends with the bits of the run that was not; so does any number of threads.
 
 use crate::toy::{MAX_SEQ, Toy, config, corpus};
 use moe_core::CounterRng;
-use moe_models::train::checkpoint::CheckpointStore;
+use moe_models::train::checkpoint::{CheckpointStore, read_state};
 use moe_models::train::{Event, Outcome, TrainConfig, TrainModel, Trainer};
 use std::path::Path;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -86,14 +86,28 @@ fn killed_between_checkpoints_and_resumed_is_bit_identical() {
 }
 
 #[test]
-fn any_number_of_workers_is_bit_identical() {
+fn any_number_of_threads_is_bit_identical() {
     let dirs: Vec<_> = (0..3).map(|_| tempfile::tempdir().unwrap()).collect();
-    let runs: Vec<_> = (1..=3)
-        .zip(&dirs)
-        .map(|(workers, dir)| run(&TrainConfig { workers, ..config() }, dir.path(), None).1)
-        .collect();
-    assert_same(&runs[0], &runs[1], "two workers");
-    assert_same(&runs[0], &runs[2], "three workers");
+    let on = |(threads, dir): (usize, &tempfile::TempDir)| {
+        let pool = rayon::ThreadPoolBuilder::new().num_threads(threads).build().unwrap();
+        pool.install(|| run(&config(), dir.path(), None).1)
+    };
+    let runs: Vec<_> = (1..=3).zip(&dirs).map(on).collect();
+    assert_same(&runs[0], &runs[1], "two threads");
+    assert_same(&runs[0], &runs[2], "three threads");
+}
+
+/// Runs of earlier versions had a number of workers in their state.
+#[test]
+fn a_state_with_workers_is_read() {
+    let dir = tempfile::tempdir().unwrap();
+    run(&config(), dir.path(), Some(4));
+    let folder = dir.path().join("step-00000004");
+    let want = read_state(&folder).unwrap();
+    let path = folder.join("trainer_state.json");
+    let text = std::fs::read_to_string(&path).unwrap();
+    std::fs::write(&path, text.replacen("\"lr\"", "\"workers\": 2, \"lr\"", 1)).unwrap();
+    assert_eq!(read_state(&folder).unwrap(), want);
 }
 
 #[test]

@@ -51,15 +51,24 @@ impl DecoderOps for CandleOps {
         rotary::rotate(x, table, layout, &table.resolve(x.dims(), positions)?)
     }
 
-    fn attention(&self, queries: &Tensor, keys: &Tensor, values: &Tensor, shape: AttentionShape) -> Result<Tensor> {
-        shape.check(queries, keys, values)?;
-        attention::grouped_query_attention(queries, keys, values, shape)
+    fn attention(
+        &self,
+        queries: &Tensor,
+        keys: &Tensor,
+        values: &Tensor,
+        shape: AttentionShape,
+        seq_len: usize,
+    ) -> Result<Tensor> {
+        shape.check(queries, keys, values, seq_len)?;
+        let sequences = |x: &Tensor| x.reshape(((), seq_len, x.dim(D::Minus1)?));
+        let (q, k, v) = (sequences(queries)?, sequences(keys)?, sequences(values)?);
+        Ok(attention::grouped_query_attention(&q, &k, &v, shape)?.reshape(queries.shape())?)
     }
 
-    fn attention_fused(&self, qkv: &Tensor, num_heads: usize) -> Result<Tensor> {
+    fn attention_fused(&self, qkv: &Tensor, num_heads: usize, seq_len: usize) -> Result<Tensor> {
         let d_model = AttentionShape::fused_head_dim(qkv.dim(D::Minus1)?, num_heads)? * num_heads;
         let part = |part: usize| qkv.narrow(D::Minus1, part * d_model, d_model);
-        self.attention(&part(0)?, &part(1)?, &part(2)?, AttentionShape::equal(num_heads))
+        self.attention(&part(0)?, &part(1)?, &part(2)?, AttentionShape::equal(num_heads), seq_len)
     }
 
     fn write_pages(&self, pool: PagedKv<'_>, keys: &Tensor, values: &Tensor, slots: &[u32]) -> Result<()> {

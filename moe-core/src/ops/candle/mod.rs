@@ -16,3 +16,4 @@ use super::WeightOps;
 pub struct CandleOps;
 
 impl WeightOps for CandleOps {}
+impl super::Ops for CandleOps {}

@@ -46,24 +46,25 @@ fn rotary_by_central_differences() {
 #[test]
 fn attention_by_central_differences() {
     let qkv = random_var(8, &[1, 5, 12], 1.0, DType::F64);
-    check_gradients(&[("qkv", &qkv)], || square(CandleOps.attention_fused(&qkv, 2)));
+    check_gradients(&[("qkv", &qkv)], || square(CandleOps.attention_fused(&qkv, 2, 5)));
     let shape = AttentionShape::new(4, 2);
     let [q, k, v] = [(1, 12), (2, 6), (3, 6)].map(|(seed, width)| random_var(seed, &[2, 3, width], 1.0, DType::F64));
-    check_gradients(&[("q", &q), ("k", &k), ("v", &v)], || square(CandleOps.attention(&q, &k, &v, shape)));
+    check_gradients(&[("q", &q), ("k", &k), ("v", &v)], || square(CandleOps.attention(&q, &k, &v, shape, 3)));
     let narrow = AttentionShape { window: Some(2), ..shape };
-    check_gradients(&[("q", &q), ("k", &k), ("v", &v)], || square(CandleOps.attention(&q, &k, &v, narrow)));
+    check_gradients(&[("q", &q), ("k", &k), ("v", &v)], || square(CandleOps.attention(&q, &k, &v, narrow, 3)));
     // A window of one token gives back its own values.
-    let alone = CandleOps.attention(&q, &k, &v, AttentionShape { window: Some(1), ..AttentionShape::new(2, 2) }).err();
+    let alone =
+        CandleOps.attention(&q, &k, &v, AttentionShape { window: Some(1), ..AttentionShape::new(2, 2) }, 3).err();
     assert!(alone.is_some(), "heads that do not fit are still refused");
     let own = AttentionShape { window: Some(1), ..AttentionShape::new(2, 2) };
-    assert_close(&CandleOps.attention(&k, &k, &v, own).unwrap(), &v, 1e-12, "a window of one");
+    assert_close(&CandleOps.attention(&k, &k, &v, own, 3).unwrap(), &v, 1e-12, "a window of one");
 }
 
 #[test]
 fn paged_attention_gives_the_last_rows_of_the_whole_pass() {
     let shape = AttentionShape::new(4, 2);
     let [q, k, v] = [(1, 12), (2, 6), (3, 6)].map(|(seed, width)| random(seed, &[1, 7, width], 1.0, DType::F64));
-    let want = CandleOps.attention(&q, &k, &v, shape).unwrap().squeeze(0).unwrap();
+    let want = CandleOps.attention(&q, &k, &v, shape, 7).unwrap().squeeze(0).unwrap();
     let pages = || Tensor::zeros((4, 2, 6), DType::F64, q.device()).unwrap();
     let (keys, values) = (pages(), pages());
     let kv = KvShape { num_kv_heads: 2, head_dim: 3 };

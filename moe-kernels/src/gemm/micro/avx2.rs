@@ -55,6 +55,7 @@ impl Part<'_> {
             match self.tile.start {
                 Start::Zero => {}
                 Start::Bias(bias) => sums[..self.cols].copy_from_slice(&bias[col..][..self.cols]),
+                Start::Added => unreachable!("a kernel finishes sums, and others add them"),
                 Start::Output => {
                     // SAFETY: the row has `cols` elements from `col` on.
                     let from = unsafe { self.tile.out.add((self.row + row) * self.tile.out_stride + col) };

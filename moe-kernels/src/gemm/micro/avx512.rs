@@ -49,6 +49,7 @@ unsafe fn load_sums<const ROWS: usize, const VECTORS: usize>(tile: &Tile<'_>) ->
         for (vector, sum) in sums.iter_mut().enumerate() {
             let from = match tile.start {
                 Start::Zero => continue,
+                Start::Added => unreachable!("a kernel finishes sums, and others add them"),
                 Start::Bias(bias) => bias.as_ptr(),
                 // SAFETY: row `row` lies inside the tile.
                 Start::Output => unsafe { tile.out.add(row * tile.out_stride).cast_const() },

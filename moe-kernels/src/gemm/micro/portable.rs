@@ -20,6 +20,7 @@ pub(super) unsafe fn run(a_format: Format, tile: &Tile<'_>) {
             Start::Zero => out.fill(0.0),
             Start::Bias(bias) => out.copy_from_slice(bias),
             Start::Output => {}
+            Start::Added => unreachable!("a kernel finishes sums, and others add them"),
         }
         for (panel, out) in out.chunks_mut(PANEL_COLS).enumerate() {
             let b = &tile.b[panel * tile.panel_stride..][..tile.steps * PANEL_COLS];

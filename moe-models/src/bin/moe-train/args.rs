@@ -4,6 +4,7 @@ use crate::model_args::ModelArgs;
 use anyhow::{Result, bail};
 use candle_core::DType;
 use clap::{Parser, ValueEnum};
+use moe_models::Recompute;
 use moe_models::cli::PrecisionArg;
 use moe_models::train::{Blend, TrainConfig};
 use std::path::PathBuf;
@@ -57,12 +58,13 @@ pub(crate) struct Args {
     /// Sequences per optimizer step; a multiple of --micro-batch-size.
     #[arg(long)]
     global_batch_size: Option<usize>,
-    /// Micro-batches run side by side; never changes the result.
-    #[arg(long)]
-    workers: Option<usize>,
     /// What the matrix products read; weights and sums are f32 in either case.
     #[arg(long, value_enum)]
     precision: Option<PrecisionArg>,
+    /// What a step computes again in its backward pass to save memory: nothing, every layer, or the feed-forward part of layers
+    /// with experts; never changes the result.
+    #[arg(long, value_enum)]
+    recompute: Option<RecomputeArg>,
     /// Largest learning rate.
     #[arg(long)]
     lr: Option<f64>,
@@ -100,7 +102,7 @@ pub(crate) struct Args {
     #[arg(long)]
     log_interval: Option<u64>,
     /// Instead of training, print the loss of this model folder on the --valid text. Of the settings only --config,
-    /// --seq-length, --micro-batch-size, --eval-iters, --workers and --precision have a meaning then.
+    /// --seq-length, --micro-batch-size, --eval-iters and --precision have a meaning then.
     #[arg(long, value_name = "DIR", conflicts_with_all = TRAINING_ONLY)]
     pub(crate) evaluate: Option<PathBuf>,
     /// When done, write a model folder for serving here.
@@ -115,7 +117,7 @@ pub(crate) struct Args {
 }
 
 /// What `--evaluate` would ignore. `ModelArgs` is the group of all flags that describe a model.
-const TRAINING_ONLY: [&str; 20] = [
+const TRAINING_ONLY: [&str; 21] = [
     "ModelArgs",
     "data",
     "blend",
@@ -124,6 +126,7 @@ const TRAINING_ONLY: [&str; 20] = [
     "resume",
     "train_tokens",
     "global_batch_size",
+    "recompute",
     "lr",
     "min_lr",
     "lr_warmup_tokens",
@@ -142,6 +145,23 @@ const TRAINING_ONLY: [&str; 20] = [
 enum BlendArg {
     Equal,
     Tokens,
+}
+
+#[derive(Debug, Clone, Copy, ValueEnum)]
+enum RecomputeArg {
+    None,
+    Block,
+    Moe,
+}
+
+impl From<RecomputeArg> for Recompute {
+    fn from(recompute: RecomputeArg) -> Self {
+        match recompute {
+            RecomputeArg::None => Self::None,
+            RecomputeArg::Block => Self::Block,
+            RecomputeArg::Moe => Self::Moe,
+        }
+    }
 }
 
 #[derive(Debug, Clone, Copy, ValueEnum)]
@@ -214,8 +234,8 @@ impl Args {
         set(&mut config.train_tokens, self.train_tokens);
         set(&mut config.micro_batch_size, self.micro_batch_size);
         set(&mut config.global_batch_size, self.global_batch_size);
-        set(&mut config.workers, self.workers);
         set(&mut config.precision, self.precision.map(Into::into));
+        set(&mut config.recompute, self.recompute.map(Into::into));
         set(&mut config.lr, self.lr);
         set(&mut config.weight_decay, self.weight_decay);
         set(&mut config.clip_grad, self.clip_grad);

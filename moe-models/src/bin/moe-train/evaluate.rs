@@ -24,7 +24,7 @@ pub(crate) fn evaluate_folder(folder: &Path, config: &TrainConfig, progress: &mu
         .into_iter()
         .map(|source| Ok(ValidSource::new(source, config.seq_len(), windows)?))
         .collect::<Result<Vec<_>>>()?;
-    let result = evaluate(&model, &sources, config.micro_batch_size, config.workers)?;
+    let result = evaluate(&model, &sources, config.micro_batch_size)?;
     println!("{:<24}{:>12}{:>12}{:>16}", "source", "tokens", "nats/token", "bits per byte");
     for source in &result.sources {
         println!("{:<24}{:>12}{:>12.4}{:>16.4}", source.name, source.tokens, source.loss(), source.bits_per_byte());

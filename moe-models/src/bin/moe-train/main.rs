@@ -1,10 +1,10 @@
 //! `moe-train`: trains a model of the paper's GPT family on text files. Reads arguments and shows progress; everything
 //! else is `moe_models::train`.
 
+mod allocator;
 mod args;
 mod evaluate;
 mod model_args;
-mod process;
 mod progress;
 mod signals;
 
@@ -24,6 +24,7 @@ use std::process::ExitCode;
 use tokenizers::Tokenizer;
 
 fn main() -> ExitCode {
+    allocator::keep_freed_memory();
     match choose_kernels().and_then(|()| run(&Args::parse())) {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => {
@@ -53,7 +54,6 @@ fn run(args: &Args) -> Result<()> {
     if args.evaluate.is_none() {
         args.check_all_used(&config)?;
     }
-    process::set_up(config.workers)?;
     if args.resume && checkpoint.is_none() {
         eprintln!("no checkpoint in {}; starting a new run", args.out.display());
     }
@@ -107,7 +107,8 @@ fn new_run(args: &Args, config: TrainConfig, lock: Option<RunLock>, progress: &m
     args.model.fit_to(&mut shape, &tokenizer)?;
     shape.validate()?;
     let corpus = pack(text, &tokenizer, &shape, &config, progress)?;
-    let model = Gpt::new(shape, config.seed, &Device::Cpu)?.with_precision(config.precision)?;
+    let model =
+        Gpt::new(shape, config.seed, &Device::Cpu)?.with_precision(config.precision)?.with_recompute(config.recompute);
     describe(&model, &corpus, &config, &args.out)?;
     Ok(Trainer::new_in(model, config, corpus, tokenizer::to_json(&tokenizer)?, lock)?)
 }
@@ -119,7 +120,7 @@ fn resumed_run(
     folder: &Path,
     progress: &mut Progress,
 ) -> Result<Trainer<Gpt>> {
-    let model = Gpt::load(folder, &Device::Cpu)?.with_precision(config.precision)?;
+    let model = Gpt::load(folder, &Device::Cpu)?.with_precision(config.precision)?.with_recompute(config.recompute);
     let config = config.resolved(model.config().max_seq_len)?;
     let tokenizer = tokenizer::load(&folder.join("tokenizer.json"))?;
     args.model.check_tokenizer(&tokenizer)?;

@@ -79,6 +79,7 @@ unsafe fn run_on(unit: &mut impl TileUnit, tile: &Tile<'_>) {
     if !matches!(tile.start, Start::Zero) {
         each_row(tile, &mut sums, |row, col, part| match tile.start {
             Start::Zero => {}
+            Start::Added => unreachable!("a kernel finishes sums, and others add them"),
             Start::Bias(bias) => part.copy_from_slice(&bias[col..col + part.len()]),
             // SAFETY: the part lies inside the tile.
             Start::Output => unsafe {

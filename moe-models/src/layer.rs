@@ -1,0 +1,197 @@
+//! [`Layer`]: one block of a decoder, over the residual stream; and what of it a training pass computes again.
+
+use crate::Result;
+use crate::blocks::{Attention, FeedForward, Norm, Rotaries};
+use crate::config::LayerConfig;
+use crate::decoder::Backend;
+use candle_core::Tensor;
+use candle_nn::VarBuilder;
+use moe_core::tape::{cut, recomputed};
+use moe_core::{Mode, MoeOutput, Ops, RouteContext, SeededNoise};
+use serde::{Deserialize, Serialize};
+use std::sync::Arc;
+
+/// Attention and the feed-forward part, each with the norm that it reads.
+#[derive(Debug)]
+pub(crate) struct Layer {
+    attention_norm: Norm,
+    pub(crate) attention: Attention,
+    feed_forward_norm: Norm,
+    feed_forward: FeedForward,
+}
+
+impl Layer {
+    /// Layer `index`, whose parameters lie under `vb`.
+    ///
+    /// # Errors
+    /// If a parameter is missing or has another shape, or the layer cannot be split so.
+    pub(crate) fn new(
+        index: usize,
+        config: &LayerConfig,
+        vb: VarBuilder<'_>,
+        backend: Backend<'_>,
+        rotaries: &mut Rotaries,
+    ) -> Result<Self> {
+        let (config, ops) = &backend.layer(index, config)?;
+        let dispatcher = |num_experts| backend.dispatcher(index, num_experts);
+        let norm = |name: &str| Norm::new(&config.norm, vb.pp(name), Arc::clone(ops));
+        Ok(Self {
+            attention_norm: norm("input_layernorm")?,
+            attention: Attention::new(&config.attention, vb.pp("self_attn"), Arc::clone(ops), rotaries)?,
+            feed_forward_norm: norm("post_attention_layernorm")?,
+            feed_forward: FeedForward::new(&config.feed_forward, vb.pp("mlp"), Arc::clone(ops), dispatcher)?,
+        })
+    }
+
+    /// The sum that attention ends with, and its norm, which the feed-forward part reads; `attend` maps the normed
+    /// `[tokens, d_model]` to what attention adds.
+    fn attended(
+        &self,
+        stream: Stream,
+        attend: impl FnOnce(&Attention, &Tensor) -> Result<Tensor>,
+    ) -> Result<[Tensor; 2]> {
+        let [x, normed] = stream.normed(&self.attention_norm)?;
+        self.feed_forward_norm.add(&x, &attend(&self.attention, &normed)?)
+    }
+
+    /// `attend` maps the normed `[tokens, d_model]` to what attention adds.
+    ///
+    /// # Errors
+    /// If a part refuses the input.
+    pub(crate) fn forward(
+        &self,
+        stream: Stream,
+        context: &RouteContext<'_>,
+        attend: impl FnOnce(&Attention, &Tensor) -> Result<Tensor>,
+    ) -> Result<(Stream, Option<MoeOutput>)> {
+        let [x, normed] = self.attended(stream, attend)?;
+        let (added, output) = self.feed_forward.forward(&normed, context)?;
+        Ok((Stream { x, added: Some(added) }, output))
+    }
+
+    /// Whole sequences; what `pass` says is computed again in a backward pass.
+    ///
+    /// # Errors
+    /// If a part refuses the input.
+    pub(crate) fn forward_sequences(
+        self: &Arc<Self>,
+        stream: Stream,
+        pass: LayerPass,
+    ) -> Result<(Stream, Option<MoeOutput>)> {
+        let attend = move |attention: &Attention, x: &Tensor| attention.forward(x, pass.seq_len);
+        match pass.recompute {
+            Recompute::Block => {
+                let layer = Arc::clone(self);
+                let run = move |inputs: &[Tensor]| -> Result<(Stream, Option<MoeOutput>)> {
+                    layer.forward(Stream::of(inputs), &pass.context(&pass.noise()), attend)
+                };
+                let inputs: Vec<Tensor> = [stream.x].into_iter().chain(stream.added).collect();
+                let (outputs, output) = recomputed(&inputs, move |inputs| {
+                    let (stream, output) = run(inputs).map_err(moe_core::Error::from)?;
+                    let tensors = [stream.x].into_iter().chain(stream.added).chain(losses_of(&output));
+                    Ok((tensors.collect(), output))
+                })?;
+                Ok((Stream::of(&outputs[..2]), with_losses(output, &outputs[2..])))
+            }
+            Recompute::Moe if matches!(self.feed_forward, FeedForward::Moe(_)) => {
+                let [x, normed] = self.attended(stream, attend)?;
+                let layer = Arc::clone(self);
+                let (outputs, output) = recomputed(&[normed], move |inputs| {
+                    let (added, output) = layer
+                        .feed_forward
+                        .forward(&inputs[0], &pass.context(&pass.noise()))
+                        .map_err(moe_core::Error::from)?;
+                    Ok(([added].into_iter().chain(losses_of(&output)).collect(), output))
+                })?;
+                Ok((Stream { x, added: Some(outputs[0].clone()) }, with_losses(output, &outputs[1..])))
+            }
+            Recompute::Moe | Recompute::None => {
+                let (stream, output) = self.forward(stream, &pass.context(&pass.noise()), attend)?;
+                // Gradients are summed here, as they are where a layer is computed again: the bits are the same.
+                let losses = losses_of(&output).iter().map(cut).collect::<moe_core::Result<Vec<_>>>()?;
+                let (x, added) = (cut(&stream.x)?, stream.added.as_ref().map(cut).transpose()?);
+                Ok((Stream { x, added }, with_losses(output, &losses)))
+            }
+        }
+    }
+}
+
+/// The residual stream: what has been summed, and what a block has added since.
+pub(crate) struct Stream {
+    pub(crate) x: Tensor,
+    pub(crate) added: Option<Tensor>,
+}
+
+impl Stream {
+    /// Of one or two tensors.
+    fn of(tensors: &[Tensor]) -> Self {
+        Self { x: tensors[0].clone(), added: tensors.get(1).cloned() }
+    }
+
+    /// The sum, and its norm.
+    pub(crate) fn normed(self, norm: &Norm) -> Result<[Tensor; 2]> {
+        match self.added {
+            Some(added) => norm.add(&self.x, &added),
+            None => Ok([self.x.clone(), norm.forward(&self.x)?]),
+        }
+    }
+
+    pub(crate) fn sum(self, ops: &dyn Ops) -> Result<Tensor> {
+        match self.added {
+            Some(added) => Ok(ops.add(&self.x, &added)?),
+            None => Ok(self.x),
+        }
+    }
+}
+
+/// What one layer's pass over whole sequences depends on besides its input.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct LayerPass {
+    pub(crate) mode: Mode,
+    pub(crate) seed: u64,
+    pub(crate) layer: usize,
+    pub(crate) seq_len: usize,
+    pub(crate) recompute: Recompute,
+}
+
+impl LayerPass {
+    fn noise(&self) -> SeededNoise {
+        SeededNoise::new(self.seed, self.layer as u64)
+    }
+
+    fn context<'a>(&self, noise: &'a SeededNoise) -> RouteContext<'a> {
+        RouteContext { seq_len: Some(self.seq_len), ..RouteContext::new(self.mode, noise) }
+    }
+}
+
+/// The auxiliary losses that a layer has.
+fn losses_of(output: &Option<MoeOutput>) -> Vec<Tensor> {
+    let losses = output.iter().flat_map(|output| [&output.losses.load_balance, &output.losses.router_z]);
+    losses.flatten().cloned().collect()
+}
+
+/// An output with these in the place of its own.
+fn with_losses(output: Option<MoeOutput>, losses: &[Tensor]) -> Option<MoeOutput> {
+    let mut losses = losses.iter().cloned();
+    output.map(|mut output| {
+        for loss in [&mut output.losses.load_balance, &mut output.losses.router_z].into_iter().flatten() {
+            if let Some(new) = losses.next() {
+                *loss = new;
+            }
+        }
+        output
+    })
+}
+
+/// What a training pass computes again on its way back instead of keeping it. The bits are the same.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Recompute {
+    /// Nothing.
+    #[default]
+    None,
+    /// Every layer: its input alone is kept.
+    Block,
+    /// The feed-forward part of layers with experts.
+    Moe,
+}
