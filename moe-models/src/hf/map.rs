@@ -8,17 +8,17 @@ use std::path::Path;
 
 /// Bytes of a file or of a program.
 #[derive(Debug)]
-pub(super) enum Bytes {
+pub(crate) enum Bytes {
     Mapped(memmap2::Mmap),
     Held(Cow<'static, [u8]>),
 }
 
 impl Bytes {
     /// Maps a file.
-    pub(super) fn map(path: &Path) -> Result<Self> {
+    pub(crate) fn map(path: &Path) -> Result<Self> {
         let file = File::open(path).map_err(|e| Error::io(path, e))?;
-        // SAFETY: model files are written whole under another name and renamed, so that nothing this workspace does changes
-        // a file that is mapped. Another program that truncates one ends this process with SIGBUS, as with every reader of
+        // SAFETY: files of models and of tokens are written whole under another name and renamed, so that nothing this
+        // workspace does changes a file that is mapped. Another program that truncates one ends this process with SIGBUS, as with every reader of
         // maps; values that change are plain numbers, checked nowhere and trusted nowhere.
         let map = unsafe { memmap2::Mmap::map(&file) }.map_err(|e| Error::io(path, e))?;
         Ok(Self::Mapped(map))

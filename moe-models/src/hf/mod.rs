@@ -13,5 +13,6 @@ mod write;
 
 pub use checkpoint::Checkpoint;
 pub use file::write_atomically;
+pub(crate) use map::Bytes;
 pub use names::{NameRule, NameTable};
 pub(crate) use write::save;

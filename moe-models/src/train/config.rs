@@ -27,6 +27,9 @@ pub struct TrainConfig {
     pub data: Vec<String>,
     /// Validation sources; empty means the tail of each training source.
     pub valid: Vec<String>,
+    /// Folder for the tokens of `data` and `valid`; `None`: where the program that trains keeps them. See
+    /// [`super::data::DataCache`].
+    pub data_cache: Option<String>,
     /// Share of sources without a weight.
     pub blend: Blend,
     /// Tail of each training source held out when `valid` is empty; 0 turns validation off.
@@ -84,6 +87,7 @@ impl Default for TrainConfig {
         Self {
             data: Vec::new(),
             valid: Vec::new(),
+            data_cache: None,
             blend: Blend::Equal,
             valid_fraction: 0.02,
             seq_length: None,
@@ -212,14 +216,15 @@ impl TrainConfig {
     }
 
     /// Refuses to continue a run of configuration `saved` with `self` where that would change its course. Length,
-    /// recomputation, intervals and where the data lie may change (the data's content is checked by fingerprint).
+    /// recomputation, intervals and where the data and their tokens lie may change (the data's content is checked by fingerprint).
     ///
     /// # Errors
     /// [`Error::Config`] naming the first setting that differs, with both values.
     pub fn check_continues(&self, saved: &Self) -> Result<()> {
-        const MAY_CHANGE: [&str; 9] = [
+        const MAY_CHANGE: [&str; 10] = [
             "data",
             "valid",
+            "data_cache",
             "train_tokens",
             "recompute",
             "eval_interval",
@@ -301,7 +306,8 @@ mod tests {
     #[test]
     fn only_the_course_of_a_run_is_fixed() {
         let saved = TrainConfig::default().resolved(128).unwrap();
-        let longer = TrainConfig { train_tokens: 9_000_000, log_interval: 1, ..saved.clone() };
+        let (data_cache, log_interval) = (Some("elsewhere".into()), 1);
+        let longer = TrainConfig { train_tokens: 9_000_000, log_interval, data_cache, ..saved.clone() };
         longer.check_continues(&saved).unwrap();
         let message = TrainConfig { lr: 1.0, ..saved.clone() }.check_continues(&saved).unwrap_err().to_string();
         assert!(message.contains("lr is 1.0") && message.contains("0.002"), "{message}");

@@ -2,6 +2,10 @@
 
 use super::non_finite::NonFinite;
 use std::path::PathBuf;
+use std::time::{Duration, Instant};
+
+/// Time between two [`Event::Prepared`].
+pub(crate) const REPORT_INTERVAL: Duration = Duration::from_millis(200);
 
 /// Something that happened.
 #[derive(Debug, Clone, PartialEq)]
@@ -14,9 +18,9 @@ pub enum Event {
     },
     /// The last preparation goes on; comes a few times a second, or more rarely.
     Prepared {
-        /// Bytes of text done.
+        /// Bytes of the files done; of compressed ones, compressed bytes.
         done: u64,
-        /// Bytes of text in all. Training a tokenizer goes on for a while after the last of them.
+        /// Bytes of the files in all. Training a tokenizer goes on for a while after the last of them.
         total: u64,
     },
     /// Training begins or continues.
@@ -88,5 +92,26 @@ impl Observer for Silent {
 impl<F: FnMut(&Event)> Observer for F {
     fn event(&mut self, event: &Event) {
         self(event);
+    }
+}
+
+/// Tells an observer of a preparation that goes on, a few times a second.
+pub(crate) struct Progress<'a> {
+    observer: &'a mut dyn Observer,
+    reported: Instant,
+}
+
+impl<'a> Progress<'a> {
+    /// Of the preparation that begins now.
+    pub(crate) fn new(observer: &'a mut dyn Observer) -> Self {
+        Self { observer, reported: Instant::now() }
+    }
+
+    /// Sends an [`Event::Prepared`] if the last one is long enough ago.
+    pub(crate) fn report(&mut self, done: u64, total: u64) {
+        if self.reported.elapsed() >= REPORT_INTERVAL {
+            self.observer.event(&Event::Prepared { done, total });
+            self.reported = Instant::now();
+        }
     }
 }

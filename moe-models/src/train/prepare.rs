@@ -1,17 +1,13 @@
 //! From named sources to a tokenizer and packed tokens: the slow part before the first step.
 
-use super::data::{Documents, PackedSource, Packer, SourceSpec, read_documents};
-use super::observer::{Event, Observer};
+use super::data::{DataCache, PackedSource, Packer, SourceSpec, TextSource};
+use super::observer::{Event, Observer, Progress, REPORT_INTERVAL};
 use super::{excerpt, tokenizer};
 use crate::Result;
 use std::path::PathBuf;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::mpsc::{self, RecvTimeoutError};
-use std::time::{Duration, Instant};
 use tokenizers::Tokenizer;
-
-/// Time between two [`Event::Prepared`].
-const REPORT_INTERVAL: Duration = Duration::from_millis(200);
 
 /// Where the tokenizer comes from.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -25,38 +21,39 @@ pub enum TokenizerChoice {
     },
 }
 
-/// The text of a run.
+/// The text of a run. It is not held: every step below reads it again, unless its tokens are in the cache.
 #[derive(Debug)]
 pub struct RunText {
     /// Training sources.
-    pub train: Vec<Documents>,
+    pub train: Vec<TextSource>,
     /// Validation sources; may be empty.
-    pub valid: Vec<Documents>,
+    pub valid: Vec<TextSource>,
 }
 
 impl RunText {
-    /// Reads the sources named by `data` and `valid`; without `data`, the embedded excerpt.
+    /// Opens the sources named by `data` and `valid`; without `data`, the embedded excerpt. Each is read once, for the hash
+    /// of its content.
     ///
     /// # Errors
-    /// If a source cannot be read, has a broken line or no text.
+    /// If a source cannot be read. Whether it is text shows when it is tokenised.
     pub fn read(data: &[String], valid: &[String], observer: &mut dyn Observer) -> Result<Self> {
         let train = if data.is_empty() { excerpt::sources() } else { SourceSpec::parse_list(data)? };
         let valid = SourceSpec::parse_valid_list(valid)?;
-        Ok(Self { train: read_all(train, observer)?, valid: read_all(valid, observer)? })
+        Ok(Self { train: open_all(&train, observer)?, valid: open_all(&valid, observer)? })
     }
 
-    /// Reads validation text alone.
+    /// Opens validation text alone.
     ///
     /// # Errors
     /// As [`RunText::read`].
     pub fn read_valid(valid: &[String], observer: &mut dyn Observer) -> Result<Self> {
-        Ok(Self { train: Vec::new(), valid: read_all(SourceSpec::parse_valid_list(valid)?, observer)? })
+        Ok(Self { train: Vec::new(), valid: open_all(&SourceSpec::parse_valid_list(valid)?, observer)? })
     }
 
     /// Trains or loads the tokenizer.
     ///
     /// # Errors
-    /// As [`tokenizer::train_bpe`] and [`tokenizer::load`].
+    /// As [`tokenizer::train_bpe_watched`] and [`tokenizer::load`].
     pub fn tokenizer(&self, choice: &TokenizerChoice, observer: &mut dyn Observer) -> Result<Tokenizer> {
         match choice {
             TokenizerChoice::File(path) => tokenizer::load(path),
@@ -69,15 +66,15 @@ impl RunText {
 
     /// Trains on a thread of its own and reports from this one, which the observer belongs to.
     fn train_tokenizer(&self, vocab_size: usize, observer: &mut dyn Observer) -> Result<Tokenizer> {
-        let total = self.train.iter().map(Documents::text_bytes).sum();
+        let total = self.train.iter().map(TextSource::stored_bytes).sum();
         let read = AtomicU64::new(0);
         std::thread::scope(|scope| {
             let (sender, receiver) = mpsc::channel::<()>();
-            let (documents, read) = (&self.train, &read);
+            let (sources, read) = (&self.train, &read);
             let training = scope.spawn(move || {
                 // Dropped when the training ends, however it ends.
                 let _ended = sender;
-                tokenizer::train_bpe_watched(documents, vocab_size, read)
+                tokenizer::train_bpe_watched(sources, vocab_size, read)
             });
             while receiver.recv_timeout(REPORT_INTERVAL) == Err(RecvTimeoutError::Timeout) {
                 observer.event(&Event::Prepared { done: read.load(Ordering::Relaxed), total });
@@ -86,39 +83,32 @@ impl RunText {
         })
     }
 
-    /// Tokenises and packs everything: training sources, then validation sources.
+    /// Tokenises and packs everything that is not in `cache` yet: training sources, then validation sources.
     ///
     /// # Errors
-    /// If the tokenizer has no end-of-document token or gives an id outside the vocabulary.
+    /// If a source cannot be read, has a broken line or no text, or was changed since it was opened; if the tokenizer has no
+    /// end-of-document token or gives an id outside the vocabulary; if `cache` cannot be written to.
     pub fn pack(
         self,
         tokenizer: &Tokenizer,
         vocab_size: usize,
+        cache: &DataCache,
         observer: &mut dyn Observer,
     ) -> Result<(Vec<PackedSource>, Vec<PackedSource>)> {
         tokenizer::check_fits(tokenizer, vocab_size)?;
         let packer = Packer::new(tokenizer, tokenizer::eos_id(tokenizer)?, vocab_size)?;
-        let mut pack_all = |documents: Vec<Documents>| -> Result<Vec<PackedSource>> {
-            let mut pack = |one: Documents| {
-                observer.event(&Event::Preparing { what: format!("tokenising {}", one.name) });
-                let (total, mut reported) = (one.text_bytes(), Instant::now());
-                packer.pack_watched(&one, &mut |done| {
-                    if reported.elapsed() >= REPORT_INTERVAL {
-                        observer.event(&Event::Prepared { done, total });
-                        reported = Instant::now();
-                    }
-                })
-            };
-            documents.into_iter().map(&mut pack).collect()
+        let mut pack_all = |sources: Vec<TextSource>| -> Result<Vec<PackedSource>> {
+            sources.iter().map(|source| cache.pack(&packer, source, observer)).collect()
         };
         Ok((pack_all(self.train)?, pack_all(self.valid)?))
     }
 }
 
-fn read_all(specs: Vec<SourceSpec>, observer: &mut dyn Observer) -> Result<Vec<Documents>> {
-    let mut read = |spec: &SourceSpec| {
+fn open_all(specs: &[SourceSpec], observer: &mut dyn Observer) -> Result<Vec<TextSource>> {
+    let mut open = |spec: &SourceSpec| {
         observer.event(&Event::Preparing { what: format!("reading {}", spec.path().display()) });
-        read_documents(spec)
+        let mut progress = Progress::new(observer);
+        TextSource::open(spec, &mut |done, total| progress.report(done, total))
     };
-    specs.iter().map(&mut read).collect()
+    specs.iter().map(&mut open).collect()
 }

@@ -1,16 +1,17 @@
 //! The tokenizer of a run: trained here as a byte-level BPE, or read from a `tokenizer.json`. Checks that it fits the
 //! model; does not pack text ([`super::data`] does).
 
-use super::data::Documents;
 use super::data::documents::SEPARATOR;
-use super::data::pieces::pieces;
+use super::data::pieces::Piece;
+use super::data::{Documents, TextSource};
 use crate::{Error, Result};
 use std::collections::HashSet;
 use std::path::Path;
-use std::sync::atomic::{AtomicU64, Ordering};
-use tokenizers::models::bpe::{BPE, BpeTrainerBuilder};
+use std::sync::atomic::AtomicU64;
+use std::sync::{Mutex, PoisonError};
+use tokenizers::models::bpe::{BPE, BpeTrainer, BpeTrainerBuilder};
 use tokenizers::pre_tokenizers::byte_level::ByteLevel;
-use tokenizers::{AddedToken, Tokenizer, TokenizerBuilder};
+use tokenizers::{AddedToken, Tokenizer, TokenizerBuilder, Trainer};
 
 /// The end-of-document token of tokenizers trained here; it gets id 0.
 pub const END_OF_TEXT: &str = SEPARATOR;
@@ -24,28 +25,35 @@ fn error(e: impl std::fmt::Display) -> Error {
 
 /// Trains a byte-level BPE with GPT-2's pre-tokenizer. Id 0 is `<|endoftext|>`; every byte has a token, so any text can
 /// be encoded and decodes back exactly. The result is a function of the documents alone. Words longer than a kilobyte, as
-/// text without spaces has them, are learned from in parts.
+/// text without spaces has them, are learned from in parts. What is held of the text is its different words.
 ///
 /// # Errors
 /// [`Error::Config`] for a `vocab_size` below [`MIN_VOCAB_SIZE`]; [`Error::Tokenizer`] if training fails or the text
 /// is too small or uniform to give `vocab_size` tokens.
 pub fn train_bpe(documents: &[Documents], vocab_size: usize) -> Result<Tokenizer> {
-    train_bpe_watched(documents, vocab_size, &AtomicU64::new(0))
+    train_on(documents.iter().flat_map(Documents::pieces).map(Ok), vocab_size)
 }
 
-/// As [`train_bpe`], counting in `read` the bytes of text that have been read. Reading is the first part of the work;
-/// joining tokens is the rest.
+/// As [`train_bpe`], from text that is read as it is needed. Counts in `read` the bytes of the files that have been read:
+/// the first part of the work; joining tokens is the rest.
 ///
 /// # Errors
-/// As [`train_bpe`].
-pub fn train_bpe_watched(documents: &[Documents], vocab_size: usize, read: &AtomicU64) -> Result<Tokenizer> {
+/// As [`train_bpe`]; [`Error::Io`] and [`Error::Format`] if a source cannot be read or holds no text.
+pub fn train_bpe_watched(sources: &[TextSource], vocab_size: usize, read: &AtomicU64) -> Result<Tokenizer> {
+    train_on(sources.iter().flat_map(|source| source.pieces(read)), vocab_size)
+}
+
+fn train_on<S: AsRef<str> + Send>(
+    pieces: impl Iterator<Item = Result<Piece<S>>> + Send,
+    vocab_size: usize,
+) -> Result<Tokenizer> {
     if vocab_size < MIN_VOCAB_SIZE {
         return Err(Error::Config(format!(
             "vocab_size {vocab_size} is below {MIN_VOCAB_SIZE} (256 bytes and {END_OF_TEXT}); raise it"
         )));
     }
     let alphabet: HashSet<char> = ByteLevel::alphabet().into_iter().collect();
-    let mut trainer = BpeTrainerBuilder::new()
+    let trainer = BpeTrainerBuilder::new()
         .show_progress(false)
         .vocab_size(vocab_size)
         .min_frequency(2)
@@ -61,8 +69,19 @@ pub fn train_bpe_watched(documents: &[Documents], vocab_size: usize, read: &Atom
         .with_decoder(Some(byte_level))
         .build()
         .map_err(error)?;
-    let texts = training_pieces(documents).inspect(|piece| _ = read.fetch_add(piece.len() as u64, Ordering::Relaxed));
-    tokenizer.train(&mut trainer, texts).map_err(error)?;
+    let failure = Mutex::new(None);
+    let texts = pieces.map_while(|piece| match piece {
+        Ok(piece) => Some(piece.text),
+        Err(e) => {
+            *failure.lock().unwrap_or_else(PoisonError::into_inner) = Some(e);
+            None
+        }
+    });
+    let trained = tokenizer.train(&mut FallibleTrainer { trainer, failure: &failure }, texts).map(|_| ());
+    if let Some(e) = failure.into_inner().unwrap_or_else(PoisonError::into_inner) {
+        return Err(e);
+    }
+    trained.map_err(error)?;
     // Through JSON: the generic tokenizer becomes the plain `Tokenizer`, exactly as it will be read back from disk.
     let json = tokenizer.to_string(false).map_err(error)?;
     let tokenizer = Tokenizer::from_bytes(json.as_bytes()).map_err(error)?;
@@ -75,9 +94,36 @@ pub fn train_bpe_watched(documents: &[Documents], vocab_size: usize, read: &Atom
     Ok(tokenizer)
 }
 
-/// What the trainer is handed: whole words, but for those that are too long.
-fn training_pieces(documents: &[Documents]) -> impl Iterator<Item = &str> + Send {
-    documents.iter().flat_map(|d| &d.texts).flat_map(|text| pieces(text))
+/// Trains on text that may fail while it is read, which the tokenizer's own trainer has no notion of: an error ends the
+/// text, and this refuses to join tokens then, which may take minutes.
+struct FallibleTrainer<'a> {
+    trainer: BpeTrainer,
+    failure: &'a Mutex<Option<Error>>,
+}
+
+impl Trainer for FallibleTrainer<'_> {
+    type Model = BPE;
+
+    fn should_show_progress(&self) -> bool {
+        self.trainer.should_show_progress()
+    }
+
+    fn train(&self, model: &mut BPE) -> tokenizers::Result<Vec<AddedToken>> {
+        self.trainer.train(model)
+    }
+
+    fn feed<I, S, F>(&mut self, iterator: I, process: F) -> tokenizers::Result<()>
+    where
+        I: Iterator<Item = S> + Send,
+        S: AsRef<str> + Send,
+        F: Fn(&str) -> tokenizers::Result<Vec<String>> + Sync,
+    {
+        self.trainer.feed(iterator, process)?;
+        match &*self.failure.lock().unwrap_or_else(PoisonError::into_inner) {
+            Some(_) => Err("the text could not be read to its end".into()),
+            None => Ok(()),
+        }
+    }
 }
 
 /// Reads a `tokenizer.json`.
@@ -131,7 +177,7 @@ pub fn to_json(tokenizer: &Tokenizer) -> Result<String> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::train::data::pieces::MAX_RUN_BYTES;
+    use crate::train::data::SourceSpec;
 
     fn documents() -> Vec<Documents> {
         let texts = vec!["It's the end of the thing, the other thing — 12 things.\n\nThe end.".repeat(3)];
@@ -174,18 +220,35 @@ mod tests {
         assert!(matches!(load(&path), Err(Error::Format { .. })));
     }
 
+    fn source(path: &Path) -> TextSource {
+        let list = SourceSpec::parse_list(&[path.display().to_string()]).unwrap();
+        TextSource::open(&list[0], &mut |_, _| ()).unwrap()
+    }
+
     #[test]
-    fn the_trainer_is_handed_pieces_of_bounded_length() {
+    fn text_from_files_trains_the_same_tokenizer() {
         let one_letter = Documents { name: "a".into(), weight: None, texts: vec!["a".repeat(20 << 20)] };
         let documents = [one_letter, documents().remove(0)];
-        assert_eq!(training_pieces(&documents).map(str::len).max(), Some(MAX_RUN_BYTES));
-        assert_eq!(
-            training_pieces(&documents[1..]).collect::<Vec<_>>(),
-            documents[1].texts,
-            "ordinary text stays whole"
-        );
+        let dir = tempfile::tempdir().unwrap();
+        let mut sources = Vec::new();
+        for Documents { name, texts, .. } in &documents {
+            let path = dir.path().join(format!("{name}.txt"));
+            std::fs::write(&path, &texts[0]).unwrap();
+            sources.push(source(&path));
+        }
         let read = AtomicU64::new(0);
-        train_bpe_watched(&documents, 262, &read).unwrap();
+        let trained = train_bpe_watched(&sources, 262, &read).unwrap();
+        assert_eq!(to_json(&trained).unwrap(), to_json(&train_bpe(&documents, 262).unwrap()).unwrap());
         assert_eq!(read.into_inner(), documents.iter().map(Documents::text_bytes).sum::<u64>());
+    }
+
+    #[test]
+    fn a_broken_source_is_named_before_tokens_are_joined() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("a.jsonl");
+        // Too little text for so many tokens, which would be told if it came to joining them.
+        std::fs::write(&path, "{\"text\": \"a b\"}\n{\"text\": 1}\n").unwrap();
+        let message = train_bpe_watched(&[source(&path)], 9000, &AtomicU64::new(0)).unwrap_err().to_string();
+        assert!(message.contains("a.jsonl") && message.contains("line 2"), "{message}");
     }
 }

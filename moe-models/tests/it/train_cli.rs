@@ -76,6 +76,47 @@ fn runs_resumes_and_exports() {
     let text =
         succeed(&moe_train(dir.path(), &["--out", "run", "--resume", "--train-tokens", "960"]).output().unwrap());
     assert!(text.contains("resuming from run/step-00000010") && text.contains("step 15/15"), "{text}");
+    assert!(text.contains("checking the cached tokens of text") && !text.contains("tokenising"), "{text}");
+}
+
+fn tokens_in(dir: &Path) -> Vec<PathBuf> {
+    files_below(dir).into_iter().filter(|path| path.extension().is_some_and(|ending| ending == "tokens")).collect()
+}
+
+#[test]
+fn runs_share_tokens_where_they_are_asked_to() {
+    let dir = folder();
+    let train = |out: &str| {
+        let more =
+            ["--out", out, "--train-tokens", "64", "--data-cache", "shared", "--export", &format!("{out}-model")];
+        succeed(&moe_train(dir.path(), &arguments(&more)).output().unwrap())
+    };
+    assert!(train("one").contains("tokenising text"));
+    let kept = tokens_in(dir.path());
+    assert!(kept.len() == 1 && kept[0].starts_with(dir.path().join("shared")), "{kept:?}");
+    let text = train("two");
+    assert!(text.contains("checking the cached tokens of text") && !text.contains("tokenising"), "{text}");
+    // A resumed run looks where it kept them, and makes anew what is damaged.
+    let whole = std::fs::read(&kept[0]).unwrap();
+    std::fs::write(&kept[0], &whole[..whole.len() - 1]).unwrap();
+    let more = ["--out", "two", "--resume", "--train-tokens", "128"];
+    let text = succeed(&moe_train(dir.path(), &more).output().unwrap());
+    assert!(text.contains("tokenising text again: shared/") && text.contains("step 2/2"), "{text}");
+    assert!(std::fs::read(&kept[0]).unwrap() == whole);
+    // Another place may be named for the rest of a run.
+    let more = ["--out", "two", "--resume", "--train-tokens", "192", "--data-cache", "moved"];
+    assert!(succeed(&moe_train(dir.path(), &more).output().unwrap()).contains("step 3/3"));
+    assert_eq!(tokens_in(&dir.path().join("moved")).len(), 1);
+
+    let evaluate = |more: &[&str]| {
+        let arguments = [&["--evaluate", "one-model", "--valid", "text.txt"], more].concat();
+        let output = moe_train(dir.path(), &arguments).output().unwrap();
+        (succeed(&output), String::from_utf8(output.stdout).unwrap())
+    };
+    let (_, held) = evaluate(&[]);
+    assert_eq!(tokens_in(dir.path()).len(), 2, "an evaluation keeps no tokens by itself");
+    let (text, mapped) = evaluate(&["--data-cache", "shared"]);
+    assert!(text.contains("checking the cached tokens") && mapped == held, "{text}");
 }
 
 /// Interrupted like a person would, at whatever step it is; the weights must end as those of the undisturbed run.

@@ -29,6 +29,10 @@ pub(crate) struct Args {
     /// Validation text, as --data but without weights. Without it the tail of each training source is held out.
     #[arg(long, value_name = "PATH")]
     valid: Vec<String>,
+    /// Folder for the tokens of the text, which later runs with the same text and tokenizer find there; runs may share one
+    /// [default: data-cache in --out].
+    #[arg(long, value_name = "DIR")]
+    data_cache: Option<String>,
     /// Share of each training source: equal (or its weight), or in proportion to its tokens.
     #[arg(long, value_enum)]
     blend: Option<BlendArg>,
@@ -102,7 +106,8 @@ pub(crate) struct Args {
     #[arg(long)]
     log_interval: Option<u64>,
     /// Instead of training, print the loss of this model folder on the --valid text. Of the settings only --config,
-    /// --seq-length, --micro-batch-size, --eval-iters and --precision have a meaning then.
+    /// --data-cache (tokens are held in memory without it), --seq-length, --micro-batch-size, --eval-iters and
+    /// --precision have a meaning then.
     #[arg(long, value_name = "DIR", conflicts_with_all = TRAINING_ONLY)]
     pub(crate) evaluate: Option<PathBuf>,
     /// When done, write a model folder for serving here.
@@ -219,6 +224,7 @@ impl Args {
         if !self.valid.is_empty() {
             config.valid.clone_from(&self.valid);
         }
+        config.data_cache = self.data_cache.clone().or(config.data_cache);
         set(
             &mut config.blend,
             self.blend.map(|b| match b {

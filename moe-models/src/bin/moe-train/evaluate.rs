@@ -1,10 +1,11 @@
-//! `moe-train --evaluate DIR`: the loss of a model folder on text, source by source. Trains nothing, writes nothing.
+//! `moe-train --evaluate DIR`: the loss of a model folder on text, source by source. Trains nothing, and writes nothing
+//! but a cache of tokens where it is given one.
 
 use crate::progress::Progress;
 use anyhow::{Result, ensure};
 use candle_core::Device;
 use moe_models::gpt::Gpt;
-use moe_models::train::data::ValidSource;
+use moe_models::train::data::{DataCache, ValidSource};
 use moe_models::train::evaluate::evaluate;
 use moe_models::train::{RunText, TrainConfig, tokenizer};
 use std::path::Path;
@@ -18,7 +19,8 @@ pub(crate) fn evaluate_folder(folder: &Path, config: &TrainConfig, progress: &mu
     let config = config.resolved(model.config().max_seq_len)?;
     let tokenizer = tokenizer::load(&folder.join("tokenizer.json"))?;
     let text = RunText::read_valid(&config.valid, progress)?;
-    let (_, packed) = text.pack(&tokenizer, model.config().vocab_size, progress)?;
+    let cache = config.data_cache.as_ref().map_or(DataCache::Memory, |dir| DataCache::Folder(dir.into()));
+    let (_, packed) = text.pack(&tokenizer, model.config().vocab_size, &cache, progress)?;
     let windows = config.eval_iters * config.micro_batch_size;
     let sources = packed
         .into_iter()

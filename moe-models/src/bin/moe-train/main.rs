@@ -16,6 +16,7 @@ use moe_kernels::select;
 use moe_models::gpt::{Gpt, GptConfig};
 use moe_models::hf::write_atomically;
 use moe_models::train::checkpoint::{CheckpointStore, TrainerState, read_state, verify};
+use moe_models::train::data::DataCache;
 use moe_models::train::{Corpus, Outcome, RunLock, RunText, TrainConfig, Trainer, export, tokenizer};
 use progress::Progress;
 use signals::Signals;
@@ -106,7 +107,7 @@ fn new_run(args: &Args, config: TrainConfig, lock: Option<RunLock>, progress: &m
     let tokenizer = text.tokenizer(&args.model.tokenizer_choice(shape.vocab_size), progress)?;
     args.model.fit_to(&mut shape, &tokenizer)?;
     shape.validate()?;
-    let corpus = pack(text, &tokenizer, &shape, &config, progress)?;
+    let corpus = pack(args, text, &tokenizer, &shape, &config, progress)?;
     let model =
         Gpt::new(shape, config.seed, &Device::Cpu)?.with_precision(config.precision)?.with_recompute(config.recompute);
     describe(&model, &corpus, &config, &args.out)?;
@@ -134,20 +135,23 @@ fn resumed_run(
         );
     }
     let text = RunText::read(&config.data, &config.valid, progress)?;
-    let corpus = pack(text, &tokenizer, model.config(), &config, progress)?;
+    let corpus = pack(args, text, &tokenizer, model.config(), &config, progress)?;
     describe(&model, &corpus, &config, &args.out)?;
     eprintln!("resuming from {}", folder.display());
     Ok(Trainer::resume_in(model, config, corpus, tokenizer::to_json(&tokenizer)?, lock, folder)?)
 }
 
 fn pack(
+    args: &Args,
     text: RunText,
     tokenizer: &Tokenizer,
     shape: &GptConfig,
     config: &TrainConfig,
     progress: &mut Progress,
 ) -> Result<Corpus> {
-    let (train, valid) = text.pack(tokenizer, shape.vocab_size, progress)?;
+    // In the run's folder, unless another is named: a run that is resumed finds its own tokens.
+    let folder = config.data_cache.as_ref().map_or_else(|| args.out.join("data-cache"), PathBuf::from);
+    let (train, valid) = text.pack(tokenizer, shape.vocab_size, &DataCache::Folder(folder), progress)?;
     Ok(Corpus::new(train, valid, config)?)
 }
 

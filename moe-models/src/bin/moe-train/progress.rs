@@ -69,7 +69,7 @@ impl Progress {
         }
         *shown = Instant::now();
         let (percent, seconds) = (100 * done / total.max(1), started.elapsed().as_secs());
-        let text = format!("{what}: {percent} % of {:.1} MB of text read, {seconds} s", total as f64 / 1e6);
+        let text = format!("{what}: {percent} % of {:.1} MB read, {seconds} s", total as f64 / 1e6);
         self.line(&text);
     }
 

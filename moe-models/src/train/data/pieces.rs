@@ -3,6 +3,8 @@
 //!
 //! Where GPT-2's pre-tokenizer ends a word whatever follows, a cut changes no id. Ordinary text is cut only there.
 
+use std::collections::VecDeque;
+
 /// Longest run of one kind of character (letters, digits, white space, others) that is handed over whole. GPT-2's
 /// pre-tokenizer makes one word of such a run. The longest of the excerpt has 112 bytes.
 pub(crate) const MAX_RUN_BYTES: usize = 1024;
@@ -20,6 +22,68 @@ pub(crate) fn pieces(text: &str) -> impl Iterator<Item = &str> {
         rest = tail;
         (!piece.is_empty()).then_some(piece)
     })
+}
+
+/// A part of a document.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(crate) struct Piece<S> {
+    pub(crate) text: S,
+    /// Whether it is the document's last.
+    pub(crate) ends_document: bool,
+}
+
+/// The pieces of a whole document; an empty one has one empty piece.
+pub(crate) fn document_pieces(text: &str) -> impl Iterator<Item = Piece<&str>> {
+    let mut left = text.len();
+    let empty = text.is_empty().then_some(Piece { text, ends_document: true });
+    let marked = pieces(text).map(move |piece| {
+        left -= piece.len();
+        Piece { text: piece, ends_document: left == 0 }
+    });
+    marked.chain(empty)
+}
+
+/// A document that comes in parts and is cut as it comes, into the pieces of the whole. Holds one piece and one part, and
+/// the white space a document begins with: one of nothing else is left out.
+#[derive(Debug, Default)]
+pub(crate) struct GrowingDocument {
+    /// What has come and is not cut off yet.
+    rest: String,
+    /// Whether anything but white space has come.
+    has_text: bool,
+}
+
+impl GrowingDocument {
+    /// Appends `part` and moves the pieces that are certain by now to `ready`.
+    pub(crate) fn push(&mut self, part: &str, ready: &mut VecDeque<Piece<String>>) {
+        self.has_text = self.has_text || !part.trim().is_empty();
+        self.rest.push_str(part);
+        let mut cut = 0;
+        // Nothing that follows so many bytes has a say in where the first piece ends.
+        while self.has_text && self.rest.len() - cut > MAX_PIECE_BYTES {
+            let text = &self.rest[cut..][..first_piece(&self.rest[cut..])];
+            cut += text.len();
+            ready.push_back(Piece { text: text.to_owned(), ends_document: false });
+        }
+        self.rest.drain(..cut);
+    }
+
+    /// Ends the document, moves the rest of its pieces to `ready` and begins the next one.
+    pub(crate) fn end(&mut self, ready: &mut VecDeque<Piece<String>>) {
+        if self.has_text {
+            ready.extend(document_pieces(&self.rest).map(Piece::into_owned));
+        }
+        self.rest.clear();
+        // A document that began with much white space must not cost its memory until the end.
+        self.rest.shrink_to(2 * MAX_PIECE_BYTES);
+        self.has_text = false;
+    }
+}
+
+impl Piece<&str> {
+    pub(crate) fn into_owned(self) -> Piece<String> {
+        Piece { text: self.text.to_owned(), ends_document: self.ends_document }
+    }
 }
 
 /// What the characters of a word have in common. Marks count as letters here and as others in GPT-2's pre-tokenizer, so a
@@ -148,6 +212,51 @@ mod tests {
                 assert!(Kind::of(before) != Kind::of(after) && before != '\'' && after != '\'', "{before}|{after}");
             }
         }
+    }
+
+    /// However a document comes, its pieces are those of the whole, and no more of it is held than needed.
+    #[track_caller]
+    fn check_growing(text: &str) {
+        let want: Vec<_> = document_pieces(text).map(Piece::into_owned).collect();
+        for part_bytes in [1000, 64 << 10, 300_001, usize::MAX] {
+            let (mut document, mut ready, mut got) = (GrowingDocument::default(), VecDeque::new(), Vec::new());
+            let mut rest = text;
+            while !rest.is_empty() {
+                let (part, tail) = rest.split_at(rest.floor_char_boundary(part_bytes));
+                document.push(part, &mut ready);
+                assert!(document.rest.len() <= MAX_PIECE_BYTES);
+                got.extend(ready.drain(..));
+                rest = tail;
+            }
+            document.end(&mut ready);
+            got.extend(ready);
+            assert!(got == want, "parts of {part_bytes}: {} pieces, not {}", got.len(), want.len());
+        }
+    }
+
+    #[test]
+    fn a_growing_document_has_the_pieces_of_the_whole() {
+        for unit in ["the cat\n", "日本\n", "café ", "it's=12;", "\u{1}é", "a", "a\n\n  \n"] {
+            for length in [3, MAX_PIECE_BYTES - 1, MAX_PIECE_BYTES, MAX_PIECE_BYTES + 1, 3 * MAX_PIECE_BYTES + 17] {
+                let mut text = unit.repeat(length / unit.len() + 1);
+                text.truncate(text.floor_char_boundary(length));
+                check_growing(&text);
+            }
+        }
+    }
+
+    #[test]
+    fn a_document_of_white_space_only_is_left_out() {
+        let (mut document, mut ready) = (GrowingDocument::default(), VecDeque::new());
+        (0..3000).for_each(|_| document.push(&" \n".repeat(1000), &mut ready));
+        document.end(&mut ready);
+        assert!(ready.is_empty() && document.rest.capacity() <= 4 * MAX_PIECE_BYTES);
+        // White space counts where text follows.
+        let text = format!("{}x", " ".repeat(3000));
+        document.push(&text[..2500], &mut ready);
+        document.push(&text[2500..], &mut ready);
+        document.end(&mut ready);
+        assert!(ready.into_iter().eq(document_pieces(&text).map(Piece::into_owned)));
     }
 
     #[test]

@@ -17,7 +17,8 @@ pub struct DataPosition {
     pub drawn: Vec<u64>,
 }
 
-/// The permutation of one epoch of one source, kept until the epoch ends.
+/// The permutation of one epoch of one source, kept in memory until the epoch ends: four bytes per sequence, a thousandth
+/// of what the tokens take at a length of a thousand.
 #[derive(Debug, Default)]
 struct Shuffle {
     epoch: Option<u64>,
