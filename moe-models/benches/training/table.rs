@@ -6,6 +6,7 @@ use crate::models::{TOKENS, config, description, flops, json};
 use crate::options::Options;
 use crate::rows::Row;
 use anyhow::{Context, Result};
+use moe_kernels::Precision;
 use moe_kernels::machine::Peaks;
 use moe_models::gpt::GptConfig;
 use serde_json::{Value, json};
@@ -17,22 +18,20 @@ pub(crate) fn run(name: &str, options: &Options) -> Result<()> {
     let measure = |row: Row| Ok((row, measure_apart(name, &row.names(), options.steps)?));
     let rows = Row::chosen(&options.words).into_iter().map(measure).collect::<Result<Vec<_>>>()?;
     let peaks = before.highest(Peaks::measure());
+    let [bf16, f32] = [Precision::Bf16, Precision::F32].map(|precision| gflops(precision, &peaks));
     println!("\n{}", description(name, &config));
     println!(
         "multipliers reach {:.0} GFLOP/s in bf16, {:.0} in f32; memory is read at {:.1} GB/s\n",
-        gflops("bf16", &peaks),
-        gflops("f32", &peaks),
-        peaks.read_gbps
+        bf16, f32, peaks.read_gbps
     );
     print_columns();
     for (row, outcome) in &rows {
         print(row, outcome, &config, &peaks);
     }
     if options.json {
-        let rates = json!({ "bf16": gflops("bf16", &peaks), "f32": gflops("f32", &peaks) });
         let model = json!({
             "model": json(name, &config), "flops": flops(&config),
-            "peak_gflops": rates, "read_gbps": peaks.read_gbps,
+            "peak_gflops": { "bf16": bf16, "f32": f32 }, "read_gbps": peaks.read_gbps,
         });
         println!("json {model}");
         for (row, outcome) in &rows {
@@ -64,7 +63,7 @@ fn print(row: &Row, outcome: &Outcome, config: &GptConfig, peaks: &Peaks) {
         print!("{ms:>10.1}");
     }
     let rate = flops(config) / measured.step_ms / 1e6;
-    print!("{rate:>10.1}{:>9.1}%{:>9.1}%", 100.0 * rate / gflops(kind, peaks), 100.0 * measured.drop_rate);
+    print!("{rate:>10.1}{:>9.1}%{:>9.1}%", 100.0 * rate / gflops(row.precision.1, peaks), 100.0 * measured.drop_rate);
     println!("{:>10.0}", measured.peak_mb);
 }
 
