@@ -179,17 +179,6 @@ fn formats(isa: Isa) -> [(&'static str, WeightFormat, Unit); 4] {
     ]
 }
 
-/// The highest of two measurements: other work on the machine only ever lowers one.
-fn highest(a: Peaks, b: Peaks) -> Peaks {
-    Peaks {
-        threads: a.threads,
-        f32_gflops: a.f32_gflops.max(b.f32_gflops),
-        bf16_gflops: a.bf16_gflops.max(b.bf16_gflops),
-        int8_gops: a.int8_gops.max(b.int8_gops),
-        read_gbps: a.read_gbps.max(b.read_gbps),
-    }
-}
-
 /// A measured row: type, multipliers, tokens.
 struct Measured(&'static str, Unit, usize, Row);
 
@@ -278,7 +267,7 @@ fn main() {
             }
             drop(layers);
             let after = Peaks::measure();
-            print(shape.name, &measured, &highest(before, after), json);
+            print(shape.name, &measured, &before.highest(after), json);
             before = after;
         }
     }

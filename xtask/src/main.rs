@@ -64,3 +64,13 @@ fn run(task: Task) -> Result<()> {
         Task::Plot(args) => plot::run(&args),
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_command_line_is_consistent() {
+        <Cli as clap::CommandFactory>::command().debug_assert();
+    }
+}

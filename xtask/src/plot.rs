@@ -47,10 +47,11 @@ pub(crate) struct Panel {
     pub(crate) curves: Vec<Curve>,
 }
 
-/// Draws panels in two columns, both axes logarithmic.
+/// Draws panels in up to two columns, both axes logarithmic.
 pub(crate) fn draw_panels(panels: &[Panel], [x_name, y_name]: [&str; 2], out: &Path) -> Result<()> {
-    let rows = panels.len().div_ceil(2).max(1);
-    let area = SVGBackend::new(out, (1100, 460 * rows as u32)).into_drawing_area();
+    let columns = panels.len().clamp(1, 2);
+    let rows = panels.len().div_ceil(columns).max(1);
+    let area = SVGBackend::new(out, (550 * columns as u32, 460 * rows as u32)).into_drawing_area();
     area.fill(&WHITE)?;
     // One colour per name, in whatever panel it stands.
     let mut names: Vec<&str> = Vec::new();
@@ -59,7 +60,7 @@ pub(crate) fn draw_panels(panels: &[Panel], [x_name, y_name]: [&str; 2], out: &P
             names.push(&curve.name);
         }
     }
-    for (panel, area) in panels.iter().zip(area.split_evenly((rows, 2))) {
+    for (panel, area) in panels.iter().zip(area.split_evenly((rows, columns))) {
         let points = || panel.curves.iter().flat_map(|c| &c.points);
         let bounds = |of: fn(&(f64, f64)) -> f64| {
             points().map(of).fold((f64::MAX, f64::MIN), |(low, high), v| (low.min(v), high.max(v)))

@@ -3,6 +3,7 @@
 use anyhow::{Context, Result, ensure};
 use std::path::PathBuf;
 use std::process::{Command, Stdio};
+use std::time::{Duration, Instant};
 
 /// The root of the workspace.
 pub(crate) fn root() -> PathBuf {
@@ -42,4 +43,39 @@ pub(crate) fn output(command: &mut Command) -> Result<String> {
         command.stderr(Stdio::inherit()).output().with_context(|| format!("cannot start {}", shown(command)))?;
     ensure!(output.status.success(), "{} failed: {}", shown(command), output.status);
     Ok(String::from_utf8(output.stdout)?)
+}
+
+/// What a command printed, or why there is nothing.
+pub(crate) type Outcome = std::result::Result<String, String>;
+
+/// Runs a command that may fail: its output must fit a pipe. After `limit` it is ended.
+pub(crate) fn output_within(command: &mut Command, limit: Duration) -> Result<Outcome> {
+    eprintln!("$ {}", shown(command));
+    let start = Instant::now();
+    let mut child =
+        command.stdout(Stdio::piped()).spawn().with_context(|| format!("cannot start {}", shown(command)))?;
+    while child.try_wait()?.is_none() {
+        if start.elapsed() > limit {
+            child.kill()?;
+            child.wait()?;
+            return Ok(Err(format!("not done after {} s", limit.as_secs())));
+        }
+        std::thread::sleep(Duration::from_millis(100));
+    }
+    let output = child.wait_with_output()?;
+    if output.status.success() { Ok(Ok(String::from_utf8(output.stdout)?)) } else { Ok(Err(output.status.to_string())) }
+}
+
+#[cfg(all(test, unix))]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_command_prints_fails_or_takes_too_long() {
+        let run = |script: &str| output_within(command("sh", &["-c", script]).env_clear(), Duration::from_secs(2));
+        assert_eq!(run("echo done").unwrap(), Ok("done\n".into()));
+        assert_eq!(run("exit 3").unwrap(), Err("exit status: 3".into()));
+        assert_eq!(run("exec sleep 60").unwrap(), Err("not done after 2 s".into()));
+        assert!(output_within(&mut command("no such program", &[]), Duration::ZERO).is_err());
+    }
 }

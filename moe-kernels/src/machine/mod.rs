@@ -36,6 +36,17 @@ impl Peaks {
             read_gbps: read(),
         }
     }
+
+    /// The highest of two measurements: other work on the machine only ever lowers one.
+    pub fn highest(self, other: Self) -> Self {
+        Self {
+            threads: self.threads,
+            f32_gflops: self.f32_gflops.max(other.f32_gflops),
+            bf16_gflops: self.bf16_gflops.max(other.bf16_gflops),
+            int8_gops: self.int8_gops.max(other.int8_gops),
+            read_gbps: self.read_gbps.max(other.read_gbps),
+        }
+    }
 }
 
 /// The processor's name and the threads in use.

@@ -16,13 +16,13 @@ use std::time::Duration;
 #[command(next_help_heading = "With `parallel hosts`")]
 pub(super) struct Network {
     /// From one host to another, one way.
-    #[arg(long, requires = "part", value_name = "US", default_value_t = 100)]
+    #[arg(long, requires = "parts", value_name = "US", default_value_t = 100)]
     delay_us: u64,
     /// Of each host's line, out and in.
-    #[arg(long, requires = "part", value_name = "GBITS", default_value_t = 1.0, value_parser = positive)]
+    #[arg(long, requires = "parts", value_name = "GBITS", default_value_t = 1.0, value_parser = positive)]
     gbits: f64,
     /// What a packet takes of a line, beside its bytes.
-    #[arg(long, requires = "part", value_name = "US", default_value_t = 0)]
+    #[arg(long, requires = "parts", value_name = "US", default_value_t = 0)]
     packet_us: u64,
 }
 

@@ -15,9 +15,6 @@ use std::process::Command;
 #[derive(clap::Args)]
 #[command(next_help_heading = "With `parallel`")]
 pub(super) struct Settings {
-    /// Only this part; without it, all that this machine has the programs for.
-    #[arg(value_enum)]
-    part: Option<Part>,
     #[command(flatten)]
     hosts: hosts::Network,
     #[command(flatten)]
@@ -25,12 +22,12 @@ pub(super) struct Settings {
 }
 
 #[derive(Clone, Copy, PartialEq, Eq, clap::ValueEnum)]
-enum Part {
-    /// With `parallel`: messages and bytes of a rank, from 8 to 1024 ranks.
+pub(super) enum Part {
+    /// Messages and bytes of a rank, from 8 to 1024 ranks.
     Counts,
-    /// With `parallel`: exchanges over 2 to 4 emulated hosts, beside MPI's own; as root.
+    /// Exchanges over 2 to 4 emulated hosts, beside MPI's own; as root.
     Hosts,
-    /// With `parallel`: exchanges of 16 to 128 ranks on a simulated cluster.
+    /// Exchanges of 16 to 128 ranks on a simulated cluster.
     Simulated,
 }
 
@@ -52,13 +49,6 @@ impl Part {
             Self::Hosts => hosts::missing(),
             Self::Simulated => simulated::missing(),
         }
-    }
-}
-
-impl Settings {
-    /// Whether a part was named.
-    pub(super) fn is_given(&self) -> bool {
-        self.part.is_some()
     }
 }
 
@@ -88,12 +78,13 @@ fn counts(out: &Path) -> Result<()> {
     keep(&out.join("parallel-counts.txt"), &(header()? + &output(&mut cargo(&run))?))
 }
 
-pub(super) fn run(settings: &Settings, out: &Path) -> Result<()> {
-    for part in Part::ALL.into_iter().filter(|part| settings.part.is_none_or(|only| only == *part)) {
+/// Runs these parts; without any, all that this machine has the programs for.
+pub(super) fn run(parts: &[Part], settings: &Settings, out: &Path) -> Result<()> {
+    for part in Part::ALL.into_iter().filter(|part| parts.is_empty() || parts.contains(part)) {
         let missing = part.missing().join("; ");
         if !missing.is_empty() {
             let text = format!("`bench parallel {}` needs what is not here: {missing}", part.name());
-            if settings.part.is_some() {
+            if !parts.is_empty() {
                 bail!(text);
             }
             eprintln!("left out: {text}");

@@ -17,32 +17,32 @@ use std::process::Command;
 #[command(next_help_heading = "With `parallel simulated`")]
 pub(super) struct Cluster {
     /// Numbers of ranks, 8 on a node.
-    #[arg(long, requires = "part", value_name = "P", value_delimiter = ',', default_value = "16,32,64,128")]
+    #[arg(long, requires = "parts", value_name = "P", value_delimiter = ',', default_value = "16,32,64,128")]
     sim_ranks: Vec<usize>,
     /// Bytes of a pair of ranks.
-    #[arg(long, requires = "part", value_name = "BYTES", value_delimiter = ',', default_value = "64")]
+    #[arg(long, requires = "parts", value_name = "BYTES", value_delimiter = ',', default_value = "64")]
     sim_bytes: Vec<usize>,
     /// What a message costs its sender, and its receiver.
-    #[arg(long, requires = "part", value_name = "NS", default_value_t = 300)]
+    #[arg(long, requires = "parts", value_name = "NS", default_value_t = 300)]
     message_ns: u64,
     /// Latency of a node's link to the switch; between nodes there are two.
-    #[arg(long, requires = "part", value_name = "NS", default_value_t = 1000)]
+    #[arg(long, requires = "parts", value_name = "NS", default_value_t = 1000)]
     link_ns: u64,
     /// Latency of the switch.
-    #[arg(long, requires = "part", value_name = "NS", default_value_t = 500)]
+    #[arg(long, requires = "parts", value_name = "NS", default_value_t = 500)]
     switch_ns: u64,
     /// Latency inside a node.
-    #[arg(long, requires = "part", value_name = "NS", default_value_t = 200)]
+    #[arg(long, requires = "parts", value_name = "NS", default_value_t = 200)]
     node_ns: u64,
     /// Rate of a node's link, in each direction.
-    #[arg(long, requires = "part", value_name = "GB/S", default_value_t = 10.0)]
+    #[arg(long, requires = "parts", value_name = "GB/S", default_value_t = 10.0)]
     link_gbytes: f64,
     /// Rate inside a node.
-    #[arg(long, requires = "part", value_name = "GB/S", default_value_t = 20.0)]
+    #[arg(long, requires = "parts", value_name = "GB/S", default_value_t = 20.0)]
     node_gbytes: f64,
     /// Simulated time that a look for a message takes if there is none; a fifth of it for one at a message under way, of which
     /// there are many. Shorter is more exact, and takes longer.
-    #[arg(long, requires = "part", value_name = "NS", default_value_t = 10)]
+    #[arg(long, requires = "parts", value_name = "NS", default_value_t = 10)]
     poll_ns: u64,
 }
 
@@ -249,7 +249,7 @@ mod tests {
     #[derive(Parser)]
     struct Command {
         #[arg(default_value = "simulated")]
-        part: String,
+        parts: String,
         #[command(flatten)]
         cluster: Cluster,
     }
@@ -271,7 +271,7 @@ mod tests {
             repetitions: 1,
         };
         let command = Command::parse_from(["bench"]);
-        assert_eq!(command.part, "simulated");
+        assert_eq!(command.parts, "simulated");
         let model = command.cluster.model(&row, Factors::One).unwrap() * 1e9;
         assert!((model - nanoseconds).abs() < 1e-6, "{form}: {model}");
     }

@@ -1,0 +1,132 @@
+//! One run of the trainer's step over a model. All that the bench uses of the trainer is here.
+
+use crate::models::{BATCH, SEQ_LEN};
+use crate::rows::Row;
+use anyhow::{Result, ensure};
+use candle_core::{DType, Var};
+use moe_core::CounterRng;
+use moe_core::tape::GradBuffers;
+use moe_kernels::Precision;
+use moe_models::gpt::Gpt;
+use moe_models::train::model::{LossOutput, Pass, TokenBatch};
+use moe_models::train::optimizer::AdamW;
+use moe_models::train::step::{BatchSums, accumulate, grad_buffers};
+use moe_models::train::{TrainConfig, TrainModel};
+use std::path::Path;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::time::{Duration, Instant};
+
+const LR: f64 = 1e-4;
+
+/// A model that counts the time of its losses.
+struct Timed<'a> {
+    model: &'a Gpt,
+    forward_ns: AtomicU64,
+}
+
+impl TrainModel for Timed<'_> {
+    fn vocab_size(&self) -> usize {
+        TrainModel::vocab_size(self.model)
+    }
+    fn max_seq_len(&self) -> usize {
+        TrainModel::max_seq_len(self.model)
+    }
+    fn params(&self) -> &[(String, Var)] {
+        self.model.params()
+    }
+    fn has_weight_decay(&self, name: &str, shape: &[usize]) -> bool {
+        self.model.has_weight_decay(name, shape)
+    }
+    fn grad_group(&self, name: &str) -> String {
+        self.model.grad_group(name)
+    }
+    fn precision(&self) -> Precision {
+        self.model.precision()
+    }
+    fn loss(&self, batch: &TokenBatch, pass: Pass) -> moe_models::Result<LossOutput> {
+        let start = Instant::now();
+        let output = self.model.loss(batch, pass);
+        self.forward_ns.fetch_add(start.elapsed().as_nanos() as u64, Ordering::Relaxed);
+        output
+    }
+    fn save(&self, dir: &Path, dtype: DType) -> moe_models::Result<()> {
+        self.model.save(dir, dtype)
+    }
+}
+
+/// Times of one step.
+#[derive(Clone, Copy)]
+pub(crate) struct Times {
+    pub(crate) step: Duration,
+    pub(crate) forward: Duration,
+    pub(crate) backward: Duration,
+    pub(crate) optimizer: Duration,
+}
+
+/// What one step did.
+pub(crate) struct Stepped {
+    pub(crate) times: Times,
+    pub(crate) lm_loss: f64,
+    pub(crate) drop_rate: f64,
+}
+
+pub(crate) struct Run<'a> {
+    model: Timed<'a>,
+    config: TrainConfig,
+    optimizer: AdamW,
+    grads: GradBuffers,
+    rng: CounterRng,
+    step: u64,
+}
+
+impl<'a> Run<'a> {
+    pub(crate) fn new(model: &'a Gpt, row: &Row) -> Result<Self> {
+        let config = TrainConfig {
+            micro_batch_size: row.micro_batch_size.1,
+            global_batch_size: BATCH,
+            precision: model.precision(),
+            ..TrainConfig::default()
+        };
+        let config = config.resolved(SEQ_LEN)?;
+        let decays = model.params().iter().map(|(name, var)| model.has_weight_decay(name, var.dims())).collect();
+        let optimizer = AdamW::new(config.adamw(), model.params(), decays)?;
+        let grads = grad_buffers(model)?;
+        let model = Timed { model, forward_ns: AtomicU64::new(0) };
+        Ok(Self { model, config, optimizer, grads, rng: CounterRng::new(2, 0), step: 0 })
+    }
+
+    fn random_batches(&mut self) -> Vec<TokenBatch> {
+        let (batch, vocab_size) = (self.config.micro_batch_size, self.model.vocab_size() as u32);
+        let mut ids = || (0..batch * SEQ_LEN).map(|_| self.rng.below(vocab_size)).collect();
+        let draw = |_| TokenBatch { input_ids: ids(), target_ids: ids(), batch, seq_len: SEQ_LEN };
+        (0..self.config.grad_accum()).map(draw).collect()
+    }
+
+    /// What `Trainer` does between drawing a batch and reporting.
+    pub(crate) fn step(&mut self) -> Result<Stepped> {
+        let batches = self.random_batches();
+        let seeds: Vec<u64> = (0..batches.len() as u64).map(|i| CounterRng::mix(3, &[self.step, i])).collect();
+        self.model.forward_ns.store(0, Ordering::Relaxed);
+        self.step += 1;
+
+        let start = Instant::now();
+        let sums = accumulate(&self.model, &batches, &seeds, &mut self.grads)?;
+        let accumulated = start.elapsed();
+        let scale = 1.0 / sums.micro_batches as f64;
+        let report = self.optimizer.step(self.model.params(), &self.grads.all(), scale, LR)?;
+        let optimizer = start.elapsed() - accumulated;
+        let (lm_loss, drop_rate) = (sums.lm_loss, drop_rate(&sums));
+        drop(sums);
+        let step = start.elapsed();
+
+        ensure!(report.applied, "the gradients of step {} are not finite", self.step);
+        // The rest is backward and adding up.
+        let forward = Duration::from_nanos(self.model.forward_ns.load(Ordering::Relaxed));
+        let backward = accumulated.saturating_sub(forward);
+        Ok(Stepped { times: Times { step, forward, backward, optimizer }, lm_loss, drop_rate })
+    }
+}
+
+fn drop_rate(sums: &BatchSums) -> f64 {
+    sums.layers.iter().map(|layer| layer.load.drop_rate()).sum::<f64>() / sums.layers.len().max(1) as f64
+}
