@@ -67,6 +67,12 @@ impl<'a> Operand<'a> {
         Self::strided(values, [outer, inner], [1, row_stride])
     }
 
+    /// The `len` values of the inner dimension from `first` on.
+    fn part(self, first: usize, len: usize) -> Self {
+        let values = if len == 0 { &[] } else { &self.values[first * self.inner_stride..] };
+        Self { values, inner: len, ..self }
+    }
+
     fn strided(values: &'a [f32], [outer, inner]: [usize; 2], [outer_stride, inner_stride]: [usize; 2]) -> Self {
         if outer > 0 && inner > 0 {
             let last = (outer - 1) * outer_stride + (inner - 1) * inner_stride;
@@ -223,6 +229,10 @@ impl Group<'_> {
     fn panels(&self) -> usize {
         self.n().div_ceil(PANEL_COLS)
     }
+    /// Whether each panel of B has one task, which packs it where it is multiplied, without a way through memory.
+    fn packs_in_tasks(&self, format: Format) -> bool {
+        self.tiles(format) <= TASK_TILES
+    }
 }
 
 /// How words are laid out for a micro-kernel.
@@ -286,8 +296,12 @@ pub(crate) fn amx_rounds(rounds: usize) -> f64 {
     micro::amx::peak_rounds(rounds)
 }
 
-/// Steps of `p` (words of B, whole tiles) between two visits of the same tile of C, so that a panel's part stays in the first-level cache.
-const BLOCK_WORDS: usize = 192;
+/// Steps of `p` (words of B) between two visits of the same tile of C. A panel's part then comes from the second-level cache,
+/// which is fast enough; with 192 steps, which fit the first, C is loaded and stored so often that a product of 2,048 rows takes
+/// a twelfth longer (two Zen 4 cores, 2026-11-25).
+const BLOCK_WORDS: usize = 512;
+/// The same for tiles, which read a panel faster.
+const AMX_BLOCK_WORDS: usize = 192;
 /// Words packed per task.
 const PACK_UNITS: usize = 8;
 /// Multiply-adds below which a product is not worth a second thread.
@@ -332,7 +346,7 @@ impl Plan {
             if group.m() > 0 && group.n() > 0 {
                 a_words += group.m() * a_format.words(group.k());
                 plan.pack_a.extend((0..group.tiles(a_format)).step_by(PACK_UNITS).map(|tile| (index, tile)));
-                if let Weights::Plain(_) = group.b {
+                if matches!(group.b, Weights::Plain(_)) && !group.packs_in_tasks(a_format) {
                     b_words += group.panels() * PANEL_COLS * b_format.words(group.k());
                     plan.pack_b.extend((0..group.panels()).step_by(PACK_UNITS).map(|panel| (index, panel)));
                 }
@@ -405,13 +419,15 @@ unsafe fn run(isa: Isa, precision: Precision, groups: &[Group<'_>], out: SharedM
         pack_operands(isa, &plan, groups, least, a_words, b_words);
         let (a_words, b_words) = (&*a_words, &*b_words);
         parallel::for_each_if(plan.work, least, plan.tasks.len(), |index| {
-            let task = plan.tasks[index];
+            let (task, group) = (plan.tasks[index], &groups[plan.tasks[index].group]);
             let a = &a_words[plan.a_starts[task.group]..];
-            let b = match groups[task.group].b {
-                Weights::Plain(_) => &b_words[plan.b_starts[task.group]..],
-                Weights::Packed(packed) => packed.words.as_slice(),
+            let first_panel = task.first_panel * PANEL_COLS * plan.b_format.words(group.k());
+            let b = match group.b {
+                Weights::Packed(packed) => TaskPanels::Packed(&packed.words.as_slice()[first_panel..]),
+                Weights::Plain(weights) if group.packs_in_tasks(plan.a_format) => TaskPanels::Plain(weights),
+                Weights::Plain(_) => TaskPanels::Packed(&b_words[plan.b_starts[task.group] + first_panel..]),
             };
-            run_task(isa, &plan, &groups[task.group], task, a, b, out);
+            run_task(isa, &plan, (group, task), a, b, out);
         });
     });
 }
@@ -441,28 +457,41 @@ fn pack_operands(isa: Isa, plan: &Plan, groups: &[Group<'_>], least: usize, a_wo
         if let Some(&(g, first)) = plan.pack_b.get(index) {
             let Weights::Plain(weights) = groups[g].b else { return };
             let words = plan.b_format.words(groups[g].k());
-            for panel in first..(first + PACK_UNITS).min(groups[g].panels()) {
-                let start = plan.b_starts[g] + panel * PANEL_COLS * words;
-                // SAFETY: `plan` gives each panel of each group a part of its own.
-                let to = unsafe { b.slice(start, PANEL_COLS * words) };
-                pack::pack(isa, plan.b_format, &weights, panel * PANEL_COLS, PANEL_COLS, to);
-            }
+            let panels = PACK_UNITS.min(groups[g].panels() - first);
+            // SAFETY: `plan` gives each panel of each group a part of its own.
+            let to = unsafe { b.slice(plan.b_starts[g] + first * PANEL_COLS * words, panels * PANEL_COLS * words) };
+            pack::pack_run(isa, plan.b_format, &weights, (first * PANEL_COLS, panels * PANEL_COLS), PANEL_COLS, to);
         } else {
             let (g, first) = plan.pack_a[index - plan.pack_b.len()];
             let words = plan.a_format.words(groups[g].k());
-            for tile in first..(first + PACK_UNITS).min(groups[g].tiles(plan.a_format)) {
-                let row = tile * groups[g].tile_rows(plan.a_format);
-                let rows = groups[g].tile_rows(plan.a_format).min(groups[g].m() - row);
-                // SAFETY: `plan` gives each tile of each group a part of its own.
-                let to = unsafe { a.slice(plan.a_starts[g] + row * words, rows * words) };
-                pack::pack(isa, plan.a_format, &groups[g].a, row, rows, to);
-            }
+            let tile_rows = groups[g].tile_rows(plan.a_format);
+            let row = first * tile_rows;
+            let rows = (PACK_UNITS * tile_rows).min(groups[g].m() - row);
+            // SAFETY: `plan` gives each tile of each group a part of its own.
+            let to = unsafe { a.slice(plan.a_starts[g] + row * words, rows * words) };
+            pack::pack_run(isa, plan.a_format, &groups[g].a, (row, rows), tile_rows, to);
         }
     });
 }
 
+/// The panels of one task.
+#[derive(Clone, Copy)]
+enum TaskPanels<'a> {
+    /// `[panel][p][32]`, beginning with the task's first.
+    Packed(&'a [u32]),
+    /// To be packed here, part by part.
+    Plain(Operand<'a>),
+}
+
 /// One block of tiles times one block of panels, over all of `p`.
-fn run_task(isa: Isa, plan: &Plan, group: &Group<'_>, task: Task, a: &[u32], b: &[u32], out: SharedMut<f32>) {
+fn run_task(
+    isa: Isa,
+    plan: &Plan,
+    (group, task): (&Group<'_>, Task),
+    a: &[u32],
+    b: TaskPanels<'_>,
+    out: SharedMut<f32>,
+) {
     if !matches!(group.start, Start::Added) {
         return run_block(isa, plan, (group, task), a, b, (out, [0, 0]));
     }
@@ -489,68 +518,109 @@ fn run_block(
     plan: &Plan,
     (group, task): (&Group<'_>, Task),
     a: &[u32],
-    b: &[u32],
+    b: TaskPanels<'_>,
+    out: (SharedMut<f32>, [usize; 2]),
+) {
+    let b_words = plan.b_format.words(group.k());
+    let is_one_tile = group.tiles(plan.a_format) - task.first_tile == 1;
+    let block = match plan.a_format {
+        // With one tile nothing of B is read twice: go through it in one sweep.
+        _ if is_one_tile && matches!(b, TaskPanels::Packed(_)) => b_words.max(1),
+        Format::Rows => AMX_BLOCK_WORDS,
+        _ => BLOCK_WORDS,
+    };
+    for start in (0..b_words.max(1)).step_by(block) {
+        let steps = start..(start + block).min(b_words);
+        match b {
+            TaskPanels::Packed(words) => {
+                let panels = StepPanels { words: &words[start * PANEL_COLS..], stride: PANEL_COLS * b_words };
+                run_steps(isa, plan, (group, task), a, (panels, steps), out);
+            }
+            TaskPanels::Plain(weights) => {
+                // Words of two values, or of one.
+                let per_word = if plan.b_format == Format::F32 { 1 } else { 2 };
+                let part = weights.part(start * per_word, (steps.len() * per_word).min(weights.inner - start * per_word));
+                let cols = TASK_PANELS.min(group.panels() - task.first_panel) * PANEL_COLS;
+                buffer::with_scratch(cols * steps.len(), |words| {
+                    pack::pack_run(isa, plan.b_format, &part, (task.first_panel * PANEL_COLS, cols), PANEL_COLS, words);
+                    let panels = StepPanels { words, stride: PANEL_COLS * steps.len() };
+                    run_steps(isa, plan, (group, task), a, (panels, steps.clone()), out);
+                });
+            }
+        }
+    }
+}
+
+/// Panels from one step on, with the words from one to the next.
+#[derive(Clone, Copy)]
+struct StepPanels<'a> {
+    words: &'a [u32],
+    stride: usize,
+}
+
+/// The part of a task's product that `steps` of `p` make.
+fn run_steps(
+    isa: Isa,
+    plan: &Plan,
+    (group, task): (&Group<'_>, Task),
+    a: &[u32],
+    (b, steps): (StepPanels<'_>, std::ops::Range<usize>),
     (out, origin): (SharedMut<f32>, [usize; 2]),
 ) {
-    let (a_words, b_words) = (plan.a_format.words(group.k()), plan.b_format.words(group.k()));
+    let a_words = plan.a_format.words(group.k());
     let tile_rows = group.tile_rows(plan.a_format);
     let tiles = task.first_tile..(task.first_tile + TASK_TILES).min(group.tiles(plan.a_format));
-    let panels = task.first_panel..(task.first_panel + TASK_PANELS).min(group.panels());
-    // With one tile nothing of B is read twice: go through it in one sweep, several panels side by side.
-    let block = if tiles.len() == 1 { b_words.max(1) } else { BLOCK_WORDS };
-    for start in (0..b_words.max(1)).step_by(block) {
-        let steps = block.min(b_words - start);
-        let mut panel = panels.start;
-        while panel < panels.end {
-            let rows = tile_rows.min(group.m() - tiles.start * tile_rows);
-            let wide =
-                if tiles.len() == 1 { micro::panels_at_once(plan.a_format, rows).min(panels.end - panel) } else { 1 };
-            let wide = if wide == 3 { 2 } else { wide };
-            // What is multiplied after this: the same part of the next panel (which may be the next task's), or the next part
-            // of the first.
-            let next = if tiles.len() == 1 || panel + wide < panels.end {
-                (wide * PANEL_COLS * b_words) as isize
-            } else {
-                (block * PANEL_COLS) as isize - ((panel - panels.start) * PANEL_COLS * b_words) as isize
+    let panels = TASK_PANELS.min(group.panels() - task.first_panel);
+    let (start, steps) = (steps.start, steps.len());
+    let mut panel = 0;
+    while panel < panels {
+        let rows = tile_rows.min(group.m() - tiles.start * tile_rows);
+        let wide = if tiles.len() == 1 { micro::panels_at_once(plan.a_format, rows).min(panels - panel) } else { 1 };
+        let wide = if wide == 3 { 2 } else { wide };
+        // What is multiplied after this: the same part of the next panel (which may be the next task's), or the next part of
+        // the first.
+        let next = if tiles.len() == 1 || panel + wide < panels {
+            (wide * b.stride) as isize
+        } else {
+            (steps * PANEL_COLS) as isize - (panel * b.stride) as isize
+        };
+        let col = (task.first_panel + panel) * PANEL_COLS;
+        let cols = (wide * PANEL_COLS).min(group.n() - col);
+        for tile in tiles.clone() {
+            let row = tile * tile_rows;
+            let rows = tile_rows.min(group.m() - row);
+            let first = row * a_words;
+            let a = match plan.a_format {
+                Format::Wide => &a[first + 2 * start * rows..][..2 * steps * rows],
+                Format::Rows => &a[first + start..][..(rows - 1) * a_words + steps.next_multiple_of(16)],
+                _ => &a[first + start * rows..][..steps * rows],
             };
-            let col = panel * PANEL_COLS;
-            let cols = (wide * PANEL_COLS).min(group.n() - col);
-            for tile in tiles.clone() {
-                let row = tile * tile_rows;
-                let rows = tile_rows.min(group.m() - row);
-                let first = row * a_words;
-                let a = match plan.a_format {
-                    Format::Wide => &a[first + 2 * start * rows..][..2 * steps * rows],
-                    Format::Rows => &a[first + start..][..(rows - 1) * a_words + steps.next_multiple_of(16)],
-                    _ => &a[first + start * rows..][..steps * rows],
-                };
-                let begin = match group.start {
-                    Start::Bias(bias) if start == 0 => Start::Bias(&bias[col..col + cols]),
-                    Start::Zero if start == 0 => Start::Zero,
-                    Start::Added => unreachable!("sums that are added have a block of their own"),
-                    _ => Start::Output,
-                };
-                let to = group.out_offset + (row - origin[0]) * group.out_stride + (col - origin[1]);
-                micro::run(
-                    isa,
-                    plan.a_format,
-                    &micro::Tile {
-                        rows,
-                        panels: wide,
-                        cols,
-                        steps,
-                        a,
-                        a_stride: a_words,
-                        b: &b[panel * PANEL_COLS * b_words + start * PANEL_COLS..],
-                        panel_stride: PANEL_COLS * b_words,
-                        next,
-                        out: out.at(to),
-                        out_stride: group.out_stride,
-                        start: begin,
-                    },
-                );
-            }
-            panel += wide;
+            let begin = match group.start {
+                Start::Bias(bias) if start == 0 => Start::Bias(&bias[col..col + cols]),
+                Start::Zero if start == 0 => Start::Zero,
+                Start::Added => unreachable!("sums that are added have a block of their own"),
+                _ => Start::Output,
+            };
+            let to = group.out_offset + (row - origin[0]) * group.out_stride + (col - origin[1]);
+            micro::run(
+                isa,
+                plan.a_format,
+                &micro::Tile {
+                    rows,
+                    panels: wide,
+                    cols,
+                    steps,
+                    a,
+                    a_stride: a_words,
+                    b: &b.words[panel * b.stride..],
+                    panel_stride: b.stride,
+                    next,
+                    out: out.at(to),
+                    out_stride: group.out_stride,
+                    start: begin,
+                },
+            );
         }
+        panel += wide;
     }
 }

@@ -42,6 +42,31 @@ impl Tile<'_> {
     }
 }
 
+/// [`pack`] of `outer` rows from `first` on, in tiles of `width` one after the other; the last may be narrower, and rows past the
+/// end of `from` become zeros. Where rows are neighbours in memory each step is read once, for all tiles.
+pub(super) fn pack_run(
+    isa: Isa,
+    format: Format,
+    from: &Operand<'_>,
+    (first, outer): (usize, usize),
+    width: usize,
+    to: &mut [u32],
+) {
+    let words = format.words(from.inner);
+    debug_assert_eq!(to.len(), outer * words);
+    if words == 0 {
+        return;
+    }
+    #[cfg(target_arch = "x86_64")]
+    if isa >= Isa::Avx512 && from.outer_stride == 1 && format != Format::Rows && first + outer <= from.outer {
+        // SAFETY: this machine has the features of `isa`; `from` has the rows, and `to` the words of each.
+        return unsafe { avx512::copy_run(format, from, (first, outer), width, to) };
+    }
+    for (tile, to) in to.chunks_mut(width * words).enumerate() {
+        pack(isa, format, from, first + tile * width, to.len() / words, to);
+    }
+}
+
 /// Writes rows `first..first + width` of `from` as `[inner][width]` words ([`Format::Rows`]: `[width][inner]`); rows past
 /// its end become zeros.
 pub(super) fn pack(isa: Isa, format: Format, from: &Operand<'_>, first: usize, width: usize, to: &mut [u32]) {
@@ -177,7 +202,7 @@ fn along_inner(tile: &Tile<'_>, to: &mut [u32]) {
 
 #[cfg(target_arch = "x86_64")]
 mod avx512 {
-    use super::{Format, Tile};
+    use super::{Format, Operand, Tile};
     use std::arch::x86_64::*;
 
     /// Transposes 16 x 16 words at a time.
@@ -247,6 +272,51 @@ mod avx512 {
                 };
                 // SAFETY: step `step` has `width` words, of which `start` and the masked ones after it exist.
                 unsafe { _mm512_mask_storeu_epi32(into.add(step * width).cast(), mask, line) };
+            }
+        }
+    }
+
+    /// [`copy`] of neighbouring tiles, step by step: a step's values are read where they lie side by side.
+    ///
+    /// # Safety
+    /// The machine must have AVX-512 F, BW and DQ; `from` has `outer` contiguous and at least `first + outer` rows; `to` has
+    /// `outer * format.words(inner)` words.
+    #[target_feature(enable = "avx512f,avx512bw,avx512dq")]
+    pub(super) unsafe fn copy_run(
+        format: Format,
+        from: &Operand<'_>,
+        (first, outer): (usize, usize),
+        width: usize,
+        to: &mut [u32],
+    ) {
+        debug_assert!(from.outer_stride == 1 && first + outer <= from.outer);
+        let words = format.words(from.inner);
+        let start = from.values[first..].as_ptr();
+        let into = to.as_mut_ptr();
+        for step in 0..words {
+            for tile in (0..outer).step_by(width) {
+                let rows = width.min(outer - tile);
+                for lane in (0..rows).step_by(16) {
+                    let mask = low_bits(rows - lane);
+                    // SAFETY: lanes past the tile's rows are masked off, and steps at or past `inner` are not loaded.
+                    let load = |p: usize| unsafe {
+                        if p < from.inner {
+                            _mm512_maskz_loadu_ps(mask, start.add(p * from.inner_stride + tile + lane))
+                        } else {
+                            _mm512_setzero_ps()
+                        }
+                    };
+                    let line = match format {
+                        Format::F32 => _mm512_castps_si512(load(step)),
+                        Format::Wide => round_high(load(step)),
+                        Format::Pairs | Format::Rows => {
+                            let low = _mm512_srli_epi32::<16>(round_high(load(2 * step)));
+                            _mm512_or_si512(low, round_high(load(2 * step + 1)))
+                        }
+                    };
+                    // SAFETY: the tile begins at `tile * words`, and its step `step` has `rows` words.
+                    unsafe { _mm512_mask_storeu_epi32(into.add(tile * words + step * rows + lane).cast(), mask, line) };
+                }
             }
         }
     }
