@@ -70,8 +70,7 @@ fn group<'a>(of: Product, sizes: Sizes, index: usize, [x, w, grad]: [&'a [f32]; 
 fn measure(isa: Isa, precision: Precision, of: Product, sizes: Sizes) -> [f64; 2] {
     let values = |len: usize, step: usize| (0..len).map(|i| ((i * step % 101) as f32 - 50.0) * 0.01).collect();
     let [x, w, grad]: [Vec<f32>; 3] = [(0, 37), (1, 31), (2, 29)].map(|(i, step)| values(sizes.lens()[i], step));
-    let groups: Vec<Group<'_>> =
-        (0..sizes.matrices).map(|index| group(of, sizes, index, [&x, &w, &grad])).collect();
+    let groups: Vec<Group<'_>> = (0..sizes.matrices).map(|index| group(of, sizes, index, [&x, &w, &grad])).collect();
     let [of_x, of_w, of_grad] = sizes.lens();
     let mut out = vec![0.0; [of_grad, of_x, of_w][of as usize]];
     let mut times = Vec::new();
@@ -98,9 +97,8 @@ fn main() {
     }
     let isa = select::current();
     let types = [("bf16", Precision::Bf16), ("f32", Precision::F32)];
-    let wanted = |name: &str, all: &[&str]| {
-        only.iter().any(|o| *o == name) || !only.iter().any(|o| all.contains(&o.as_str()))
-    };
+    let wanted =
+        |name: &str, all: &[&str]| only.iter().any(|o| *o == name) || !only.iter().any(|o| all.contains(&o.as_str()));
     println!("machine: {}; kernels: {isa}; operands packed on the way", machine::name());
     for (kind, precision) in types.into_iter().filter(|t| wanted(t.0, &types.map(|t| t.0))) {
         let before = Peaks::measure();

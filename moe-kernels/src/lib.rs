@@ -12,6 +12,7 @@ pub mod adamw;
 pub mod add_norm;
 pub mod attention;
 mod buffer;
+pub mod copies;
 pub mod cross_entropy;
 mod custom;
 pub mod embedding;

@@ -8,7 +8,7 @@
 mod tests;
 
 use crate::parallel::SharedMut;
-use crate::{Error, Isa, Result, parallel};
+use crate::{Error, Isa, Result, copies, parallel};
 
 /// Elements per unit of work and of summation.
 const CHUNK: usize = 1 << 14;
@@ -83,6 +83,8 @@ pub struct Parameter<'a> {
     pub exp_avg_sq: &'a mut [f32],
     /// Gradient before `grad_scale`.
     pub grad: &'a [f32],
+    /// Where the new values are also wanted, rounded to bf16: bits, of the same length.
+    pub rounded: Option<&'a mut [u16]>,
 }
 
 /// Updates every parameter: `p -= lr * (m_hat / (sqrt(v_hat) + eps) + weight_decay * p)`.
@@ -106,6 +108,9 @@ pub fn update(isa: Isa, parameters: &mut [Parameter<'_>]) -> Result<()> {
                 p.values.len()
             )));
         }
+        if let Some(rounded) = &p.rounded {
+            copies::check_len(rounded, p.values.len())?;
+        }
     }
     let tasks = chunks(parameters.iter().map(|p| p.values.len()));
     let work: usize = parameters.iter().map(|p| p.values.len()).sum();
@@ -113,16 +118,22 @@ pub fn update(isa: Isa, parameters: &mut [Parameter<'_>]) -> Result<()> {
         .iter_mut()
         .map(|p| {
             let state = [&mut *p.values, &mut *p.exp_avg, &mut *p.exp_avg_sq].map(SharedMut::new);
-            (Factors::new(&p.settings), state, p.grad)
+            (Factors::new(&p.settings), state, p.grad, p.rounded.as_deref_mut().map(SharedMut::new))
         })
         .collect();
     parallel::for_each_if(work, LEAST_WORK, tasks.len(), |task| {
         let (index, start) = tasks[task];
-        let (factors, state, grad) = &shared[index];
+        let (factors, state, grad, rounded) = &shared[index];
         let len = CHUNK.min(grad.len() - start);
         // SAFETY: each chunk belongs to one task, and the slices are borrowed for the whole call.
         let [p, m, v] = state.map(|s| unsafe { s.slice(start, len) });
-        isa.vectorize(|| update_chunk(factors, p, m, v, &grad[start..start + len]));
+        isa.vectorize(|| {
+            update_chunk(factors, p, m, v, &grad[start..start + len]);
+            if let Some(rounded) = rounded {
+                // SAFETY: as above.
+                copies::round(p, unsafe { rounded.slice(start, len) });
+            }
+        });
     });
     Ok(())
 }

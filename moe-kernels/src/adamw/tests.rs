@@ -33,6 +33,7 @@ fn step(isa: Isa, states: &mut [State], first: usize, updates: u64) {
             exp_avg,
             exp_avg_sq,
             grad,
+            rounded: None,
         })
         .collect();
     update(isa, &mut parameters).unwrap();
@@ -101,9 +102,38 @@ fn the_sum_of_squares_is_accurate_and_has_one_order() {
 #[test]
 fn lengths_that_differ_are_named() {
     let (mut p, mut m, mut v) = ([1.0; 2], [0.0; 2], [0.0; 3]);
-    let mut parameters =
-        [Parameter { settings: settings(0, 1), values: &mut p, exp_avg: &mut m, exp_avg_sq: &mut v, grad: &[1.0; 2] }];
+    let mut parameters = [Parameter {
+        settings: settings(0, 1),
+        values: &mut p,
+        exp_avg: &mut m,
+        exp_avg_sq: &mut v,
+        grad: &[1.0; 2],
+        rounded: None,
+    }];
     let message = update(Isa::Portable, &mut parameters).unwrap_err().to_string();
     assert!(message.contains("parameter 0") && message.contains("[2, 3, 2]"), "{message}");
     assert_eq!(p, [1.0; 2]);
+}
+
+/// The copy is of the values after the update, each rounded; one of another length is refused before anything changes.
+#[test]
+fn copies_are_the_new_values_rounded() {
+    let len = LENS[LENS.len() - 1];
+    for isa in Isa::available() {
+        let (mut p, mut m, mut v, g) = (wave(len, 1), vec![0.0; len], vec![0.0; len], wave(len, 5));
+        let mut rounded = vec![7; len];
+        let mut run = |p: &mut [f32], rounded: &mut [u16]| {
+            let (settings, rounded) = (settings(0, 1), Some(rounded));
+            update(
+                isa,
+                &mut [Parameter { settings, values: p, exp_avg: &mut m, exp_avg_sq: &mut v, grad: &g, rounded }],
+            )
+        };
+        let before = p.clone();
+        assert!(run(&mut p, &mut rounded[1..]).unwrap_err().to_string().contains("copy"));
+        assert_eq!(p, before);
+        run(&mut p, &mut rounded).unwrap();
+        let want: Vec<u16> = p.iter().map(|v| (crate::gemm::bf16_round(*v).to_bits() >> 16) as u16).collect();
+        assert!(p != before && rounded == want, "{isa}");
+    }
 }

@@ -17,6 +17,7 @@
 
 mod micro;
 mod pack;
+mod rounded;
 mod rows;
 #[cfg(test)]
 mod tests;
@@ -24,6 +25,7 @@ mod tests;
 use crate::parallel::SharedMut;
 use crate::{Isa, buffer, parallel};
 pub use pack::bf16_round;
+pub use rounded::Rounded;
 pub(crate) use rows::{Panels, panel_words, with_packed_rows};
 
 /// What the multiplier reads; sums are f32 in either case.
@@ -108,6 +110,8 @@ impl<'a> Start<'a> {
 pub enum Weights<'a> {
     /// Packed on the way.
     Plain(Operand<'a>),
+    /// Rounded before, packed on the way; for [`Precision::Bf16`].
+    Rounded(Rounded<'a>),
     /// Packed before.
     Packed(&'a PackedWeights),
 }
@@ -116,8 +120,33 @@ impl Weights<'_> {
     fn shape(&self) -> [usize; 2] {
         match self {
             Self::Plain(operand) => [operand.outer, operand.inner],
+            Self::Rounded(rounded) => [rounded.outer, rounded.inner],
             Self::Packed(packed) => packed.shape,
         }
+    }
+
+    /// The `len` values of the inner dimension from `first` on, of weights that are not packed.
+    fn part(self, first: usize, len: usize) -> Self {
+        match self {
+            Self::Plain(operand) => Self::Plain(operand.part(first, len)),
+            Self::Rounded(rounded) => Self::Rounded(rounded.part(first, len)),
+            Self::Packed(_) => self,
+        }
+    }
+
+    /// Packs columns of C `first..first + cols` of weights that are not.
+    fn pack(&self, isa: Isa, format: Format, (first, cols): (usize, usize), to: &mut [u32]) {
+        match self {
+            Self::Plain(operand) => pack::pack_run(isa, format, operand, (first, cols), PANEL_COLS, to),
+            Self::Rounded(rounded) => rounded::pack(isa, rounded, (first, cols), to),
+            Self::Packed(_) => unreachable!("packed weights are read as they are"),
+        }
+    }
+}
+
+impl<'a> From<Rounded<'a>> for Weights<'a> {
+    fn from(rounded: Rounded<'a>) -> Self {
+        Self::Rounded(rounded)
     }
 }
 
@@ -346,7 +375,7 @@ impl Plan {
             if group.m() > 0 && group.n() > 0 {
                 a_words += group.m() * a_format.words(group.k());
                 plan.pack_a.extend((0..group.tiles(a_format)).step_by(PACK_UNITS).map(|tile| (index, tile)));
-                if matches!(group.b, Weights::Plain(_)) && !group.packs_in_tasks(a_format) {
+                if !matches!(group.b, Weights::Packed(_)) && !group.packs_in_tasks(a_format) {
                     b_words += group.panels() * PANEL_COLS * b_format.words(group.k());
                     plan.pack_b.extend((0..group.panels()).step_by(PACK_UNITS).map(|panel| (index, panel)));
                 }
@@ -424,8 +453,10 @@ unsafe fn run(isa: Isa, precision: Precision, groups: &[Group<'_>], out: SharedM
             let first_panel = task.first_panel * PANEL_COLS * plan.b_format.words(group.k());
             let b = match group.b {
                 Weights::Packed(packed) => TaskPanels::Packed(&packed.words.as_slice()[first_panel..]),
-                Weights::Plain(weights) if group.packs_in_tasks(plan.a_format) => TaskPanels::Plain(weights),
-                Weights::Plain(_) => TaskPanels::Packed(&b_words[plan.b_starts[task.group] + first_panel..]),
+                weights if group.packs_in_tasks(plan.a_format) => TaskPanels::Unpacked(weights),
+                Weights::Plain(_) | Weights::Rounded(_) => {
+                    TaskPanels::Packed(&b_words[plan.b_starts[task.group] + first_panel..])
+                }
             };
             run_task(isa, &plan, (group, task), a, b, out);
         });
@@ -438,6 +469,9 @@ fn check(precision: Precision, groups: &[Group<'_>], out_len: usize) {
         assert_eq!(group.a.inner, group.b.shape()[1], "both operands must have the same inner size");
         if let Weights::Packed(packed) = group.b {
             assert_eq!(packed.precision, precision, "the weights must be packed in the precision of the product");
+        }
+        if let Weights::Rounded(_) = group.b {
+            assert_eq!(precision, Precision::Bf16, "weights that were rounded to bf16 are multiplied so");
         }
         if let Start::Bias(bias) = group.start {
             assert_eq!(bias.len(), group.n(), "bias must have one entry per column");
@@ -455,12 +489,11 @@ fn pack_operands(isa: Isa, plan: &Plan, groups: &[Group<'_>], least: usize, a_wo
     let (a, b) = (SharedMut::new(a_words), SharedMut::new(b_words));
     parallel::for_each_if(plan.work, least, plan.pack_a.len() + plan.pack_b.len(), |index| {
         if let Some(&(g, first)) = plan.pack_b.get(index) {
-            let Weights::Plain(weights) = groups[g].b else { return };
             let words = plan.b_format.words(groups[g].k());
             let panels = PACK_UNITS.min(groups[g].panels() - first);
             // SAFETY: `plan` gives each panel of each group a part of its own.
             let to = unsafe { b.slice(plan.b_starts[g] + first * PANEL_COLS * words, panels * PANEL_COLS * words) };
-            pack::pack_run(isa, plan.b_format, &weights, (first * PANEL_COLS, panels * PANEL_COLS), PANEL_COLS, to);
+            groups[g].b.pack(isa, plan.b_format, (first * PANEL_COLS, panels * PANEL_COLS), to);
         } else {
             let (g, first) = plan.pack_a[index - plan.pack_b.len()];
             let words = plan.a_format.words(groups[g].k());
@@ -480,7 +513,7 @@ enum TaskPanels<'a> {
     /// `[panel][p][32]`, beginning with the task's first.
     Packed(&'a [u32]),
     /// To be packed here, part by part.
-    Plain(Operand<'a>),
+    Unpacked(Weights<'a>),
 }
 
 /// One block of tiles times one block of panels, over all of `p`.
@@ -536,13 +569,14 @@ fn run_block(
                 let panels = StepPanels { words: &words[start * PANEL_COLS..], stride: PANEL_COLS * b_words };
                 run_steps(isa, plan, (group, task), a, (panels, steps), out);
             }
-            TaskPanels::Plain(weights) => {
+            TaskPanels::Unpacked(weights) => {
                 // Words of two values, or of one.
                 let per_word = if plan.b_format == Format::F32 { 1 } else { 2 };
-                let part = weights.part(start * per_word, (steps.len() * per_word).min(weights.inner - start * per_word));
+                let first = start * per_word;
+                let part = weights.part(first, (steps.len() * per_word).min(group.k() - first));
                 let cols = TASK_PANELS.min(group.panels() - task.first_panel) * PANEL_COLS;
                 buffer::with_scratch(cols * steps.len(), |words| {
-                    pack::pack_run(isa, plan.b_format, &part, (task.first_panel * PANEL_COLS, cols), PANEL_COLS, words);
+                    part.pack(isa, plan.b_format, (task.first_panel * PANEL_COLS, cols), words);
                     let panels = StepPanels { words, stride: PANEL_COLS * steps.len() };
                     run_steps(isa, plan, (group, task), a, (panels, steps.clone()), out);
                 });

@@ -201,6 +201,9 @@ fn along_inner(tile: &Tile<'_>, to: &mut [u32]) {
 }
 
 #[cfg(target_arch = "x86_64")]
+pub(super) use avx512::transpose_16x16;
+
+#[cfg(target_arch = "x86_64")]
 mod avx512 {
     use super::{Format, Operand, Tile};
     use std::arch::x86_64::*;
@@ -371,7 +374,7 @@ mod avx512 {
 
     #[inline]
     #[target_feature(enable = "avx512f,avx512bw,avx512dq")]
-    fn transpose_16x16(rows: &mut [__m512i; 16]) {
+    pub(in crate::gemm) fn transpose_16x16(rows: &mut [__m512i; 16]) {
         let mut quads = [_mm512_setzero_si512(); 16];
         // 1. Inside each group of four rows, each 128-bit lane: columns 4 lane + 0..4.
         for group in 0..4 {

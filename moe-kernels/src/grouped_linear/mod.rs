@@ -5,12 +5,14 @@
 #[cfg(test)]
 mod tests;
 
+use crate::copies::{self, RoundedCopy};
 use crate::custom::{self, Input, SliceOp, Target, with_inputs};
-use crate::gemm::{Group, Operand, PackedWeights, Start, Weights, gemm, gemm_new};
+use crate::gemm::{Group, Operand, PackedWeights, Rounded, Start, Weights, gemm, gemm_new};
 use crate::{Error, Isa, Precision, Result, parallel, select};
 use candle_core::Tensor;
 use moe_core::ops::{host, parts_per_expert, whole_experts};
 use std::ops::Range;
+use std::sync::Arc;
 
 /// `x W^T + b` over the last dimension.
 ///
@@ -40,7 +42,9 @@ fn apply_linear(
     (offsets, parts): (Vec<usize>, usize),
     precision: Precision,
 ) -> Result<Tensor> {
-    let op = GroupedLinear { offsets, parts, precision, isa: select::current() };
+    let products = GroupedLinear { offsets, parts, precision, isa: select::current() };
+    let copy = copies::of(weight, precision, products.isa);
+    let op = Linear { products, copy };
     match bias {
         Some(bias) => custom::apply(op, &[x, weight, bias]),
         None => custom::apply(op, &[x, weight]),
@@ -145,6 +149,45 @@ pub(crate) fn check(
     Ok(parts)
 }
 
+/// The weights of one call, `[experts, out, in]`.
+#[derive(Clone, Copy)]
+pub(crate) enum Matrices<'a> {
+    Plain(&'a [f32]),
+    Rounded(&'a [u16]),
+}
+
+impl<'a> Matrices<'a> {
+    /// The values, or the copy that there is of them.
+    pub(crate) fn of(values: &'a [f32], copy: Option<&'a [u16]>) -> Self {
+        copy.map_or(Self::Plain(values), Self::Rounded)
+    }
+
+    /// Matrix `e`, to be summed over `in`.
+    fn rows(self, e: usize, out: usize, inner: usize) -> Weights<'a> {
+        let range = e * out * inner..(e + 1) * out * inner;
+        match self {
+            Self::Plain(w) => Operand::rows(&w[range], out, inner, inner).into(),
+            Self::Rounded(w) => Rounded::rows(&w[range], out, inner).into(),
+        }
+    }
+
+    /// The same, to be summed over `out`.
+    fn columns(self, e: usize, out: usize, inner: usize) -> Weights<'a> {
+        let range = e * out * inner..(e + 1) * out * inner;
+        match self {
+            Self::Plain(w) => Operand::columns(&w[range], inner, out, inner).into(),
+            Self::Rounded(w) => Rounded::columns(&w[range], inner, out).into(),
+        }
+    }
+}
+
+/// A linear map of each expert, as one operation.
+struct Linear {
+    products: GroupedLinear,
+    /// Of the weights.
+    copy: Option<Arc<RoundedCopy>>,
+}
+
 /// The products of one call.
 pub(crate) struct GroupedLinear {
     /// Of each batch of each expert.
@@ -179,10 +222,17 @@ impl GroupedLinear {
     }
 
     /// `[rows, out]`
-    pub(crate) fn product(&self, x: &[f32], w: &[f32], bias: Option<&[f32]>, inner: usize, out: usize) -> Vec<f32> {
+    pub(crate) fn product(
+        &self,
+        x: &[f32],
+        w: Matrices<'_>,
+        bias: Option<&[f32]>,
+        inner: usize,
+        out: usize,
+    ) -> Vec<f32> {
         self.products(self.num_rows() * out, |e, first, rows| Group {
             a: Operand::rows(&x[first * inner..][..rows * inner], rows, inner, inner),
-            b: Operand::rows(&w[e * out * inner..][..out * inner], out, inner, inner).into(),
+            b: w.rows(e, out, inner),
             start: Start::bias(bias.map(|b| &b[e * out..][..out])),
             out_offset: first * out,
             out_stride: out,
@@ -190,10 +240,10 @@ impl GroupedLinear {
     }
 
     /// Gradient of the rows, `[rows, in]`.
-    pub(crate) fn input_gradient(&self, grad: &[f32], w: &[f32], inner: usize, out: usize) -> Vec<f32> {
+    pub(crate) fn input_gradient(&self, grad: &[f32], w: Matrices<'_>, inner: usize, out: usize) -> Vec<f32> {
         self.products(self.num_rows() * inner, |e, first, rows| Group {
             a: Operand::rows(&grad[first * out..][..rows * out], rows, out, out),
-            b: Operand::columns(&w[e * out * inner..][..out * inner], inner, out, inner).into(),
+            b: w.columns(e, out, inner),
             start: Start::Zero,
             out_offset: first * inner,
             out_stride: inner,
@@ -269,25 +319,29 @@ impl GroupedLinear {
     }
 }
 
-impl SliceOp for GroupedLinear {
+impl SliceOp for Linear {
     fn name(&self) -> &'static str {
         "grouped_linear"
     }
 
     fn forward(&self, inputs: &[Input<'_>]) -> (Vec<f32>, Vec<usize>) {
         let (x, w) = (inputs[0], inputs[1]);
-        let out = w.rows() / self.num_experts();
-        let y = self.product(x.values, w.values, inputs.get(2).map(|b| b.values), x.width(), out);
+        let out = w.rows() / self.products.num_experts();
+        let copy = self.copy.as_ref().map(|copy| copy.read());
+        let matrices = Matrices::of(w.values, copy.as_deref().map(Vec::as_slice));
+        let y = self.products.product(x.values, matrices, inputs.get(2).map(|b| b.values), x.width(), out);
         (y, [&x.dims[..x.dims.len() - 1], &[out]].concat())
     }
 
     fn backward(&self, inputs: &[Input<'_>], _: &[f32], grad: &[f32], to: &mut [Target<'_>]) -> Result<()> {
-        let (x, w) = (inputs[0], inputs[1]);
-        let (inner, out) = (x.width(), w.rows() / self.num_experts());
-        to[0].bring(|| self.input_gradient(grad, w.values, inner, out));
-        self.bring_weight_gradient(grad, x.values, inner, out, &mut to[1]);
+        let (x, w, products) = (inputs[0], inputs[1], &self.products);
+        let (inner, out) = (x.width(), w.rows() / products.num_experts());
+        let copy = self.copy.as_ref().map(|copy| copy.read());
+        let matrices = Matrices::of(w.values, copy.as_deref().map(Vec::as_slice));
+        to[0].bring(|| products.input_gradient(grad, matrices, inner, out));
+        products.bring_weight_gradient(grad, x.values, inner, out, &mut to[1]);
         if let Some(bias) = to.get_mut(2) {
-            bias.add_to(self.num_experts() * out, |sums| self.add_bias_gradient(grad, out, sums));
+            bias.add_to(products.num_experts() * out, |sums| products.add_bias_gradient(grad, out, sums));
         }
         Ok(())
     }

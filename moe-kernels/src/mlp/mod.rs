@@ -9,14 +9,15 @@ mod tests;
 
 use crate::activation::{apply_into, gradient_in_place};
 use crate::buffer::with_scratch_f32;
+use crate::copies::{self, RoundedCopy};
 use crate::custom::{self, Input, SliceOp, Target};
-use crate::grouped_linear::{GroupedLinear, check};
+use crate::grouped_linear::{GroupedLinear, Matrices, check};
 use crate::{Error, Precision, Result, select};
 use candle_core::Tensor;
 use moe_core::ops::host::expect_shape;
 use moe_core::tape;
 use moe_core::{Activation, MlpWeights};
-use std::sync::{Mutex, PoisonError};
+use std::sync::{Arc, Mutex, PoisonError};
 
 /// Each expert's network over its rows ([`moe_core::MoeOps::experts`]), while a tape is active: candle's operations take no
 /// more than three tensors.
@@ -79,8 +80,10 @@ fn apply(
         expect_shape("fc_out_bias", bias, &fc_out.dims()[..fc_out.rank() - 1])?;
     }
     let inputs: Vec<&Tensor> = [rows, fc_in, fc_out].into_iter().chain(fc_in_bias).chain(fc_out_bias).collect();
+    let isa = select::current();
     let op = GroupedMlp {
-        linear: GroupedLinear { offsets, parts, precision, isa: select::current() },
+        linear: GroupedLinear { offsets, parts, precision, isa },
+        copies: [fc_in, fc_out].map(|weight| copies::of(weight, precision, isa)),
         activation,
         has_bias: [fc_in_bias.is_some(), fc_out_bias.is_some()],
         keeps_hidden: tape::tracks(&inputs),
@@ -92,6 +95,8 @@ fn apply(
 /// Inputs: rows, `fc_in`, `fc_out`, and the biases that there are.
 struct GroupedMlp {
     linear: GroupedLinear,
+    /// Of `fc_in` and `fc_out`.
+    copies: [Option<Arc<RoundedCopy>>; 2],
     activation: Activation,
     has_bias: [bool; 2],
     keeps_hidden: bool,
@@ -129,10 +134,13 @@ impl SliceOp for GroupedMlp {
     fn forward(&self, inputs: &[Input<'_>]) -> (Vec<f32>, Vec<usize>) {
         let Widths { d_model, width, d_ff } = self.widths(inputs);
         let [in_bias, out_bias] = self.biases().map(|index| index.map(|index| inputs[index].values));
-        let hidden = self.linear.product(inputs[0].values, inputs[1].values, in_bias, d_model, width);
+        let copies = self.copies.each_ref().map(|copy| copy.as_ref().map(|copy| copy.read()));
+        let [fc_in, fc_out] =
+            [0, 1].map(|i| Matrices::of(inputs[1 + i].values, copies[i].as_deref().map(Vec::as_slice)));
+        let hidden = self.linear.product(inputs[0].values, fc_in, in_bias, d_model, width);
         let out = with_scratch_f32(self.linear.num_rows() * d_ff, |activated| {
             apply_into(self.linear.isa, self.activation, &hidden, width, activated);
-            self.linear.product(activated, inputs[2].values, out_bias, d_ff, d_model)
+            self.linear.product(activated, fc_out, out_bias, d_ff, d_model)
         });
         if self.keeps_hidden {
             *self.hidden.lock().unwrap_or_else(PoisonError::into_inner) = Some(hidden);
@@ -149,8 +157,11 @@ impl SliceOp for GroupedMlp {
         let [in_bias, out_bias] = self.biases();
         let rows = inputs[0].values;
         let linear = &self.linear;
+        let copies = self.copies.each_ref().map(|copy| copy.as_ref().map(|copy| copy.read()));
+        let [fc_in, fc_out] =
+            [0, 1].map(|i| Matrices::of(inputs[1 + i].values, copies[i].as_deref().map(Vec::as_slice)));
 
-        let mut activated = linear.input_gradient(grad, inputs[2].values, d_ff, d_model);
+        let mut activated = linear.input_gradient(grad, fc_out, d_ff, d_model);
         gradient_in_place(linear.isa, self.activation, &mut hidden, width, &mut activated);
         linear.bring_weight_gradient(grad, &activated, d_ff, d_model, &mut to[2]);
         drop(activated);
@@ -161,7 +172,7 @@ impl SliceOp for GroupedMlp {
         if let Some(bias) = in_bias {
             to[bias].add_to(linear.num_experts() * width, |sums| linear.add_bias_gradient(&hidden, width, sums));
         }
-        to[0].bring(|| linear.input_gradient(&hidden, inputs[1].values, d_model, width));
+        to[0].bring(|| linear.input_gradient(&hidden, fc_in, d_model, width));
         Ok(())
     }
 }

@@ -5,12 +5,11 @@ use crate::rows::Row;
 use anyhow::{Result, ensure};
 use candle_core::{DType, Var};
 use moe_core::CounterRng;
-use moe_core::tape::GradBuffers;
 use moe_kernels::Precision;
 use moe_models::gpt::Gpt;
 use moe_models::train::model::{LossOutput, Pass, TokenBatch};
 use moe_models::train::optimizer::AdamW;
-use moe_models::train::step::{BatchSums, accumulate, grad_buffers};
+use moe_models::train::step::{BatchSums, StepBuffers, accumulate};
 use moe_models::train::{TrainConfig, TrainModel};
 use std::path::Path;
 use std::sync::atomic::{AtomicU64, Ordering};
@@ -74,7 +73,7 @@ pub(crate) struct Run<'a> {
     model: Timed<'a>,
     config: TrainConfig,
     optimizer: AdamW,
-    grads: GradBuffers,
+    buffers: StepBuffers,
     rng: CounterRng,
     step: u64,
 }
@@ -90,9 +89,9 @@ impl<'a> Run<'a> {
         let config = config.resolved(SEQ_LEN)?;
         let decays = model.params().iter().map(|(name, var)| model.has_weight_decay(name, var.dims())).collect();
         let optimizer = AdamW::new(config.adamw(), model.params(), decays)?;
-        let grads = grad_buffers(model)?;
+        let buffers = StepBuffers::new(model)?;
         let model = Timed { model, forward_ns: AtomicU64::new(0) };
-        Ok(Self { model, config, optimizer, grads, rng: CounterRng::new(2, 0), step: 0 })
+        Ok(Self { model, config, optimizer, buffers, rng: CounterRng::new(2, 0), step: 0 })
     }
 
     fn random_batches(&mut self) -> Vec<TokenBatch> {
@@ -110,10 +109,16 @@ impl<'a> Run<'a> {
         self.step += 1;
 
         let start = Instant::now();
-        let sums = accumulate(&self.model, &batches, &seeds, &mut self.grads)?;
+        let sums = accumulate(&self.model, &batches, &seeds, &mut self.buffers)?;
         let accumulated = start.elapsed();
         let scale = 1.0 / sums.micro_batches as f64;
-        let report = self.optimizer.step(self.model.params(), &self.grads.all(), scale, LR)?;
+        let report = self.optimizer.step_with_copies(
+            self.model.params(),
+            &self.buffers.grads.all(),
+            scale,
+            LR,
+            &self.buffers.copies,
+        )?;
         let optimizer = start.elapsed() - accumulated;
         let (lm_loss, drop_rate) = (sums.lm_loss, drop_rate(&sums));
         drop(sums);

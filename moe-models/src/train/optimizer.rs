@@ -5,6 +5,7 @@
 use super::non_finite::NonFinite;
 use crate::{Error, Result};
 use candle_core::{CpuStorage, InplaceOp1, Layout, Tensor, Var};
+use moe_kernels::copies::WeightCopies;
 use moe_kernels::{adamw, select};
 use serde::{Deserialize, Serialize};
 use std::cell::Cell;
@@ -150,6 +151,21 @@ impl AdamW {
         grad_scale: f64,
         lr: f64,
     ) -> Result<StepReport> {
+        self.step_with_copies(params, grads, grad_scale, lr, &WeightCopies::default())
+    }
+
+    /// [`AdamW::step`], which also brings the copies that there are of the parameters up to date.
+    ///
+    /// # Errors
+    /// As there.
+    pub fn step_with_copies<G: AsRef<[f32]> + Sync>(
+        &mut self,
+        params: &[(String, Var)],
+        grads: &[G],
+        grad_scale: f64,
+        lr: f64,
+        copies: &WeightCopies,
+    ) -> Result<StepReport> {
         self.check_shapes(params, grads)?;
         let grad_norm = grad_norm(grads, grad_scale);
         if !grad_norm.is_finite() {
@@ -169,11 +185,20 @@ impl AdamW {
             updates: self.updates,
             grad_scale: grad_scale * clip_factor,
         };
-        let state = self.moments.iter_mut().zip(&self.decays);
-        let mut pending = params.iter().zip(grads).zip(state).map(|(((_, var), grad), (moments, &decays))| {
-            let weight_decay = if decays { settings.weight_decay } else { 0.0 };
-            Pending { var, settings: adamw::Settings { weight_decay, ..settings }, moments, grad: grad.as_ref() }
-        });
+        let mut rounded: Vec<_> = params.iter().map(|(_, var)| Some(copies.get(var)?.write())).collect();
+        let state = self.moments.iter_mut().zip(&self.decays).zip(&mut rounded);
+        let mut pending =
+            params.iter().zip(grads).zip(state).map(|(((_, var), grad), ((moments, &decays), rounded))| {
+                let weight_decay = if decays { settings.weight_decay } else { 0.0 };
+                let rounded = rounded.as_mut().map(|copy| copy.as_mut_slice());
+                Pending {
+                    var,
+                    settings: adamw::Settings { weight_decay, ..settings },
+                    moments,
+                    grad: grad.as_ref(),
+                    rounded,
+                }
+            });
         loop {
             let group: Vec<_> = pending.by_ref().take(TOGETHER).collect();
             if group.is_empty() {
@@ -232,12 +257,20 @@ struct Pending<'a> {
     settings: adamw::Settings,
     moments: &'a mut Moments,
     grad: &'a [f32],
+    rounded: Option<&'a mut [u16]>,
 }
 
 impl<'a> Pending<'a> {
     fn with_values(self, values: &'a mut [f32]) -> adamw::Parameter<'a> {
         let Moments { exp_avg, exp_avg_sq } = self.moments;
-        adamw::Parameter { settings: self.settings, values, exp_avg, exp_avg_sq, grad: self.grad }
+        adamw::Parameter {
+            settings: self.settings,
+            values,
+            exp_avg,
+            exp_avg_sq,
+            grad: self.grad,
+            rounded: self.rounded,
+        }
     }
 }
 

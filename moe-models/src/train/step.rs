@@ -5,8 +5,10 @@ use super::model::{LayerLoad, LossOutput, Pass, TokenBatch, TrainModel};
 use super::non_finite::NonFiniteLoss;
 use crate::{Error, Result};
 use moe_core::tape::{GradBuffers, Tape};
+use moe_kernels::copies::{WeightCopies, with_copies};
 use moe_kernels::parallel;
 use std::panic::{AssertUnwindSafe, catch_unwind};
+use std::sync::Arc;
 
 /// Sums over the micro-batches of one global batch, besides their gradients.
 #[derive(Debug, Clone, PartialEq)]
@@ -25,12 +27,28 @@ pub struct BatchSums {
     pub non_finite: Option<NonFiniteLoss>,
 }
 
-/// Buffers for the gradients of a model's parameters.
-///
-/// # Errors
-/// If the model gives a parameter twice.
-pub fn grad_buffers<M: TrainModel>(model: &M) -> Result<GradBuffers> {
-    Ok(GradBuffers::new(model.params().iter().map(|(name, var)| (name.as_str(), var, model.grad_group(name))))?)
+/// What a run's steps keep from one to the next besides parameters and moments.
+#[derive(Debug)]
+pub struct StepBuffers {
+    /// Sums of the gradients.
+    pub grads: GradBuffers,
+    /// The parameters as products in bf16 read them. An optimizer that changes parameters brings them up to date
+    /// ([`super::optimizer::AdamW::step_with_copies`]), as must whoever else changes one ([`WeightCopies::refresh`]).
+    pub copies: Arc<WeightCopies>,
+}
+
+impl StepBuffers {
+    /// For the parameters of `model`.
+    ///
+    /// # Errors
+    /// If the model gives a parameter twice.
+    pub fn new<M: TrainModel>(model: &M) -> Result<Self> {
+        let params = model.params();
+        Ok(Self {
+            grads: GradBuffers::new(params.iter().map(|(name, var)| (name.as_str(), var, model.grad_group(name))))?,
+            copies: WeightCopies::new(params.iter().map(|(_, var)| var)),
+        })
+    }
 }
 
 /// Turns a panic in the work on micro-batch `i` into an error: a run that ends with an error keeps the checkpoints it has.
@@ -44,7 +62,7 @@ fn no_panic<T>(i: usize, body: impl FnOnce() -> Result<T>) -> Result<T> {
     })
 }
 
-/// Losses of `batches`, and the sum of their gradients in `grads`; `seeds[i]` drives the random draws of micro-batch `i`.
+/// Losses of `batches`, and the sum of their gradients in `buffers`; `seeds[i]` drives the random draws of micro-batch `i`.
 ///
 /// Each micro-batch's gradients are finished before they are added to those before it: the bits are those of as many ranks that
 /// reduce in rank order.
@@ -56,8 +74,9 @@ pub fn accumulate<M: TrainModel>(
     model: &M,
     batches: &[TokenBatch],
     seeds: &[u64],
-    grads: &mut GradBuffers,
+    buffers: &mut StepBuffers,
 ) -> Result<BatchSums> {
+    let StepBuffers { grads, copies } = buffers;
     if batches.is_empty() || batches.len() != seeds.len() {
         let (have, given) = (batches.len(), seeds.len());
         return Err(Error::Argument(format!(
@@ -75,7 +94,8 @@ pub fn accumulate<M: TrainModel>(
     grads.begin();
     for (i, (batch, &seed)) in batches.iter().zip(seeds).enumerate() {
         // One chain of kernels: threads stay awake from one to the next.
-        let output = parallel::together(|| no_panic(i, || one(model, batch, Pass::Train { seed }, grads)))?;
+        let pass = || no_panic(i, || one(model, batch, Pass::Train { seed }, grads));
+        let output = parallel::together(|| with_copies(copies, pass))?;
         sums.add(i, output)?;
     }
     grads.finish();

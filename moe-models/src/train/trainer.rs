@@ -11,10 +11,9 @@ use super::model::{TokenBatch, TrainModel, decay_flags};
 use super::non_finite::NonFinite;
 use super::observer::{Event, Observer};
 use super::optimizer::{AdamW, StepReport, grad_norm};
-use super::step::{BatchSums, accumulate, grad_buffers};
+use super::step::{BatchSums, StepBuffers, accumulate};
 use crate::{Error, Result};
 use moe_core::CounterRng;
-use moe_core::tape::GradBuffers;
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
@@ -71,7 +70,7 @@ pub struct Trainer<M> {
     corpus: Corpus,
     tokenizer_json: String,
     optimizer: AdamW,
-    grads: GradBuffers,
+    buffers: StepBuffers,
     store: CheckpointStore,
     metrics: MetricsWriter,
     step: u64,
@@ -167,14 +166,14 @@ impl<M: TrainModel> Trainer<M> {
         let metrics = MetricsWriter::open(lock.dir(), step)?;
         let saved_step = (step > 0).then_some(step);
         let speed = (Duration::ZERO, 0);
-        let grads = grad_buffers(&model)?;
+        let buffers = StepBuffers::new(&model)?;
         Ok(Self {
             model,
             config,
             corpus,
             tokenizer_json,
             optimizer,
-            grads,
+            buffers,
             store,
             metrics,
             step,
@@ -276,7 +275,7 @@ impl<M: TrainModel> Trainer<M> {
         let seeds: Vec<u64> = (0..batches.len() as u64)
             .map(|micro_batch| CounterRng::mix(self.config.seed, &[PASS_TAG, self.step, micro_batch]))
             .collect();
-        let sums = accumulate(&self.model, &batches, &seeds, &mut self.grads)?;
+        let sums = accumulate(&self.model, &batches, &seeds, &mut self.buffers)?;
         let step = self.step + 1;
         let report = self.apply(&sums, lr).map_err(|e| match e {
             Error::NonFinite { what, in_a_row, .. } => Error::NonFinite { step: Some(step), what, in_a_row },
@@ -289,9 +288,9 @@ impl<M: TrainModel> Trainer<M> {
 
     /// Updates the parameters, unless a loss or a gradient is not finite.
     fn apply(&mut self, sums: &BatchSums, lr: f64) -> Result<StepReport> {
-        let (params, grads, scale) = (self.model.params(), self.grads.all(), 1.0 / sums.micro_batches as f64);
+        let (params, grads, scale) = (self.model.params(), self.buffers.grads.all(), 1.0 / sums.micro_batches as f64);
         match sums.non_finite {
-            None => self.optimizer.step(params, &grads, scale, lr),
+            None => self.optimizer.step_with_copies(params, &grads, scale, lr, &self.buffers.copies),
             // Its gradient may be finite by chance, but it points nowhere.
             loss => {
                 let why = NonFinite { loss, ..NonFinite::find(params, &grads)? };

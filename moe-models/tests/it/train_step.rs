@@ -3,7 +3,7 @@
 use crate::toy::{Toy, VOCAB};
 use moe_models::train::TrainModel;
 use moe_models::train::model::{Pass, TokenBatch};
-use moe_models::train::step::{accumulate, grad_buffers};
+use moe_models::train::step::{StepBuffers, accumulate};
 
 fn batch(salt: u32) -> TokenBatch {
     let ids: Vec<u32> = (0..17).map(|i| (i * 31 + salt * 7) % VOCAB as u32).collect();
@@ -14,8 +14,8 @@ fn batch(salt: u32) -> TokenBatch {
 fn sums_are_those_of_the_micro_batches_in_order() {
     let toy = Toy::new(1);
     let (batches, seeds): (Vec<_>, Vec<_>) = (0..5).map(|i| (batch(i), u64::from(i) + 40)).unzip();
-    let mut grads = grad_buffers(&toy).unwrap();
-    let sums = accumulate(&toy, &batches, &seeds, &mut grads).unwrap();
+    let mut buffers = StepBuffers::new(&toy).unwrap();
+    let sums = accumulate(&toy, &batches, &seeds, &mut buffers).unwrap();
     let mut want: Vec<Vec<f32>> = toy.params().iter().map(|(_, var)| vec![0.0; var.elem_count()]).collect();
     let mut loss = 0.0;
     for (batch, &seed) in batches.iter().zip(&seeds) {
@@ -27,7 +27,7 @@ fn sums_are_those_of_the_micro_batches_in_order() {
             sum.iter_mut().zip(grad).for_each(|(s, g)| *s += g);
         }
     }
-    assert_eq!(grads.all(), want);
+    assert_eq!(buffers.grads.all(), want);
     assert_eq!((sums.micro_batches, sums.lm_loss), (5, loss / 5.0));
     assert_eq!(sums.layers[0].load.tokens_per_expert.iter().sum::<u32>(), 5 * 16);
     assert_eq!(sums.layers[0].load.dropped, 5);
@@ -38,8 +38,8 @@ fn a_bad_micro_batch_is_an_error() {
     let toy = Toy::new(1);
     let mut bad = batch(3);
     bad.input_ids[0] = VOCAB as u32;
-    let mut grads = grad_buffers(&toy).unwrap();
-    assert!(accumulate(&toy, &[batch(0), bad, batch(2)], &[1, 2, 3], &mut grads).is_err());
-    assert!(accumulate(&toy, &[batch(0)], &[1, 2], &mut grads).is_err());
-    assert!(accumulate(&toy, &[], &[], &mut grads).is_err());
+    let mut buffers = StepBuffers::new(&toy).unwrap();
+    assert!(accumulate(&toy, &[batch(0), bad, batch(2)], &[1, 2, 3], &mut buffers).is_err());
+    assert!(accumulate(&toy, &[batch(0)], &[1, 2], &mut buffers).is_err());
+    assert!(accumulate(&toy, &[], &[], &mut buffers).is_err());
 }
