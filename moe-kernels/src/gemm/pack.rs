@@ -58,6 +58,11 @@ pub(super) fn pack_run(
         return;
     }
     #[cfg(target_arch = "x86_64")]
+    if isa >= Isa::Avx512Bf16 && from.outer_stride == 1 && format == Format::Pairs && first + outer <= from.outer {
+        // SAFETY: this machine has the features of `isa`; `from` has the rows, and `to` the words of each.
+        return unsafe { bf16::copy_run(from, (first, outer), width, to) };
+    }
+    #[cfg(target_arch = "x86_64")]
     if isa >= Isa::Avx512 && from.outer_stride == 1 && format != Format::Rows && first + outer <= from.outer {
         // SAFETY: this machine has the features of `isa`; `from` has the rows, and `to` the words of each.
         return unsafe { avx512::copy_run(format, from, (first, outer), width, to) };
@@ -94,6 +99,11 @@ pub(super) fn pack(isa: Isa, format: Format, from: &Operand<'_>, first: usize, w
     }
     if from.outer_stride == 1 {
         return isa.vectorize(|| along_outer(&tile, to));
+    }
+    #[cfg(target_arch = "x86_64")]
+    if isa >= Isa::Avx512Bf16 && format == Format::Pairs && from.inner_stride == 1 {
+        // SAFETY: this machine has the features of `isa`; the sizes are those of `from` and `to`.
+        return unsafe { bf16::transpose(&tile, to) };
     }
     #[cfg(target_arch = "x86_64")]
     if isa >= Isa::Avx512 {
@@ -324,7 +334,7 @@ mod avx512 {
         }
     }
 
-    fn low_bits(count: usize) -> __mmask16 {
+    pub(super) fn low_bits(count: usize) -> __mmask16 {
         if count >= 16 { u16::MAX } else { ((1u32 << count) - 1) as __mmask16 }
     }
 
@@ -395,6 +405,100 @@ mod avx512 {
             rows[4 + column] = _mm512_shuffle_i32x4::<0x88>(ab_odd, cd_odd);
             rows[8 + column] = _mm512_shuffle_i32x4::<0xdd>(ab_even, cd_even);
             rows[12 + column] = _mm512_shuffle_i32x4::<0xdd>(ab_odd, cd_odd);
+        }
+    }
+}
+
+/// Pairs, rounded by the processor. It takes numbers below 2^-126 as zero, as the products that read them do.
+#[cfg(target_arch = "x86_64")]
+mod bf16 {
+    use super::avx512::{low_bits, transpose_16x16};
+    use super::{Format, Operand, Tile};
+    use std::arch::x86_64::*;
+
+    /// The lower halves of 16 words and their upper ones: values `i` and `16 + i` of 32.
+    const PAIRS: [u16; 32] = {
+        let mut pairs = [0; 32];
+        let mut i = 0;
+        while i < 32 {
+            pairs[i] = i as u16 / 2 + if i % 2 == 1 { 16 } else { 0 };
+            i += 1;
+        }
+        pairs
+    };
+
+    /// [`super::avx512::transpose`] of pairs.
+    ///
+    /// # Safety
+    /// The machine must have AVX-512 F, BW, DQ and BF16; `from` has `inner` contiguous and at least `first + rows` rows; `to`
+    /// has `width` words of each pair, and `rows <= width`.
+    #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512bf16")]
+    pub(super) unsafe fn transpose(tile: &Tile<'_>, to: &mut [u32]) {
+        let &Tile { from, first, rows, width, .. } = tile;
+        debug_assert!(from.inner_stride == 1);
+        let words = tile.checked_words(to);
+        for half in (0..rows).step_by(16) {
+            let mask = low_bits(width - half);
+            for start in (0..words).step_by(16) {
+                let left = from.inner - 2 * start;
+                let (low_mask, high_mask) = (low_bits(left), low_bits(left.saturating_sub(16)));
+                let mut block = [_mm512_setzero_si512(); 16];
+                for (row, line) in block.iter_mut().enumerate().take(rows - half) {
+                    // SAFETY: row `first + half + row` exists; loads past its `inner` elements are masked off. A vector of bf16
+                    // and one of words are the same 64 bytes.
+                    *line = unsafe {
+                        let at = from.values.as_ptr().add((first + half + row) * from.outer_stride + 2 * start);
+                        let low = _mm512_maskz_loadu_ps(low_mask, at);
+                        let high = _mm512_maskz_loadu_ps(high_mask, at.wrapping_add(16));
+                        std::mem::transmute::<__m512bh, __m512i>(_mm512_cvtne2ps_pbh(high, low))
+                    };
+                }
+                transpose_16x16(&mut block);
+                for (step, line) in block.iter().enumerate().take(words - start) {
+                    // SAFETY: word `(start + step) * width + half` and the masked ones after it lie inside `to`.
+                    unsafe {
+                        let at = to.as_mut_ptr().add((start + step) * width + half);
+                        _mm512_mask_storeu_epi32(at.cast(), mask, *line);
+                    }
+                }
+            }
+        }
+    }
+
+    /// [`super::avx512::copy_run`] of pairs.
+    ///
+    /// # Safety
+    /// The machine must have AVX-512 F, BW, DQ and BF16; `from` has `outer` contiguous and at least `first + outer` rows; `to`
+    /// has a word of each pair of each row.
+    #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512bf16")]
+    pub(super) unsafe fn copy_run(from: &Operand<'_>, (first, outer): (usize, usize), width: usize, to: &mut [u32]) {
+        debug_assert!(from.outer_stride == 1 && first + outer <= from.outer);
+        let words = Format::Pairs.words(from.inner);
+        let start = from.values[first..].as_ptr();
+        let into = to.as_mut_ptr();
+        // SAFETY: `PAIRS` is 64 bytes.
+        let pairs = unsafe { _mm512_loadu_si512(PAIRS.as_ptr().cast()) };
+        for step in 0..words {
+            for tile in (0..outer).step_by(width) {
+                let rows = width.min(outer - tile);
+                for lane in (0..rows).step_by(16) {
+                    let mask = low_bits(rows - lane);
+                    // SAFETY: lanes past the tile's rows are masked off, and a step past `inner` is not loaded; the tile begins at
+                    // `tile * words`, and its step `step` has `rows` words. A vector of bf16 and one of words are the same bytes.
+                    unsafe {
+                        let at = start.add(2 * step * from.inner_stride + tile + lane);
+                        let even = _mm512_maskz_loadu_ps(mask, at);
+                        let odd = if 2 * step + 1 < from.inner {
+                            _mm512_maskz_loadu_ps(mask, at.add(from.inner_stride))
+                        } else {
+                            _mm512_setzero_ps()
+                        };
+                        let both = std::mem::transmute::<__m512bh, __m512i>(_mm512_cvtne2ps_pbh(odd, even));
+                        let line = _mm512_permutexvar_epi16(pairs, both);
+                        _mm512_mask_storeu_epi32(into.add(tile * words + step * rows + lane).cast(), mask, line);
+                    }
+                }
+            }
         }
     }
 }
