@@ -143,7 +143,7 @@ fn training_step(peak: f64) -> Result<()> {
             let mut ids = || (0..tokens).map(|_| rng.below(model.config().vocab_size as u32)).collect();
             let batch = TokenBatch { input_ids: ids(), target_ids: ids(), batch: BATCH, seq_len };
             let seconds = median_seconds(|| {
-                model.loss(&batch, Pass::Train { seed: 1 })?.loss.backward()?;
+                model.loss(&batch, Pass::train(1))?.loss.backward()?;
                 Ok(())
             })?;
             let rate = 3.0 * (model.config().flops_per_token() * tokens) as f64 / seconds / 1e9;

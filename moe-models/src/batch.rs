@@ -38,13 +38,73 @@ impl TokenBatch {
 /// Why a loss is computed.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Pass {
-    /// With gradients, training capacity and noise; `seed` drives every random draw of the pass.
-    Train {
-        /// A different one for every micro-batch.
-        seed: u64,
-    },
+    /// With gradients, training capacity and noise.
+    Train(TrainPass),
     /// Without gradients, draws and drops, and so without auxiliary losses.
     Eval,
+}
+
+impl Pass {
+    /// A training pass of this seed, at the beginning of a run.
+    pub fn train(seed: u64) -> Self {
+        Self::Train(TrainPass { seed, ..TrainPass::default() })
+    }
+}
+
+/// Which of a run's training passes one is.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub struct TrainPass {
+    /// Drives every random draw of the pass: a different one for every micro-batch.
+    pub seed: u64,
+    /// Optimizer steps done before it.
+    pub step: u64,
+    /// Training tokens seen before its step.
+    pub tokens: u64,
+    /// Index of its micro-batch in the step.
+    pub micro_batch: usize,
+}
+
+/// What a loss is made of, in nats per token; parts that are scaled are given as they enter the sum.
+#[derive(Debug, Clone, Copy, PartialEq, Default)]
+pub struct LossParts {
+    /// Mean cross-entropy of the language model.
+    pub lm: f64,
+    /// Load-balance losses, summed over layers.
+    pub load_balance: f64,
+    /// Router z-losses, summed over layers.
+    pub router_z: f64,
+}
+
+impl LossParts {
+    /// What is added to the language model's loss.
+    pub fn aux(&self) -> f64 {
+        self.load_balance + self.router_z
+    }
+
+    /// All of it.
+    pub fn total(&self) -> f64 {
+        self.lm + self.aux()
+    }
+
+    /// Adds those of another batch.
+    pub fn add(&mut self, other: &Self) {
+        self.each_mut(other, |own, other| *own += other);
+    }
+
+    /// Every part times `factor`.
+    #[must_use]
+    pub fn scaled(mut self, factor: f64) -> Self {
+        let same = self;
+        self.each_mut(&same, |own, _| *own *= factor);
+        self
+    }
+
+    fn each_mut(&mut self, other: &Self, change: impl Fn(&mut f64, f64)) {
+        let Self { lm, load_balance, router_z } = self;
+        change(lm, other.lm);
+        change(load_balance, other.load_balance);
+        change(router_z, other.router_z);
+    }
 }
 
 /// The loss of one batch and what it is made of.
@@ -52,10 +112,8 @@ pub enum Pass {
 pub struct LossOutput {
     /// Language-model loss plus scaled auxiliary losses: a scalar, with its graph in [`Pass::Train`].
     pub loss: Tensor,
-    /// Mean cross-entropy in nats per token.
-    pub lm_loss: f64,
-    /// Scaled auxiliary losses, summed over layers.
-    pub aux_loss: f64,
+    /// Its parts.
+    pub parts: LossParts,
     /// Load of each MoE layer.
     pub layers: Vec<LayerLoad>,
 }

@@ -1,7 +1,7 @@
 //! [`Decoder`]: the blocks in order. One pass over whole sequences with its graph, for training; one over a ragged batch and
 //! pages of keys and values, for inference. Both run the same blocks.
 
-use crate::batch::{LayerLoad, LossOutput, Pass, TokenBatch};
+use crate::batch::{LayerLoad, LossOutput, LossParts, Pass, TokenBatch};
 use crate::blocks::{Attention, Embedding, Norm, OutputHead, Rotaries};
 use crate::cache::{CacheLayout, KvPool, PagedStep, PoolConfig};
 use crate::causal_lm::{CausalLm, LayerExperts, LogitsOf, SequenceStep, StepOutput};
@@ -165,7 +165,7 @@ impl Decoder {
         let mut stream = self.embed(ids, (0..ids.len()).map(|i| (i % seq_len) as u32))?;
         let mut outputs = Vec::new();
         let (mode, seed) = match (pass, self.eval_routing) {
-            (Pass::Train { seed }, _) => (Mode::Train, seed),
+            (Pass::Train(pass), _) => (Mode::Train, pass.seed),
             (Pass::Eval, EvalRouting::TokenByToken) => (Mode::Infer, 0),
             (Pass::Eval, EvalRouting::Original) => (Mode::Eval, 0),
         };
@@ -189,23 +189,25 @@ impl Decoder {
     pub fn loss(&self, batch: &TokenBatch, pass: Pass) -> Result<LossOutput> {
         batch.check()?;
         let (hidden, outputs) = self.hidden(&batch.input_ids, batch.seq_len, pass)?;
-        let lm_loss = self.head.loss(&hidden, &batch.target_ids)?;
-        let mut loss = lm_loss.clone();
+        let scalar = |t: &Tensor| -> Result<f64> { Ok(t.to_dtype(DType::F64)?.to_scalar()?) };
+        let mut loss = self.head.loss(&hidden, &batch.target_ids)?;
+        let mut parts = LossParts { lm: scalar(&loss)?, ..LossParts::default() };
         for (layer, output) in &outputs {
             let Some(moe) = self.config.layers[*layer].feed_forward.moe() else { continue };
-            for (part, coef) in
-                [(&output.losses.load_balance, moe.load_balance_coef), (&output.losses.router_z, moe.router_z_coef)]
-            {
+            let losses = &output.losses;
+            for (part, coef, sum) in [
+                (&losses.load_balance, moe.load_balance_coef, &mut parts.load_balance),
+                (&losses.router_z, moe.router_z_coef, &mut parts.router_z),
+            ] {
                 if let (Some(part), true) = (part, coef > 0.0) {
-                    loss = (loss + (part.to_dtype(lm_loss.dtype())? * coef)?)?;
+                    let scaled = (part.to_dtype(loss.dtype())? * coef)?;
+                    *sum += scalar(&scaled)?;
+                    loss = (loss + scaled)?;
                 }
             }
         }
-        let scalar = |t: &Tensor| -> Result<f64> { Ok(t.to_dtype(DType::F64)?.to_scalar()?) };
-        let lm = scalar(&lm_loss)?;
-        let aux_loss = scalar(&loss)? - lm;
         let layers = outputs.into_iter().map(|(layer, output)| LayerLoad { layer, load: output.load }).collect();
-        Ok(LossOutput { loss, lm_loss: lm, aux_loss, layers })
+        Ok(LossOutput { loss, parts, layers })
     }
 
     fn check_ids(&self, ids: &[u32], len: usize) -> Result<()> {

@@ -61,7 +61,7 @@ pub enum Error {
         /// The last step, counted from 1; `None` from an optimizer alone, which does not count them.
         step: Option<u64>,
         /// What was not finite in it.
-        what: NonFinite,
+        what: Box<NonFinite>,
         /// Steps without an update, up to this one.
         in_a_row: u64,
     },

@@ -19,7 +19,7 @@ mod model;
 mod params;
 pub mod train;
 
-pub use batch::{IGNORED, LayerLoad, LossOutput, Pass, TokenBatch};
+pub use batch::{IGNORED, LayerLoad, LossOutput, LossParts, Pass, TokenBatch, TrainPass};
 pub use cache::{CacheLayout, CachedSequence, KvPool, PagedStep, PoolConfig};
 pub use causal_lm::{CausalLm, LayerExperts, LogitsOf, SequenceStep, StepOutput};
 pub use config::DecoderConfig;

@@ -156,7 +156,7 @@ impl<F: Family> Model<F> {
     /// As [`Decoder::loss`].
     pub fn loss(&self, batch: &TokenBatch, pass: Pass) -> Result<LossOutput> {
         match pass {
-            Pass::Train { .. } => self.training.loss(batch, pass),
+            Pass::Train(_) => self.training.loss(batch, pass),
             Pass::Eval => self.inference.loss(batch, pass),
         }
     }

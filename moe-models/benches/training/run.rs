@@ -7,7 +7,7 @@ use candle_core::{DType, Var};
 use moe_core::CounterRng;
 use moe_kernels::Precision;
 use moe_models::gpt::Gpt;
-use moe_models::train::model::{LossOutput, Pass, TokenBatch};
+use moe_models::train::model::{LossOutput, Pass, TokenBatch, TrainPass};
 use moe_models::train::optimizer::AdamW;
 use moe_models::train::step::{BatchSums, StepBuffers, accumulate};
 use moe_models::train::{TrainConfig, TrainModel};
@@ -104,12 +104,16 @@ impl<'a> Run<'a> {
     /// What `Trainer` does between drawing a batch and reporting.
     pub(crate) fn step(&mut self) -> Result<Stepped> {
         let batches = self.random_batches();
-        let seeds: Vec<u64> = (0..batches.len() as u64).map(|i| CounterRng::mix(3, &[self.step, i])).collect();
+        let pass = |i: usize| {
+            let seed = CounterRng::mix(3, &[self.step, i as u64]);
+            TrainPass { seed, step: self.step, tokens: 0, micro_batch: i }
+        };
+        let passes: Vec<TrainPass> = (0..batches.len()).map(pass).collect();
         self.model.forward_ns.store(0, Ordering::Relaxed);
         self.step += 1;
 
         let start = Instant::now();
-        let sums = accumulate(&self.model, &batches, &seeds, &mut self.buffers)?;
+        let sums = accumulate(&self.model, &batches, &passes, &mut self.buffers)?;
         let accumulated = start.elapsed();
         let scale = 1.0 / sums.micro_batches as f64;
         let report = self.optimizer.step_with_copies(
@@ -120,7 +124,7 @@ impl<'a> Run<'a> {
             &self.buffers.copies,
         )?;
         let optimizer = start.elapsed() - accumulated;
-        let (lm_loss, drop_rate) = (sums.lm_loss, drop_rate(&sums));
+        let (lm_loss, drop_rate) = (sums.parts.lm, drop_rate(&sums));
         drop(sums);
         let step = start.elapsed();
 

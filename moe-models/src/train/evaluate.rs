@@ -103,7 +103,7 @@ pub fn add_losses<M: TrainModel>(model: &M, batches: &[(usize, TokenBatch)], res
         let targets = batch.target_ids.iter().filter(|&&id| id != IGNORED).count();
         // The mean over no target is no number.
         let loss = || parallel::together(|| model.loss(batch, Pass::Eval));
-        let mean = if targets == 0 { 0.0 } else { loss()?.lm_loss };
+        let mean = if targets == 0 { 0.0 } else { loss()?.parts.lm };
         results[*source].tokens += targets as u64;
         results[*source].nats += mean * targets as f64;
     }

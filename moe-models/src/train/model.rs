@@ -4,7 +4,7 @@ use crate::{Family, Model, Precision, Recompute, Result};
 use candle_core::Var;
 use std::path::Path;
 
-pub use crate::batch::{LayerLoad, LossOutput, Pass, TokenBatch};
+pub use crate::batch::{LayerLoad, LossOutput, LossParts, Pass, TokenBatch, TrainPass};
 
 /// A model that can be trained: parameters, a loss with a graph, and a way to disk.
 ///

@@ -1,5 +1,6 @@
 //! [`NonFinite`]: which numbers of a step were not finite, so that a person knows where to look. Decides nothing.
 
+use super::model::LossParts;
 use crate::Result;
 use candle_core::Var;
 use std::fmt;
@@ -23,10 +24,8 @@ pub struct NonFiniteLoss {
     pub micro_batch: usize,
     /// Total loss, nats per token.
     pub loss: f64,
-    /// Its language-model part.
-    pub lm_loss: f64,
-    /// Its auxiliary part.
-    pub aux_loss: f64,
+    /// What it is made of.
+    pub parts: LossParts,
 }
 
 impl NonFinite {
@@ -56,8 +55,9 @@ impl fmt::Display for NonFinite {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let mut parts = Vec::new();
         parts.extend(self.parameter.as_ref().map(|name| format!("parameter {name} is not finite")));
-        parts.extend(self.loss.map(|NonFiniteLoss { micro_batch, loss, lm_loss, aux_loss }| {
-            format!("the loss of micro-batch {micro_batch} is {loss} (language model {lm_loss}, auxiliary {aux_loss})")
+        parts.extend(self.loss.map(|NonFiniteLoss { micro_batch, loss, parts }| {
+            let (lm, aux) = (parts.lm, parts.aux());
+            format!("the loss of micro-batch {micro_batch} is {loss} (language model {lm}, auxiliary {aux})")
         }));
         parts.extend(self.gradient.as_ref().map(|name| format!("the gradient of {name} is not finite")));
         f.write_str(&parts.join("; "))
@@ -76,7 +76,11 @@ mod tests {
         let grads = [vec![0.5], vec![f32::INFINITY], vec![f32::NAN]];
         let found = NonFinite::find(&params, &grads).unwrap();
         assert_eq!((found.parameter.as_deref(), found.gradient.as_deref()), (Some("c"), Some("b")));
-        let loss = NonFiniteLoss { micro_batch: 2, loss: f64::NAN, lm_loss: 1.5, aux_loss: f64::NAN };
+        let loss = NonFiniteLoss {
+            micro_batch: 2,
+            loss: f64::NAN,
+            parts: LossParts { lm: 1.5, load_balance: f64::NAN, router_z: 0.0 },
+        };
         assert_eq!(
             NonFinite { loss: Some(loss), ..found }.to_string(),
             "parameter c is not finite; the loss of micro-batch 2 is NaN (language model 1.5, auxiliary NaN); the gradient of b is not finite"

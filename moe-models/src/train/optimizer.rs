@@ -217,7 +217,7 @@ impl AdamW {
     pub fn skip(&mut self, grad_norm: f64, why: NonFinite) -> Result<StepReport> {
         self.skipped_in_a_row += 1;
         if self.skipped_in_a_row >= MAX_SKIPPED_IN_A_ROW {
-            return Err(Error::NonFinite { step: None, what: why, in_a_row: self.skipped_in_a_row });
+            return Err(Error::NonFinite { step: None, what: Box::new(why), in_a_row: self.skipped_in_a_row });
         }
         Ok(StepReport { grad_norm, applied: false, non_finite: Some(why) })
     }

@@ -1,7 +1,7 @@
 //! Losses and gradients of one global batch: its micro-batches one after the other, every kernel on all cores, gradients added
 //! where they are kept. Knows no optimizer.
 
-use super::model::{LayerLoad, LossOutput, Pass, TokenBatch, TrainModel};
+use super::model::{LayerLoad, LossOutput, LossParts, Pass, TokenBatch, TrainModel, TrainPass};
 use super::non_finite::NonFiniteLoss;
 use crate::{Error, Result};
 use moe_core::tape::{GradBuffers, Tape};
@@ -17,10 +17,8 @@ pub struct BatchSums {
     pub micro_batches: usize,
     /// Mean total loss (language model and scaled auxiliary parts), nats per token.
     pub loss: f64,
-    /// Mean language-model loss, nats per token.
-    pub lm_loss: f64,
-    /// Mean auxiliary loss, as the model reports it.
-    pub aux_loss: f64,
+    /// Means of its parts.
+    pub parts: LossParts,
     /// Loads of each MoE layer, summed over the micro-batches.
     pub layers: Vec<LayerLoad>,
     /// The first loss that is not finite, if any.
@@ -62,7 +60,7 @@ fn no_panic<T>(i: usize, body: impl FnOnce() -> Result<T>) -> Result<T> {
     })
 }
 
-/// Losses of `batches`, and the sum of their gradients in `buffers`; `seeds[i]` drives the random draws of micro-batch `i`.
+/// Losses of `batches`, and the sum of their gradients in `buffers`; `passes[i]` is that of micro-batch `i`.
 ///
 /// Each micro-batch's gradients are finished before they are added to those before it: the bits are those of as many ranks that
 /// reduce in rank order.
@@ -73,36 +71,28 @@ fn no_panic<T>(i: usize, body: impl FnOnce() -> Result<T>) -> Result<T> {
 pub fn accumulate<M: TrainModel>(
     model: &M,
     batches: &[TokenBatch],
-    seeds: &[u64],
+    passes: &[TrainPass],
     buffers: &mut StepBuffers,
 ) -> Result<BatchSums> {
     let StepBuffers { grads, copies } = buffers;
-    if batches.is_empty() || batches.len() != seeds.len() {
-        let (have, given) = (batches.len(), seeds.len());
+    if batches.is_empty() || batches.len() != passes.len() {
+        let (have, given) = (batches.len(), passes.len());
         return Err(Error::Argument(format!(
-            "expected at least one micro-batch and a seed for each, got {have} and {given}"
+            "expected at least one micro-batch and a pass for each, got {have} and {given}"
         )));
     }
-    let mut sums = BatchSums {
-        micro_batches: batches.len(),
-        loss: 0.0,
-        lm_loss: 0.0,
-        aux_loss: 0.0,
-        layers: Vec::new(),
-        non_finite: None,
-    };
+    let (micro_batches, parts) = (batches.len(), LossParts::default());
+    let mut sums = BatchSums { micro_batches, loss: 0.0, parts, layers: Vec::new(), non_finite: None };
     grads.begin();
-    for (i, (batch, &seed)) in batches.iter().zip(seeds).enumerate() {
+    for (i, (batch, &pass)) in batches.iter().zip(passes).enumerate() {
         // One chain of kernels: threads stay awake from one to the next.
-        let pass = || no_panic(i, || one(model, batch, Pass::Train { seed }, grads));
-        let output = parallel::together(|| with_copies(copies, pass))?;
+        let run = || no_panic(i, || one(model, batch, Pass::Train(pass), grads));
+        let output = parallel::together(|| with_copies(copies, run))?;
         sums.add(i, output)?;
     }
     grads.finish();
-    let count = batches.len() as f64;
-    sums.loss /= count;
-    sums.lm_loss /= count;
-    sums.aux_loss /= count;
+    sums.loss /= micro_batches as f64;
+    sums.parts = sums.parts.scaled(1.0 / micro_batches as f64);
     Ok(sums)
 }
 
@@ -116,14 +106,13 @@ fn one<M: TrainModel>(model: &M, batch: &TokenBatch, pass: Pass, grads: &mut Gra
 
 impl BatchSums {
     fn add(&mut self, micro_batch: usize, output: LossOutput) -> Result<()> {
-        let LossOutput { loss, lm_loss, aux_loss, layers } = output;
+        let LossOutput { loss, parts, layers } = output;
         let loss = f64::from(loss.to_scalar::<f32>()?);
         self.loss += loss;
-        self.lm_loss += lm_loss;
-        self.aux_loss += aux_loss;
+        self.parts.add(&parts);
         add_loads(&mut self.layers, &layers);
-        if self.non_finite.is_none() && [loss, lm_loss, aux_loss].iter().any(|x| !x.is_finite()) {
-            self.non_finite = Some(NonFiniteLoss { micro_batch, loss, lm_loss, aux_loss });
+        if self.non_finite.is_none() && [loss, parts.total()].iter().any(|x| !x.is_finite()) {
+            self.non_finite = Some(NonFiniteLoss { micro_batch, loss, parts });
         }
         Ok(())
     }

@@ -7,7 +7,7 @@ use super::data::{PackedSource, SequenceSampler, ValidSource};
 use super::evaluate::{Evaluation, evaluate};
 use super::lock::RunLock;
 use super::metrics::{self, MetricsWriter, Record};
-use super::model::{TokenBatch, TrainModel, decay_flags};
+use super::model::{TokenBatch, TrainModel, TrainPass, decay_flags};
 use super::non_finite::NonFinite;
 use super::observer::{Event, Observer};
 use super::optimizer::{AdamW, StepReport, grad_norm};
@@ -272,10 +272,13 @@ impl<M: TrainModel> Trainer<M> {
     fn update(&mut self, lr: f64) -> Result<(BatchSums, StepReport)> {
         let started = Instant::now();
         let batches = self.draw_batches();
-        let seeds: Vec<u64> = (0..batches.len() as u64)
-            .map(|micro_batch| CounterRng::mix(self.config.seed, &[PASS_TAG, self.step, micro_batch]))
-            .collect();
-        let sums = accumulate(&self.model, &batches, &seeds, &mut self.buffers)?;
+        let (step, tokens) = (self.step, self.tokens());
+        let pass = |micro_batch: usize| {
+            let seed = CounterRng::mix(self.config.seed, &[PASS_TAG, step, micro_batch as u64]);
+            TrainPass { seed, step, tokens, micro_batch }
+        };
+        let passes: Vec<TrainPass> = (0..batches.len()).map(pass).collect();
+        let sums = accumulate(&self.model, &batches, &passes, &mut self.buffers)?;
         let step = self.step + 1;
         let report = self.apply(&sums, lr).map_err(|e| match e {
             Error::NonFinite { what, in_a_row, .. } => Error::NonFinite { step: Some(step), what, in_a_row },
@@ -315,8 +318,10 @@ impl<M: TrainModel> Trainer<M> {
     fn push_training(&mut self, record: &mut Record, sums: &BatchSums, grad_norm: f64, lr: f64) {
         let (time, steps) = std::mem::take(&mut self.speed);
         record.push(metrics::TRAIN_LOSS, sums.loss);
-        record.push(metrics::TRAIN_LM_LOSS, sums.lm_loss);
-        record.push(metrics::TRAIN_AUX_LOSS, sums.aux_loss);
+        record.push(metrics::TRAIN_LM_LOSS, sums.parts.lm);
+        record.push(metrics::TRAIN_AUX_LOSS, sums.parts.aux());
+        record.push(metrics::TRAIN_LOAD_BALANCE_LOSS, sums.parts.load_balance);
+        record.push(metrics::TRAIN_ROUTER_Z_LOSS, sums.parts.router_z);
         record.push(metrics::TRAIN_LR, lr);
         record.push(metrics::TRAIN_GRAD_NORM, grad_norm);
         let tokens = (steps * self.config.tokens_per_step()) as f64;

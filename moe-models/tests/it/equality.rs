@@ -125,7 +125,7 @@ fn batch(d: usize) -> (TokenBatch, Pass) {
     let ids: Vec<u32> = (0..=SEQ_LEN).map(|_| rng.below(61)).collect();
     let batch =
         TokenBatch { input_ids: ids[..SEQ_LEN].to_vec(), target_ids: ids[1..].to_vec(), batch: 1, seq_len: SEQ_LEN };
-    (batch, Pass::Train { seed: 100 + d as u64 })
+    (batch, Pass::train(100 + d as u64))
 }
 
 fn outcome(decoder: &Decoder, vars: &[(String, Var)], d: usize) -> Outcome {
@@ -146,7 +146,7 @@ fn outcome(decoder: &Decoder, vars: &[(String, Var)], d: usize) -> Outcome {
     Outcome {
         logits: flat(&logits),
         loss: output.loss.to_scalar().expect("a scalar"),
-        aux_loss: output.aux_loss,
+        aux_loss: output.parts.aux(),
         grads: grads.collect(),
     }
 }

@@ -67,7 +67,7 @@ fn logits_and_gradients_equal_transformers(fixture: &Fixture) {
     }
     // Without auxiliary losses, which transformers adds only where it is asked to.
     let decoder = model.training_decoder();
-    let (hidden, _) = decoder.hidden(&batch.input_ids, 20, moe_models::Pass::Train { seed: 1 }).unwrap();
+    let (hidden, _) = decoder.hidden(&batch.input_ids, 20, moe_models::Pass::train(1)).unwrap();
     let loss = decoder.head().loss(&hidden, &batch.target_ids).unwrap();
     let want = values(&fixture.expected["loss"])[0];
     assert!((values(&loss)[0] - want).abs() <= TOLERANCE * want, "loss {} want {want}", values(&loss)[0]);

@@ -36,9 +36,9 @@ fn dense_model_equals_gpt2_of_transformers() {
         let logits = logits(model.decoder(), tokens);
         assert_close(&logits, &expected["logits"].get(sequence).unwrap(), 5e-5, "logits");
     }
-    let output = model.loss(&batch, Pass::Train { seed: 1 }).unwrap();
+    let output = model.loss(&batch, Pass::train(1)).unwrap();
     let want = values(&expected["loss"])[0];
-    assert!((output.lm_loss - want).abs() < 1e-5, "loss {} want {want}", output.lm_loss);
+    assert!((output.parts.lm - want).abs() < 1e-5, "loss {} want {want}", output.parts.lm);
     let grads = output.loss.backward().unwrap();
     for (name, var) in model.params() {
         assert_close(grads.get(var).unwrap(), &expected[&format!("grad.{name}")], 2e-5, name);

@@ -4,7 +4,7 @@
 use candle_core::{DType, Device, Tensor, Var};
 use moe_core::{CounterRng, ExpertLoad};
 use moe_models::train::data::{Documents, Packer};
-use moe_models::train::model::{LayerLoad, LossOutput, Pass, TokenBatch};
+use moe_models::train::model::{LayerLoad, LossOutput, LossParts, Pass, TokenBatch};
 use moe_models::train::tokenizer::{to_json, train_bpe};
 use moe_models::train::{Corpus, TrainConfig, TrainModel};
 use moe_models::{Error, Precision, Result};
@@ -71,8 +71,8 @@ impl TrainModel for Toy {
         let ids = Tensor::from_slice(&batch.input_ids, batch.input_ids.len(), &Device::Cpu)?;
         let targets = Tensor::from_slice(&batch.target_ids, batch.target_ids.len(), &Device::Cpu)?;
         let mut hidden = self.params[0].1.index_select(&ids, 0)?;
-        if let Pass::Train { seed } = pass {
-            let mut rng = CounterRng::new(seed, 0);
+        if let Pass::Train(pass) = pass {
+            let mut rng = CounterRng::new(pass.seed, 0);
             let noise: Vec<f32> = (0..hidden.elem_count()).map(|_| rng.uniform_f32() * 0.1).collect();
             hidden = (hidden + Tensor::from_vec(noise, (batch.input_ids.len(), WIDTH), &Device::Cpu)?)?;
         }
@@ -86,11 +86,11 @@ impl TrainModel for Toy {
         let right = logits.gather(&targets.unsqueeze(1)?, 1)?.squeeze(1)?;
         let lm = (logits.log_sum_exp(1)? - right)?.mean_all()?;
         let scale = if self.broken.load(Ordering::Relaxed) { f64::NAN } else { 1.0 };
-        let lm_loss = f64::from(lm.to_scalar::<f32>()?);
+        let parts = LossParts { lm: f64::from(lm.to_scalar::<f32>()?), ..LossParts::default() };
         let first_half = batch.input_ids.iter().filter(|id| (**id as usize) < VOCAB / 2).count() as u32;
         let total = batch.input_ids.len() as u32;
         let load = ExpertLoad { tokens_per_expert: vec![first_half, total - first_half], dropped: 1 };
-        Ok(LossOutput { loss: (lm * scale)?, lm_loss, aux_loss: 0.0, layers: vec![LayerLoad { layer: 1, load }] })
+        Ok(LossOutput { loss: (lm * scale)?, parts, layers: vec![LayerLoad { layer: 1, load }] })
     }
     fn save(&self, dir: &Path, dtype: DType) -> Result<()> {
         let path = dir.join("model.safetensors");

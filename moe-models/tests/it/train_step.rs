@@ -2,7 +2,7 @@
 
 use crate::toy::{Toy, VOCAB};
 use moe_models::train::TrainModel;
-use moe_models::train::model::{Pass, TokenBatch};
+use moe_models::train::model::{Pass, TokenBatch, TrainPass};
 use moe_models::train::step::{StepBuffers, accumulate};
 
 fn batch(salt: u32) -> TokenBatch {
@@ -10,17 +10,21 @@ fn batch(salt: u32) -> TokenBatch {
     TokenBatch { input_ids: ids[..16].to_vec(), target_ids: ids[1..].to_vec(), batch: 2, seq_len: 8 }
 }
 
+fn pass(seed: u64) -> TrainPass {
+    TrainPass { seed, ..TrainPass::default() }
+}
+
 #[test]
 fn sums_are_those_of_the_micro_batches_in_order() {
     let toy = Toy::new(1);
-    let (batches, seeds): (Vec<_>, Vec<_>) = (0..5).map(|i| (batch(i), u64::from(i) + 40)).unzip();
+    let (batches, passes): (Vec<_>, Vec<_>) = (0..5).map(|i| (batch(i), pass(u64::from(i) + 40))).unzip();
     let mut buffers = StepBuffers::new(&toy).unwrap();
-    let sums = accumulate(&toy, &batches, &seeds, &mut buffers).unwrap();
+    let sums = accumulate(&toy, &batches, &passes, &mut buffers).unwrap();
     let mut want: Vec<Vec<f32>> = toy.params().iter().map(|(_, var)| vec![0.0; var.elem_count()]).collect();
     let mut loss = 0.0;
-    for (batch, &seed) in batches.iter().zip(&seeds) {
-        let output = toy.loss(batch, Pass::Train { seed }).unwrap();
-        loss += output.lm_loss;
+    for (batch, &pass) in batches.iter().zip(&passes) {
+        let output = toy.loss(batch, Pass::Train(pass)).unwrap();
+        loss += output.parts.lm;
         let grads = output.loss.backward().unwrap();
         for ((_, var), sum) in toy.params().iter().zip(&mut want) {
             let grad = grads.get(var).unwrap().flatten_all().unwrap().to_vec1::<f32>().unwrap();
@@ -28,7 +32,7 @@ fn sums_are_those_of_the_micro_batches_in_order() {
         }
     }
     assert_eq!(buffers.grads.all(), want);
-    assert_eq!((sums.micro_batches, sums.lm_loss), (5, loss / 5.0));
+    assert_eq!((sums.micro_batches, sums.parts.lm), (5, loss * (1.0 / 5.0)));
     assert_eq!(sums.layers[0].load.tokens_per_expert.iter().sum::<u32>(), 5 * 16);
     assert_eq!(sums.layers[0].load.dropped, 5);
 }
@@ -39,7 +43,7 @@ fn a_bad_micro_batch_is_an_error() {
     let mut bad = batch(3);
     bad.input_ids[0] = VOCAB as u32;
     let mut buffers = StepBuffers::new(&toy).unwrap();
-    assert!(accumulate(&toy, &[batch(0), bad, batch(2)], &[1, 2, 3], &mut buffers).is_err());
-    assert!(accumulate(&toy, &[batch(0)], &[1, 2], &mut buffers).is_err());
+    assert!(accumulate(&toy, &[batch(0), bad, batch(2)], &[1, 2, 3].map(pass), &mut buffers).is_err());
+    assert!(accumulate(&toy, &[batch(0)], &[1, 2].map(pass), &mut buffers).is_err());
     assert!(accumulate(&toy, &[], &[], &mut buffers).is_err());
 }

@@ -7,7 +7,7 @@ use moe_core::{CandleOps, CounterRng};
 use moe_models::gpt::{Gpt, GptConfig};
 use moe_models::train::TrainModel;
 use moe_models::train::step::{StepBuffers, accumulate};
-use moe_models::{Decoder, Family, Model, Pass, Recompute, TokenBatch};
+use moe_models::{Decoder, Family, Model, Pass, Recompute, TokenBatch, TrainPass};
 use std::collections::HashMap;
 use std::sync::Arc;
 
@@ -37,7 +37,7 @@ fn flat(tensor: &Tensor) -> Vec<f64> {
 fn by_candle(decoder: &Decoder, vars: &[(String, Var)], batches: &[TokenBatch]) -> HashMap<String, Vec<f64>> {
     let mut sums: HashMap<String, Vec<f64>> = HashMap::new();
     for (batch, &seed) in batches.iter().zip(&SEEDS) {
-        let grads = decoder.loss(batch, Pass::Train { seed }).unwrap().loss.backward().unwrap();
+        let grads = decoder.loss(batch, Pass::train(seed)).unwrap().loss.backward().unwrap();
         for (name, var) in vars {
             let grad = grads.get(var).map_or_else(|| vec![0.0; var.elem_count()], flat);
             let sum = sums.entry(name.clone()).or_insert_with(|| vec![0.0; grad.len()]);
@@ -62,12 +62,13 @@ fn check<F: Family>(what: &str, model: Model<F>) {
     let in_f64 = by_candle(&Decoder::new(config, vb, Arc::new(CandleOps)).unwrap(), &wide, &batches);
     let in_f32 = by_candle(model.training_decoder(), model.params(), &batches);
 
+    let passes = SEEDS.map(|seed| TrainPass { seed, ..TrainPass::default() });
     let mut first: Option<Vec<Vec<u32>>> = None;
     let mut model = Some(model);
     for recompute in [Recompute::None, Recompute::Block, Recompute::Moe] {
         let this = model.take().unwrap().with_recompute(recompute);
         let mut buffers = StepBuffers::new(&this).unwrap();
-        accumulate(&this, &batches, &SEEDS, &mut buffers).unwrap();
+        accumulate(&this, &batches, &passes, &mut buffers).unwrap();
         let grads = &buffers.grads;
         for (index, (name, _)) in TrainModel::params(&this).iter().enumerate() {
             let narrow = distance(grads.of(index), &in_f32[name]);

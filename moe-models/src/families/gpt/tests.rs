@@ -106,7 +106,7 @@ fn batch(config: &GptConfig, batch: usize, seq_len: usize) -> TokenBatch {
 fn every_parameter_of_every_model_gets_a_gradient() {
     for (kind, config) in family() {
         let model = Gpt::new(config, 1, &Device::Cpu).unwrap();
-        let output = model.loss(&batch(model.config(), 4, 24), Pass::Train { seed: 3 }).unwrap();
+        let output = model.loss(&batch(model.config(), 4, 24), Pass::train(3)).unwrap();
         let grads = output.loss.backward().unwrap();
         for (name, var) in model.params() {
             let grad = grads.get(var).unwrap_or_else(|| panic!("{kind}: {name} has no gradient"));
@@ -114,8 +114,8 @@ fn every_parameter_of_every_model_gets_a_gradient() {
             let moved = values(grad).iter().any(|g| *g != 0.0);
             assert!(moved, "{kind}: the gradient of {name} is zero everywhere");
         }
-        assert!(output.lm_loss > 1.0 && output.loss.to_scalar::<f32>().unwrap().is_finite());
-        assert_eq!(output.aux_loss > 0.0, model.config().moe.is_some(), "{kind}: auxiliary loss {}", output.aux_loss);
+        assert!(output.parts.lm > 1.0 && output.loss.to_scalar::<f32>().unwrap().is_finite());
+        assert_eq!(output.parts.aux() > 0.0, model.config().moe.is_some(), "{kind}: {:?}", output.parts);
         assert_eq!(output.layers.len(), model.config().moe_layers().len());
     }
 }
@@ -131,7 +131,7 @@ fn whole_model_gradient_along_a_direction() {
         }
         let model = Gpt::new(config, 2, &Device::Cpu).unwrap();
         let batch = batch(model.config(), 1, 12);
-        let loss = || model.loss(&batch, Pass::Train { seed: 1 }).unwrap().loss;
+        let loss = || model.loss(&batch, Pass::train(1)).unwrap().loss;
         let grads = loss().backward().unwrap();
         let mut slope = 0.0;
         let directions: Vec<Tensor> = model
@@ -209,7 +209,7 @@ fn cached_decoding_has_the_bits_of_the_whole_pass() {
                 let plain = plain.unwrap().with_eval_routing(routing);
                 let whole = &in_pieces(&plain, &ids, &[20], 5)[0];
                 let packed = model.into_packed().unwrap();
-                let loss = packed.loss(&loss_batch(&ids), Pass::Eval).unwrap().lm_loss;
+                let loss = packed.loss(&loss_batch(&ids), Pass::Eval).unwrap().parts.lm;
                 assert_eq!(loss.to_bits(), plain_loss.to_bits(), "{kind} {precision:?}");
                 let packed = packed.with_eval_routing(routing);
                 for (decoder, pieces) in
@@ -284,7 +284,7 @@ fn loss_batch(ids: &[u32]) -> TokenBatch {
 }
 
 fn eval_loss(model: &Gpt, ids: &[u32]) -> f64 {
-    model.loss(&loss_batch(ids), Pass::Eval).unwrap().lm_loss
+    model.loss(&loss_batch(ids), Pass::Eval).unwrap().parts.lm
 }
 
 /// A sequence's logits do not depend on the other sequences of its batch: serving and training see the same numbers.
@@ -302,7 +302,7 @@ fn a_sequence_does_not_depend_on_its_batch() {
             let part = |ids: &[u32]| ids[row * 24..(row + 1) * 24].to_vec();
             let (input_ids, target_ids) = (part(&many.input_ids), part(&many.target_ids));
             let alone = TokenBatch { input_ids, target_ids, batch: 1, seq_len: 24 };
-            let loss = |batch: &TokenBatch| model.loss(batch, Pass::Eval).unwrap().lm_loss;
+            let loss = |batch: &TokenBatch| model.loss(batch, Pass::Eval).unwrap().parts.lm;
             assert_eq!(loss(&alone).to_bits(), loss(&targets(row)).to_bits(), "{precision:?} row {row}");
         }
     }
@@ -313,7 +313,7 @@ fn training_draws_follow_the_seed() {
     let config = with_moe("tiny-moe", |m| m.noisy_gate = Some(NoisyGate::RSample));
     let model = Gpt::new(config, 1, &Device::Cpu).unwrap();
     let batch = batch(model.config(), 2, 24);
-    let load = |seed| model.loss(&batch, Pass::Train { seed }).unwrap();
+    let load = |seed| model.loss(&batch, Pass::train(seed)).unwrap();
     assert_eq!(load(1).loss.to_scalar::<f32>().unwrap().to_bits(), load(1).loss.to_scalar::<f32>().unwrap().to_bits());
     assert_ne!(load(1).layers, load(2).layers);
 }

@@ -13,6 +13,10 @@ pub const TRAIN_LOSS: &str = "train/loss";
 pub const TRAIN_LM_LOSS: &str = "train/lm_loss";
 /// Tag of the auxiliary losses of a training step, scaled as they enter the total.
 pub const TRAIN_AUX_LOSS: &str = "train/aux_loss";
+/// Tag of their load-balance part.
+pub const TRAIN_LOAD_BALANCE_LOSS: &str = "train/load_balance_loss";
+/// Tag of their router z-loss part.
+pub const TRAIN_ROUTER_Z_LOSS: &str = "train/router_z_loss";
 /// Tag of the learning rate.
 pub const TRAIN_LR: &str = "train/lr";
 /// Tag of the global gradient norm before clipping.
