@@ -40,6 +40,8 @@ enum What {
     Layers,
     /// The experts' products at the shapes of real models, beside the machine's ceilings.
     Kernels,
+    /// The three products of a linear map at the shapes of training, beside the multipliers' rate.
+    Products,
     /// Gate, dispatch and combine at 128 experts against the original's one-hot einsums.
     Gating,
     /// Every operation against candle's, forward and backward, with AVX2 forced too.
@@ -112,6 +114,7 @@ pub(crate) fn run(args: &Args) -> Result<()> {
     let (name, report) = match args.what {
         What::Layers => plain(args, "moe-models", "layers", "bench.txt")?,
         What::Gating => plain(args, "moe-kernels", "gating", "gating.txt")?,
+        What::Products => plain(args, "moe-kernels", "products", "products.txt")?,
         What::Operations => plain(args, "moe-kernels", "operations", "operations.txt")?,
         What::Parallel => {
             anyhow::ensure!(args.peers.is_empty(), "--peers goes with `kernels` and `training`");
