@@ -198,14 +198,6 @@ impl DecoderOps for KernelOps {
         bias: Option<&Tensor>,
         epsilon: f64,
     ) -> moe_core::Result<[Tensor; 2]> {
-        if !tape::is_active() && [x, delta, weight].into_iter().any(Tensor::track_op) {
-            let sum = self.add(x, delta)?;
-            let normed = match bias {
-                Some(bias) => self.layer_norm(&sum, weight, bias, epsilon)?,
-                None => self.rms_norm(&sum, weight, epsilon)?,
-            };
-            return Ok([sum, normed]);
-        }
         Ok(add_norm::add_norm(x, delta, weight, bias, epsilon)?)
     }
 

@@ -7,10 +7,10 @@
 mod tests;
 
 use crate::custom::{settle, targets, with_cpu_inputs, with_inputs};
-use crate::layer_norm::LayerNorm;
+use crate::layer_norm::{self, LayerNorm};
 use crate::parallel::SharedMut;
-use crate::rms_norm::RmsNorm;
-use crate::{Error, Result, norm_rows, select};
+use crate::rms_norm::{self, RmsNorm};
+use crate::{Error, Result, norm_rows, select, sums};
 use candle_core::{D, Device, Tensor};
 use moe_core::ops::host;
 use moe_core::tape::{self, Edge};
@@ -63,12 +63,21 @@ pub fn add_norm(
     if let Some(bias) = bias {
         host::expect_shape("norm bias", bias, &[width])?;
     }
+    let inputs: Vec<&Tensor> = [x, delta, weight].into_iter().chain(bias).collect();
+    if !tape::is_active() && tape::tracks(&inputs) {
+        // candle's operations have one result.
+        let sum = sums::add(x, delta)?;
+        let normed = match bias {
+            Some(bias) => layer_norm::layer_norm(&sum, weight, bias, epsilon)?,
+            None => rms_norm::rms_norm(&sum, weight, epsilon)?,
+        };
+        return Ok([sum, normed]);
+    }
     let (epsilon, isa) = (epsilon as f32, select::current());
     let norm = match bias {
         Some(_) => Norm::Layer(LayerNorm { epsilon, isa }),
         None => Norm::Rms(RmsNorm { epsilon, isa }),
     };
-    let inputs: Vec<&Tensor> = [x, delta, weight].into_iter().chain(bias).collect();
     let [sum, normed] = with_inputs("add_norm", &inputs, |inputs| {
         let params: Vec<&[f32]> = inputs[2..].iter().map(|param| param.values).collect();
         forward(norm, inputs[0].values, inputs[1].values, &params, width)

@@ -47,6 +47,27 @@ fn it_has_the_bits_of_a_sum_and_a_norm() {
     }
 }
 
+/// Without a tape both results have candle's gradients: neither is a leaf that nothing leads back from.
+#[test]
+fn without_a_tape_gradients_are_candles() {
+    let [x, delta] = [1, 2].map(|seed| random_var(seed, &[3, 5], 1.0, DType::F32));
+    let [weight, bias] = [3, 4].map(|seed| random_var(seed, &[5], 1.0, DType::F32));
+    for (bias, params) in
+        [(Some(bias.as_tensor()), vec![&x, &delta, &weight, &bias]), (None, vec![&x, &delta, &weight])]
+    {
+        let taped = run(&params, || Ok(add_norm(&x, &delta, &weight, bias, 1e-5)?));
+        let [sum, normed] = add_norm(&x, &delta, &weight, bias, 1e-5).unwrap();
+        let loss = (sum.sqr().unwrap().sum_all().unwrap() + normed.powf(3.0).unwrap().sum_all().unwrap()).unwrap();
+        let grads = loss.backward().unwrap();
+        for (index, var) in params.iter().enumerate() {
+            let want: Vec<f64> = taped[2 + index].iter().map(|&bits| f64::from(f32::from_bits(bits as u32))).collect();
+            let got = values(grads.get(var).unwrap());
+            let close = |(g, w): (&f64, &f64)| (g - w).abs() <= 1e-5 * (1.0 + w.abs());
+            assert!(got.iter().zip(&want).all(close), "parameter {index}: {got:?} want {want:?}");
+        }
+    }
+}
+
 #[test]
 fn nothing_is_recorded_without_gradients_and_shapes_are_named() {
     let x = random_var(1, &[3, 5], 1.0, DType::F32).detach();
