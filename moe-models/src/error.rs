@@ -65,9 +65,9 @@ pub enum Error {
         /// Steps without an update, up to this one.
         in_a_row: u64,
     },
-    /// A worker of the training loop panicked.
+    /// The model panicked in a training step or an evaluation.
     #[error(
-        "a worker panicked at micro-batch {micro_batch}: {text}; this is a defect of the program or the model, please report it"
+        "the model panicked at micro-batch {micro_batch}: {text}; this is a defect of the program or the model, please report it"
     )]
     Panic {
         /// What it worked on: the index in the step or in the evaluation.

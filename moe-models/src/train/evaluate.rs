@@ -3,6 +3,7 @@
 use super::data::ValidSource;
 use super::metrics::{Record, VALID_BITS_PER_BYTE, VALID_LOSS};
 use super::model::{Pass, TokenBatch, TrainModel};
+use super::step::no_panic;
 use crate::Result;
 use crate::gpt::IGNORED;
 use moe_kernels::parallel;
@@ -97,12 +98,12 @@ pub fn evaluate<M: TrainModel>(model: &M, sources: &[ValidSource], batch_size: u
 /// loss counts as often as it has targets that are not [`IGNORED`].
 ///
 /// # Errors
-/// What the model returns.
+/// What the model returns; [`crate::Error::Panic`] with the text of a panic.
 pub fn add_losses<M: TrainModel>(model: &M, batches: &[(usize, TokenBatch)], results: &mut [SourceLoss]) -> Result<()> {
-    for (source, batch) in batches {
+    for (i, (source, batch)) in batches.iter().enumerate() {
         let targets = batch.target_ids.iter().filter(|&&id| id != IGNORED).count();
         // The mean over no target is no number.
-        let loss = || parallel::together(|| model.loss(batch, Pass::Eval));
+        let loss = || parallel::together(|| no_panic(i, || model.loss(batch, Pass::Eval)));
         let mean = if targets == 0 { 0.0 } else { loss()?.parts.lm };
         results[*source].tokens += targets as u64;
         results[*source].nats += mean * targets as f64;

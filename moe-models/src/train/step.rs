@@ -52,7 +52,7 @@ impl StepBuffers {
 /// Turns a panic in the work on micro-batch `i` into an error: a run that ends with an error keeps the checkpoints it has.
 ///
 /// What the panic left half done is seen by nobody: the error ends the call that owns the results.
-fn no_panic<T>(i: usize, body: impl FnOnce() -> Result<T>) -> Result<T> {
+pub(super) fn no_panic<T>(i: usize, body: impl FnOnce() -> Result<T>) -> Result<T> {
     catch_unwind(AssertUnwindSafe(body)).unwrap_or_else(|payload| {
         let text = payload.downcast_ref::<&str>().copied();
         let text = text.or_else(|| payload.downcast_ref::<String>().map(String::as_str)).unwrap_or("without a text");

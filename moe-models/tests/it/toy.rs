@@ -4,12 +4,13 @@
 use candle_core::{DType, Device, Tensor, Var};
 use moe_core::{CounterRng, ExpertLoad};
 use moe_models::train::data::{Documents, Packer};
-use moe_models::train::model::{LayerLoad, LossOutput, LossParts, Pass, TokenBatch};
+use moe_models::train::model::{LayerLoad, LossOutput, LossParts, Pass, TokenBatch, TrainPass};
 use moe_models::train::tokenizer::{to_json, train_bpe};
 use moe_models::train::{Corpus, TrainConfig, TrainModel};
 use moe_models::{Error, Precision, Result};
 use std::collections::HashMap;
 use std::path::Path;
+use std::sync::Mutex;
 use std::sync::atomic::{AtomicBool, Ordering};
 
 pub(crate) const VOCAB: usize = 270;
@@ -25,6 +26,10 @@ pub(crate) struct Toy {
     pub(crate) broken: AtomicBool,
     /// When raised, the loss is finite, but the gradient of `head` is not.
     pub(crate) steep: AtomicBool,
+    /// When raised, `loss` panics.
+    pub(crate) panics: AtomicBool,
+    /// The training passes so far.
+    pub(crate) passes: Mutex<Vec<TrainPass>>,
 }
 
 impl Toy {
@@ -40,6 +45,8 @@ impl Toy {
             disk_full: AtomicBool::new(false),
             broken: AtomicBool::new(false),
             steep: AtomicBool::new(false),
+            panics: AtomicBool::new(false),
+            passes: Mutex::new(Vec::new()),
         }
     }
 
@@ -71,7 +78,9 @@ impl TrainModel for Toy {
         let ids = Tensor::from_slice(&batch.input_ids, batch.input_ids.len(), &Device::Cpu)?;
         let targets = Tensor::from_slice(&batch.target_ids, batch.target_ids.len(), &Device::Cpu)?;
         let mut hidden = self.params[0].1.index_select(&ids, 0)?;
+        assert!(!self.panics.load(Ordering::Relaxed), "index {} out of bounds", batch.input_ids[0]);
         if let Pass::Train(pass) = pass {
+            self.passes.lock().unwrap().push(pass);
             let mut rng = CounterRng::new(pass.seed, 0);
             let noise: Vec<f32> = (0..hidden.elem_count()).map(|_| rng.uniform_f32() * 0.1).collect();
             hidden = (hidden + Tensor::from_vec(noise, (batch.input_ids.len(), WIDTH), &Device::Cpu)?)?;

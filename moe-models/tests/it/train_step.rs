@@ -1,9 +1,12 @@
 //! Gradient accumulation against single micro-batches.
 
 use crate::toy::{Toy, VOCAB};
+use moe_models::Error;
 use moe_models::train::TrainModel;
+use moe_models::train::evaluate::add_losses;
 use moe_models::train::model::{Pass, TokenBatch, TrainPass};
 use moe_models::train::step::{StepBuffers, accumulate};
+use std::sync::atomic::Ordering;
 
 fn batch(salt: u32) -> TokenBatch {
     let ids: Vec<u32> = (0..17).map(|i| (i * 31 + salt * 7) % VOCAB as u32).collect();
@@ -46,4 +49,24 @@ fn a_bad_micro_batch_is_an_error() {
     assert!(accumulate(&toy, &[batch(0), bad, batch(2)], &[1, 2, 3].map(pass), &mut buffers).is_err());
     assert!(accumulate(&toy, &[batch(0)], &[1, 2].map(pass), &mut buffers).is_err());
     assert!(accumulate(&toy, &[], &[], &mut buffers).is_err());
+}
+
+/// A run that ends with an error keeps the checkpoints it has, and the buffers can be used again.
+#[test]
+fn a_panic_of_the_model_is_an_error_with_its_text() {
+    let toy = Toy::new(1);
+    let mut buffers = StepBuffers::new(&toy).unwrap();
+    let (batches, passes) = ([batch(0), batch(1)], [1, 2].map(pass));
+    accumulate(&toy, &batches, &passes, &mut buffers).unwrap();
+    let want: Vec<Vec<f32>> = buffers.grads.all().iter().map(|g| g.to_vec()).collect();
+    toy.panics.store(true, Ordering::Relaxed);
+    let error = accumulate(&toy, &batches, &passes, &mut buffers).unwrap_err();
+    assert!(matches!(error, Error::Panic { micro_batch: 0, .. }), "{error:?}");
+    let text = error.to_string();
+    assert!(text.contains("micro-batch 0") && text.contains("out of bounds"), "{text}");
+    let error = add_losses(&toy, &[(0, batch(0))], &mut []).unwrap_err();
+    assert!(matches!(error, Error::Panic { micro_batch: 0, .. }), "{error:?}");
+    toy.panics.store(false, Ordering::Relaxed);
+    accumulate(&toy, &batches, &passes, &mut buffers).unwrap();
+    assert_eq!(buffers.grads.all(), want);
 }
