@@ -10,6 +10,7 @@ use crate::layer::{Layer, LayerPass, Recompute, Stream};
 use crate::{Error, Result};
 use candle_core::{DType, Device, Tensor};
 use candle_nn::VarBuilder;
+use moe_core::ops::check_sequences;
 use moe_core::{
     LocalDispatcher, Mode, MoeOps, MoeOutput, NoiseSource, Ops, PositionedNoise, RouteContext, RouterConfig,
 };
@@ -157,10 +158,7 @@ impl Decoder {
     /// # Errors
     /// If the ids do not fit the model.
     pub fn hidden(&self, ids: &[u32], seq_len: usize, pass: Pass) -> Result<(Tensor, Vec<LayerOutput>)> {
-        if seq_len == 0 || !ids.len().is_multiple_of(seq_len) {
-            let count = ids.len();
-            return Err(Error::Argument(format!("{count} ids must be whole sequences of seq_len {seq_len}")));
-        }
+        check_sequences(ids.len(), seq_len)?;
         self.check_ids(ids, seq_len)?;
         let mut stream = self.embed(ids, (0..ids.len()).map(|i| (i % seq_len) as u32))?;
         let mut outputs = Vec::new();

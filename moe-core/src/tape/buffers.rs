@@ -17,7 +17,6 @@ pub struct GradGroup {
 
 #[derive(Debug, Clone)]
 struct Place {
-    name: String,
     group: usize,
     range: Range<usize>,
 }
@@ -54,26 +53,11 @@ impl GradBuffers {
             if buffers.by_id.insert(var.id(), buffers.places.len()).is_some() {
                 return Err(Error::Input(format!("parameter {name} is registered twice")));
             }
-            buffers.places.push(Place { name: name.to_owned(), group, range });
+            buffers.places.push(Place { group, range });
         }
         buffers.groups.iter_mut().zip(lens).for_each(|(group, len)| group.values = vec![0.0; len]);
         buffers.stale = vec![true; buffers.places.len()];
         Ok(buffers)
-    }
-
-    /// Parameters.
-    pub fn len(&self) -> usize {
-        self.places.len()
-    }
-
-    /// Whether there is none.
-    pub fn is_empty(&self) -> bool {
-        self.places.is_empty()
-    }
-
-    /// The name of parameter `index`.
-    pub fn name(&self, index: usize) -> &str {
-        &self.places[index].name
     }
 
     /// The gradient of parameter `index`, in the order they were registered in, row-major.
@@ -84,7 +68,7 @@ impl GradBuffers {
 
     /// All of them, in the order they were registered in.
     pub fn all(&self) -> Vec<&[f32]> {
-        (0..self.len()).map(|index| self.of(index)).collect()
+        (0..self.places.len()).map(|index| self.of(index)).collect()
     }
 
     /// The groups, in the order of their first parameters.
@@ -95,11 +79,6 @@ impl GradBuffers {
     /// The same, to be reduced.
     pub fn groups_mut(&mut self) -> &mut [GradGroup] {
         &mut self.groups
-    }
-
-    /// Size in memory.
-    pub fn bytes(&self) -> usize {
-        self.groups.iter().map(|group| size_of_val(group.values.as_slice())).sum()
     }
 
     /// Begins a new sum. Nothing is written yet: the first contribution to each parameter replaces what is there.

@@ -90,19 +90,15 @@ impl<'a> Gradients<'a> {
     /// # Errors
     /// If shapes differ, or an operation of candle has no gradient.
     pub fn give(&mut self, to: &Edge, gradient: Tensor) -> Result<()> {
-        let (want, tensor) = match to {
-            Edge::Constant => return Ok(()),
-            Edge::Leaf(_, shape) => (shape, None),
-            Edge::Segment(tensor) => (tensor.shape(), Some(tensor)),
-        };
-        if gradient.shape() != want {
+        let fits = |want: &Shape| {
             let got = gradient.shape();
-            return Err(Error::Input(format!("a gradient of shape {got:?} was given for a tensor of shape {want:?}")));
-        }
-        match (to, tensor) {
-            (Edge::Leaf(id, _), _) => self.give_leaf(*id, gradient),
-            (_, Some(tensor)) => self.give_segment(tensor, gradient),
-            _ => Ok(()),
+            let error = || format!("a gradient of shape {got:?} was given for a tensor of shape {want:?}");
+            if got == want { Ok(()) } else { Err(Error::Input(error())) }
+        };
+        match to {
+            Edge::Constant => Ok(()),
+            Edge::Leaf(id, shape) => fits(shape).and_then(|()| self.give_leaf(*id, gradient)),
+            Edge::Segment(tensor) => fits(tensor.shape()).and_then(|()| self.give_segment(tensor, gradient)),
         }
     }
 

@@ -1,13 +1,13 @@
 //! [`Attention`]: projections, norms of heads, rotary positions and the attention itself, over whole sequences or over pages.
 
 use super::{Linear, Norm};
+use crate::Result;
 use crate::cache::PagedStep;
 use crate::config::{AttentionConfig, Projection, RotaryConfig};
-use crate::{Error, Result};
 use candle_core::{D, Tensor};
 use candle_nn::VarBuilder;
 use moe_core::Ops;
-use moe_core::ops::{AttentionShape, KvShape, PagedKv, Positions, RotaryTable};
+use moe_core::ops::{AttentionShape, KvShape, PagedKv, Positions, RotaryTable, check_sequences};
 use std::sync::Arc;
 
 /// Causal attention.
@@ -114,9 +114,7 @@ impl Attention {
     /// If a shape does not fit.
     pub fn forward(&self, x: &Tensor, seq_len: usize) -> Result<Tensor> {
         let tokens = x.dim(0)?;
-        if seq_len == 0 || !tokens.is_multiple_of(seq_len) {
-            return Err(Error::Argument(format!("{tokens} tokens must be whole sequences of seq_len {seq_len}")));
-        }
+        check_sequences(tokens, seq_len)?;
         let plain = self.head_norms.is_none() && self.rotary.is_none() && self.config.window.is_none();
         let attended = if self.config.projection == Projection::Fused
             && plain

@@ -12,7 +12,7 @@ fn moe_train(dir: &Path, arguments: &[&str]) -> Command {
 }
 
 /// A model small enough for a debug build, on a text of numbers.
-const SMALL: [&str; 25] = [
+const SMALL: [&str; 27] = [
     "--data",
     "text.txt",
     "--preset",
@@ -37,6 +37,8 @@ const SMALL: [&str; 25] = [
     "1",
     "--valid-fraction",
     "0.1",
+    "--recompute",
+    "block",
     "--resume",
 ];
 
@@ -248,6 +250,9 @@ fn a_model_folder_is_evaluated_on_any_text() {
     let dir = folder();
     let more = ["--out", "run", "--train-tokens", "64", "--export", "model"];
     succeed(&moe_train(dir.path(), &arguments(&more)).output().unwrap());
+    let latest = std::fs::read_to_string(dir.path().join("run/latest")).unwrap();
+    let state = std::fs::read_to_string(dir.path().join("run").join(latest).join("trainer_state.json")).unwrap();
+    assert!(state.contains("\"recompute\": \"block\""), "the flag is part of the run: {state}");
     let evaluate = |more: &[&str]| {
         let mut arguments = vec!["--evaluate", "model"];
         arguments.extend(more);

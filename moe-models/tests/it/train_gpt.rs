@@ -219,7 +219,7 @@ fn the_exported_folder_is_the_trained_model() {
 
 /// The setting is part of every checkpoint, so it must be what the model does.
 #[test]
-fn a_precision_that_is_not_the_models_is_refused() {
+fn a_precision_or_recomputation_that_is_not_the_models_is_refused() {
     let dir = tempfile::tempdir().unwrap();
     let out = dir.path().join("run");
     let start = |model: Precision, config: Precision| {
@@ -234,6 +234,12 @@ fn a_precision_that_is_not_the_models_is_refused() {
         assert!(message.contains(&asked) && message.contains(&computed), "{message}");
         assert!(!out.exists(), "refused before anything is written");
     }
+    let config = TrainConfig { recompute: Recompute::Block, ..config_of_one_step() };
+    let (data, tokenizer) = corpus(&config);
+    let model = Gpt::new(shape(), config.seed, &Device::Cpu).unwrap().with_precision(config.precision).unwrap();
+    let message = Trainer::new(model, config, data, tokenizer, &out).unwrap_err().to_string();
+    assert!(message.contains("recompute is Block") && message.contains("does None"), "{message}");
+    assert!(!out.exists(), "refused before anything is written");
     start(Precision::Bf16, Precision::Bf16).unwrap();
     let config = config_of_one_step();
     let (_, trainer) = run(&config, &dir.path().join("saved"), None, u64::MAX);

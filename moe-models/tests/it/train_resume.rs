@@ -97,6 +97,21 @@ fn any_number_of_threads_is_bit_identical() {
     assert_same(&runs[0], &runs[2], "three threads");
 }
 
+/// Every pass is told its place in the run, and no two have one seed.
+#[test]
+fn passes_know_their_place() {
+    let (config, dir) = (config(), tempfile::tempdir().unwrap());
+    let (corpus, tokenizer) = corpus(&config);
+    let mut trainer = Trainer::new(Toy::new(config.seed), config.clone(), corpus, tokenizer, dir.path()).unwrap();
+    trainer.run(&AtomicBool::new(false), &mut |_: &Event| ()).unwrap();
+    let passes = trainer.model().passes.lock().unwrap().clone();
+    let places: Vec<_> = passes.iter().map(|pass| (pass.step, pass.tokens, pass.micro_batch)).collect();
+    let want = (0..12).flat_map(|step| (0..3).map(move |micro_batch| (step, step * 48, micro_batch)));
+    assert_eq!(places, want.collect::<Vec<_>>());
+    let seeds: std::collections::HashSet<u64> = passes.iter().map(|pass| pass.seed).collect();
+    assert_eq!(seeds.len(), passes.len());
+}
+
 /// Runs of earlier versions had a number of workers in their state.
 #[test]
 fn a_state_with_workers_is_read() {
