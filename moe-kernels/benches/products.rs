@@ -4,7 +4,7 @@
 //! Prints a table, and one JSON line per row with `--json`; words choose a type or a product. `cargo xtask bench kernels` keeps the
 //! output.
 
-use moe_kernels::gemm::{Group, Operand, Start, gemm};
+use moe_kernels::gemm::{Group, Operand, PackedWeights, Rounded, Start, Weights, bf16_round, gemm};
 use moe_kernels::machine::{self, Peaks};
 use moe_kernels::{Isa, Precision, select};
 use std::time::Instant;
@@ -26,6 +26,16 @@ enum Product {
 
 const PRODUCTS: [(&str, Product); 3] =
     [("output", Product::Output), ("input", Product::InputGradient), ("weight", Product::WeightGradient)];
+
+/// What the weights are given as.
+#[derive(Clone, Copy, PartialEq)]
+enum Form {
+    Plain,
+    Rounded,
+    Packed,
+}
+
+const FORMS: [(&str, Form); 3] = [("plain", Form::Plain), ("rounded", Form::Rounded), ("packed", Form::Packed)];
 
 /// Sizes of one row of the table.
 #[derive(Clone, Copy)]
@@ -67,18 +77,46 @@ fn group<'a>(of: Product, sizes: Sizes, index: usize, [x, w, grad]: [&'a [f32]; 
 }
 
 /// Median and least seconds of one call.
-fn measure(isa: Isa, precision: Precision, of: Product, sizes: Sizes) -> [f64; 2] {
+fn measure(isa: Isa, precision: Precision, of: Product, sizes: Sizes, form: Form) -> [f64; 2] {
     let values = |len: usize, step: usize| (0..len).map(|i| ((i * step % 101) as f32 - 50.0) * 0.01).collect();
     let [x, w, grad]: [Vec<f32>; 3] = [(0, 37), (1, 31), (2, 29)].map(|(i, step)| values(sizes.lens()[i], step));
-    let groups: Vec<Group<'_>> = (0..sizes.matrices).map(|index| group(of, sizes, index, [&x, &w, &grad])).collect();
+    let mut groups: Vec<Group<'_>> =
+        (0..sizes.matrices).map(|index| group(of, sizes, index, [&x, &w, &grad])).collect();
+    let Sizes { inner, out, matrices, .. } = sizes;
+    let bits: Vec<u16> = w.iter().map(|&v| (bf16_round(v).to_bits() >> 16) as u16).collect();
+    let packed: Vec<PackedWeights> = (0..matrices)
+        .map(|e| {
+            let w = &w[e * out * inner..][..out * inner];
+            let operand = match of {
+                Product::InputGradient => Operand::columns(w, inner, out, inner),
+                _ => Operand::rows(w, out, inner, inner),
+            };
+            PackedWeights::new(isa, precision, &operand)
+        })
+        .collect();
+    if of != Product::WeightGradient {
+        for (e, group) in groups.iter_mut().enumerate() {
+            let bits = &bits[e * out * inner..][..out * inner];
+            group.b = match (form, of) {
+                (Form::Plain, _) => group.b,
+                (Form::Rounded, Product::InputGradient) => Rounded::columns(bits, inner, out).into(),
+                (Form::Rounded, _) => Rounded::rows(bits, out, inner).into(),
+                (Form::Packed, _) => Weights::Packed(&packed[e]),
+            };
+        }
+    }
     let [of_x, of_w, of_grad] = sizes.lens();
-    let mut out = vec![0.0; [of_grad, of_x, of_w][of as usize]];
+    let len = [of_grad, of_x, of_w][of as usize];
+    let mut out = vec![0.0; len + 16];
+    // On a line of the cache, as large buffers of a run are.
+    let first = out.as_ptr().align_offset(64);
+    let out = &mut out[first..first + len];
     let mut times = Vec::new();
     let mut total = 0.0;
     // The first call warms up.
     while total < SECONDS || times.len() < 4 {
         let start = Instant::now();
-        gemm(isa, precision, &groups, &mut out);
+        gemm(isa, precision, &groups, out);
         times.push(start.elapsed().as_secs_f64());
         total += times[times.len() - 1];
     }
@@ -97,6 +135,7 @@ fn main() {
     }
     let isa = select::current();
     let types = [("bf16", Precision::Bf16), ("f32", Precision::F32)];
+    let form = FORMS.into_iter().find(|f| only.iter().any(|o| *o == f.0)).map_or(Form::Plain, |f| f.1);
     let wanted =
         |name: &str, all: &[&str]| only.iter().any(|o| *o == name) || !only.iter().any(|o| all.contains(&o.as_str()));
     println!("machine: {}; kernels: {isa}; operands packed on the way", machine::name());
@@ -107,7 +146,7 @@ fn main() {
             for [matrices, rows] in ROWS {
                 for (name, of) in PRODUCTS.into_iter().filter(|p| wanted(p.0, &PRODUCTS.map(|p| p.0))) {
                     let sizes = Sizes { inner, out, matrices, rows };
-                    measured.push((name, sizes, measure(isa, precision, of, sizes)));
+                    measured.push((name, sizes, measure(isa, precision, of, sizes, form)));
                 }
             }
         }

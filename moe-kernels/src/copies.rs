@@ -6,6 +6,7 @@
 
 use crate::gemm::bf16_round;
 use crate::parallel::{self, SharedMut};
+use crate::select::vectorize;
 use crate::{Error, Isa, Precision, Result, select};
 use candle_core::{Tensor, TensorId, Var};
 use std::cell::RefCell;
@@ -86,7 +87,7 @@ fn round_into(tensor: &Tensor, to: &mut Vec<u16>) -> Result<()> {
             let range = task * TASK..((task + 1) * TASK).min(values.len());
             // SAFETY: tasks have elements of their own.
             let to = unsafe { shared.slice(range.start, range.len()) };
-            isa.vectorize(|| round(&values[range], to));
+            vectorize!(isa, (values: &[f32] = &values[range], to: &mut [u16]) { round(values, to) });
         });
     })
 }

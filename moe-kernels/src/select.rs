@@ -84,33 +84,6 @@ impl Isa {
         if strongest == Self::Avx512Bf16 && !vendor_is_amd() { Self::Avx512 } else { strongest }
     }
 
-    /// Runs `body`, compiled for this set: plain loops in it and in what it inlines become vector loops.
-    ///
-    /// No multiply and add are fused and no sum is reordered by this, so the result is the same on every set.
-    #[inline(always)]
-    pub(crate) fn vectorize<R>(self, body: impl FnOnce() -> R) -> R {
-        #[cfg(target_arch = "x86_64")]
-        {
-            #[target_feature(enable = "avx2,fma")]
-            fn avx2<R>(body: impl FnOnce() -> R) -> R {
-                body()
-            }
-            #[target_feature(enable = "avx2,fma,avx512f,avx512bw,avx512dq,avx512vl")]
-            fn avx512<R>(body: impl FnOnce() -> R) -> R {
-                body()
-            }
-            match self {
-                Self::Portable => body(),
-                // SAFETY: a set in use is one that this machine can run.
-                Self::Avx2 => unsafe { avx2(body) },
-                // SAFETY: as above.
-                Self::Avx512 | Self::Avx512Bf16 | Self::Amx => unsafe { avx512(body) },
-            }
-        }
-        #[cfg(not(target_arch = "x86_64"))]
-        body()
-    }
-
     /// The name [`force`] and [`ENV`] know.
     pub fn name(self) -> &'static str {
         match self {
@@ -122,6 +95,56 @@ impl Isa {
         }
     }
 }
+
+/// Runs a block compiled for an [`Isa`]: plain loops in it and in what it inlines become vector loops.
+///
+/// ```ignore
+/// vectorize!(isa, (into: &mut [f32], terms: &[f32] = &other[..]) -> f32 { .. })
+/// ```
+///
+/// The block sees the values it names, which are variables of that name unless it gives them. No multiply and add are fused and no
+/// sum is reordered by this, so the result is the same on every set.
+///
+/// The block becomes a function that is always inlined into a caller for each set. A closure would be nicer to write, but the
+/// compiler leaves a large one a function of its own, for the oldest processor there is: until 2026-11-26 half of the loops
+/// between the products ran with vectors of four.
+macro_rules! vectorize {
+    ($isa:expr, ($($name:ident: $type:ty $(= $value:expr)?),* $(,)?) $(-> $result:ty)? $body:block) => {{
+        #[allow(clippy::too_many_arguments)]
+        #[inline(always)]
+        fn block($($name: $type),*) $(-> $result)? $body
+
+        #[cfg(target_arch = "x86_64")]
+        #[allow(clippy::too_many_arguments)]
+        #[target_feature(enable = "avx2,fma")]
+        fn avx2($($name: $type),*) $(-> $result)? {
+            block($($name),*)
+        }
+
+        #[cfg(target_arch = "x86_64")]
+        #[allow(clippy::too_many_arguments)]
+        #[target_feature(enable = "avx2,fma,avx512f,avx512bw,avx512dq,avx512vl")]
+        fn avx512($($name: $type),*) $(-> $result)? {
+            block($($name),*)
+        }
+
+        $(let $name: $type = $crate::select::vectorize!(@value $name $($value)?);)*
+        match $isa {
+            $crate::Isa::Portable => block($($name),*),
+            // SAFETY: a set in use is one that this machine can run.
+            #[cfg(target_arch = "x86_64")]
+            $crate::Isa::Avx2 => unsafe { avx2($($name),*) },
+            // SAFETY: as above.
+            #[cfg(target_arch = "x86_64")]
+            $crate::Isa::Avx512 | $crate::Isa::Avx512Bf16 | $crate::Isa::Amx => unsafe { avx512($($name),*) },
+            #[cfg(not(target_arch = "x86_64"))]
+            _ => block($($name),*),
+        }
+    }};
+    (@value $name:ident) => { $name };
+    (@value $name:ident $value:expr) => { $value };
+}
+pub(crate) use vectorize;
 
 impl fmt::Display for Isa {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {

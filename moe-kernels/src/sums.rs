@@ -2,6 +2,7 @@
 
 use crate::custom::{self, Input, SliceOp, Target, with_inputs};
 use crate::parallel::SharedMut;
+use crate::select::vectorize;
 use crate::{Error, Isa, Result, parallel, select};
 use candle_core::Tensor;
 use moe_core::ops::host;
@@ -26,7 +27,9 @@ pub fn add(a: &Tensor, b: &Tensor) -> Result<Tensor> {
         let (a, b) = (inputs[0].values, inputs[1].values);
         parallel::filled(a.len(), TASK, LEAST_WORK, |range, out| {
             let (a, b) = (&a[range.clone()], &b[range]);
-            isa.vectorize(|| out.iter_mut().zip(a).zip(b).for_each(|((o, a), b)| *o = a + b));
+            vectorize!(isa, (a: &[f32], b: &[f32], out: &mut [f32]) {
+                out.iter_mut().zip(a).zip(b).for_each(|((o, a), b)| *o = a + b);
+            });
         })
     })?;
     if !tape::tracks(&[a, b]) {
@@ -76,13 +79,13 @@ impl Mix {
     fn weighed(&self, grad: &[f32], logits: &[f32], width: usize, which: usize) -> Vec<f32> {
         parallel::filled(grad.len(), Self::part(width), LEAST_WORK, |range, out| {
             let first = range.start / width;
-            self.0.vectorize(|| {
-                let rows = grad[range].chunks_exact(width).zip(out.chunks_exact_mut(width));
-                for (row, (grad, out)) in rows.enumerate() {
-                    let weight = weights_of(logits, first + row)[which];
+            let rows = grad[range].chunks_exact(width).zip(out.chunks_exact_mut(width));
+            for (row, (grad, out)) in rows.enumerate() {
+                let weight = weights_of(logits, first + row)[which];
+                vectorize!(self.0, (grad: &[f32], weight: f32, out: &mut [f32]) {
                     out.iter_mut().zip(grad).for_each(|(o, g)| *o = g * weight);
-                }
-            });
+                });
+            }
         })
     }
 
@@ -95,7 +98,11 @@ impl Mix {
             for row in task * per_task..((task + 1) * per_task).min(rows) {
                 let range = row * width..(row + 1) * width;
                 let (grad, a, b) = (&grad[range.clone()], &a[range.clone()], &b[range]);
-                let along = |side: &[f32]| self.0.vectorize(|| host::sum_by(width, |i| grad[i] * side[i]));
+                let along = |side: &[f32]| {
+                    vectorize!(self.0, (grad: &[f32], side: &[f32]) -> f32 {
+                        host::sum_by(grad.len(), |i| grad[i] * side[i])
+                    })
+                };
                 let (of_a, of_b) = (along(a), along(b));
                 let [x, y] = weights_of(logits, row);
                 let mean = x * of_a + y * of_b;
@@ -117,13 +124,13 @@ impl SliceOp for Mix {
         let (a, b, logits, width) = (inputs[0].values, inputs[1].values, inputs[2].values, inputs[0].width());
         let out = parallel::filled(a.len(), Self::part(width), LEAST_WORK, |range, out| {
             let (a, b, first) = (&a[range.clone()], &b[range.clone()], range.start / width);
-            self.0.vectorize(|| {
-                let rows = a.chunks_exact(width).zip(b.chunks_exact(width)).zip(out.chunks_exact_mut(width));
-                for (row, ((a, b), out)) in rows.enumerate() {
-                    let [of_a, of_b] = weights_of(logits, first + row);
+            let rows = a.chunks_exact(width).zip(b.chunks_exact(width)).zip(out.chunks_exact_mut(width));
+            for (row, ((a, b), out)) in rows.enumerate() {
+                let [of_a, of_b] = weights_of(logits, first + row);
+                vectorize!(self.0, (a: &[f32], of_a: f32, b: &[f32], of_b: f32, out: &mut [f32]) {
                     out.iter_mut().zip(a).zip(b).for_each(|((o, a), b)| *o = a * of_a + b * of_b);
-                }
-            });
+                });
+            }
         });
         (out, inputs[0].dims.to_vec())
     }

@@ -5,6 +5,7 @@ mod tests;
 
 use crate::custom::{self, Input, SliceOp, Target};
 use crate::parallel::SharedMut;
+use crate::select::vectorize;
 use crate::{Error, Isa, Result, parallel, select};
 use candle_core::Tensor;
 use moe_core::Activation;
@@ -95,16 +96,17 @@ impl Elementwise {
     }
 
     fn rows(&self, from: &[f32], width: usize, into: &mut [f32]) {
-        let out_width = width / self.activation.inputs();
-        self.isa.vectorize(|| match self.activation {
-            Activation::GeluTanh => into.iter_mut().zip(from).for_each(|(y, &x)| *y = gelu(x)),
-            Activation::SwiGlu => {
-                for (into, row) in into.chunks_exact_mut(out_width).zip(from.chunks_exact(width)) {
-                    let (gate, up) = row.split_at(out_width);
+        match self.activation {
+            Activation::GeluTanh => vectorize!(self.isa, (from: &[f32], into: &mut [f32]) {
+                into.iter_mut().zip(from).for_each(|(y, &x)| *y = gelu(x));
+            }),
+            Activation::SwiGlu => vectorize!(self.isa, (from: &[f32], width: usize, into: &mut [f32]) {
+                for (into, row) in into.chunks_exact_mut(width / 2).zip(from.chunks_exact(width)) {
+                    let (gate, up) = row.split_at(width / 2);
                     into.iter_mut().zip(gate).zip(up).for_each(|((y, &g), &u)| *y = g * sigmoid(g) * u);
                 }
-            }
-        });
+            }),
+        }
     }
 
     fn gradient_in_place(&self, x: &mut [f32], width: usize, grad: &mut [f32]) {
@@ -120,14 +122,15 @@ impl Elementwise {
                     grad.slice(part.start * out_width, part.len() * out_width),
                 )
             };
-            self.isa.vectorize(|| match self.activation {
-                Activation::GeluTanh => {
+            match self.activation {
+                Activation::GeluTanh => vectorize!(self.isa, (x: &mut [f32], grad: &mut [f32]) {
                     for (x, grad) in x.iter_mut().zip(grad) {
                         let (value, slope) = (gelu(*x), gelu_gradient(*x));
                         (*x, *grad) = (*grad * slope, value);
                     }
-                }
-                Activation::SwiGlu => {
+                }),
+                Activation::SwiGlu => vectorize!(self.isa, (x: &mut [f32], width: usize, grad: &mut [f32]) {
+                    let out_width = width / 2;
                     for (row, grads) in x.chunks_exact_mut(width).zip(grad.chunks_exact_mut(out_width)) {
                         let (gate, up) = row.split_at_mut(out_width);
                         for ((g, u), d) in gate.iter_mut().zip(up).zip(grads) {
@@ -137,29 +140,29 @@ impl Elementwise {
                             (*g, *u) = (of_gate, of_up);
                         }
                     }
-                }
-            });
+                }),
+            }
         });
     }
 
     fn gradient(&self, x: &[f32], grad: &[f32], width: usize) -> Vec<f32> {
-        let (rows, out_width) = (x.len() / width.max(1), width / self.activation.inputs());
-        let inputs = self.activation.inputs();
+        let (rows, inputs) = (x.len() / width.max(1), self.activation.inputs());
         parallel::filled(x.len(), self.rows_per_task(rows, width) * width, LEAST_WORK, |range, into| {
             let grads = &grad[range.start / inputs..range.end / inputs];
             let from = &x[range];
-            self.isa.vectorize(|| match self.activation {
-                Activation::GeluTanh => {
+            match self.activation {
+                Activation::GeluTanh => vectorize!(self.isa, (from: &[f32], grads: &[f32], into: &mut [f32]) {
                     into.iter_mut().zip(from).zip(grads).for_each(|((d, &x), &g)| *d = g * gelu_gradient(x));
-                }
+                }),
                 Activation::SwiGlu => {
-                    for ((into, row), grads) in
-                        into.chunks_exact_mut(width).zip(from.chunks_exact(width)).zip(grads.chunks_exact(out_width))
-                    {
-                        swiglu_gradient(row, grads, into);
-                    }
+                    vectorize!(self.isa, (from: &[f32], width: usize, grads: &[f32], into: &mut [f32]) {
+                        let rows = into.chunks_exact_mut(width).zip(from.chunks_exact(width));
+                        for ((into, row), grads) in rows.zip(grads.chunks_exact(width / 2)) {
+                            swiglu_gradient(row, grads, into);
+                        }
+                    })
                 }
-            });
+            }
         })
     }
 }

@@ -8,6 +8,7 @@
 mod tests;
 
 use crate::parallel::SharedMut;
+use crate::select::vectorize;
 use crate::{Error, Isa, Result, copies, parallel};
 
 /// Elements per unit of work and of summation.
@@ -127,13 +128,15 @@ pub fn update(isa: Isa, parameters: &mut [Parameter<'_>]) -> Result<()> {
         let len = CHUNK.min(grad.len() - start);
         // SAFETY: each chunk belongs to one task, and the slices are borrowed for the whole call.
         let [p, m, v] = state.map(|s| unsafe { s.slice(start, len) });
-        isa.vectorize(|| {
-            update_chunk(factors, p, m, v, &grad[start..start + len]);
-            if let Some(rounded) = rounded {
-                // SAFETY: as above.
-                copies::round(p, unsafe { rounded.slice(start, len) });
-            }
+        let g = &grad[start..start + len];
+        vectorize!(isa, (factors: &Factors, p: &mut [f32], m: &mut [f32], v: &mut [f32], g: &[f32]) {
+            update_chunk(factors, p, m, v, g);
         });
+        if let Some(rounded) = rounded {
+            // SAFETY: as above.
+            let rounded = unsafe { rounded.slice(start, len) };
+            vectorize!(isa, (p: &[f32], rounded: &mut [u16]) { copies::round(p, rounded) });
+        }
     });
     Ok(())
 }
@@ -168,7 +171,8 @@ pub fn sum_of_squares<G: AsRef<[f32]> + Sync>(isa: Isa, grads: &[G]) -> f64 {
         let grad = grads[index].as_ref();
         // SAFETY: each sum belongs to one task.
         let sum = unsafe { shared.slice(task, 1) };
-        sum[0] = isa.vectorize(|| chunk_sum_of_squares(&grad[start..(start + CHUNK).min(grad.len())]));
+        let part = &grad[start..(start + CHUNK).min(grad.len())];
+        sum[0] = vectorize!(isa, (part: &[f32]) -> f64 { chunk_sum_of_squares(part) });
     });
     let mut rest = &sums[..];
     let of_one = |grad: &G| -> f64 {

@@ -9,6 +9,7 @@ use super::pages::PackedPages;
 use crate::buffer::with_scratch_f32;
 use crate::gemm::{Group, Operand, Start, gemm_part, with_packed_rows};
 use crate::parallel::SharedMut;
+use crate::select::vectorize;
 use crate::{Isa, Precision, parallel, select};
 use moe_core::ops::host::{self, Real};
 use std::ops::Range;
@@ -246,7 +247,13 @@ impl Heads {
         }
         let (scale, group, shape) = (self.scale(), self.group, self.shape);
         let seen = |row| shape.seen(visible - queries + row / group);
-        self.isa.vectorize(|| softmax_rows(probs, visible, seen, scale));
+        for (i, row) in probs.chunks_exact_mut(visible).enumerate() {
+            let Range { start, end } = seen(i);
+            row[..start].fill(0.0);
+            row[end..].fill(0.0);
+            let seen = &mut row[start..end];
+            vectorize!(self.isa, (seen: &mut [f32], scale: f32) { softmax(seen, scale) });
+        }
     }
 
     /// Attention of each sequence's new tokens into `out` `[new tokens, d_model]`, sequence after sequence.
@@ -371,35 +378,28 @@ impl Heads {
     /// the gradient and the output of each row.
     fn score_gradient(&self, (probs, visible): (&[f32], usize), d_scores: &mut [f32], [grad, out]: [Strip<'_>; 2]) {
         let scale = self.scale();
-        self.isa.vectorize(|| {
-            for (row, (d_scores, probs)) in
-                d_scores.chunks_exact_mut(visible).zip(probs.chunks_exact(visible)).enumerate()
-            {
-                let [g, o] = [grad, out].map(|strip| strip.row(row, self.head_dim));
-                let dot = host::sum_by(self.head_dim, |i| g[i] * o[i]);
+        let rows = d_scores.chunks_exact_mut(visible).zip(probs.chunks_exact(visible));
+        for (row, (d_scores, probs)) in rows.enumerate() {
+            let [g, o] = [grad, out].map(|strip| strip.row(row, self.head_dim));
+            vectorize!(self.isa, (g: &[f32], o: &[f32], d_scores: &mut [f32], probs: &[f32], scale: f32) {
+                let dot = host::sum_by(g.len(), |i| g[i] * o[i]);
                 for (d, &p) in d_scores.iter_mut().zip(probs) {
                     *d = p * (*d - dot) * scale;
                 }
-            }
-        });
+            });
+        }
     }
 }
 
-/// Scaled softmax of row `i` over its columns `seen(i)`; the rest becomes 0.
+/// Softmax of the scores times `scale`.
 #[inline(always)]
-fn softmax_rows(scores: &mut [f32], cols: usize, seen: impl Fn(usize) -> Range<usize>, scale: f32) {
-    for (i, row) in scores.chunks_exact_mut(cols).enumerate() {
-        let Range { start, end } = seen(i);
-        row[..start].fill(0.0);
-        row[end..].fill(0.0);
-        let seen = &mut row[start..end];
-        let max = row_max(seen);
-        for s in seen.iter_mut() {
-            *s = ((*s - max) * scale).exp_();
-        }
-        let inverse = 1.0 / host::sum_by(seen.len(), |j| seen[j]);
-        seen.iter_mut().for_each(|s| *s *= inverse);
+fn softmax(scores: &mut [f32], scale: f32) {
+    let max = row_max(scores);
+    for score in scores.iter_mut() {
+        *score = ((*score - max) * scale).exp_();
     }
+    let inverse = 1.0 / host::sum_by(scores.len(), |j| scores[j]);
+    scores.iter_mut().for_each(|score| *score *= inverse);
 }
 
 /// The largest value, in 16 lanes so that it vectorises.

@@ -13,6 +13,7 @@ use crate::buffer::with_scratch_f32;
 use crate::custom::{self, Input, SliceOp, Target, with_inputs};
 use crate::gemm::{Group, Operand, PackedWeights, Start, Weights, gemm};
 use crate::parallel::SharedMut;
+use crate::select::vectorize;
 use crate::{Error, Isa, Precision, Result, parallel, select};
 use candle_core::Tensor;
 use moe_core::ops::check_targets;
@@ -154,11 +155,12 @@ impl LinearCrossEntropy {
                     continue;
                 }
                 let at = row_logits[target as usize];
-                let (max, sum) = self.isa.vectorize(|| exponentials(row_logits));
+                let (max, sum) =
+                    vectorize!(self.isa, (row_logits: &mut [f32]) -> (f32, f32) { exponentials(row_logits) });
                 *loss = f64::from(max - at) + f64::from(sum).ln();
                 if self.wants_gradients {
                     let factor = scale / sum;
-                    self.isa.vectorize(|| row_logits.iter_mut().for_each(|p| *p *= factor));
+                    scale_by(self.isa, row_logits, factor);
                     row_logits[target as usize] -= scale;
                 }
             }
@@ -171,6 +173,12 @@ impl LinearCrossEntropy {
 unsafe fn one<'a>(values: SharedMut<f64>, index: usize) -> &'a mut f64 {
     // SAFETY: passed on from the caller.
     unsafe { &mut values.slice(index, 1)[0] }
+}
+
+fn scale_by(isa: Isa, values: &mut [f32], factor: f32) {
+    vectorize!(isa, (values: &mut [f32], factor: f32) {
+        values.iter_mut().for_each(|value| *value *= factor);
+    });
 }
 
 /// Replaces a row by the exponentials of its distances from its maximum; returns the maximum and their sum.
@@ -208,7 +216,7 @@ impl SliceOp for LinearCrossEntropy {
         let upstream = grad[0];
         if upstream != 1.0 {
             for values in &mut gradients {
-                self.isa.vectorize(|| values.iter_mut().for_each(|v| *v *= upstream));
+                scale_by(self.isa, values, upstream);
             }
         }
         to.iter_mut().zip(gradients).for_each(|(to, gradient)| to.bring(|| gradient));

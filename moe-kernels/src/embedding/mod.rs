@@ -6,6 +6,7 @@ mod tests;
 
 use crate::custom::{self, Input, SliceOp, Target};
 use crate::parallel::SharedMut;
+use crate::select::vectorize;
 use crate::{Error, Isa, Result, parallel, select};
 use candle_core::Tensor;
 
@@ -82,19 +83,19 @@ impl Embedding {
         let shared = SharedMut::new(sums);
         parallel::for_each_if(grad.len(), LEAST_WORK, vocab.div_ceil(TASK_VOCAB), |task| {
             let mut row = vec![0.0; width];
-            self.isa.vectorize(|| {
-                for id in task * TASK_VOCAB..((task + 1) * TASK_VOCAB).min(vocab) {
-                    let Some((&first, rest)) = sorted.of(id).split_first() else { continue };
-                    let of = |token: u32| &grad[token as usize * width..][..width];
-                    row.copy_from_slice(of(first));
-                    for &token in rest {
-                        row.iter_mut().zip(of(token)).for_each(|(sum, g)| *sum += g);
-                    }
-                    // SAFETY: each row belongs to one task.
-                    let into = unsafe { shared.slice(id * width, width) };
-                    into.iter_mut().zip(&row).for_each(|(sum, g)| *sum += g);
-                }
-            });
+            let add = |sums: &mut [f32], terms: &[f32]| {
+                vectorize!(self.isa, (sums: &mut [f32], terms: &[f32]) {
+                    sums.iter_mut().zip(terms).for_each(|(sum, term)| *sum += term);
+                });
+            };
+            for id in task * TASK_VOCAB..((task + 1) * TASK_VOCAB).min(vocab) {
+                let Some((&first, rest)) = sorted.of(id).split_first() else { continue };
+                let of = |token: u32| &grad[token as usize * width..][..width];
+                row.copy_from_slice(of(first));
+                rest.iter().for_each(|&token| add(&mut row, of(token)));
+                // SAFETY: each row belongs to one task.
+                add(unsafe { shared.slice(id * width, width) }, &row);
+            }
         });
     }
 }

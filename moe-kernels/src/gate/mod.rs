@@ -15,6 +15,7 @@ mod tests;
 use crate::buffer::with_scratch_f32;
 use crate::gemm::{Group, Operand, PackedWeights, Start, Weights, gemm_part};
 use crate::parallel::SharedMut;
+use crate::select::vectorize;
 use crate::{Error, Isa, Precision, Result, parallel};
 use choose::Chooser;
 use moe_core::{Capacity, DROPPED, DispatchTable, DroplessConfig, ExpertLoad};
@@ -202,7 +203,14 @@ impl BorrowedGate<'_> {
             let mut chooser = Chooser::new(self.config, self.selection_bias, experts);
             with_scratch_f32(rows * experts, |logits| {
                 fill(first, logits);
-                self.isa.vectorize(|| {
+                vectorize!(self.isa, (
+                    chooser: &mut Chooser<'_> = &mut chooser,
+                    logits: &mut [f32],
+                    experts: usize,
+                    ids: &mut [u32],
+                    weights: &mut [f32],
+                    top_k: usize,
+                ) {
                     let each = ids.chunks_exact_mut(top_k).zip(weights.chunks_exact_mut(top_k));
                     for (scores, (ids, weights)) in logits.chunks_exact_mut(experts).zip(each) {
                         chooser.choose(scores, ids, weights);

@@ -15,6 +15,7 @@
 //! do, so its bits in bf16 are its own (and as independent of batch and threads). `vdpbf16ps` and tiles take numbers below
 //! 2^-126 as zero.
 
+mod ahead;
 mod micro;
 mod pack;
 mod rounded;
@@ -22,7 +23,9 @@ mod rows;
 #[cfg(test)]
 mod tests;
 
+use self::ahead::Ahead;
 use crate::parallel::SharedMut;
+use crate::select::vectorize;
 use crate::{Isa, buffer, parallel};
 pub use pack::bf16_round;
 pub use rounded::Rounded;
@@ -258,6 +261,10 @@ impl Group<'_> {
     fn panels(&self) -> usize {
         self.n().div_ceil(PANEL_COLS)
     }
+    /// Columns of a task, those past the end of its last panel too.
+    fn task_cols(&self, task: Task) -> usize {
+        TASK_PANELS.min(self.panels() - task.first_panel) * PANEL_COLS
+    }
     /// Whether each panel of B has one task, which packs it where it is multiplied, without a way through memory.
     fn packs_in_tasks(&self, format: Format) -> bool {
         self.tiles(format) <= TASK_TILES
@@ -331,6 +338,8 @@ pub(crate) fn amx_rounds(rounds: usize) -> f64 {
 const BLOCK_WORDS: usize = 512;
 /// The same for tiles, as it was chosen without such a machine at hand.
 const AMX_BLOCK_WORDS: usize = 192;
+/// Elements of the output from which on it goes past the caches: as many bytes as they hold.
+const STREAMED: usize = 8 << 20;
 /// Tiles or panels packed per task.
 const PACK_UNITS: usize = 8;
 /// Multiply-adds below which a product is not worth a second thread.
@@ -355,6 +364,8 @@ struct Plan {
     pack_b: Vec<(usize, usize)>,
     tasks: Vec<Task>,
     work: usize,
+    /// Whether outputs are too large to be found in a cache.
+    streams: bool,
 }
 
 impl Plan {
@@ -369,6 +380,7 @@ impl Plan {
             pack_b: Vec::new(),
             tasks: Vec::new(),
             work: 0,
+            streams: groups.iter().map(|group| group.m() * group.n()).sum::<usize>() >= STREAMED,
         };
         let (mut a_words, mut b_words) = (0, 0);
         for (index, group) in groups.iter().enumerate() {
@@ -391,6 +403,14 @@ impl Plan {
             plan.b_starts.push(b_words);
         }
         plan
+    }
+
+    /// The part of weights that are packed in tasks from step `start` on.
+    fn part<'a>(&self, group: &Group<'_>, weights: Weights<'a>, start: usize, block: usize) -> Weights<'a> {
+        // Words of two values, or of one.
+        let per_word = if self.b_format == Format::F32 { 1 } else { 2 };
+        let first = start * per_word;
+        weights.part(first, (block * per_word).min(group.k() - first))
     }
 }
 
@@ -458,7 +478,8 @@ unsafe fn run(isa: Isa, precision: Precision, groups: &[Group<'_>], out: SharedM
                     TaskPanels::Packed(&b_words[plan.b_starts[task.group] + first_panel..])
                 }
             };
-            run_task(isa, &plan, (group, task), a, b, out);
+            let next = plan.tasks.get(index + 1).map(|next| (&groups[next.group], *next));
+            run_task(isa, &plan, (group, task), a, (b, next), out);
         });
     });
 }
@@ -516,13 +537,16 @@ enum TaskPanels<'a> {
     Unpacked(Weights<'a>),
 }
 
-/// One block of tiles times one block of panels, over all of `p`.
+/// A task and the group it is of.
+type TaskOf<'g, 'a> = (&'g Group<'a>, Task);
+
+/// One block of tiles times one block of panels, over all of `p`; after it comes, if there is one, the task beside `b`.
 fn run_task(
     isa: Isa,
     plan: &Plan,
-    (group, task): (&Group<'_>, Task),
+    (group, task): TaskOf<'_, '_>,
     a: &[u32],
-    b: TaskPanels<'_>,
+    b: (TaskPanels<'_>, Option<TaskOf<'_, '_>>),
     out: SharedMut<f32>,
 ) {
     if !matches!(group.start, Start::Added) {
@@ -535,13 +559,13 @@ fn run_task(
     buffer::with_scratch_f32(rows * cols, |block| {
         let sums = Group { start: Start::Zero, out_offset: 0, out_stride: cols, ..*group };
         run_block(isa, plan, (&sums, task), a, b, (SharedMut::new(block), [row, col]));
-        isa.vectorize(|| {
-            for (index, terms) in block.chunks_exact(cols).enumerate() {
-                // SAFETY: the task's part of the output, which the caller of `run` promised to be ours.
-                let into = unsafe { out.slice(group.out_offset + (row + index) * group.out_stride + col, cols) };
+        for (index, terms) in block.chunks_exact(cols).enumerate() {
+            // SAFETY: the task's part of the output, which the caller of `run` promised to be ours.
+            let into = unsafe { out.slice(group.out_offset + (row + index) * group.out_stride + col, cols) };
+            vectorize!(isa, (into: &mut [f32], terms: &[f32]) {
                 into.iter_mut().zip(terms).for_each(|(sum, term)| *sum += term);
-            }
-        });
+            });
+        }
     });
 }
 
@@ -549,9 +573,9 @@ fn run_task(
 fn run_block(
     isa: Isa,
     plan: &Plan,
-    (group, task): (&Group<'_>, Task),
+    (group, task): TaskOf<'_, '_>,
     a: &[u32],
-    b: TaskPanels<'_>,
+    (b, next): (TaskPanels<'_>, Option<TaskOf<'_, '_>>),
     out: (SharedMut<f32>, [usize; 2]),
 ) {
     let b_words = plan.b_format.words(group.k());
@@ -567,18 +591,24 @@ fn run_block(
         match b {
             TaskPanels::Packed(words) => {
                 let panels = StepPanels { words: &words[start * PANEL_COLS..], stride: PANEL_COLS * b_words };
-                run_steps(isa, plan, (group, task), a, (panels, steps), out);
+                run_steps(isa, plan, (group, task), a, (panels, steps, Ahead::NONE), out);
             }
             TaskPanels::Unpacked(weights) => {
-                // Words of two values, or of one.
-                let per_word = if plan.b_format == Format::F32 { 1 } else { 2 };
-                let first = start * per_word;
-                let part = weights.part(first, (steps.len() * per_word).min(group.k() - first));
-                let cols = TASK_PANELS.min(group.panels() - task.first_panel) * PANEL_COLS;
+                let part = plan.part(group, weights, start, block);
+                let cols = group.task_cols(task);
+                let after = start + block;
+                let ahead = if after < b_words {
+                    Ahead::of(&plan.part(group, weights, after, block), (task.first_panel * PANEL_COLS, cols))
+                } else {
+                    next.map_or(Ahead::NONE, |(group, task)| {
+                        let part = plan.part(group, group.b, 0, block);
+                        Ahead::of(&part, (task.first_panel * PANEL_COLS, group.task_cols(task)))
+                    })
+                };
                 buffer::with_scratch(cols * steps.len(), |words| {
                     part.pack(isa, plan.b_format, (task.first_panel * PANEL_COLS, cols), words);
                     let panels = StepPanels { words, stride: PANEL_COLS * steps.len() };
-                    run_steps(isa, plan, (group, task), a, (panels, steps.clone()), out);
+                    run_steps(isa, plan, (group, task), a, (panels, steps.clone(), ahead), out);
                 });
             }
         }
@@ -598,14 +628,16 @@ fn run_steps(
     plan: &Plan,
     (group, task): (&Group<'_>, Task),
     a: &[u32],
-    (b, steps): (StepPanels<'_>, std::ops::Range<usize>),
+    (b, steps, mut ahead): (StepPanels<'_>, std::ops::Range<usize>, Ahead),
     (out, origin): (SharedMut<f32>, [usize; 2]),
 ) {
     let a_words = plan.a_format.words(group.k());
     let tile_rows = group.tile_rows(plan.a_format);
     let tiles = task.first_tile..(task.first_tile + TASK_TILES).min(group.tiles(plan.a_format));
     let panels = TASK_PANELS.min(group.panels() - task.first_panel);
+    let is_last = steps.end == plan.b_format.words(group.k());
     let (start, steps) = (steps.start, steps.len());
+    let lines_per_tile = ahead.lines().div_ceil(panels * tiles.len());
     let mut panel = 0;
     while panel < panels {
         let rows = tile_rows.min(group.m() - tiles.start * tile_rows);
@@ -635,6 +667,7 @@ fn run_steps(
                 Start::Added => unreachable!("sums that are added have a block of their own"),
                 _ => Start::Output,
             };
+            ahead.fetch(lines_per_tile);
             let to = group.out_offset + (row - origin[0]) * group.out_stride + (col - origin[1]);
             micro::run(
                 isa,
@@ -652,6 +685,7 @@ fn run_steps(
                     out: out.at(to),
                     out_stride: group.out_stride,
                     start: begin,
+                    streams: plan.streams && is_last,
                 },
             );
         }

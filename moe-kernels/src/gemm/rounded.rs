@@ -38,6 +38,11 @@ impl<'a> Rounded<'a> {
         Self { values, inner: len, ..self }
     }
 
+    /// The values, and the distances of rows and of steps.
+    pub(super) fn layout(&self) -> (&'a [u16], [usize; 2]) {
+        (self.values, [self.outer_stride, self.inner_stride])
+    }
+
     fn value(&self, row: usize, p: usize) -> u32 {
         if row < self.outer && p < self.inner {
             u32::from(self.values[row * self.outer_stride + p * self.inner_stride])
@@ -54,18 +59,21 @@ pub(super) fn pack(isa: Isa, from: &Rounded<'_>, (first, outer): (usize, usize),
     if words == 0 {
         return;
     }
+    #[cfg(target_arch = "x86_64")]
+    if isa >= Isa::Avx512 && from.outer_stride == 1 && first + outer <= from.outer && from.inner.is_multiple_of(2) {
+        // SAFETY: this machine has the features of `isa`; the panels have all their rows, of whole pairs.
+        return unsafe { avx512::interleave(from, (first, outer), to) };
+    }
     for (panel, to) in to.chunks_exact_mut(PANEL_COLS * words).enumerate() {
         let first = first + panel * PANEL_COLS;
         #[cfg(target_arch = "x86_64")]
-        if isa >= Isa::Avx512 && first + PANEL_COLS <= from.outer && from.inner.is_multiple_of(2) {
+        if isa >= Isa::Avx512
+            && from.inner_stride == 1
+            && first + PANEL_COLS <= from.outer
+            && from.inner.is_multiple_of(2)
+        {
             // SAFETY: this machine has the features of `isa`; the panel has all its rows, of whole pairs.
-            unsafe {
-                if from.outer_stride == 1 {
-                    avx512::interleave(from, first, to)
-                } else {
-                    avx512::transpose(from, first, to)
-                }
-            }
+            unsafe { avx512::transpose(from, first, to) };
             continue;
         }
         let _ = isa;
@@ -83,13 +91,17 @@ mod avx512 {
     use super::{PANEL_COLS, Rounded};
     use std::arch::x86_64::*;
 
-    /// Rows are neighbours: pairs of steps are interleaved.
+    /// Steps fetched ahead.
+    const AHEAD: usize = 16;
+
+    /// Rows are neighbours: pairs of steps are interleaved, for all panels at once, so that a step is read where its values lie
+    /// side by side. Steps lie far apart, which no hardware foresees: they are fetched ahead.
     ///
     /// # Safety
-    /// The machine must have AVX-512 F and BW; `from` has outer stride 1, 32 rows from `first` on and an even `inner`; `to` has a
-    /// word of each pair of each row.
+    /// The machine must have AVX-512 F and BW; `from` has outer stride 1, `outer` rows from `first` on, which are whole panels, and
+    /// an even `inner`; `to` has a word of each pair of each row.
     #[target_feature(enable = "avx512f,avx512bw")]
-    pub(super) unsafe fn interleave(from: &Rounded<'_>, first: usize, to: &mut [u32]) {
+    pub(super) unsafe fn interleave(from: &Rounded<'_>, (first, outer): (usize, usize), to: &mut [u32]) {
         // Pair `i` of the lower and of the upper 16 rows: the even step's value, then the odd one's.
         const PAIRS: [[u16; 32]; 2] = {
             let mut pairs = [[0; 32]; 2];
@@ -102,14 +114,24 @@ mod avx512 {
             }
             pairs
         };
-        for (step, line) in to.chunks_exact_mut(PANEL_COLS).enumerate() {
-            // SAFETY: steps `2 * step` and the next have 32 values from row `first` on; a line has 32 words.
-            unsafe {
-                let [lower, upper] = PAIRS.each_ref().map(|ids| _mm512_loadu_si512(ids.as_ptr().cast()));
-                let at = |p: usize| _mm512_loadu_si512(from.values.as_ptr().add(p * from.inner_stride + first).cast());
-                let (even, odd) = (at(2 * step), at(2 * step + 1));
-                _mm512_storeu_si512(line.as_mut_ptr().cast(), _mm512_permutex2var_epi16(even, lower, odd));
-                _mm512_storeu_si512(line.as_mut_ptr().add(16).cast(), _mm512_permutex2var_epi16(even, upper, odd));
+        // SAFETY: an array has 64 bytes.
+        let [lower, upper] = PAIRS.each_ref().map(|ids| unsafe { _mm512_loadu_si512(ids.as_ptr().cast()) });
+        let words = from.inner / 2;
+        let start = from.values[first..].as_ptr();
+        for step in 0..words {
+            for panel in 0..outer / PANEL_COLS {
+                // SAFETY: steps `2 * step` and the next have 32 values from the panel's first row on; the panel's line has 32
+                // words. What is fetched ahead need not exist.
+                unsafe {
+                    let at = |p: usize| start.wrapping_add(p * from.inner_stride + panel * PANEL_COLS).cast();
+                    _mm_prefetch::<_MM_HINT_T0>(at(2 * step + AHEAD));
+                    _mm_prefetch::<_MM_HINT_T0>(at(2 * step + AHEAD + 1));
+                    let (even, odd) =
+                        (_mm512_loadu_si512(at(2 * step).cast()), _mm512_loadu_si512(at(2 * step + 1).cast()));
+                    let line = to.as_mut_ptr().add(panel * words * PANEL_COLS + step * PANEL_COLS);
+                    _mm512_storeu_si512(line.cast(), _mm512_permutex2var_epi16(even, lower, odd));
+                    _mm512_storeu_si512(line.add(16).cast(), _mm512_permutex2var_epi16(even, upper, odd));
+                }
             }
         }
     }

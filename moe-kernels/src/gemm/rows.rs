@@ -101,6 +101,7 @@ impl PackedRows<'_> {
                         out: out.at(offset + first_row * stride + col),
                         out_stride: stride,
                         start,
+                        streams: false,
                     },
                 );
                 panel += wide;

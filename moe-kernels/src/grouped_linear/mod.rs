@@ -8,6 +8,7 @@ mod tests;
 use crate::copies::{self, RoundedCopy};
 use crate::custom::{self, Input, SliceOp, Target, with_inputs};
 use crate::gemm::{Group, Operand, PackedWeights, Rounded, Start, Weights, gemm, gemm_new};
+use crate::select::vectorize;
 use crate::{Error, Isa, Precision, Result, parallel, select};
 use candle_core::Tensor;
 use moe_core::ops::{host, parts_per_expert, whole_experts};
@@ -303,9 +304,10 @@ impl GroupedLinear {
             let width = STRIP.min(out - start);
             // SAFETY: each task sums columns of its own.
             let into = unsafe { shared.slice(e * out + start, width) };
-            let mut batch = [0.0; STRIP];
-            self.isa.vectorize(|| {
-                for part in self.offsets[e * self.parts..][..=self.parts].windows(2) {
+            let offsets = &self.offsets[e * self.parts..][..=self.parts];
+            vectorize!(self.isa, (offsets: &[usize], grad: &[f32], out: usize, start: usize, into: &mut [f32]) {
+                let (mut batch, width) = ([0.0; STRIP], into.len());
+                for part in offsets.windows(2) {
                     batch[..width].fill(0.0);
                     for row in part[0]..part[1] {
                         for (sum, value) in batch[..width].iter_mut().zip(&grad[row * out + start..][..width]) {

@@ -4,6 +4,7 @@
 mod tests;
 
 use crate::custom::{self, Input, SliceOp, Target};
+use crate::select::vectorize;
 use crate::{Isa, Result, norm_rows, select};
 use candle_core::{D, Tensor};
 use moe_core::ops::host;
@@ -45,10 +46,10 @@ impl LayerNorm {
 
     /// Rows of `from`, normed into those of `into`.
     pub(crate) fn forward_rows(&self, from: &[f32], weight: &[f32], bias: &[f32], into: &mut [f32]) {
-        let width = weight.len();
-        self.isa.vectorize(|| {
+        vectorize!(self.isa, (epsilon: f32 = self.epsilon, from: &[f32], weight: &[f32], bias: &[f32], into: &mut [f32]) {
+            let width = weight.len();
             for (row, into) in from.chunks_exact(width).zip(into.chunks_exact_mut(width)) {
-                let (mean, inverse) = moments(row, self.epsilon);
+                let (mean, inverse) = moments(row, epsilon);
                 for (((o, &v), &w), &b) in into.iter_mut().zip(row).zip(weight).zip(bias) {
                     *o = (v - mean) * inverse * w + b;
                 }
@@ -68,7 +69,12 @@ impl LayerNorm {
 
     /// The gradient of rows of `x` into `dx`; those of the parameters are added to `sums`, weight before bias.
     pub(crate) fn backward_rows(&self, x: &[f32], weight: &[f32], grad: &[f32], dx: &mut [f32], sums: &mut [f32]) {
-        self.isa.vectorize(|| self.gradient_rows(x, weight, grad, dx, sums));
+        vectorize!(
+            self.isa,
+            (op: &LayerNorm = self, x: &[f32], weight: &[f32], grad: &[f32], dx: &mut [f32], sums: &mut [f32]) {
+                op.gradient_rows(x, weight, grad, dx, sums);
+            }
+        );
     }
 
     #[inline(always)]

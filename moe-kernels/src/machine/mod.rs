@@ -5,6 +5,7 @@
 #[cfg(target_arch = "x86_64")]
 mod x86;
 
+use crate::select::vectorize;
 use crate::{Words, parallel};
 use std::time::Instant;
 
@@ -105,7 +106,7 @@ fn read() -> f64 {
         let start = Instant::now();
         parallel::for_each(threads, |thread| {
             let part = &all[thread * (READ_BYTES / 4)..][..READ_BYTES / 4];
-            std::hint::black_box(isa.vectorize(|| read_streams(part)));
+            std::hint::black_box(vectorize!(isa, (part: &[u32]) -> [u32; 16] { read_streams(part) }));
         });
         (threads * READ_BYTES) as f64 / start.elapsed().as_secs_f64() / 1e9
     };

@@ -7,6 +7,7 @@ mod tests;
 
 use crate::custom::{self, Input, SliceOp, Target};
 use crate::parallel::SharedMut;
+use crate::select::vectorize;
 use crate::{Error, Isa, Result, parallel, select};
 use candle_core::Tensor;
 use moe_core::ops::host;
@@ -87,18 +88,17 @@ pub(crate) fn sum_choices(
     width: usize,
 ) -> Vec<f32> {
     rows_of(table.num_tokens, width, |token, into| {
-        isa.vectorize(|| {
-            for choice in token * table.top_k..(token + 1) * table.top_k {
-                let row = table.choice_rows[choice];
-                if row == DROPPED {
-                    continue;
-                }
-                let weight = weights.map_or(1.0, |w| w[choice]);
-                for (sum, value) in into.iter_mut().zip(&rows[row as usize * width..][..width]) {
-                    *sum += weight * value;
-                }
+        for choice in token * table.top_k..(token + 1) * table.top_k {
+            let row = table.choice_rows[choice];
+            if row == DROPPED {
+                continue;
             }
-        });
+            let weight = weights.map_or(1.0, |w| w[choice]);
+            let from = &rows[row as usize * width..][..width];
+            vectorize!(isa, (weight: f32, from: &[f32], into: &mut [f32]) {
+                into.iter_mut().zip(from).for_each(|(sum, value)| *sum += weight * value);
+            });
+        }
     })
 }
 
@@ -136,7 +136,9 @@ impl Unpermute {
         rows_of(table.num_rows(), width, |row, into| {
             let choice = table.row_choices[row] as usize;
             let from = &grad[choice / table.top_k * width..][..width];
-            isa.vectorize(|| into.iter_mut().zip(from).for_each(|(d, g)| *d = weights[choice] * g));
+            vectorize!(isa, (weight: f32 = weights[choice], from: &[f32], into: &mut [f32]) {
+                into.iter_mut().zip(from).for_each(|(d, g)| *d = weight * g);
+            });
         })
     }
 
@@ -148,7 +150,9 @@ impl Unpermute {
             if row != DROPPED {
                 let from = &grad[choice / table.top_k * width..][..width];
                 let values = &rows[row as usize * width..][..width];
-                into[0] = isa.vectorize(|| host::sum_by(width, |i| from[i] * values[i]));
+                into[0] = vectorize!(isa, (from: &[f32], values: &[f32]) -> f32 {
+                    host::sum_by(from.len(), |i| from[i] * values[i])
+                });
             }
         })
     }

@@ -3,6 +3,7 @@
 use super::QuantFormat;
 use crate::Isa;
 use crate::gemm::{PANEL_COLS, bf16_round};
+use crate::select::vectorize;
 
 /// Added to a small number, it leaves the number's nearest integer (ties to even) in the low bits.
 const ROUNDER: f32 = 12_582_912.0; // 1.5 * 2^23
@@ -87,7 +88,7 @@ pub(super) fn quantize_tile(
     let padded = format.padded(k);
     let mut bytes = [0u8; 1024];
     for (row, values) in values.chunks_exact(k).enumerate() {
-        let largest = isa.vectorize(|| largest(values));
+        let largest = vectorize!(isa, (values: &[f32]) -> u32 { largest(values) });
         let finite = largest < f32::INFINITY.to_bits();
         let (scale, factor) = if finite { scale_and_inverse(f32::from_bits(largest), 127.0) } else { (f32::NAN, 0.0) };
         scales[row] = scale.to_bits();
@@ -96,7 +97,7 @@ pub(super) fn quantize_tile(
         for start in (0..padded).step_by(bytes.len()) {
             let len = bytes.len().min(padded - start);
             let some = &values[start.min(k)..(start + len).min(k)];
-            isa.vectorize(|| {
+            vectorize!(isa, (bytes: &mut [u8] = &mut bytes, some: &[f32], factor: f32, zero: i32) {
                 for (byte, v) in bytes.iter_mut().zip(some) {
                     *byte = (nearest((v * factor).max_(-127.0).min_(127.0)) + zero) as u8;
                 }

@@ -4,6 +4,7 @@
 mod tests;
 
 use crate::custom::{self, Input, SliceOp, Target};
+use crate::select::vectorize;
 use crate::{Error, Isa, Result, norm_rows, select};
 use candle_core::{D, Tensor};
 use moe_core::ops::host;
@@ -53,10 +54,10 @@ impl RmsNorm {
 
     /// Rows of `from`, normed into those of `into`.
     pub(crate) fn forward_rows(&self, from: &[f32], weight: &[f32], into: &mut [f32]) {
-        let width = weight.len();
-        self.isa.vectorize(|| {
+        vectorize!(self.isa, (op: &RmsNorm = self, from: &[f32], weight: &[f32], into: &mut [f32]) {
+            let width = weight.len();
             for (row, into) in from.chunks_exact(width).zip(into.chunks_exact_mut(width)) {
-                let inverse = self.inverse_rms(row);
+                let inverse = op.inverse_rms(row);
                 for ((o, &v), &w) in into.iter_mut().zip(row).zip(weight) {
                     *o = v * inverse * w;
                 }
@@ -75,7 +76,12 @@ impl RmsNorm {
 
     /// The gradient of rows of `x` into `dx`; that of the weight is added to `dw`.
     pub(crate) fn backward_rows(&self, x: &[f32], weight: &[f32], grad: &[f32], dx: &mut [f32], dw: &mut [f32]) {
-        self.isa.vectorize(|| self.gradient_rows(x, weight, grad, dx, dw));
+        vectorize!(
+            self.isa,
+            (op: &RmsNorm = self, x: &[f32], weight: &[f32], grad: &[f32], dx: &mut [f32], dw: &mut [f32]) {
+                op.gradient_rows(x, weight, grad, dx, dw);
+            }
+        );
     }
 
     #[inline(always)]

@@ -9,6 +9,7 @@ mod tests;
 pub use moe_core::ops::{Positions, RotaryLayout, RotaryTable};
 
 use crate::custom::{self, Input, SliceOp, Target};
+use crate::select::vectorize;
 use crate::{Isa, Result, parallel, select};
 use candle_core::Tensor;
 
@@ -49,7 +50,10 @@ impl Rotary {
         let per_task = (TASK / width.max(1)).max(1);
         parallel::filled(x.len(), per_task * width, LEAST_WORK, |range, into| {
             let rows = range.start / width.max(1)..range.end / width.max(1);
-            self.isa.vectorize(|| self.turn_rows(&x[range], &self.positions[rows], sign, into));
+            let (from, positions) = (&x[range], &self.positions[rows]);
+            vectorize!(self.isa, (op: &Rotary = self, from: &[f32], positions: &[u32], sign: f32, into: &mut [f32]) {
+                op.turn_rows(from, positions, sign, into);
+            });
         })
     }
 

@@ -48,12 +48,18 @@ unsafe fn load_sums<const ROWS: usize, const VECTORS: usize>(tile: &Tile<'_>) ->
     for (row, sums) in sums.iter_mut().enumerate() {
         for (vector, sum) in sums.iter_mut().enumerate() {
             let from = match tile.start {
-                Start::Zero => continue,
+                Start::Zero => {
+                    fetch_output(tile, row, vector);
+                    continue;
+                }
                 Start::Added => unreachable!("a kernel finishes sums, and others add them"),
                 Start::Bias(bias) => bias.as_ptr(),
                 // SAFETY: row `row` lies inside the tile.
                 Start::Output => unsafe { tile.out.add(row * tile.out_stride).cast_const() },
             };
+            if matches!(tile.start, Start::Bias(_)) {
+                fetch_output(tile, row, vector);
+            }
             // SAFETY: lanes past `cols` are masked off.
             *sum = unsafe { _mm512_maskz_loadu_ps(lanes(tile.cols, vector), from.wrapping_add(vector * 16)) };
         }
@@ -61,9 +67,29 @@ unsafe fn load_sums<const ROWS: usize, const VECTORS: usize>(tile: &Tile<'_>) ->
     sums
 }
 
+/// Fetches a line of the output to be written, which else would be waited for with the sums in hand. It need not exist.
+#[inline]
+#[target_feature(enable = "avx512f")]
+fn fetch_output(tile: &Tile<'_>, row: usize, vector: usize) {
+    if !tile.streams {
+        let at = tile.out.wrapping_add(row * tile.out_stride + vector * 16);
+        _mm_prefetch::<_MM_HINT_ET0>(at.cast_const().cast());
+    }
+}
+
 #[inline]
 #[target_feature(enable = "avx512f")]
 unsafe fn store_sums<const ROWS: usize, const VECTORS: usize>(tile: &Tile<'_>, sums: &[[__m512; VECTORS]; ROWS]) {
+    let is_aligned = tile.out.addr().is_multiple_of(64) && tile.out_stride.is_multiple_of(16);
+    if tile.streams && is_aligned && tile.cols == 16 * VECTORS {
+        for (row, sums) in sums.iter().enumerate() {
+            for (vector, sum) in sums.iter().enumerate() {
+                // SAFETY: row `row` lies inside the tile, has all columns, and begins at 64 bytes.
+                unsafe { _mm512_stream_ps(tile.out.add(row * tile.out_stride + vector * 16), *sum) };
+            }
+        }
+        return;
+    }
     for (row, sums) in sums.iter().enumerate() {
         for (vector, sum) in sums.iter().enumerate() {
             // SAFETY: row `row` lies inside the tile; lanes past `cols` are masked off.

@@ -37,6 +37,8 @@ pub(super) struct Tile<'a> {
     pub(super) out_stride: usize,
     /// What the sums start from; a bias has `cols` entries.
     pub(super) start: Start<'a>,
+    /// Whether the sums go past the caches, where a kernel can do that: nobody will find them there.
+    pub(super) streams: bool,
 }
 
 /// Panels that a tile of `rows` is multiplied with in one sweep when nothing is read twice: more streams from memory,

@@ -158,6 +158,7 @@ impl Case {
             out: out.as_mut_ptr(),
             out_stride: self.variant.out_stride(),
             start,
+            streams: false,
         };
         // SAFETY: the caller's machine; the operands have the sizes that `micro::run` checks, `out` covers the tile.
         unsafe { run_on(unit, &tile) };
