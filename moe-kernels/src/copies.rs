@@ -1,14 +1,14 @@
 //! [`WeightCopies`]: parameters rounded to bf16 once a step, by the optimizer while it has their values at hand, instead of in
 //! every product that reads them.
 //!
-//! A copy is used on the thread that asked for it ([`with_copies`]), by operations on the very variable it was made of. Whoever
-//! changes that variable by other means must refresh it.
+//! A copy is used on the thread that asked for it ([`with_copies`]), by operations on the very tensor it was made of: a
+//! variable's, or the detached one of a parameter that is not trained. Whoever changes its values by other means must refresh it.
 
 use crate::gemm::bf16_round;
 use crate::parallel::{self, SharedMut};
 use crate::select::vectorize;
 use crate::{Error, Isa, Precision, Result, select};
-use candle_core::{Tensor, TensorId, Var};
+use candle_core::{Tensor, TensorId};
 use std::cell::RefCell;
 use std::collections::HashMap;
 use std::sync::{Arc, OnceLock, PoisonError, RwLock, RwLockReadGuard, RwLockWriteGuard};
@@ -38,14 +38,14 @@ pub struct WeightCopies {
 const TASK: usize = 1 << 14;
 
 impl WeightCopies {
-    /// For these parameters; none is copied yet.
-    pub fn new<'a>(params: impl IntoIterator<Item = &'a Var>) -> Arc<Self> {
-        Arc::new(Self { by_id: params.into_iter().map(|var| (var.id(), OnceLock::new())).collect() })
+    /// For these parameters, each the very tensor that products read; none is copied yet.
+    pub fn new<'a>(params: impl IntoIterator<Item = &'a Tensor>) -> Arc<Self> {
+        Arc::new(Self { by_id: params.into_iter().map(|param| (param.id(), OnceLock::new())).collect() })
     }
 
     /// The copy of a parameter, if a product has asked for it.
-    pub fn get(&self, var: &Var) -> Option<&RoundedCopy> {
-        self.by_id.get(&var.id())?.get().map(|copy| &**copy)
+    pub fn get(&self, param: &Tensor) -> Option<&RoundedCopy> {
+        self.by_id.get(&param.id())?.get().map(|copy| &**copy)
     }
 
     /// Size in memory of those there are.
@@ -57,11 +57,11 @@ impl WeightCopies {
     /// Rounds the values of every copied parameter anew.
     ///
     /// # Errors
-    /// [`Error::Argument`] for a variable that is not f32 on the CPU.
-    pub fn refresh<'a>(&self, params: impl IntoIterator<Item = &'a Var>) -> Result<()> {
-        for var in params {
-            if let Some(copy) = self.get(var) {
-                round_into(var, &mut copy.write())?;
+    /// [`Error::Argument`] for a parameter that is not f32 on the CPU.
+    pub fn refresh<'a>(&self, params: impl IntoIterator<Item = &'a Tensor>) -> Result<()> {
+        for param in params {
+            if let Some(copy) = self.get(param) {
+                round_into(param, &mut copy.write())?;
             }
         }
         Ok(())
@@ -148,7 +148,7 @@ mod tests {
             let grads = y.sqr().unwrap().sum_all().unwrap().backward().unwrap();
             [values(&y), values(grads.get(&x).unwrap()), values(grads.get(&w).unwrap())]
         };
-        let copies = WeightCopies::new([&w]);
+        let copies = WeightCopies::new([w.as_tensor()]);
         let want = run(Precision::Bf16);
         assert!(copies.get(&w).is_none(), "nobody has asked");
         assert_eq!(with_copies(&copies, || run(Precision::Bf16)), want);
@@ -160,7 +160,7 @@ mod tests {
         assert_eq!(copies.bytes(), 3 * 66 * 40 * 2);
         w.set(&random(9, &[3, 66, 40], 1.0, DType::F32)).unwrap();
         assert_eq!(with_copies(&copies, || run(Precision::Bf16))[0], want[0], "the copy is of the old values");
-        copies.refresh([&w, &other]).unwrap();
+        copies.refresh([w.as_tensor(), other.as_tensor()]).unwrap();
         assert_eq!(with_copies(&copies, || run(Precision::Bf16)), run(Precision::Bf16));
         assert!(copies.get(&other).is_none());
     }

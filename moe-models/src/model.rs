@@ -6,11 +6,12 @@ use crate::families::{Family, ReadFamily};
 use crate::hf::{self, Checkpoint};
 use crate::params::{ParamSource, ParamTable};
 use crate::{Decoder, DecoderConfig, Error, Recompute, Result};
-use candle_core::{DType, Device, Var};
-use moe_core::{CandleOps, Ops};
+use candle_core::{DType, Device, Tensor, Var};
+use moe_core::{CandleOps, Ops, ParamSpec};
 use moe_kernels::{KernelOps, Precision};
 use moe_parallel::Placement;
 use std::borrow::Cow;
+use std::collections::HashSet;
 use std::path::Path;
 use std::sync::Arc;
 
@@ -20,8 +21,12 @@ pub struct Model<F = Box<dyn Family>> {
     family: F,
     table: Arc<ParamTable>,
     variables: Vec<(String, Var)>,
+    /// Those of the variables that training changes.
+    trainable: Vec<(String, Var)>,
+    /// The others as the training decoder reads them: the same memory, without gradients.
+    frozen: Vec<Tensor>,
     precision: Precision,
-    /// Over the variables: gradients are recorded.
+    /// Over the variables: gradients of the trainable ones are recorded.
     training: Decoder,
     /// Over the same memory, detached.
     inference: Decoder,
@@ -36,9 +41,8 @@ impl<F: Family> Model<F> {
     pub fn new(family: F, seed: u64, device: &Device) -> Result<Self> {
         let config = family.decoder()?;
         let table = Arc::new(config.params());
-        let values = table.specs().iter().map(|spec| spec.initial(seed, device));
-        let variables = values.map(|value| Ok(Var::from_tensor(&value?)?)).collect::<Result<Vec<_>>>()?;
-        Self::assemble(family, config, table, variables, Precision::F32, device)
+        let value = |spec: &ParamSpec| Ok(spec.initial(seed, device)?);
+        Self::of_values(family, config, table, value, device)
     }
 
     /// A model with the weights of a checkpoint.
@@ -49,27 +53,49 @@ impl<F: Family> Model<F> {
         let config = family.decoder()?;
         let table = Arc::new(config.params());
         checkpoint.check(&table)?;
-        let values =
-            table.specs().iter().map(|spec| checkpoint.tensor(spec, device)?.to_dtype(DType::F32).map_err(Error::from));
-        let variables = values.map(|value| Ok(Var::from_tensor(&value?)?)).collect::<Result<Vec<_>>>()?;
-        Self::assemble(family, config, table, variables, Precision::F32, device)
+        let value = |spec: &ParamSpec| Ok(checkpoint.tensor(spec, device)?.to_dtype(DType::F32)?);
+        Self::of_values(family, config, table, value, device)
+    }
+
+    /// A model whose parameters are all trainable and begin with these values.
+    fn of_values(
+        family: F,
+        config: DecoderConfig,
+        table: Arc<ParamTable>,
+        value: impl Fn(&ParamSpec) -> Result<Tensor>,
+        device: &Device,
+    ) -> Result<Self> {
+        let variable = |spec: &ParamSpec| Ok((spec.name.clone(), Var::from_tensor(&value(spec)?)?));
+        let variables = table.specs().iter().map(variable).collect::<Result<Vec<_>>>()?;
+        let trainable = variables.clone();
+        Self::assemble(family, config, table, variables, trainable, Precision::F32, device)
     }
 
     fn assemble(
         family: F,
         config: DecoderConfig,
         table: Arc<ParamTable>,
-        variables: Vec<Var>,
+        variables: Vec<(String, Var)>,
+        trainable: Vec<(String, Var)>,
         precision: Precision,
         device: &Device,
     ) -> Result<Self> {
-        let names = table.specs().iter().map(|spec| spec.name.clone());
-        let variables: Vec<(String, Var)> = names.zip(variables).collect();
         let ops = plain_ops(precision, device)?;
         let build = |source: ParamSource| Decoder::new(config.clone(), source.builder(device), Arc::clone(&ops));
-        let training = build(ParamSource::variables(Arc::clone(&table), &variables))?;
+        let trains: HashSet<&str> = trainable.iter().map(|(name, _)| name.as_str()).collect();
+        let mut frozen = Vec::new();
+        let mut read = |name: &str, var: &Var| {
+            if trains.contains(name) {
+                return var.as_tensor().clone();
+            }
+            frozen.push(var.detach());
+            frozen[frozen.len() - 1].clone()
+        };
+        let tensors: Vec<_> = variables.iter().map(|(name, var)| (name.clone(), read(name, var))).collect();
+        let training = build(ParamSource::tensors(Arc::clone(&table), tensors))?;
         let inference = build(ParamSource::detached(Arc::clone(&table), &variables))?;
-        Ok(Self { family, table, variables, precision, training, inference, device: device.clone() })
+        let device = device.clone();
+        Ok(Self { family, table, variables, trainable, frozen, precision, training, inference, device })
     }
 
     /// The same model with its matrix products in `precision`; sums, softmax, norms and the router stay f32. A new model
@@ -78,9 +104,31 @@ impl<F: Family> Model<F> {
     /// # Errors
     /// [`Error::Argument`] for a precision that the device has no operations for.
     pub fn with_precision(self, precision: Precision) -> Result<Self> {
+        let trainable = self.trainable.clone();
+        self.reassembled(trainable, precision)
+    }
+
+    /// The same model of which training leaves the parameters alone that `frozen` names (stacked experts by the name of the
+    /// stack), and no others: they cost no gradient, no buffer and no moments, and are saved as ever. A checkpoint does not say
+    /// what was frozen: who resumes from it freezes the same.
+    ///
+    /// # Errors
+    /// [`Error::Config`] if nothing is left to train.
+    pub fn with_frozen(self, frozen: impl Fn(&str) -> bool) -> Result<Self> {
+        let trainable: Vec<_> = self.variables.iter().filter(|(name, _)| !frozen(name)).cloned().collect();
+        if trainable.is_empty() {
+            let count = self.variables.len();
+            return Err(Error::Config(format!("all {count} parameters are frozen, which leaves nothing to train")));
+        }
+        let precision = self.precision;
+        self.reassembled(trainable, precision)
+    }
+
+    /// The same variables under other decoders.
+    fn reassembled(self, trainable: Vec<(String, Var)>, precision: Precision) -> Result<Self> {
         let (config, recompute) = (self.training.config().clone(), self.recompute());
-        let variables = self.variables.into_iter().map(|(_, var)| var).collect();
-        let model = Self::assemble(self.family, config, self.table, variables, precision, &self.device)?;
+        let model =
+            Self::assemble(self.family, config, self.table, self.variables, trainable, precision, &self.device)?;
         Ok(model.with_recompute(recompute))
     }
 
@@ -140,12 +188,22 @@ impl<F: Family> Model<F> {
         &self.variables
     }
 
+    /// Those of them that training changes: all, unless some are frozen ([`Model::with_frozen`]).
+    pub fn trainable(&self) -> &[(String, Var)] {
+        &self.trainable
+    }
+
+    /// The frozen ones, each the very tensor that the training decoder reads.
+    pub fn frozen(&self) -> &[Tensor] {
+        &self.frozen
+    }
+
     /// The decoder over the variables' memory, without gradients.
     pub fn decoder(&self) -> &Decoder {
         &self.inference
     }
 
-    /// The decoder over the variables, with gradients.
+    /// The decoder over the variables, with gradients of the trainable ones.
     pub fn training_decoder(&self) -> &Decoder {
         &self.training
     }

@@ -82,8 +82,9 @@ impl ParamSource {
         Self::tensors(table, variables.iter().map(|(name, var)| (name.clone(), var.detach())))
     }
 
-    fn tensors(table: Arc<ParamTable>, tensors: impl Iterator<Item = (String, Tensor)>) -> Self {
-        Self { table, placement: Placement::WHOLE, values: Values::Variables(tensors.collect()) }
+    /// These very tensors: some with gradients, some without.
+    pub(crate) fn tensors(table: Arc<ParamTable>, tensors: impl IntoIterator<Item = (String, Tensor)>) -> Self {
+        Self { table, placement: Placement::WHOLE, values: Values::Variables(tensors.into_iter().collect()) }
     }
 
     /// The initial values that `seed` draws: the same on every rank for the same element.

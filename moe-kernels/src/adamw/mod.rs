@@ -1,4 +1,4 @@
-//! The AdamW update in one pass over memory, and the sum of squares behind the global gradient norm, for all parameters
+//! The AdamW update in one pass over memory, and the sums of squares behind the global gradient norm, for all parameters
 //! of a model in one queue.
 //!
 //! Sums run over fixed chunks in a fixed order and no multiply and add are fused: the bits are the same for any number
@@ -11,8 +11,8 @@ use crate::parallel::SharedMut;
 use crate::select::vectorize;
 use crate::{Error, Isa, Result, copies, parallel};
 
-/// Elements per unit of work and of summation.
-const CHUNK: usize = 1 << 14;
+/// Elements per task. Sums of squares are of such chunks; who adds them up decides in which order.
+pub const CHUNK: usize = 1 << 14;
 /// Partial sums kept side by side inside a chunk; fixed, so that the order of additions is.
 const LANES: usize = 16;
 /// Elements below which a second thread is not worth waking.
@@ -156,31 +156,22 @@ fn update_chunk(f: &Factors, p: &mut [f32], m: &mut [f32], v: &mut [f32], g: &[f
     }
 }
 
-/// Sum of squares of all gradients in f64: the sums of chunks are added in order, gradient by gradient.
+/// Sum of squares of each chunk in f64, all from one queue. A chunk's sum depends on nothing but its values; chunks are of
+/// [`CHUNK`] elements at most if threads are to share the work.
 ///
 /// # Panics
 /// If this machine cannot run `isa`.
-pub fn sum_of_squares<G: AsRef<[f32]> + Sync>(isa: Isa, grads: &[G]) -> f64 {
+pub fn sums_of_squares(isa: Isa, chunks: &[&[f32]]) -> Vec<f64> {
     isa.require();
-    let tasks = chunks(grads.iter().map(|g| g.as_ref().len()));
-    let work: usize = grads.iter().map(|g| g.as_ref().len()).sum();
-    let mut sums = vec![0.0; tasks.len()];
+    let work: usize = chunks.iter().map(|chunk| chunk.len()).sum();
+    let mut sums = vec![0.0; chunks.len()];
     let shared = SharedMut::new(&mut sums);
-    parallel::for_each_if(work, LEAST_WORK, tasks.len(), |task| {
-        let (index, start) = tasks[task];
-        let grad = grads[index].as_ref();
+    parallel::for_each_if(work, LEAST_WORK, chunks.len(), |task| {
         // SAFETY: each sum belongs to one task.
         let sum = unsafe { shared.slice(task, 1) };
-        let part = &grad[start..(start + CHUNK).min(grad.len())];
-        sum[0] = vectorize!(isa, (part: &[f32]) -> f64 { chunk_sum_of_squares(part) });
+        sum[0] = vectorize!(isa, (part: &[f32] = chunks[task]) -> f64 { chunk_sum_of_squares(part) });
     });
-    let mut rest = &sums[..];
-    let of_one = |grad: &G| -> f64 {
-        let (own, others) = rest.split_at(grad.as_ref().len().div_ceil(CHUNK));
-        rest = others;
-        own.iter().sum()
-    };
-    grads.iter().map(of_one).sum()
+    sums
 }
 
 #[inline(always)]

@@ -84,19 +84,24 @@ fn neither_threads_nor_instruction_set_nor_neighbours_change_a_bit() {
 }
 
 #[test]
-fn the_sum_of_squares_is_accurate_and_has_one_order() {
+fn sums_of_squares_are_accurate_and_have_one_order() {
     let grads: Vec<_> = LENS.iter().map(|&len| wave(len, 3)).collect();
-    let exact: f64 = grads.iter().flatten().map(|&g| f64::from(g) * f64::from(g)).sum();
-    let one = on_threads(1, || sum_of_squares(Isa::Portable, &grads));
-    assert!((one - exact).abs() < 1e-12 * exact, "{one} against {exact}");
+    let chunks: Vec<&[f32]> = grads.iter().flat_map(|grad| grad.chunks(CHUNK)).collect();
+    let want = on_threads(1, || sums_of_squares(Isa::Portable, &chunks));
+    for (got, chunk) in want.iter().zip(&chunks) {
+        let exact: f64 = chunk.iter().map(|&g| f64::from(g) * f64::from(g)).sum();
+        assert!((got - exact).abs() <= 1e-12 * exact, "{got} against {exact}");
+    }
     for isa in Isa::available() {
         for threads in [1, 2, 3, 5] {
-            let got = on_threads(threads, || sum_of_squares(isa, &grads));
-            assert_eq!(got.to_bits(), one.to_bits(), "{threads} threads, {isa}");
+            let got = on_threads(threads, || sums_of_squares(isa, &chunks));
+            assert!(got.iter().zip(&want).all(|(a, b)| a.to_bits() == b.to_bits()), "{threads} threads, {isa}");
+            assert_eq!(got.len(), want.len());
         }
     }
-    assert_eq!(sum_of_squares::<Vec<f32>>(Isa::Portable, &[]), 0.0);
-    assert!(sum_of_squares(Isa::Portable, &[[1.0, f32::NAN]]).is_nan());
+    assert!(sums_of_squares(Isa::Portable, &[]).is_empty());
+    let sums = sums_of_squares(Isa::Portable, &[&[1.0, f32::NAN], &[2.0]]);
+    assert!(sums[0].is_nan() && sums[1] == 4.0, "a sum is of its own chunk alone: {sums:?}");
 }
 
 #[test]

@@ -3,12 +3,12 @@
 use crate::models::{BATCH, SEQ_LEN};
 use crate::rows::Row;
 use anyhow::{Result, ensure};
-use candle_core::{DType, Var};
+use candle_core::{DType, Tensor, Var};
 use moe_core::CounterRng;
 use moe_kernels::Precision;
 use moe_models::gpt::Gpt;
 use moe_models::train::model::{LossOutput, Pass, TokenBatch, TrainPass};
-use moe_models::train::optimizer::AdamW;
+use moe_models::train::optimizer::{AdamW, Owned, Unit, Units, UpdateRule};
 use moe_models::train::step::{BatchSums, StepBuffers, accumulate};
 use moe_models::train::{TrainConfig, TrainModel};
 use std::path::Path;
@@ -31,10 +31,16 @@ impl TrainModel for Timed<'_> {
         TrainModel::max_seq_len(self.model)
     }
     fn params(&self) -> &[(String, Var)] {
-        self.model.params()
+        TrainModel::params(self.model)
     }
-    fn has_weight_decay(&self, name: &str, shape: &[usize]) -> bool {
-        self.model.has_weight_decay(name, shape)
+    fn update_rule(&self, name: &str, shape: &[usize]) -> UpdateRule {
+        self.model.update_rule(name, shape)
+    }
+    fn units(&self, name: &str, shape: &[usize]) -> Vec<Unit> {
+        self.model.units(name, shape)
+    }
+    fn frozen(&self) -> &[Tensor] {
+        self.model.frozen()
     }
     fn grad_group(&self, name: &str) -> String {
         self.model.grad_group(name)
@@ -87,8 +93,10 @@ impl<'a> Run<'a> {
             ..TrainConfig::default()
         };
         let config = config.resolved(SEQ_LEN)?;
-        let decays = model.params().iter().map(|(name, var)| model.has_weight_decay(name, var.dims())).collect();
-        let optimizer = AdamW::new(config.adamw(), model.params(), decays)?;
+        let params = TrainModel::params(model);
+        let rules = params.iter().map(|(name, var)| model.update_rule(name, var.dims())).collect();
+        let units: Vec<_> = params.iter().map(|(name, var)| model.units(name, var.dims())).collect();
+        let optimizer = AdamW::new(config.adamw(), Owned::everything(Units::new(&units)?), rules)?;
         let buffers = StepBuffers::new(model)?;
         let model = Timed { model, forward_ns: AtomicU64::new(0) };
         Ok(Self { model, config, optimizer, buffers, rng: CounterRng::new(2, 0), step: 0 })
@@ -117,7 +125,7 @@ impl<'a> Run<'a> {
         let accumulated = start.elapsed();
         let scale = 1.0 / sums.micro_batches as f64;
         let report = self.optimizer.step_with_copies(
-            self.model.params(),
+            TrainModel::params(&self.model),
             &self.buffers.grads.all(),
             scale,
             LR,

@@ -12,8 +12,8 @@ use super::files::{
     REPLACED_PREFIX, TEMPORARY_PREFIX, crc32c, create_dir, create_dir_atomically, recover_swapped, remove,
     remove_dir_at_once, swap_dir, write_synced,
 };
-use super::model::{TrainModel, decay_flags};
-use super::optimizer::{AdamW, Moments};
+use super::model::{TrainModel, units_of, update_rules};
+use super::optimizer::{AdamW, Moments, OptimizerState, Owned};
 use crate::hf::write_atomically;
 use crate::{Error, Result};
 use candle_core::{DType, Var};
@@ -118,20 +118,21 @@ impl CheckpointStore {
         Ok(steps)
     }
 
-    /// Writes a checkpoint, points `latest` (and `best`, if it is) at it, then removes what is no longer kept.
+    /// Writes a checkpoint, points `latest` (and `best`, if it is) at it, then removes what is no longer kept. `moments` are those
+    /// of whole parameters.
     ///
     /// # Errors
-    /// [`Error::Io`] and the model's errors if something cannot be written; earlier checkpoints are then untouched and
+    /// [`Error::Argument`] for moments of a part; [`Error::Io`] and the model's errors if something cannot be written; earlier checkpoints are then untouched and
     /// nothing is left of this one.
     pub fn save<M: TrainModel>(
         &self,
         model: &M,
-        optimizer: &AdamW,
+        moments: &[Moments],
         tokenizer_json: &str,
         state: &TrainerState,
     ) -> Result<PathBuf> {
         let folder = self.folder(state.step);
-        let fill = |dir: &Path| write_files(model, optimizer, tokenizer_json, state, dir);
+        let fill = |dir: &Path| write_files(model, moments, tokenizer_json, state, dir);
         if folder.exists() {
             swap_dir(&folder, fill)?
         } else {
@@ -211,13 +212,13 @@ fn is_complete(folder: &Path) -> bool {
 
 fn write_files<M: TrainModel>(
     model: &M,
-    optimizer: &AdamW,
+    moments: &[Moments],
     tokenizer_json: &str,
     state: &TrainerState,
     dir: &Path,
 ) -> Result<()> {
     write_model_files(model, tokenizer_json, dir, DType::F32)?;
-    write_synced(&dir.join(OPTIMIZER_FILE), &optimizer_bytes(optimizer, model.params())?)?;
+    write_synced(&dir.join(OPTIMIZER_FILE), &optimizer_bytes(moments, model.params())?)?;
     let state = TrainerState { files: file_checks(dir)?, ..state.clone() };
     let json = serde_json::to_string_pretty(&state)
         .map_err(|e| Error::format(dir.join(STATE_FILE), format!("cannot be written: {e}")))?;
@@ -235,9 +236,9 @@ fn file_checks(dir: &Path) -> Result<Vec<FileCheck>> {
     Ok(checks)
 }
 
-fn optimizer_bytes(optimizer: &AdamW, params: &[(String, Var)]) -> Result<Vec<u8>> {
+fn optimizer_bytes(moments: &[Moments], params: &[(String, Var)]) -> Result<Vec<u8>> {
     let mut blocks: Vec<(String, Vec<usize>, Vec<u8>)> = Vec::new();
-    for ((name, var), moments) in params.iter().zip(optimizer.moments()) {
+    for ((name, var), moments) in params.iter().zip(moments) {
         for (kind, values) in [("exp_avg", &moments.exp_avg), ("exp_avg_sq", &moments.exp_avg_sq)] {
             let bytes = values.iter().flat_map(|x| x.to_le_bytes()).collect();
             blocks.push((format!("{kind}.{name}"), var.dims().to_vec(), bytes));
@@ -294,33 +295,38 @@ pub fn verify(folder: &Path, state: &TrainerState) -> Result<()> {
     Ok(())
 }
 
-/// Restores the optimizer of a checkpoint for `model`.
+/// Restores the optimizer of a checkpoint for `model`, which owns everything.
 ///
 /// # Errors
 /// [`Error::Io`] or [`Error::Format`] if the file cannot be read, is cut, or does not match the parameters.
 pub fn load_optimizer<M: TrainModel>(folder: &Path, state: &TrainerState, model: &M) -> Result<AdamW> {
+    load_owned(folder, state, model, Owned::everything(units_of(model)?))
+}
+
+/// [`load_optimizer`] of what is `owned`.
+///
+/// # Errors
+/// As there.
+pub fn load_owned<M: TrainModel>(folder: &Path, state: &TrainerState, model: &M, owned: Owned) -> Result<AdamW> {
     let params = model.params();
     let path = folder.join(OPTIMIZER_FILE);
     let bytes = std::fs::read(&path).map_err(|e| Error::io(&path, e))?;
     let tensors = SafeTensors::deserialize(&bytes).map_err(|e| Error::format(&path, format!("damaged: {e}")))?;
     if tensors.len() != 2 * params.len() {
         let (want, got) = (2 * params.len(), tensors.len());
-        return Err(Error::format(path, format!("expected {want} tensors for this model, found {got}")));
+        let frozen = "; is the same frozen as when it was saved?";
+        return Err(Error::format(path, format!("expected {want} tensors for this model, found {got}{frozen}")));
     }
     let read = |name: String, var: &Var| moment(&tensors, &name, var).map_err(|reason| Error::format(&path, reason));
     let mut moments = Vec::with_capacity(params.len());
-    for (name, var) in params {
-        let exp_avg = read(format!("exp_avg.{name}"), var)?;
-        let exp_avg_sq = read(format!("exp_avg_sq.{name}"), var)?;
+    for (param, (name, var)) in params.iter().enumerate() {
+        let exp_avg = owned.cut(param, &read(format!("exp_avg.{name}"), var)?);
+        let exp_avg_sq = owned.cut(param, &read(format!("exp_avg_sq.{name}"), var)?);
         moments.push(Moments { exp_avg, exp_avg_sq });
     }
-    AdamW::from_parts(
-        state.config.adamw(),
-        moments,
-        decay_flags(model),
-        state.optimizer_updates,
-        state.skipped_in_a_row,
-    )
+    let (updates, skipped_in_a_row) = (state.optimizer_updates, state.skipped_in_a_row);
+    let restored = OptimizerState { moments, updates, skipped_in_a_row };
+    AdamW::with_state(state.config.adamw(), owned, update_rules(model), restored)
 }
 
 fn moment(tensors: &SafeTensors, name: &str, var: &Var) -> std::result::Result<Vec<f32>, String> {

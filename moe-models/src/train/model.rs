@@ -1,7 +1,8 @@
 //! [`TrainModel`]: what the training loop needs of a model, and nothing else.
 
+use super::optimizer::{Unit, Units, UpdateRule};
 use crate::{Family, Model, Precision, Recompute, Result};
-use candle_core::Var;
+use candle_core::{Tensor, Var};
 use std::path::Path;
 
 pub use crate::batch::{LayerLoad, LossOutput, LossParts, Pass, TokenBatch, TrainPass};
@@ -16,9 +17,18 @@ pub trait TrainModel: Sync {
     fn max_seq_len(&self) -> usize;
     /// Name and value (f32) of each trainable parameter, in an order that never changes.
     fn params(&self) -> &[(String, Var)];
-    /// Whether a parameter is decayed. By default those of two or more dimensions are: biases and norms are not.
-    fn has_weight_decay(&self, _name: &str, shape: &[usize]) -> bool {
-        shape.len() >= 2
+    /// How a parameter is updated. By default those of two or more dimensions are decayed: biases and norms are not.
+    fn update_rule(&self, _name: &str, shape: &[usize]) -> UpdateRule {
+        UpdateRule::for_shape(shape)
+    }
+    /// What a parameter of this shape is made of, in the order of its elements: its experts if it is a stack, under names that
+    /// all ranks have for them. By default itself.
+    fn units(&self, name: &str, shape: &[usize]) -> Vec<Unit> {
+        vec![Unit { name: name.to_owned(), elements: shape.iter().product() }]
+    }
+    /// What [`TrainModel::loss`] reads of parameters that are not trained, each the very tensor. By default nothing.
+    fn frozen(&self) -> &[Tensor] {
+        &[]
     }
     /// The group whose buffer a parameter's gradient is kept in: those that the same ranks reduce, and update together.
     fn grad_group(&self, _name: &str) -> String {
@@ -48,9 +58,15 @@ pub trait TrainModel: Sync {
     fn save(&self, dir: &Path, dtype: candle_core::DType) -> Result<()>;
 }
 
-/// The decay flag of each parameter of `model`.
-pub(crate) fn decay_flags<M: TrainModel>(model: &M) -> Vec<bool> {
-    model.params().iter().map(|(name, var)| model.has_weight_decay(name, var.dims())).collect()
+/// The rule of each parameter of `model`.
+pub(crate) fn update_rules<M: TrainModel>(model: &M) -> Vec<UpdateRule> {
+    model.params().iter().map(|(name, var)| model.update_rule(name, var.dims())).collect()
+}
+
+/// The units of `model`, which is whole.
+pub(crate) fn units_of<M: TrainModel>(model: &M) -> Result<Units> {
+    let held: Vec<_> = model.params().iter().map(|(name, var)| model.units(name, var.dims())).collect();
+    Units::new(&held)
 }
 
 impl<F: Family> TrainModel for Model<F> {
@@ -61,10 +77,22 @@ impl<F: Family> TrainModel for Model<F> {
         self.decoder_config().max_seq_len
     }
     fn params(&self) -> &[(String, Var)] {
-        self.params()
+        self.trainable()
     }
-    fn has_weight_decay(&self, name: &str, _: &[usize]) -> bool {
-        self.table().get(name).is_some_and(|spec| spec.decay)
+    fn update_rule(&self, name: &str, _: &[usize]) -> UpdateRule {
+        UpdateRule::decays(self.table().get(name).is_some_and(|spec| spec.decay))
+    }
+    fn units(&self, name: &str, shape: &[usize]) -> Vec<Unit> {
+        let experts = self.table().get(name).filter(|spec| spec.is_stacked());
+        let experts = experts.into_iter().flat_map(|spec| (0..spec.shape[0]).filter_map(|i| spec.expert_name(i)));
+        let experts: Vec<_> = experts.map(|name| Unit { name, elements: shape[1..].iter().product() }).collect();
+        if !experts.is_empty() {
+            return experts;
+        }
+        vec![Unit { name: name.to_owned(), elements: shape.iter().product() }]
+    }
+    fn frozen(&self) -> &[Tensor] {
+        self.frozen()
     }
     fn grad_group(&self, name: &str) -> String {
         let experts = self.table().get(name).filter(|spec| spec.is_stacked());

@@ -28,9 +28,9 @@ pub struct BatchSums {
 /// What a run's steps keep from one to the next besides parameters and moments.
 #[derive(Debug)]
 pub struct StepBuffers {
-    /// Sums of the gradients.
+    /// Sums of the gradients of those parameters that are trained.
     pub grads: GradBuffers,
-    /// The parameters as products in bf16 read them. An optimizer that changes parameters brings them up to date
+    /// All parameters as products in bf16 read them. An optimizer that changes parameters brings them up to date
     /// ([`super::optimizer::AdamW::step_with_copies`]), as must whoever else changes one ([`WeightCopies::refresh`]).
     pub copies: Arc<WeightCopies>,
 }
@@ -44,7 +44,7 @@ impl StepBuffers {
         let params = model.params();
         Ok(Self {
             grads: GradBuffers::new(params.iter().map(|(name, var)| (name.as_str(), var, model.grad_group(name))))?,
-            copies: WeightCopies::new(params.iter().map(|(_, var)| var)),
+            copies: WeightCopies::new(params.iter().map(|(_, var)| var.as_tensor()).chain(model.frozen())),
         })
     }
 }

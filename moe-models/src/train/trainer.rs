@@ -7,10 +7,10 @@ use super::data::{PackedSource, SequenceSampler, ValidSource};
 use super::evaluate::{Evaluation, evaluate};
 use super::lock::RunLock;
 use super::metrics::{self, MetricsWriter, Record};
-use super::model::{TokenBatch, TrainModel, TrainPass, decay_flags};
+use super::model::{TokenBatch, TrainModel, TrainPass, units_of, update_rules};
 use super::non_finite::NonFinite;
 use super::observer::{Event, Observer};
-use super::optimizer::{AdamW, StepReport, grad_norm};
+use super::optimizer::{AdamW, Owned, StepReport};
 use super::step::{BatchSums, StepBuffers, accumulate};
 use crate::{Error, Result};
 use moe_core::CounterRng;
@@ -113,7 +113,7 @@ impl<M: TrainModel> Trainer<M> {
                 lock.dir().display()
             )));
         }
-        let optimizer = AdamW::new(config.adamw(), model.params(), decay_flags(&model))?;
+        let optimizer = AdamW::new(config.adamw(), Owned::everything(units_of(&model)?), update_rules(&model))?;
         let start = Start { optimizer, store, lock, step: 0, best: None };
         Self::assemble(model, config, corpus, tokenizer_json, start)
     }
@@ -297,7 +297,8 @@ impl<M: TrainModel> Trainer<M> {
             // Its gradient may be finite by chance, but it points nowhere.
             loss => {
                 let why = NonFinite { loss, ..NonFinite::find(params, &grads)? };
-                self.optimizer.skip(grad_norm(&grads, scale), why)
+                let squares = self.optimizer.squares(params, &grads)?;
+                self.optimizer.skip(self.optimizer.norm(&squares)? * scale, why)
             }
         }
     }
@@ -361,7 +362,7 @@ impl<M: TrainModel> Trainer<M> {
             config: self.config.clone(),
             files: Vec::new(),
         };
-        let dir = self.store.save(&self.model, &self.optimizer, &self.tokenizer_json, &state)?;
+        let dir = self.store.save(&self.model, self.optimizer.moments(), &self.tokenizer_json, &state)?;
         self.saved_step = Some(self.step);
         observer.event(&Event::Saved { step: self.step, dir });
         Ok(())

@@ -4,7 +4,7 @@
 use candle_core::{Device, Tensor, Var};
 use moe_core::testing::{assert_close, values};
 use moe_models::gpt::{Gpt, Pass, TokenBatch};
-use moe_models::train::optimizer::{AdamW, AdamWConfig};
+use moe_models::train::optimizer::{AdamW, AdamWConfig, Owned, Units, UpdateRule};
 use moe_models::{CausalLm, Decoder, LogitsOf, PoolConfig, SequenceStep};
 use std::collections::HashMap;
 use std::path::PathBuf;
@@ -51,7 +51,10 @@ fn adamw_equals_pytorch() {
     let var = |name: &str| Var::from_tensor(&expected[name]).unwrap();
     let params = vec![("weight".to_owned(), var("weight.0")), ("bias".to_owned(), var("bias.0"))];
     let config = AdamWConfig { weight_decay: 0.1, clip_grad: 1.0, ..AdamWConfig::default() };
-    let mut optimizer = AdamW::new(config, &params, vec![true, false]).unwrap();
+    let mut optimizer = {
+        let owned = Owned::everything(Units::of_params(&params).unwrap());
+        AdamW::new(config, owned, [true, false].map(UpdateRule::decays).to_vec()).unwrap()
+    };
     for step in 1..=6 {
         let grad =
             |name: &str| expected[&format!("{name}.grad.{step}")].flatten_all().unwrap().to_vec1::<f32>().unwrap();

@@ -10,6 +10,7 @@ mod toy;
 mod train_checkpoint;
 mod train_cli;
 mod train_evaluate;
+mod train_frozen;
 mod train_gpt;
 mod train_metrics;
 mod train_prepare;

@@ -93,10 +93,10 @@ fn a_failed_replacement_keeps_the_old_folder() {
     let folder = dir.path().join("step-00000012");
     let state = read_state(&folder).unwrap();
     let store = CheckpointStore::open(dir.path(), 2).unwrap();
-    store.save(trainer.model(), trainer.optimizer(), "{}", &state).unwrap();
+    store.save(trainer.model(), trainer.optimizer().moments(), "{}", &state).unwrap();
     assert_eq!(std::fs::read_to_string(folder.join("tokenizer.json")).unwrap(), "{}", "replaced");
     trainer.model().disk_full.store(true, Ordering::Relaxed);
-    store.save(trainer.model(), trainer.optimizer(), "[]", &state).unwrap_err();
+    store.save(trainer.model(), trainer.optimizer().moments(), "[]", &state).unwrap_err();
     assert_eq!(std::fs::read_to_string(folder.join("tokenizer.json")).unwrap(), "{}", "still the old one");
     assert!(names(dir.path()).iter().all(|n| !n.starts_with('.')), "{:?}", names(dir.path()));
 }
@@ -122,7 +122,7 @@ fn a_crash_at_any_point_of_a_replacement_loses_nothing() {
     let state = read_state(&old).unwrap();
     let renewed = tempfile::tempdir().unwrap();
     let store = CheckpointStore::open(renewed.path(), 2).unwrap();
-    let new = store.save(trainer.model(), trainer.optimizer(), "{}", &state).unwrap();
+    let new = store.save(trainer.model(), trainer.optimizer().moments(), "{}", &state).unwrap();
     let half = |dir: &Path| {
         copy(&new, dir);
         std::fs::remove_file(dir.join("trainer_state.json")).unwrap();

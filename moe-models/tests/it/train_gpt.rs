@@ -5,7 +5,7 @@ use moe_core::CounterRng;
 use moe_models::gpt::{Gpt, GptConfig};
 use moe_models::train::data::{Documents, Packer};
 use moe_models::train::export::export;
-use moe_models::train::optimizer::AdamW;
+use moe_models::train::optimizer::{AdamW, Owned, Units, UpdateRule};
 use moe_models::train::tokenizer::{to_json, train_bpe};
 use moe_models::train::{Corpus, Event, Outcome, Silent, TrainConfig, Trainer};
 use moe_models::{Precision, Recompute};
@@ -13,7 +13,7 @@ use std::path::Path;
 use std::sync::atomic::{AtomicBool, Ordering};
 
 /// A PR-MoE with two experts, then four; jitter and random token selection draw from the pass's seed.
-fn shape() -> GptConfig {
+pub(crate) fn shape() -> GptConfig {
     let mut shape = GptConfig::preset("tiny-pr-moe").unwrap();
     (shape.vocab_size, shape.max_seq_len, shape.d_model, shape.d_ff, shape.num_layers) = (262, 16, 16, 32, 4);
     let moe = shape.moe.as_mut().unwrap();
@@ -176,7 +176,9 @@ fn without_decay_nothing_moves_without_a_gradient() {
         let model = new_model(shape(), &config);
         let before = bits(&model);
         let grads: Vec<Vec<f32>> = model.params().iter().map(|(_, var)| vec![0.0; var.elem_count()]).collect();
-        let mut optimizer = AdamW::new(config.adamw(), model.params(), vec![true; grads.len()]).unwrap();
+        let owned = Owned::everything(Units::of_params(model.params()).unwrap());
+        let rules = vec![UpdateRule::decays(true); grads.len()];
+        let mut optimizer = AdamW::new(config.adamw(), owned, rules).unwrap();
         optimizer.step(model.params(), &grads, 1.0, config.lr).unwrap();
         assert_eq!(bits(&model) != before, moves, "decay {weight_decay}");
     }
