@@ -88,6 +88,14 @@ pub enum Error {
         /// The id of that process; `None` if it has not written it yet.
         holder: Option<u32>,
     },
+    /// Another rank of the run failed, and this one ends with it.
+    #[error("rank {rank}: {text}")]
+    OtherRank {
+        /// Which one.
+        rank: usize,
+        /// Its error.
+        text: String,
+    },
     /// An argument of a call is out of range; the text names it and the fix.
     #[error("{0}")]
     Argument(String),

@@ -99,6 +99,11 @@ impl CheckpointStore {
         Ok(Self { dir: dir.to_owned(), keep_last })
     }
 
+    /// The same for a rank that does not write: nothing is touched.
+    pub(super) fn read_only(dir: &Path, keep_last: usize) -> Self {
+        Self { dir: dir.to_owned(), keep_last }
+    }
+
     /// The folder of `step`.
     pub fn folder(&self, step: u64) -> PathBuf {
         self.dir.join(format!("{FOLDER_PREFIX}{step:08}"))

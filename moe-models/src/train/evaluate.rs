@@ -3,10 +3,11 @@
 use super::data::ValidSource;
 use super::metrics::{Record, VALID_BITS_PER_BYTE, VALID_LOSS};
 use super::model::{Pass, TokenBatch, TrainModel};
+use super::ranks::{OneRank, Ranks, Threads, exchange, unreadable};
 use super::step::no_panic;
-use crate::Result;
 use crate::gpt::IGNORED;
-use moe_kernels::parallel;
+use crate::{Error, Result};
+use std::ops::Range;
 
 /// One source's part of an [`Evaluation`].
 #[derive(Debug, Clone, PartialEq)]
@@ -81,6 +82,19 @@ impl Evaluation {
 /// # Errors
 /// What the model returns.
 pub fn evaluate<M: TrainModel>(model: &M, sources: &[ValidSource], batch_size: usize) -> Result<Evaluation> {
+    evaluate_over(&OneRank, model, sources, batch_size)
+}
+
+/// [`evaluate`], with the batches shared out over `ranks`; the result is the same on every rank and for any number of them.
+///
+/// # Errors
+/// What the model returns on any rank; as [`Ranks`].
+pub fn evaluate_over<M: TrainModel>(
+    ranks: &dyn Ranks,
+    model: &M,
+    sources: &[ValidSource],
+    batch_size: usize,
+) -> Result<Evaluation> {
     let mut results: Vec<SourceLoss> = sources
         .iter()
         .map(|s| SourceLoss { name: s.name().to_owned(), tokens: 0, bytes: s.target_bytes(), nats: 0.0 })
@@ -90,7 +104,18 @@ pub fn evaluate<M: TrainModel>(model: &M, sources: &[ValidSource], batch_size: u
         .enumerate()
         .flat_map(|(index, source)| source.batches(batch_size).into_iter().map(move |batch| (index, batch)))
         .collect();
-    add_losses(model, &batches, &mut results)?;
+    let share = ranks.share(batches.len());
+    let own = mean_losses(model, &batches, share.clone(), ranks.threads());
+    let words = own.map(|own| share.zip(own).flat_map(|(i, loss)| [i as u64, loss.to_bits()]).collect());
+    let mut losses = vec![None; batches.len()];
+    for (rank, words) in exchange(ranks, words)?.into_iter().enumerate() {
+        for pair in words.chunks(2) {
+            let &[i, loss] = pair else { return Err(unreadable(rank)) };
+            *losses.get_mut(i as usize).ok_or_else(|| unreadable(rank))? = Some(f64::from_bits(loss));
+        }
+    }
+    let missing = || Error::Argument("a batch of the validation is in no rank's share".into());
+    add_means(&batches, &losses.into_iter().collect::<Option<Vec<_>>>().ok_or_else(missing)?, &mut results);
     Ok(Evaluation { sources: results })
 }
 
@@ -100,13 +125,37 @@ pub fn evaluate<M: TrainModel>(model: &M, sources: &[ValidSource], batch_size: u
 /// # Errors
 /// What the model returns; [`crate::Error::Panic`] with the text of a panic.
 pub fn add_losses<M: TrainModel>(model: &M, batches: &[(usize, TokenBatch)], results: &mut [SourceLoss]) -> Result<()> {
-    for (i, (source, batch)) in batches.iter().enumerate() {
-        let targets = batch.target_ids.iter().filter(|&&id| id != IGNORED).count();
+    let means = mean_losses(model, batches, 0..batches.len(), Threads::Awake)?;
+    add_means(batches, &means, results);
+    Ok(())
+}
+
+fn num_targets(batch: &TokenBatch) -> usize {
+    batch.target_ids.iter().filter(|&&id| id != IGNORED).count()
+}
+
+/// The mean loss of each batch of the `share`.
+fn mean_losses<M: TrainModel>(
+    model: &M,
+    batches: &[(usize, TokenBatch)],
+    share: Range<usize>,
+    threads: Threads,
+) -> Result<Vec<f64>> {
+    let mean = |i: usize| {
+        let batch = &batches[i].1;
         // The mean over no target is no number.
-        let loss = || parallel::together(|| no_panic(i, || model.loss(batch, Pass::Eval)));
-        let mean = if targets == 0 { 0.0 } else { loss()?.parts.lm };
+        if num_targets(batch) == 0 {
+            return Ok(0.0);
+        }
+        Ok(threads.run(|| no_panic(i, || model.loss(batch, Pass::Eval)))?.parts.lm)
+    };
+    share.map(mean).collect()
+}
+
+fn add_means(batches: &[(usize, TokenBatch)], means: &[f64], results: &mut [SourceLoss]) {
+    for ((source, batch), mean) in batches.iter().zip(means) {
+        let targets = num_targets(batch);
         results[*source].tokens += targets as u64;
         results[*source].nats += mean * targets as f64;
     }
-    Ok(())
 }

@@ -60,6 +60,9 @@ impl fmt::Display for NonFinite {
             format!("the loss of micro-batch {micro_batch} is {loss} (language model {lm}, auxiliary {aux})")
         }));
         parts.extend(self.gradient.as_ref().map(|name| format!("the gradient of {name} is not finite")));
+        if parts.is_empty() {
+            return f.write_str("a gradient that another rank holds is not finite");
+        }
         f.write_str(&parts.join("; "))
     }
 }
@@ -68,6 +71,11 @@ impl fmt::Display for NonFinite {
 mod tests {
     use super::*;
     use candle_core::Device;
+
+    #[test]
+    fn a_rank_that_holds_nothing_of_it_says_so() {
+        assert_eq!(NonFinite::default().to_string(), "a gradient that another rank holds is not finite");
+    }
 
     #[test]
     fn the_first_of_each_kind_is_named() {

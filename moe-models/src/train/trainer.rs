@@ -1,19 +1,23 @@
-//! The loop: draw, accumulate, update, report, validate, save. All parts are elsewhere; this file orders them.
+//! The loop: draw, accumulate, update, report, validate, save. All parts are elsewhere; this file orders them, on every rank
+//! alike.
 
-use super::checkpoint::{BestCheckpoint, CheckpointStore, TrainerState, load_optimizer, read_state, verify};
+use super::checkpoint::{BestCheckpoint, CheckpointStore, TrainerState, load_owned, read_state, verify};
 use super::config::TrainConfig;
 use super::data::packed::Fingerprint;
 use super::data::{PackedSource, SequenceSampler, ValidSource};
-use super::evaluate::{Evaluation, evaluate};
+use super::evaluate::{Evaluation, evaluate_over};
 use super::lock::RunLock;
 use super::metrics::{self, MetricsWriter, Record};
 use super::model::{TokenBatch, TrainModel, TrainPass, units_of, update_rules};
 use super::non_finite::NonFinite;
 use super::observer::{Event, Observer};
-use super::optimizer::{AdamW, Owned, StepReport};
-use super::step::{BatchSums, StepBuffers, accumulate};
+use super::optimizer::{AdamW, Owned, StepReport, Update};
+use super::ranks::{Ranks, all_well, any};
+use super::run_folder::RunFolder;
+use super::step::{BatchSums, StepBuffers, accumulate_share};
 use crate::{Error, Result};
 use moe_core::CounterRng;
+use std::ops::Range;
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
@@ -71,14 +75,23 @@ pub struct Trainer<M> {
     tokenizer_json: String,
     optimizer: AdamW,
     buffers: StepBuffers,
+    ranks: Box<dyn Ranks>,
+    dir: PathBuf,
     store: CheckpointStore,
-    metrics: MetricsWriter,
+    /// On the rank that writes.
+    files: Option<Files>,
     step: u64,
     saved_step: Option<u64>,
     best: Option<BestCheckpoint>,
     /// Training time and steps since the last record.
     speed: (Duration, u64),
-    lock: RunLock,
+}
+
+/// What the rank that writes keeps open.
+#[derive(Debug)]
+struct Files {
+    metrics: MetricsWriter,
+    _lock: RunLock,
 }
 
 impl<M: TrainModel> Trainer<M> {
@@ -94,28 +107,33 @@ impl<M: TrainModel> Trainer<M> {
         Self::new_in(model, config, corpus, tokenizer_json, RunLock::acquire(out)?)
     }
 
-    /// As [`Trainer::new`], in a folder that the caller has locked.
+    /// As [`Trainer::new`], in a folder that the caller has locked, or shares with other ranks. All ranks bring the same model
+    /// (the same values, not only the same shape), settings and data; an error of one is one on all.
     ///
     /// # Errors
-    /// As [`Trainer::new`].
+    /// As [`Trainer::new`]; as [`Ranks`].
     pub fn new_in(
         model: M,
         config: TrainConfig,
         corpus: Corpus,
         tokenizer_json: String,
-        lock: RunLock,
+        folder: impl Into<RunFolder>,
     ) -> Result<Self> {
-        check_model(&model, &config)?;
-        let store = CheckpointStore::open(lock.dir(), config.keep_last)?;
-        if !store.steps()?.is_empty() {
-            return Err(Error::Argument(format!(
-                "{} already holds checkpoints; resume that run or choose another folder",
-                lock.dir().display()
-            )));
-        }
-        let optimizer = AdamW::new(config.adamw(), Owned::everything(units_of(&model)?), update_rules(&model))?;
-        let start = Start { optimizer, store, lock, step: 0, best: None };
-        Self::assemble(model, config, corpus, tokenizer_json, start)
+        let folder = folder.into();
+        let prepare = || {
+            check_model(&model, &config)?;
+            let store = open_store(&folder, &config)?;
+            if folder.lock.is_some() && !store.steps()?.is_empty() {
+                return Err(Error::Argument(format!(
+                    "{} already holds checkpoints; resume that run or choose another folder",
+                    folder.dir.display()
+                )));
+            }
+            let optimizer = AdamW::new(config.adamw(), owned(&model, &*folder.ranks)?, update_rules(&model))?;
+            Ok(Start { optimizer, store, step: 0, best: None })
+        };
+        let start = all_well(&*folder.ranks, prepare())?;
+        Self::assemble(model, config, corpus, tokenizer_json, folder, start)
     }
 
     /// Continues the run in `out` from the checkpoint `folder`, whose weights `model` already holds. As [`Trainer::new`],
@@ -137,36 +155,53 @@ impl<M: TrainModel> Trainer<M> {
         Self::resume_in(model, config, corpus, tokenizer_json, RunLock::acquire(out)?, folder)
     }
 
-    /// As [`Trainer::resume`], in a folder that the caller has locked.
+    /// As [`Trainer::resume`], in a folder that the caller has locked, or shares with other ranks: as many as before or not.
     ///
     /// # Errors
-    /// As [`Trainer::resume`].
+    /// As [`Trainer::resume`]; as [`Ranks`].
     pub fn resume_in(
         model: M,
         config: TrainConfig,
         mut corpus: Corpus,
         tokenizer_json: String,
-        lock: RunLock,
+        run: impl Into<RunFolder>,
         folder: &Path,
     ) -> Result<Self> {
-        check_model(&model, &config)?;
-        let store = CheckpointStore::open(lock.dir(), config.keep_last)?;
-        let state = read_state(folder)?;
-        verify(folder, &state)?;
-        config.check_continues(&state.config)?;
-        check_same_data(&corpus, &state)?;
-        let optimizer = load_optimizer(folder, &state, &model)?;
-        corpus.sampler.seek(state.data_position)?;
-        let start = Start { optimizer, store, lock, step: state.step, best: state.best };
-        Self::assemble(model, config, corpus, tokenizer_json, start)
+        let run = run.into();
+        // Opening clears what a crash left, so nobody reads before.
+        let store = all_well(&*run.ranks, check_model(&model, &config).and_then(|()| open_store(&run, &config)))?;
+        let prepare = || {
+            let state = read_state(folder)?;
+            if run.lock.is_some() {
+                verify(folder, &state)?;
+            }
+            config.check_continues(&state.config)?;
+            check_same_data(&corpus, &state)?;
+            let optimizer = load_owned(folder, &state, &model, owned(&model, &*run.ranks)?)?;
+            corpus.sampler.seek(state.data_position)?;
+            Ok(Start { optimizer, store, step: state.step, best: state.best })
+        };
+        let start = prepare();
+        let start = all_well(&*run.ranks, start)?;
+        Self::assemble(model, config, corpus, tokenizer_json, run, start)
     }
 
-    fn assemble(model: M, config: TrainConfig, corpus: Corpus, tokenizer_json: String, start: Start) -> Result<Self> {
-        let Start { optimizer, store, lock, step, best } = start;
-        let metrics = MetricsWriter::open(lock.dir(), step)?;
+    fn assemble(
+        model: M,
+        config: TrainConfig,
+        corpus: Corpus,
+        tokenizer_json: String,
+        folder: RunFolder,
+        start: Start,
+    ) -> Result<Self> {
+        let Start { optimizer, store, step, best } = start;
+        let RunFolder { dir, ranks, lock } = folder;
+        let open = |lock: RunLock| Ok(Files { metrics: MetricsWriter::open(lock.dir(), step)?, _lock: lock });
+        let files = lock.map(open).transpose();
+        let parts = files.and_then(|files| Ok((files, StepBuffers::new(&model)?)));
+        let (files, buffers) = all_well(&*ranks, parts)?;
         let saved_step = (step > 0).then_some(step);
         let speed = (Duration::ZERO, 0);
-        let buffers = StepBuffers::new(&model)?;
         Ok(Self {
             model,
             config,
@@ -174,19 +209,20 @@ impl<M: TrainModel> Trainer<M> {
             tokenizer_json,
             optimizer,
             buffers,
+            ranks,
+            dir,
             store,
-            metrics,
+            files,
             step,
             saved_step,
             best,
             speed,
-            lock,
         })
     }
 
     /// The run's folder.
     pub fn dir(&self) -> &Path {
-        self.lock.dir()
+        &self.dir
     }
 
     /// The model.
@@ -219,15 +255,16 @@ impl<M: TrainModel> Trainer<M> {
         self.store.best()
     }
 
-    /// Trains to the end, or until `stop` is raised; either way the last state is saved before this returns.
+    /// Trains to the end, or until `stop` is raised on any rank; either way the last state is saved before this returns. Every
+    /// rank's `observer` is told everything.
     ///
     /// # Errors
-    /// What model, optimizer or disk return; checkpoints written before stay intact.
+    /// What model, optimizer or disk return, on any rank; checkpoints written before stay intact.
     pub fn run(&mut self, stop: &AtomicBool, observer: &mut dyn Observer) -> Result<Outcome> {
         let total_steps = self.config.total_steps();
         let tokens_per_step = self.config.tokens_per_step();
         observer.event(&Event::Started { step: self.step, total_steps, tokens_per_step });
-        while self.step < total_steps && !stop.load(Ordering::Relaxed) {
+        while self.step < total_steps && !any(&*self.ranks, stop.load(Ordering::Relaxed))? {
             self.one_step(total_steps, observer)?;
         }
         if self.saved_step != Some(self.step) && self.step > 0 {
@@ -260,7 +297,8 @@ impl<M: TrainModel> Trainer<M> {
             evaluation.push_to(&mut record);
         }
         if !record.values.is_empty() {
-            self.metrics.write(&record)?;
+            let written = self.files.as_mut().map_or(Ok(()), |files| files.metrics.write(&record));
+            all_well(&*self.ranks, written)?;
         }
         if save {
             self.save(evaluation.map(|e| e.loss()), observer)?;
@@ -271,14 +309,18 @@ impl<M: TrainModel> Trainer<M> {
     /// Draws a global batch, sums its gradients and updates the parameters.
     fn update(&mut self, lr: f64) -> Result<(BatchSums, StepReport)> {
         let started = Instant::now();
-        let batches = self.draw_batches();
+        let count = self.config.grad_accum();
+        let share = self.ranks.share(count);
+        let batches = self.draw_batches(&share);
         let (step, tokens) = (self.step, self.tokens());
         let pass = |micro_batch: usize| {
             let seed = CounterRng::mix(self.config.seed, &[PASS_TAG, step, micro_batch as u64]);
             TrainPass { seed, step, tokens, micro_batch }
         };
-        let passes: Vec<TrainPass> = (0..batches.len()).map(pass).collect();
-        let sums = accumulate(&self.model, &batches, &passes, &mut self.buffers)?;
+        let passes: Vec<TrainPass> = share.map(pass).collect();
+        let own = accumulate_share(&self.model, &batches, &passes, &mut self.buffers, self.ranks.threads());
+        let sums = BatchSums::over(&*self.ranks, count, own)?;
+        self.ranks.reduce(self.buffers.grads.groups_mut())?;
         let step = self.step + 1;
         let report = self.apply(&sums, lr).map_err(|e| match e {
             Error::NonFinite { what, in_a_row, .. } => Error::NonFinite { step: Some(step), what, in_a_row },
@@ -289,31 +331,42 @@ impl<M: TrainModel> Trainer<M> {
         Ok((sums, report))
     }
 
-    /// Updates the parameters, unless a loss or a gradient is not finite.
+    /// Updates the parameters, unless a loss or a gradient is not finite. Ranks decide alike: losses and norm are those of all.
     fn apply(&mut self, sums: &BatchSums, lr: f64) -> Result<StepReport> {
-        let (params, grads, scale) = (self.model.params(), self.buffers.grads.all(), 1.0 / sums.micro_batches as f64);
+        let (params, grads, copies) = (self.model.params(), self.buffers.grads.all(), &self.buffers.copies);
+        let grad_scale = 1.0 / sums.micro_batches as f64;
+        let squares = self.ranks.gather_squares(self.optimizer.squares(params, &grads)?)?;
+        let grad_norm = self.optimizer.norm(&squares)? * grad_scale;
         match sums.non_finite {
-            None => self.optimizer.step_with_copies(params, &grads, scale, lr, &self.buffers.copies),
+            None => {
+                let report = self.optimizer.apply(params, &grads, Update { lr, grad_scale, grad_norm }, copies)?;
+                if report.applied {
+                    let written = self.ranks.gather_params(self.optimizer.owned(), params)?;
+                    copies.refresh(written.into_iter().map(|param| params[param].1.as_tensor()))?;
+                }
+                Ok(report)
+            }
             // Its gradient may be finite by chance, but it points nowhere.
             loss => {
                 let why = NonFinite { loss, ..NonFinite::find(params, &grads)? };
-                let squares = self.optimizer.squares(params, &grads)?;
-                self.optimizer.skip(self.optimizer.norm(&squares)? * scale, why)
+                self.optimizer.skip(grad_norm, why)
             }
         }
     }
 
-    fn draw_batches(&mut self) -> Vec<TokenBatch> {
+    /// This rank's share of the next global batch. All of it is drawn, so that ranks stay at one position.
+    fn draw_batches(&mut self, share: &Range<usize>) -> Vec<TokenBatch> {
         let (batch, seq_len) = (self.config.micro_batch_size, self.config.seq_len());
         let sampler = &mut self.corpus.sampler;
-        let draw = |_| {
+        let draw = |micro_batch: usize| {
             let (mut input_ids, mut target_ids) = (Vec::new(), Vec::new());
             for _ in 0..batch {
                 sampler.draw(&mut input_ids, &mut target_ids);
             }
-            TokenBatch { input_ids, target_ids, batch, seq_len }
+            let own = share.contains(&micro_batch);
+            own.then_some(TokenBatch { input_ids, target_ids, batch, seq_len })
         };
-        (0..self.config.grad_accum()).map(draw).collect()
+        (0..self.config.grad_accum()).filter_map(draw).collect()
     }
 
     fn push_training(&mut self, record: &mut Record, sums: &BatchSums, grad_norm: f64, lr: f64) {
@@ -334,7 +387,8 @@ impl<M: TrainModel> Trainer<M> {
         if self.corpus.valid.is_empty() {
             return Ok(None);
         }
-        let evaluation = evaluate(&self.model, &self.corpus.valid, self.config.micro_batch_size)?;
+        let (valid, batch_size) = (&self.corpus.valid, self.config.micro_batch_size);
+        let evaluation = evaluate_over(&*self.ranks, &self.model, valid, batch_size)?;
         observer.event(&Event::Validated {
             step: self.step,
             loss: evaluation.loss(),
@@ -362,9 +416,14 @@ impl<M: TrainModel> Trainer<M> {
             config: self.config.clone(),
             files: Vec::new(),
         };
-        let dir = self.store.save(&self.model, self.optimizer.moments(), &self.tokenizer_json, &state)?;
+        let moments = self.ranks.gather_moments(self.optimizer.owned(), self.optimizer.moments())?;
+        let saved = match &self.files {
+            Some(_) => self.store.save(&self.model, &moments, &self.tokenizer_json, &state).map(drop),
+            None => Ok(()),
+        };
+        all_well(&*self.ranks, saved)?;
         self.saved_step = Some(self.step);
-        observer.event(&Event::Saved { step: self.step, dir });
+        observer.event(&Event::Saved { step: self.step, dir: self.store.folder(self.step) });
         Ok(())
     }
 }
@@ -373,9 +432,22 @@ impl<M: TrainModel> Trainer<M> {
 struct Start {
     optimizer: AdamW,
     store: CheckpointStore,
-    lock: RunLock,
     step: u64,
     best: Option<BestCheckpoint>,
+}
+
+/// The checkpoints in a run's folder, made ready by the rank that writes them.
+fn open_store(folder: &RunFolder, config: &TrainConfig) -> Result<CheckpointStore> {
+    match folder.lock {
+        Some(_) => CheckpointStore::open(&folder.dir, config.keep_last),
+        None => Ok(CheckpointStore::read_only(&folder.dir, config.keep_last)),
+    }
+}
+
+/// What this rank updates.
+fn owned<M: TrainModel>(model: &M, ranks: &dyn Ranks) -> Result<Owned> {
+    let groups: Vec<String> = model.params().iter().map(|(name, _)| model.grad_group(name)).collect();
+    ranks.owned(units_of(model)?, &groups)
 }
 
 /// Settings are recorded in checkpoints, so one that the model does not follow would tell a lie about the run.

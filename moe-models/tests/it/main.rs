@@ -14,6 +14,7 @@ mod train_frozen;
 mod train_gpt;
 mod train_metrics;
 mod train_prepare;
+mod train_ranks;
 mod train_resume;
 mod train_step;
 mod train_tape;

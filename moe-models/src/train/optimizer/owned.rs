@@ -148,6 +148,7 @@ fn push(ranges: &mut Vec<Range<usize>>, next: Range<usize>) {
 }
 
 #[cfg(test)]
+#[expect(clippy::single_range_in_vec_init, reason = "lists of one range are meant")]
 mod tests {
     use super::super::units::Unit;
     use super::*;
@@ -225,7 +226,6 @@ mod tests {
     }
 
     #[test]
-    #[expect(clippy::single_range_in_vec_init, reason = "a list of one range is meant")]
     fn ranges_that_cut_a_chunk_are_refused() {
         let units = units(&[(2, CHUNK + 1)]);
         for good in [vec![0..CHUNK], vec![CHUNK..CHUNK + 1, CHUNK + 1..2 * CHUNK + 1], vec![]] {

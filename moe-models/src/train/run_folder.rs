@@ -1,0 +1,34 @@
+//! [`RunFolder`]: where a run writes, and with which ranks.
+
+use super::lock::RunLock;
+use super::ranks::{OneRank, Ranks, all_well};
+use crate::Result;
+use std::path::{Path, PathBuf};
+
+/// The folder of a run, seen from one of its ranks.
+#[derive(Debug)]
+pub struct RunFolder {
+    pub(super) dir: PathBuf,
+    pub(super) ranks: Box<dyn Ranks>,
+    /// On the rank that writes.
+    pub(super) lock: Option<RunLock>,
+}
+
+impl RunFolder {
+    /// The folder `dir` of a run over `ranks`, which all reach it under this name. Rank 0 locks it.
+    ///
+    /// # Errors
+    /// As [`RunLock::acquire`], on every rank; and as [`Ranks`].
+    pub fn shared(dir: &Path, ranks: Box<dyn Ranks>) -> Result<Self> {
+        let lock = if ranks.rank() == 0 { RunLock::acquire(dir).map(Some) } else { Ok(None) };
+        let lock = all_well(&*ranks, lock)?;
+        Ok(Self { dir: dir.to_owned(), ranks, lock })
+    }
+}
+
+/// Of a run of one rank.
+impl From<RunLock> for RunFolder {
+    fn from(lock: RunLock) -> Self {
+        Self { dir: lock.dir().to_owned(), ranks: Box::new(OneRank), lock: Some(lock) }
+    }
+}
