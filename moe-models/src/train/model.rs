@@ -51,7 +51,8 @@ pub trait TrainModel: Sync {
     /// # Errors
     /// If the batch does not fit the model or a tensor operation fails.
     fn loss(&self, batch: &TokenBatch, pass: Pass) -> Result<LossOutput>;
-    /// Writes configuration and weights, the Hugging Face way, into the existing folder `dir`.
+    /// Writes configuration and weights, those of frozen parameters too, the Hugging Face way into the existing folder `dir`. Of
+    /// several ranks, which hold the same weights, one is asked.
     ///
     /// # Errors
     /// If a file cannot be written.

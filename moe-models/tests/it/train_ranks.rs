@@ -4,6 +4,7 @@
 //! Bits are compared where the table of embeddings, which is the output layer too, is frozen: one rank adds its two gradients of
 //! a micro-batch to the sum one after the other, several ranks add them to each other first.
 
+use crate::toy::{self, Toy};
 use crate::train_gpt::{config, corpus, shape};
 use candle_core::{Device, Tensor, Var};
 use moe_core::tape::GradGroup;
@@ -329,4 +330,53 @@ fn an_error_of_one_rank_is_one_on_all() {
         RunFolder::shared(&file.join("run"), Box::new(moe_models::train::OneRank)),
         Err(Error::Io { .. })
     ));
+}
+
+/// A toy over three ranks, of which rank 1 `breaks`: the error of each, and what each was told before.
+fn broken_run(breaks: impl Fn(&Toy) + Sync) -> Vec<(String, Vec<(u64, String)>)> {
+    let (config, dir) = (toy::config(), tempfile::tempdir().unwrap());
+    assert_eq!(config.grad_accum(), 3);
+    ThreadWorld::new(3).run(|comm: Arc<dyn Communicator>| {
+        let (corpus, tokenizer) = toy::corpus(&config);
+        let toy = Toy::new(1);
+        if comm.rank() == 1 {
+            breaks(&toy);
+        }
+        let before = toy.bits();
+        let folder = RunFolder::shared(dir.path(), Replicas::new(&comm, false)).unwrap();
+        let mut trainer = Trainer::new_in(toy, config.clone(), corpus, tokenizer, folder).unwrap();
+        let mut skipped = Vec::new();
+        let mut observer = |event: &Event| {
+            if let Event::Skipped { step, what, .. } = event {
+                skipped.push((*step, what.to_string()));
+            }
+        };
+        let message = trainer.run(&AtomicBool::new(false), &mut observer).unwrap_err().to_string();
+        assert_eq!(trainer.model().bits(), before, "rank {} updates nothing", comm.rank());
+        (message, skipped)
+    })
+}
+
+/// A loss, or a gradient alone, that is not finite on one rank skips the step on all; a panic of one ends all.
+#[test]
+fn what_goes_wrong_on_one_rank_is_decided_on_by_all() {
+    let broken = broken_run(|toy| toy.broken.store(true, Ordering::Relaxed));
+    for (message, skipped) in &broken {
+        assert_eq!(skipped.iter().map(|s| s.0).collect::<Vec<_>>(), (1..8).collect::<Vec<_>>());
+        assert!(skipped.iter().all(|s| s.1.contains("loss of micro-batch 1 is NaN")), "{skipped:?}");
+        assert!(message.starts_with("step 8:"), "{message}");
+    }
+    for (message, skipped) in broken_run(|toy| toy.steep.store(true, Ordering::Relaxed)) {
+        assert!(
+            skipped.len() == 7 && skipped.iter().all(|s| s.1 == "the gradient of head is not finite"),
+            "{skipped:?}"
+        );
+        assert!(message.starts_with("step 8:"), "{message}");
+    }
+    let panicked = broken_run(|toy| toy.panics.store(true, Ordering::Relaxed));
+    let own = &panicked[1].0;
+    assert!(own.contains("micro-batch 1") && own.contains("out of bounds"), "{own}");
+    for rank in [0, 2] {
+        assert_eq!(panicked[rank].0, format!("rank 1: {own}"));
+    }
 }
