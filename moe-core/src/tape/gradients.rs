@@ -65,6 +65,27 @@ impl<'a> Gradients<'a> {
         Self { by_id, slices, others: HashMap::new() }
     }
 
+    /// Takes the values of these parameters, as far as they have any, out of the way of new ones.
+    pub(super) fn set_aside(&mut self, parameters: impl Iterator<Item = TensorId>) -> Vec<(usize, Vec<f32>)> {
+        let mut aside = Vec::new();
+        for index in parameters.filter_map(|id| self.by_id.get(&id).copied()) {
+            if let Some(slice) = self.slices[index].as_mut().filter(|slice| !slice.is_stale()) {
+                aside.push((index, slice.values.to_vec()));
+                *slice.stale = true;
+            }
+        }
+        aside
+    }
+
+    /// Adds what was taken out of the way to what has arrived since.
+    pub(super) fn add_back(&mut self, aside: Vec<(usize, Vec<f32>)>) {
+        for (index, values) in aside {
+            if let Some(slice) = self.slices[index].as_mut() {
+                slice.add(&values);
+            }
+        }
+    }
+
     fn index(&self, edge: &Edge) -> Option<usize> {
         match edge {
             Edge::Leaf(id, _) => self.by_id.get(id).copied(),

@@ -24,6 +24,7 @@ pub use recompute::recomputed;
 use crate::Result;
 use candle_core::{Device, Shape, Tensor, TensorId, Var, WithDType};
 use std::cell::RefCell;
+use std::collections::HashMap;
 
 /// The gradients of a record's outputs, `None` where nothing depends on one, to those of its inputs.
 type Back = Box<dyn FnOnce(Vec<Option<Tensor>>, &mut Gradients<'_>) -> Result<()>>;
@@ -38,7 +39,7 @@ enum State {
     /// candle's graph.
     Off,
     /// Records.
-    Recording(Vec<Record>),
+    Recording(Tape),
     /// None is wanted.
     Paused,
 }
@@ -71,39 +72,49 @@ impl Drop for Restore {
 
 /// Operations of one forward pass, in order.
 #[derive(Default)]
-pub struct Tape(Vec<Record>);
+pub struct Tape {
+    records: Vec<Record>,
+    /// How often each variable was an operation's input.
+    reads: HashMap<TensorId, usize>,
+}
 
 impl std::fmt::Debug for Tape {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        f.debug_struct("Tape").field("records", &self.0.len()).finish()
+        f.debug_struct("Tape").field("records", &self.records.len()).finish_non_exhaustive()
     }
 }
 
 impl Tape {
     /// Runs `forward`, whose operations on this thread are recorded.
     pub fn record<R>(forward: impl FnOnce() -> R) -> (R, Self) {
-        let restore = Restore::replacing(State::Recording(Vec::new()));
+        let restore = Restore::replacing(State::Recording(Self::default()));
         let result = forward();
         match restore.finish() {
-            State::Recording(records) => (result, Self(records)),
+            State::Recording(tape) => (result, tape),
             State::Off | State::Paused => (result, Self::default()),
         }
     }
 
     /// Takes the gradient of `outputs`, each with its own, back to the parameters.
     ///
+    /// What several recorded operations bring to one parameter is summed before it is added to what is kept of it from passes
+    /// before: the bits are those of passes that are each finished, and then added.
+    ///
     /// # Errors
     /// What an operation's gradient returns.
     pub fn backward(mut self, outputs: Vec<(Tensor, Tensor)>, into: &mut Gradients<'_>) -> Result<()> {
+        let read_again = self.reads.iter().filter(|(_, reads)| **reads > 1).map(|(id, _)| *id);
+        let set_aside = into.set_aside(read_again);
         for (output, gradient) in outputs {
             into.give(&Edge::of(&output), gradient)?;
         }
-        while let Some(Record { outputs, back }) = self.0.pop() {
+        while let Some(Record { outputs, back }) = self.records.pop() {
             let gradients: Vec<Option<Tensor>> = outputs.into_iter().map(|output| into.take_leaf(output)).collect();
             if gradients.iter().any(Option::is_some) {
                 back(gradients, into)?;
             }
         }
+        into.add_back(set_aside);
         Ok(())
     }
 
@@ -150,9 +161,9 @@ pub fn output<T: WithDType>(values: Vec<T>, dims: &[usize], device: &Device) -> 
 /// [`Gradients`]. Without a recording `outputs` stay leaves that nothing leads back from.
 pub fn record(outputs: &[&Tensor], back: impl FnOnce(Vec<Option<Tensor>>, &mut Gradients<'_>) -> Result<()> + 'static) {
     STATE.with_borrow_mut(|state| {
-        if let State::Recording(records) = state {
+        if let State::Recording(tape) = state {
             let outputs = outputs.iter().map(|output| output.id()).collect();
-            records.push(Record { outputs, back: Box::new(back) });
+            tape.records.push(Record { outputs, back: Box::new(back) });
         }
     });
 }
@@ -173,7 +184,14 @@ impl Edge {
     pub fn of(tensor: &Tensor) -> Self {
         match (tensor.track_op(), tensor.is_variable()) {
             (false, _) => Self::Constant,
-            (true, true) => Self::Leaf(tensor.id(), tensor.shape().clone()),
+            (true, true) => {
+                STATE.with_borrow_mut(|state| {
+                    if let State::Recording(tape) = state {
+                        *tape.reads.entry(tensor.id()).or_default() += 1;
+                    }
+                });
+                Self::Leaf(tensor.id(), tensor.shape().clone())
+            }
             (true, false) => Self::Segment(tensor.clone()),
         }
     }

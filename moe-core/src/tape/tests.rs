@@ -92,7 +92,7 @@ fn constants_get_nothing() {
     let mut buffers = registered(&[("x", &x)]);
     let run = || squared(&x.matmul(&squared(&frozen)?)?)?.sum_all().map_err(Into::into);
     let (_, tape) = Tape::record(run);
-    assert_eq!(tape.0.len(), 1, "squares of a constant are no record");
+    assert_eq!(tape.records.len(), 1, "squares of a constant are no record");
     let got = taped(&mut buffers, 1, run);
     let want = run().unwrap().backward().unwrap();
     assert_close(&got[0].reshape((3, 3)).unwrap(), want.get(&x).unwrap(), 1e-6, "x");
@@ -159,4 +159,34 @@ fn a_panic_ends_the_recording() {
     let panicked = std::panic::catch_unwind(|| Tape::record(|| panic!("in between")));
     assert!(panicked.is_err() && !is_active());
     assert!(std::panic::catch_unwind(|| paused(|| panic!("in between"))).is_err() && !is_active());
+}
+
+/// A parameter that two operations read: each pass is finished before it is added to the one before it, though its terms arrive
+/// one by one. Adding them one by one has other bits, so the test can fail.
+#[test]
+fn passes_are_finished_before_they_are_added() {
+    let w = random_var(1, &[64], 1.0, DType::F32);
+    let factors = |seed| random(seed, &[64], 1.0, DType::F32);
+    let loss = |pass: u64| -> Result<Tensor> {
+        let first = (squared(&w)? * factors(10 + pass))?;
+        let second = (squared(&w)? * factors(20 + pass))?;
+        Ok((first + second)?.sum_all()?)
+    };
+    let taped = |passes: &[u64]| {
+        let mut buffers = registered(&[("w", &w)]);
+        buffers.begin();
+        for &pass in passes {
+            let (loss, tape) = Tape::record(|| loss(pass));
+            tape.backward_of(&loss.unwrap(), &mut buffers.gradients()).unwrap();
+        }
+        buffers.finish();
+        buffers.of(0).to_vec()
+    };
+    let (one, other, both) = (taped(&[1]), taped(&[2]), taped(&[1, 2]));
+    let sums: Vec<f32> = one.iter().zip(&other).map(|(a, b)| a + b).collect();
+    assert_eq!(both, sums);
+    let term = |seed| values(&((factors(seed) * w.as_tensor()).unwrap() * 2.0).unwrap());
+    // The later operation's term arrives first.
+    let one_by_one = one.iter().zip(term(22)).zip(term(12)).map(|((sum, b), a)| sum + b as f32 + a as f32);
+    assert_ne!(one_by_one.collect::<Vec<f32>>(), sums);
 }

@@ -77,9 +77,8 @@ pub(super) fn no_panic<T>(i: usize, body: impl FnOnce() -> Result<T>) -> Result<
 /// Losses of `batches`, a global batch on one rank, and the sum of their gradients in `buffers`; `passes[i]` is that of
 /// micro-batch `i`.
 ///
-/// Each operation's gradient is finished before it is added to those before it: the bits are those of as many ranks that reduce
-/// in rank order. A parameter that a pass reads in two places, as a table that is the output layer too, has two gradients, which
-/// are added one after the other here and to each other first there: it differs by rounding.
+/// Each micro-batch's gradients are finished before they are added to those before it: the bits are those of as many ranks that
+/// reduce in rank order.
 ///
 /// # Errors
 /// [`Error::Argument`] if there is no batch; as [`accumulate_share`].

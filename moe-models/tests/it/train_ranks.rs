@@ -1,8 +1,5 @@
 //! The trainer over ranks: replicas of a PR-MoE on threads, with whole moments and with divided ones, against one rank on the same
 //! global batch.
-//!
-//! Bits are compared where the table of embeddings, which is the output layer too, is frozen: one rank adds its two gradients of
-//! a micro-batch to the sum one after the other, several ranks add them to each other first.
 
 use crate::toy::{self, Toy};
 use crate::train_gpt::{config, corpus, shape};
@@ -137,10 +134,9 @@ fn weights(model: &Gpt) -> Vec<(String, Vec<f32>)> {
     model.params().iter().map(read).collect()
 }
 
-/// What a test runs: the settings, and whether the shared table is trained.
+/// What a test runs.
 struct Case {
     config: TrainConfig,
-    trains_table: bool,
 }
 
 impl Case {
@@ -149,8 +145,7 @@ impl Case {
             None => Gpt::new(shape(), self.config.seed, &Device::Cpu),
             Some(folder) => Gpt::load(folder, &Device::Cpu),
         };
-        let model = model.unwrap().with_precision(self.config.precision).unwrap();
-        model.with_frozen(|name| !self.trains_table && name == "model.embed_tokens.weight").unwrap()
+        model.unwrap().with_precision(self.config.precision).unwrap()
     }
 }
 
@@ -201,7 +196,7 @@ fn bytes(folder: &Path, name: &str) -> Vec<u8> {
 /// with divided moments too, over a checkpoint, and its files.
 #[test]
 fn a_rank_for_each_micro_batch_gives_the_bits_of_one_rank() {
-    let case = Case { config: config(), trains_table: false };
+    let case = Case { config: config() };
     assert_eq!(case.config.grad_accum(), 3);
     let dir = tempfile::tempdir().unwrap();
     let whole = alone(&case, &dir.path().join("one"), None, u64::MAX);
@@ -231,7 +226,7 @@ fn a_rank_for_each_micro_batch_gives_the_bits_of_one_rank() {
 /// Stopped on three ranks by the last of them, resumed on one, stopped, and resumed on three with the other kind of moments.
 #[test]
 fn a_run_changes_its_number_of_ranks() {
-    let case = Case { config: config(), trains_table: false };
+    let case = Case { config: config() };
     let dir = tempfile::tempdir().unwrap();
     let whole = alone(&case, &dir.path().join("one"), None, u64::MAX);
     for divided in [false, true] {
@@ -249,7 +244,7 @@ fn a_run_changes_its_number_of_ranks() {
 /// Two ranks have micro-batches 0, 1 and 2: their sum is (g0 + g1) + g2 still, and keeps the bits.
 #[test]
 fn the_last_micro_batch_alone_on_a_rank_keeps_the_bits() {
-    let case = Case { config: config(), trains_table: false };
+    let case = Case { config: config() };
     let dir = tempfile::tempdir().unwrap();
     let one = alone(&case, &dir.path().join("one"), None, u64::MAX);
     for divided in [false, true] {
@@ -261,34 +256,31 @@ fn the_last_micro_batch_alone_on_a_rank_keeps_the_bits() {
 /// Of a tensor's largest value after 12 steps; 3.2e-7 was measured.
 const TOLERANCE: f32 = 3e-6;
 
-/// Another order of sums: four micro-batches on two ranks are (g0 + g1) + (g2 + g3), and the shared table's gradients are summed
-/// by micro-batch.
+/// Another order of sums: four micro-batches on two ranks are (g0 + g1) + (g2 + g3).
 #[test]
 fn another_order_of_sums_differs_by_rounding_alone() {
     // Without a large epsilon a gradient that is zero but for rounding, as that of the keys' biases, moves by a whole step.
     let three = TrainConfig { eps: 1e-2, precision: Precision::F32, ..config() };
-    let derived = TrainConfig { lr_warmup_tokens: None, lr_decay_tokens: None, min_lr: None, ..three.clone() };
+    let derived = TrainConfig { lr_warmup_tokens: None, lr_decay_tokens: None, min_lr: None, ..three };
     let four = TrainConfig { global_batch_size: 8, train_tokens: 12 * 128, ..derived }.resolved(16).unwrap();
     let dir = tempfile::tempdir().unwrap();
-    for (what, config, ranks) in [("four on two", four, 2), ("three on three", three, 3)] {
-        let case = Case { config, trains_table: true };
-        let one = alone(&case, &dir.path().join(what).join("one"), None, u64::MAX);
-        let more = over(&case, &dir.path().join(what).join("more"), (ranks, true), None, u64::MAX);
-        let mut worst = 0f32;
-        for ((name, got), (_, want)) in more.weights.iter().zip(&one.weights) {
-            let largest = want.iter().fold(0f32, |most, v| most.max(v.abs()));
-            let differ = got.iter().zip(want).fold(0f32, |most, (a, b)| most.max((a - b).abs()));
-            worst = worst.max(differ / largest);
-            assert!(differ <= TOLERANCE * largest, "{what}: {name}: {differ:e} of {largest:e}");
-        }
-        assert!(worst > 0.0, "{what}: the test wants another order of sums");
+    let case = Case { config: four };
+    let one = alone(&case, &dir.path().join("one"), None, u64::MAX);
+    let more = over(&case, &dir.path().join("more"), (2, true), None, u64::MAX);
+    let mut worst = 0f32;
+    for ((name, got), (_, want)) in more.weights.iter().zip(&one.weights) {
+        let largest = want.iter().fold(0f32, |most, v| most.max(v.abs()));
+        let differ = got.iter().zip(want).fold(0f32, |most, (a, b)| most.max((a - b).abs()));
+        worst = worst.max(differ / largest);
+        assert!(differ <= TOLERANCE * largest, "{name}: {differ:e} of {largest:e}");
     }
+    assert!(worst > 0.0, "the test wants another order of sums");
 }
 
 /// A rank that fails, in its own work or as the one that writes, ends the run on all with its words.
 #[test]
 fn an_error_of_one_rank_is_one_on_all() {
-    let case = Case { config: config(), trains_table: true };
+    let case = Case { config: config() };
     let dir = tempfile::tempdir().unwrap();
     let fails = |out: &Path, breaks: &(dyn Fn(usize) + Sync)| -> Vec<String> {
         ThreadWorld::new(3).run(|comm: Arc<dyn Communicator>| {
