@@ -1,10 +1,12 @@
 //! Every operation in f32, forward and backward, against the same in ordinary candle calls: with AVX2 forced and with the
-//! fastest instruction set of this machine.
+//! fastest instruction set of this machine. Ours run as the trainer runs them, on a tape and with the pool's threads awake; candle's
+//! with its own graph and its own threads.
 //!
 //! Built by itself (`--package moe-kernels`), candle's matrix product has no AVX-512 path (its `x86-v4` feature is off).
 
 use candle_core::{Device, Tensor, Var};
 use moe_core::ops::{CandleOps, DecoderOps, LossOps, MoeOps};
+use moe_core::tape::{GradBuffers, Tape};
 use moe_core::{Activation, CounterRng, DispatchTable};
 use moe_kernels::attention::causal_attention;
 use moe_kernels::cross_entropy::linear_cross_entropy;
@@ -12,7 +14,7 @@ use moe_kernels::layer_norm::layer_norm;
 use moe_kernels::permute::{permute, unpermute};
 use moe_kernels::rms_norm::rms_norm;
 use moe_kernels::rotary::{Positions, RotaryLayout, RotaryTable, rotary};
-use moe_kernels::{Isa, Precision, Result, activation, embedding, grouped_linear, machine, select};
+use moe_kernels::{Isa, Precision, Result, activation, embedding, grouped_linear, machine, parallel, select};
 use std::sync::Arc;
 use std::time::Instant;
 
@@ -52,6 +54,8 @@ fn once(body: impl FnOnce() -> Result<()>) -> Result<f64> {
 fn time(operation: &Operation<'_>, isas: [Isa; 2]) -> Result<[[f64; 2]; 3]> {
     let plain: Vec<Tensor> = operation.inputs.iter().map(|v| v.as_tensor().detach()).collect();
     let tracked: Vec<Tensor> = operation.inputs.iter().map(|v| v.as_tensor().clone()).collect();
+    let named = operation.inputs.iter().map(|var| (operation.name, var, String::new()));
+    let mut buffers = GradBuffers::new(named)?;
     let mut least = [[f64::INFINITY; 2]; 3];
     for _ in 0..ROUNDS {
         for (least, isa) in least.iter_mut().zip([None, Some(isas[0]), Some(isas[1])]) {
@@ -59,9 +63,22 @@ fn time(operation: &Operation<'_>, isas: [Isa; 2]) -> Result<[[f64; 2]; 3]> {
                 continue;
             }
             isa.map_or(Ok(()), select::force)?;
-            let run = if isa.is_some() { &operation.ours } else { &operation.candle };
-            let forward = once(|| run(&plain).map(drop))?;
-            let both = once(|| Ok(run(&tracked)?.sum_all()?.backward().map(drop)?))?;
+            let [forward, both] = if isa.is_some() {
+                let run = &operation.ours;
+                parallel::together(|| -> Result<[f64; 2]> {
+                    let forward = once(|| run(&plain).map(drop))?;
+                    let both = once(|| {
+                        buffers.begin();
+                        let (loss, tape) = Tape::record(|| -> Result<Tensor> { Ok(run(&tracked)?.sum_all()?) });
+                        Ok(tape.backward_of(&loss?, &mut buffers.gradients())?)
+                    })?;
+                    Ok([forward, both])
+                })?
+            } else {
+                let run = &operation.candle;
+                let forward = once(|| run(&plain).map(drop))?;
+                [forward, once(|| Ok(run(&tracked)?.sum_all()?.backward().map(drop)?))?]
+            };
             *least = [least[0].min(forward), least[1].min(both)];
         }
     }

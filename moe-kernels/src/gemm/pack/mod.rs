@@ -1,6 +1,8 @@
 //! Packing of one tile or panel: rounding to bf16 where asked, and bringing `inner` to the outside.
 
 #[cfg(target_arch = "x86_64")]
+mod avx2;
+#[cfg(target_arch = "x86_64")]
 mod avx512;
 #[cfg(test)]
 mod tests;
@@ -122,6 +124,11 @@ pub(super) fn pack(isa: Isa, format: Format, from: &Operand<'_>, first: usize, w
             }
         };
     }
+    #[cfg(target_arch = "x86_64")]
+    if isa >= Isa::Avx2 && from.inner_stride == 1 {
+        // SAFETY: as above.
+        return unsafe { avx2::transpose(&tile, to) };
+    }
     vectorize!(isa, (tile: &Tile<'_> = &tile, to: &mut [u32]) { along_inner(tile, to) });
 }
 
@@ -204,10 +211,16 @@ fn along_outer(tile: &Tile<'_>, to: &mut [u32]) {
 /// `inner` is contiguous (or nothing is): a transposition.
 #[inline(always)]
 fn along_inner(tile: &Tile<'_>, to: &mut [u32]) {
+    along_inner_from(tile, 0, to);
+}
+
+/// The same for steps from `begin` on, which is even.
+#[inline(always)]
+fn along_inner_from(tile: &Tile<'_>, begin: usize, to: &mut [u32]) {
     let &Tile { format, from, first, rows, width } = tile;
     let value = |row: usize, p: usize| from.values[(first + row) * from.outer_stride + p * from.inner_stride];
     for row in 0..rows {
-        for p in 0..from.inner {
+        for p in begin..from.inner {
             let v = value(row, p);
             match format {
                 Format::F32 => to[p * width + row] = v.to_bits(),
