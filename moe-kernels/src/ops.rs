@@ -11,7 +11,7 @@ use crate::{
 use candle_core::{Device, Tensor};
 use moe_core::ops::{
     AttentionShape, Choices, DecoderOps, KvShape, LossOps, MoeOps, PagedKv, PagedSequence, Positions, RotaryLayout,
-    RotaryTable, WeightOps, experts_stepwise, mlp_stepwise, whole_experts,
+    RotaryTable, VocabularyPart, WeightOps, experts_stepwise, mlp_stepwise, whole_experts,
 };
 use moe_core::tape;
 use moe_core::{Activation, DispatchTable, DroplessConfig, MlpWeights, Ops, Weight, WeightSource, WeightUse};
@@ -287,6 +287,20 @@ impl LossOps for KernelOps {
         Ok(match PackedMatrices::of(weight)? {
             Some(packed) => cross_entropy::linear_cross_entropy_packed(hidden, &packed.matrices()[0], targets)?,
             None => cross_entropy::linear_cross_entropy(hidden, weight.tensor()?, targets, self.precision)?,
+        })
+    }
+
+    fn linear_cross_entropy_part(
+        &self,
+        hidden: &Tensor,
+        weight: &Weight,
+        targets: &[u32],
+        part: &VocabularyPart,
+    ) -> moe_core::Result<Tensor> {
+        use cross_entropy::{linear_cross_entropy_part, linear_cross_entropy_part_packed};
+        Ok(match PackedMatrices::of(weight)? {
+            Some(packed) => linear_cross_entropy_part_packed(hidden, &packed.matrices()[0], targets, part)?,
+            None => linear_cross_entropy_part(hidden, weight.tensor()?, targets, part, self.precision)?,
         })
     }
 }

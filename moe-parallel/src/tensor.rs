@@ -13,10 +13,10 @@ use crate::Result;
 use crate::comm::{Collectives, Communicator, Element, Reduction, Site};
 use crate::dims::part;
 use crate::exchanged::{by_dtype, exchanged, with_values};
-use candle_core::{D, Device, Tensor, WithDType};
+use candle_core::{Device, Tensor, WithDType};
 use moe_core::ops::{
-    AttentionShape, Choices, DecoderOps, IGNORED, KvShape, LossOps, MoeOps, PagedKv, PagedSequence, Positions,
-    RotaryLayout, RotaryTable, WeightOps, check_targets, mlp_stepwise, parts_per_expert,
+    AttentionShape, Choices, DecoderOps, KvShape, LossOps, MoeOps, PagedKv, PagedSequence, PartStatistics, Positions,
+    RotaryLayout, RotaryTable, VocabularyPart, VocabularyParts, WeightOps, mlp_stepwise, parts_per_expert,
 };
 use moe_core::{
     Activation, DispatchTable, DroplessConfig, MlpWeights, Ops, PackedWeight, SplitKind, Weight, WeightSource,
@@ -61,9 +61,20 @@ pub fn sum_over_group(comm: &Arc<dyn Communicator>, site: Site, x: &Tensor) -> R
     })
 }
 
-/// Element by element the largest of a group's tensors, on every rank; without a gradient.
-fn max_over_group(comm: &Arc<dyn Communicator>, site: Site, x: &Tensor) -> Result<Tensor> {
-    by_dtype!(x.dtype(), T => Ok(Tensor::from_vec(reduced::<T>(&**comm, site, x, Reduction::Max)?, x.shape(), x.device())?))
+/// A group's ranks as the parts of a vocabulary, in rank order.
+#[derive(Debug)]
+struct VocabularyRanks {
+    comm: Arc<dyn Communicator>,
+    site: Site,
+}
+
+impl VocabularyParts for VocabularyRanks {
+    fn gather(&self, own: &[PartStatistics]) -> moe_core::Result<Vec<Vec<PartStatistics>>> {
+        let values: Vec<f64> = own.iter().flat_map(|of| [of.max, of.sum, of.target]).collect();
+        let all = self.comm.all_gather(self.site, &values)?;
+        let read = |of: &[f64]| PartStatistics { max: of[0], sum: of[1], target: of[2] };
+        Ok(all.chunks(values.len().max(1)).map(|part| part.chunks_exact(3).map(read).collect()).collect())
+    }
 }
 
 /// How a matrix is split.
@@ -181,28 +192,10 @@ impl RankOps {
     /// The loss over a vocabulary of which each rank has columns; the logits of one rank are never those of another.
     ///
     /// # Source
-    /// Megatron-LM `_VocabParallelCrossEntropy`.
-    fn loss(&self, hidden: &Tensor, split: &SplitWeight, held: &Range<usize>, targets: &[u32]) -> Result<Tensor> {
-        let counted = targets.iter().filter(|&&target| target != IGNORED).count();
+    /// Megatron-LM `_VocabParallelCrossEntropy`. Differs: one exchange per block of tokens instead of three for all.
+    fn loss(&self, hidden: &Tensor, part: &Weight, targets: &[u32], of: VocabularyPart) -> Result<Tensor> {
         let hidden = copy_to_group(&self.tensor, self.site, hidden)?;
-        let logits = self.inner.linear(&hidden, &split.part, None)?;
-        if targets.is_empty() {
-            return Ok(logits.sum_all()?); // of nothing, with its graph: the other ranks wait for its backward pass
-        }
-        let most = max_over_group(&self.tensor, self.site, &logits.detach().max_keepdim(D::Minus1)?)?;
-        let shifted = logits.broadcast_sub(&most)?;
-        let sums = sum_over_group(&self.tensor, self.site, &shifted.exp()?.sum(D::Minus1)?)?;
-        let here = |target: u32| held.contains(&(target as usize));
-        let local = targets.iter().map(|&t| if here(t) { t - held.start as u32 } else { 0 });
-        let local = Tensor::from_iter(local, logits.device())?.unsqueeze(1)?;
-        let as_mask = |of: &dyn Fn(u32) -> bool| {
-            Tensor::from_iter(targets.iter().map(|&t| f32::from(u8::from(of(t)))), logits.device())?
-                .to_dtype(logits.dtype())
-        };
-        let own = (shifted.gather(&local, 1)?.squeeze(1)? * as_mask(&here)?)?;
-        let chosen = sum_over_group(&self.tensor, self.site, &own)?;
-        let each = ((sums.log()? - chosen)? * as_mask(&|target| target != IGNORED)?)?;
-        Ok((each.sum_all()? / counted.max(1) as f64)?)
+        Ok(self.inner.linear_cross_entropy_part(&hidden, part, targets, &of)?)
     }
 
     /// Sliced experts: each rank computes with its columns of the inner width, and the results are summed.
@@ -421,11 +414,23 @@ impl DecoderOps for RankOps {
 impl LossOps for RankOps {
     fn linear_cross_entropy(&self, hidden: &Tensor, weight: &Weight, targets: &[u32]) -> moe_core::Result<Tensor> {
         match split_of(weight) {
-            Some(split @ SplitWeight { split: Split::Vocabulary { held, size }, part }) => {
-                check_targets(hidden.dims(), &[*size, part.dims()[1]], targets)?;
-                Ok(self.loss(hidden, split, held, targets)?)
+            Some(SplitWeight { split: Split::Vocabulary { held, size }, part }) => {
+                let parts = Arc::new(VocabularyRanks { comm: Arc::clone(&self.tensor), site: self.site });
+                let of = VocabularyPart { held: held.clone(), size: *size, parts };
+                of.check(hidden.dims(), part.dims(), targets)?;
+                Ok(self.loss(hidden, part, targets, of)?)
             }
             _ => self.inner.linear_cross_entropy(hidden, weight, targets),
         }
+    }
+
+    fn linear_cross_entropy_part(
+        &self,
+        hidden: &Tensor,
+        weight: &Weight,
+        targets: &[u32],
+        part: &VocabularyPart,
+    ) -> moe_core::Result<Tensor> {
+        self.inner.linear_cross_entropy_part(hidden, weight, targets, part)
     }
 }

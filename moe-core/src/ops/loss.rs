@@ -1,6 +1,6 @@
 //! [`LossOps`]: the loss of a language model.
 
-use super::WeightOps;
+use super::{VocabularyPart, WeightOps};
 use crate::{Error, Result, Weight};
 use candle_core::Tensor;
 
@@ -18,6 +18,25 @@ pub trait LossOps: WeightOps {
     /// # Errors
     /// If the sizes differ or a target is outside the vocabulary.
     fn linear_cross_entropy(&self, hidden: &Tensor, weight: &Weight, targets: &[u32]) -> Result<Tensor>;
+
+    /// [`LossOps::linear_cross_entropy`] where only `part` of the vocabulary is here: the same loss on every part, and gradients
+    /// through this part's logits alone. Those of `hidden` are still to be summed over the parts, by whoever split them.
+    ///
+    /// Every part has the same tokens and calls it alike; without tokens no part hears of another.
+    ///
+    /// # Shapes
+    /// `hidden` `[tokens, d_model]`, `weight` `[held, d_model]`, `targets` `[tokens]`, ids of the whole vocabulary; returns a
+    /// scalar
+    ///
+    /// # Errors
+    /// As there; what `part` returns.
+    fn linear_cross_entropy_part(
+        &self,
+        hidden: &Tensor,
+        weight: &Weight,
+        targets: &[u32],
+        part: &VocabularyPart,
+    ) -> Result<Tensor>;
 }
 
 /// Refuses targets that do not fit.

@@ -14,6 +14,7 @@ mod moe;
 mod rotary;
 #[cfg(test)]
 mod tests;
+mod vocabulary;
 
 pub use activation::Activation;
 pub use attention::{AttentionShape, KvShape, PagedKv, PagedSequence, check_sequences};
@@ -22,6 +23,7 @@ pub use decoder::DecoderOps;
 pub use loss::{IGNORED, LossOps, check_targets};
 pub use moe::{Choices, MoeOps, experts_stepwise, parts_per_expert, whole_experts};
 pub use rotary::{Positions, RotaryLayout, RotaryTable};
+pub use vocabulary::{PartStatistics, VocabularyPart, VocabularyParts};
 
 use crate::{MlpWeights, Result, Weight, WeightSource, WeightUse};
 use candle_core::Tensor;
