@@ -16,7 +16,7 @@ pub use moe_core::ops::IGNORED;
 use crate::attention::row_max;
 use crate::buffer::with_scratch_f32;
 use crate::custom::{self, Input, SliceOp, Target, with_inputs};
-use crate::gemm::{Group, Operand, PackedWeights, Start, Weights, gemm};
+use crate::gemm::{Group, Operand, PackedWeights, Start, Weights, gemm, gemm_new};
 use crate::parallel::SharedMut;
 use crate::select::vectorize;
 use crate::{Error, Isa, Precision, Result, parallel, select};
@@ -165,7 +165,7 @@ impl<'a> LinearCrossEntropy<'a> {
         sizes: Sizes,
     ) -> Result<Loss> {
         let Sizes { tokens, width, vocab } = sizes;
-        let mut gradients = self.wants_gradients.then(|| [vec![0.0; hidden.len()], vec![0.0; vocab * width]]);
+        let mut gradients = self.wants_gradients.then(|| [vec![0.0; hidden.len()], Vec::new()]);
         let mut losses = vec![0.0; tokens];
         with_scratch_f32(BLOCK.min(tokens) * vocab, |scratch| -> Result<()> {
             for start in (0..tokens).step_by(BLOCK) {
@@ -181,15 +181,23 @@ impl<'a> LinearCrossEntropy<'a> {
                     let by_word = Group {
                         a: Operand::columns(logits, vocab, rows, vocab),
                         b: Operand::columns(block, width, rows, width).into(),
-                        start: Start::Output,
+                        start: if start == 0 { Start::Zero } else { Start::Output },
                         out_offset: 0,
                         out_stride: width,
                     };
-                    gemm(self.isa, self.precision, &[by_word], d_weight);
+                    // A vocabulary's worth of zeros would be written on one thread while the others wait.
+                    if start == 0 {
+                        *d_weight = gemm_new(self.isa, self.precision, &[by_word], vocab * width);
+                    } else {
+                        gemm(self.isa, self.precision, &[by_word], d_weight);
+                    }
                 }
             }
             Ok(())
         })?;
+        if let Some([_, d_weight]) = &mut gradients {
+            d_weight.resize(vocab * width, 0.0); // nothing has been written without tokens
+        }
         Ok(((losses.iter().sum::<f64>() / self.counted() as f64) as f32, gradients))
     }
 
