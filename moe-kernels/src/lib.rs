@@ -15,6 +15,7 @@ mod buffer;
 pub mod copies;
 pub mod cross_entropy;
 mod custom;
+pub mod dropout;
 pub mod embedding;
 mod error;
 pub mod expert_mlp;

@@ -5,13 +5,13 @@ use crate::expert_mlp::{BorrowedMlp, experts};
 use crate::gate::BorrowedGate;
 use crate::packed::PackedMatrices;
 use crate::{
-    Error, Precision, Result, activation, add_norm, attention, cross_entropy, embedding, grouped_linear, layer_norm,
-    mlp, parallel, permute, rms_norm, rotary, select, sums,
+    Error, Precision, Result, activation, add_norm, attention, cross_entropy, dropout, embedding, grouped_linear,
+    layer_norm, mlp, parallel, permute, rms_norm, rotary, select, sums,
 };
 use candle_core::{Device, Tensor};
 use moe_core::ops::{
-    AttentionShape, Choices, DecoderOps, KvShape, LossOps, MoeOps, PagedKv, PagedSequence, Positions, RotaryLayout,
-    RotaryTable, VocabularyPart, WeightOps, experts_stepwise, mlp_stepwise, whole_experts,
+    AttentionShape, Choices, DecoderOps, Dropout, HeadDropout, KvShape, LossOps, MoeOps, PagedKv, PagedSequence,
+    Positions, RotaryLayout, RotaryTable, VocabularyPart, WeightOps, experts_stepwise, mlp_stepwise, whole_experts,
 };
 use moe_core::tape;
 use moe_core::{Activation, DispatchTable, DroplessConfig, MlpWeights, Ops, Weight, WeightSource, WeightUse};
@@ -232,6 +232,30 @@ impl DecoderOps for KernelOps {
 
     fn attention_fused(&self, qkv: &Tensor, num_heads: usize, seq_len: usize) -> moe_core::Result<Tensor> {
         Ok(attention::causal_attention(qkv, num_heads, seq_len, self.precision)?)
+    }
+
+    fn attention_dropped(
+        &self,
+        qkv: [&Tensor; 3],
+        shape: AttentionShape,
+        seq_len: usize,
+        dropout: HeadDropout,
+    ) -> moe_core::Result<Tensor> {
+        Ok(attention::grouped_query_attention_dropped(qkv, shape, seq_len, dropout, self.precision)?)
+    }
+
+    fn attention_fused_dropped(
+        &self,
+        qkv: &Tensor,
+        num_heads: usize,
+        seq_len: usize,
+        dropout: HeadDropout,
+    ) -> moe_core::Result<Tensor> {
+        Ok(attention::causal_attention_dropped(qkv, num_heads, seq_len, dropout, self.precision)?)
+    }
+
+    fn dropout(&self, x: &Tensor, dropout: Dropout) -> moe_core::Result<Tensor> {
+        Ok(dropout::dropout(x, dropout)?)
     }
 
     fn new_pages(

@@ -6,6 +6,7 @@ use crate::blocks::{Attention, Embedding, Norm, OutputHead, Rotaries};
 use crate::cache::{CacheLayout, KvPool, PagedStep, PoolConfig};
 use crate::causal_lm::{CausalLm, LayerExperts, LogitsOf, SequenceStep, StepOutput};
 use crate::config::{DecoderConfig, LayerConfig};
+use crate::dropout::{DropoutConfig, Place};
 use crate::layer::{Layer, LayerPass, Recompute, Stream};
 use crate::{Error, Result};
 use candle_core::{DType, Device, Tensor};
@@ -75,6 +76,7 @@ pub struct Decoder {
     head: OutputHead,
     eval_routing: EvalRouting,
     recompute: Recompute,
+    dropout: DropoutConfig,
     ops: Arc<dyn Ops>,
     device: Device,
 }
@@ -115,15 +117,36 @@ impl Decoder {
             None => OutputHead::tied(embed_tokens.table(), Arc::clone(&ops)),
         };
         let norm = Norm::new(&config.norm, model.pp("norm"), Arc::clone(&ops))?;
-        let (eval_routing, recompute) = (EvalRouting::default(), Recompute::default());
+        let (eval_routing, recompute, dropout) = Default::default();
         let device = vb.device().clone();
-        Ok(Self { config, embed_tokens, embed_positions, layers, norm, head, eval_routing, recompute, ops, device })
+        Ok(Self {
+            config,
+            embed_tokens,
+            embed_positions,
+            layers,
+            norm,
+            head,
+            eval_routing,
+            recompute,
+            dropout,
+            ops,
+            device,
+        })
     }
 
     /// The same with another choice of what training passes compute again.
     #[must_use]
     pub fn with_recompute(self, recompute: Recompute) -> Self {
         Self { recompute, ..self }
+    }
+
+    /// The same whose training passes drop so much.
+    ///
+    /// # Errors
+    /// [`Error::Config`] for a probability outside `[0, 1)`.
+    pub fn with_dropout(self, dropout: DropoutConfig) -> Result<Self> {
+        dropout.validate()?;
+        Ok(Self { dropout, ..self })
     }
 
     /// The same with another routing outside training.
@@ -135,6 +158,11 @@ impl Decoder {
     /// What training passes compute again.
     pub fn recompute(&self) -> Recompute {
         self.recompute
+    }
+
+    /// What training passes drop.
+    pub fn dropout(&self) -> DropoutConfig {
+        self.dropout
     }
 
     /// What it is made of.
@@ -167,8 +195,13 @@ impl Decoder {
             (Pass::Eval, EvalRouting::TokenByToken) => (Mode::Infer, 0),
             (Pass::Eval, EvalRouting::Original) => (Mode::Eval, 0),
         };
+        let dropout = if mode == Mode::Train { self.dropout } else { DropoutConfig::default() };
+        if let Some(of_embedding) = dropout.at(Place::Embedding, 0, seed)? {
+            let x = self.ops.dropout(&stream.sum(&*self.ops)?, of_embedding)?;
+            stream = Stream { x, added: None };
+        }
         for (index, layer) in self.layers.iter().enumerate() {
-            let pass = LayerPass { mode, seed, layer: index, seq_len, recompute: self.recompute };
+            let pass = LayerPass { mode, seed, layer: index, seq_len, recompute: self.recompute, dropout };
             let (next, output) = layer.forward_sequences(stream, pass)?;
             stream = next;
             outputs.extend(output.map(|output| (index, output)));

@@ -4,8 +4,10 @@ use crate::Result;
 use crate::blocks::{Attention, FeedForward, Norm, Rotaries};
 use crate::config::LayerConfig;
 use crate::decoder::Backend;
+use crate::dropout::{DropoutConfig, Place};
 use candle_core::Tensor;
 use candle_nn::VarBuilder;
+use moe_core::ops::Dropout;
 use moe_core::tape::{cut, recomputed};
 use moe_core::{Mode, MoeOutput, Ops, RouteContext, SeededNoise};
 use serde::{Deserialize, Serialize};
@@ -18,6 +20,7 @@ pub(crate) struct Layer {
     pub(crate) attention: Attention,
     feed_forward_norm: Norm,
     feed_forward: FeedForward,
+    ops: Arc<dyn Ops>,
 }
 
 impl Layer {
@@ -40,6 +43,7 @@ impl Layer {
             attention: Attention::new(&config.attention, vb.pp("self_attn"), Arc::clone(ops), rotaries)?,
             feed_forward_norm: norm("post_attention_layernorm")?,
             feed_forward: FeedForward::new(&config.feed_forward, vb.pp("mlp"), Arc::clone(ops), dispatcher)?,
+            ops: Arc::clone(ops),
         })
     }
 
@@ -54,7 +58,7 @@ impl Layer {
         self.feed_forward_norm.add(&x, &attend(&self.attention, &normed)?)
     }
 
-    /// `attend` maps the normed `[tokens, d_model]` to what attention adds.
+    /// An inference pass: `attend` maps the normed `[tokens, d_model]` to what attention adds.
     ///
     /// # Errors
     /// If a part refuses the input.
@@ -69,6 +73,26 @@ impl Layer {
         Ok((Stream { x, added: Some(added) }, output))
     }
 
+    /// The sum after attention over whole sequences, and its norm.
+    fn attended_sequences(&self, stream: Stream, pass: LayerPass) -> Result<[Tensor; 2]> {
+        self.attended(stream, |attention, x| {
+            let attended = attention.forward(x, pass.seq_len, pass.dropout(Place::Probabilities)?)?;
+            pass.dropped(&*self.ops, attended, Place::Attention)
+        })
+    }
+
+    /// What the feed-forward part adds over whole sequences.
+    fn fed(&self, normed: &Tensor, pass: LayerPass) -> Result<(Tensor, Option<MoeOutput>)> {
+        let (added, output) = self.feed_forward.forward(normed, &pass.context(&pass.noise()))?;
+        Ok((pass.dropped(&*self.ops, added, Place::FeedForward)?, output))
+    }
+
+    fn sequences(&self, stream: Stream, pass: LayerPass) -> Result<(Stream, Option<MoeOutput>)> {
+        let [x, normed] = self.attended_sequences(stream, pass)?;
+        let (added, output) = self.fed(&normed, pass)?;
+        Ok((Stream { x, added: Some(added) }, output))
+    }
+
     /// Whole sequences; what `pass` says is computed again in a backward pass.
     ///
     /// # Errors
@@ -78,35 +102,28 @@ impl Layer {
         stream: Stream,
         pass: LayerPass,
     ) -> Result<(Stream, Option<MoeOutput>)> {
-        let attend = move |attention: &Attention, x: &Tensor| attention.forward(x, pass.seq_len);
         match pass.recompute {
             Recompute::Block => {
                 let layer = Arc::clone(self);
-                let run = move |inputs: &[Tensor]| -> Result<(Stream, Option<MoeOutput>)> {
-                    layer.forward(Stream::of(inputs), &pass.context(&pass.noise()), attend)
-                };
                 let inputs: Vec<Tensor> = [stream.x].into_iter().chain(stream.added).collect();
                 let (outputs, output) = recomputed(&inputs, move |inputs| {
-                    let (stream, output) = run(inputs).map_err(moe_core::Error::from)?;
+                    let (stream, output) = layer.sequences(Stream::of(inputs), pass).map_err(moe_core::Error::from)?;
                     let tensors = [stream.x].into_iter().chain(stream.added).chain(losses_of(&output));
                     Ok((tensors.collect(), output))
                 })?;
                 Ok((Stream::of(&outputs[..2]), with_losses(output, &outputs[2..])))
             }
             Recompute::Moe if matches!(self.feed_forward, FeedForward::Moe(_)) => {
-                let [x, normed] = self.attended(stream, attend)?;
+                let [x, normed] = self.attended_sequences(stream, pass)?;
                 let layer = Arc::clone(self);
                 let (outputs, output) = recomputed(&[normed], move |inputs| {
-                    let (added, output) = layer
-                        .feed_forward
-                        .forward(&inputs[0], &pass.context(&pass.noise()))
-                        .map_err(moe_core::Error::from)?;
+                    let (added, output) = layer.fed(&inputs[0], pass).map_err(moe_core::Error::from)?;
                     Ok(([added].into_iter().chain(losses_of(&output)).collect(), output))
                 })?;
                 Ok((Stream { x, added: Some(outputs[0].clone()) }, with_losses(output, &outputs[1..])))
             }
             Recompute::Moe | Recompute::None => {
-                let (stream, output) = self.forward(stream, &pass.context(&pass.noise()), attend)?;
+                let (stream, output) = self.sequences(stream, pass)?;
                 // Gradients are summed here, as they are where a layer is computed again: the bits are the same.
                 let losses = losses_of(&output).iter().map(cut).collect::<moe_core::Result<Vec<_>>>()?;
                 let (x, added) = (cut(&stream.x)?, stream.added.as_ref().map(cut).transpose()?);
@@ -152,11 +169,24 @@ pub(crate) struct LayerPass {
     pub(crate) layer: usize,
     pub(crate) seq_len: usize,
     pub(crate) recompute: Recompute,
+    /// Nothing outside training.
+    pub(crate) dropout: DropoutConfig,
 }
 
 impl LayerPass {
     fn noise(&self) -> SeededNoise {
         SeededNoise::new(self.seed, self.layer as u64)
+    }
+
+    fn dropout(&self, place: Place) -> Result<Option<Dropout>> {
+        self.dropout.at(place, self.layer, self.seed)
+    }
+
+    fn dropped(&self, ops: &dyn Ops, x: Tensor, place: Place) -> Result<Tensor> {
+        match self.dropout(place)? {
+            Some(dropout) => Ok(ops.dropout(&x, dropout)?),
+            None => Ok(x),
+        }
     }
 
     fn context<'a>(&self, noise: &'a SeededNoise) -> RouteContext<'a> {

@@ -5,7 +5,7 @@ use crate::batch::{LossOutput, Pass, TokenBatch};
 use crate::families::{Family, ReadFamily};
 use crate::hf::{self, Checkpoint};
 use crate::params::{ParamSource, ParamTable};
-use crate::{Decoder, DecoderConfig, Error, Recompute, Result};
+use crate::{Decoder, DecoderConfig, DropoutConfig, Error, Recompute, Result};
 use candle_core::{DType, Device, Tensor, Var};
 use moe_core::{CandleOps, Ops, ParamSpec};
 use moe_kernels::{KernelOps, Precision};
@@ -126,10 +126,10 @@ impl<F: Family> Model<F> {
 
     /// The same variables under other decoders.
     fn reassembled(self, trainable: Vec<(String, Var)>, precision: Precision) -> Result<Self> {
-        let (config, recompute) = (self.training.config().clone(), self.recompute());
+        let (config, recompute, dropout) = (self.training.config().clone(), self.recompute(), self.dropout());
         let model =
             Self::assemble(self.family, config, self.table, self.variables, trainable, precision, &self.device)?;
-        Ok(model.with_recompute(recompute))
+        model.with_recompute(recompute).with_dropout(dropout)
     }
 
     /// The same model whose training passes compute again what `recompute` says. The bits are the same.
@@ -141,6 +141,19 @@ impl<F: Family> Model<F> {
     /// What training passes compute again.
     pub fn recompute(&self) -> Recompute {
         self.training.recompute()
+    }
+
+    /// The same model whose training passes drop so much; evaluation and inference drop nothing.
+    ///
+    /// # Errors
+    /// [`Error::Config`] for a probability outside `[0, 1)`.
+    pub fn with_dropout(self, dropout: DropoutConfig) -> Result<Self> {
+        Ok(Self { training: self.training.with_dropout(dropout)?, ..self })
+    }
+
+    /// What training passes drop.
+    pub fn dropout(&self) -> DropoutConfig {
+        self.training.dropout()
     }
 
     /// The precision of the matrix products.

@@ -15,8 +15,9 @@ use crate::dims::part;
 use crate::exchanged::{by_dtype, exchanged, with_values};
 use candle_core::{Device, Tensor, WithDType};
 use moe_core::ops::{
-    AttentionShape, Choices, DecoderOps, KvShape, LossOps, MoeOps, PagedKv, PagedSequence, PartStatistics, Positions,
-    RotaryLayout, RotaryTable, VocabularyPart, VocabularyParts, WeightOps, mlp_stepwise, parts_per_expert,
+    AttentionShape, Choices, DecoderOps, Dropout, HeadDropout, KvShape, LossOps, MoeOps, PagedKv, PagedSequence,
+    PartStatistics, Positions, RotaryLayout, RotaryTable, VocabularyPart, VocabularyParts, WeightOps, mlp_stepwise,
+    parts_per_expert,
 };
 use moe_core::{
     Activation, DispatchTable, DroplessConfig, MlpWeights, Ops, PackedWeight, SplitKind, Weight, WeightSource,
@@ -198,6 +199,11 @@ impl RankOps {
         Ok(self.inner.linear_cross_entropy_part(&hidden, part, targets, &of)?)
     }
 
+    /// Where the heads of this rank stand among those of the group, of which each rank has as many.
+    fn own_heads(&self, dropout: HeadDropout, num_heads: usize) -> HeadDropout {
+        HeadDropout { first_head: dropout.first_head + self.tensor.rank() * num_heads, ..dropout }
+    }
+
     /// Sliced experts: each rank computes with its columns of the inner width, and the results are summed.
     fn sliced_experts(
         &self,
@@ -370,6 +376,31 @@ impl DecoderOps for RankOps {
 
     fn attention_fused(&self, qkv: &Tensor, num_heads: usize, seq_len: usize) -> moe_core::Result<Tensor> {
         self.inner.attention_fused(qkv, num_heads, seq_len)
+    }
+
+    fn attention_dropped(
+        &self,
+        qkv: [&Tensor; 3],
+        shape: AttentionShape,
+        seq_len: usize,
+        dropout: HeadDropout,
+    ) -> moe_core::Result<Tensor> {
+        self.inner.attention_dropped(qkv, shape, seq_len, self.own_heads(dropout, shape.num_heads))
+    }
+
+    fn attention_fused_dropped(
+        &self,
+        qkv: &Tensor,
+        num_heads: usize,
+        seq_len: usize,
+        dropout: HeadDropout,
+    ) -> moe_core::Result<Tensor> {
+        self.inner.attention_fused_dropped(qkv, num_heads, seq_len, self.own_heads(dropout, num_heads))
+    }
+
+    /// Every rank of the group has the whole of `x`, and the same mask.
+    fn dropout(&self, x: &Tensor, dropout: Dropout) -> moe_core::Result<Tensor> {
+        self.inner.dropout(x, dropout)
     }
 
     fn new_pages(

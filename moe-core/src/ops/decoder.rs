@@ -1,6 +1,9 @@
 //! [`DecoderOps`]: what a decoder needs of a backend besides its experts.
 
-use super::{AttentionShape, KvShape, PagedKv, PagedSequence, Positions, RotaryLayout, RotaryTable, WeightOps};
+use super::{
+    AttentionShape, Dropout, HeadDropout, KvShape, PagedKv, PagedSequence, Positions, RotaryLayout, RotaryTable,
+    WeightOps,
+};
 use crate::{Result, Weight};
 use candle_core::{DType, Device, Tensor};
 
@@ -109,6 +112,40 @@ pub trait DecoderOps: WeightOps {
     /// # Errors
     /// If the shapes do not fit.
     fn attention_fused(&self, qkv: &Tensor, num_heads: usize, seq_len: usize) -> Result<Tensor>;
+
+    /// [`DecoderOps::attention`] of `[queries, keys, values]` with probabilities dropped, after the softmax: its gradient computes
+    /// the same mask again.
+    ///
+    /// # Errors
+    /// As there.
+    fn attention_dropped(
+        &self,
+        qkv: [&Tensor; 3],
+        shape: AttentionShape,
+        seq_len: usize,
+        dropout: HeadDropout,
+    ) -> Result<Tensor>;
+
+    /// [`DecoderOps::attention_fused`] with probabilities dropped.
+    ///
+    /// # Errors
+    /// As there.
+    fn attention_fused_dropped(
+        &self,
+        qkv: &Tensor,
+        num_heads: usize,
+        seq_len: usize,
+        dropout: HeadDropout,
+    ) -> Result<Tensor>;
+
+    /// Each element times its factor of `dropout`: a row's index is that among all rows before the last dimension.
+    ///
+    /// # Shapes
+    /// `[.., width]` to the same
+    ///
+    /// # Errors
+    /// If the tensor cannot be taken.
+    fn dropout(&self, x: &Tensor, dropout: Dropout) -> Result<Tensor>;
 
     /// Keys and values of a pool of `num_blocks` blocks of `block_size` tokens, in the form that
     /// [`DecoderOps::write_pages`] writes and [`DecoderOps::paged_attention`] reads: by default rows of f32.

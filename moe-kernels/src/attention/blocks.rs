@@ -12,6 +12,7 @@ use crate::parallel::SharedMut;
 use crate::select::vectorize;
 use crate::{Isa, Precision, parallel, select};
 use moe_core::ops::host::{self, Real};
+use moe_core::ops::{Dropout, DropoutRow, HeadDropout};
 use std::ops::Range;
 
 /// Rows per block, query heads times queries: a whole number of tiles.
@@ -29,6 +30,8 @@ pub(super) struct Heads {
     head_dim: usize,
     precision: Precision,
     isa: Isa,
+    /// Of the probabilities; its coordinates are whole sequences'.
+    dropout: Option<HeadDropout>,
 }
 
 /// Rows of some columns of a matrix.
@@ -134,7 +137,13 @@ impl Heads {
     pub(super) fn new(shape: AttentionShape, head_dim: usize, precision: Precision) -> Self {
         let AttentionShape { num_heads, num_kv_heads, .. } = shape;
         debug_assert!(num_kv_heads > 0 && num_heads.is_multiple_of(num_kv_heads));
-        Self { num_kv_heads, group: num_heads / num_kv_heads, shape, head_dim, precision, isa: select::current() }
+        let (group, isa) = (num_heads / num_kv_heads, select::current());
+        Self { num_kv_heads, group, shape, head_dim, precision, isa, dropout: None }
+    }
+
+    /// The same with probabilities dropped, in passes over whole sequences.
+    pub(super) fn dropping(self, dropout: HeadDropout) -> Self {
+        Self { dropout: Some(dropout), ..self }
     }
 
     #[cfg(test)]
@@ -256,33 +265,51 @@ impl Heads {
         }
     }
 
+    /// Which probabilities are dropped in each row of a block of one key head, from query `start` of a sequence on.
+    fn dropped(&self, sequence: usize, kv_head: usize, start: usize) -> Option<impl Fn(usize) -> DropoutRow> {
+        let heads: Vec<Dropout> = (0..self.group)
+            .filter_map(|head| Some(self.dropout?.head(sequence, kv_head * self.group + head)))
+            .collect();
+        (!heads.is_empty()).then(|| move |row: usize| heads[row % heads.len()].row(start + row / heads.len()))
+    }
+
     /// Attention of each sequence's new tokens into `out` `[new tokens, d_model]`, sequence after sequence.
     pub(super) fn forward(&self, sequences: &[Sequence<'_>], out: &mut [f32]) {
         let out = Place::new(SharedMut::new(out), self.d_model());
         let mut tasks = Vec::new();
         let (mut work, mut first_row) = (0, 0);
-        for sequence in sequences {
+        for (index, sequence) in sequences.iter().enumerate() {
             // The last blocks see the most keys: they go first.
             for start in (0..sequence.new).step_by(self.block()).rev() {
                 let to = out.from(first_row + start, 0);
-                tasks.extend((0..self.num_kv_heads).map(|kv_head| (sequence, kv_head, start, to)));
+                tasks.extend((0..self.num_kv_heads).map(|kv_head| (index, kv_head, start, to)));
             }
             first_row += sequence.new;
             work += sequence.new * sequence.len * self.d_model();
         }
         parallel::for_each_if(work, LEAST_WORK, tasks.len(), |task| {
-            let (sequence, kv_head, start, to) = tasks[task];
+            let (index, kv_head, start, to) = tasks[task];
+            let sequence = &sequences[index];
             let queries = self.block().min(sequence.new - start);
+            let dropped = self.dropped(index, kv_head, start);
+            let to = to.from(0, self.query_column(kv_head));
             // SAFETY: each task writes the columns of its heads in the rows of its block.
-            unsafe { self.forward_block(sequence, kv_head, start, queries, to.from(0, self.query_column(kv_head))) };
+            unsafe { self.forward_block(sequence, kv_head, (start, queries), dropped, to) };
         });
     }
 
-    /// The output of one key head's query heads, from query `start` on.
+    /// The output of one key head's query heads, of some queries from `start` on.
     ///
     /// # Safety
     /// The block's part of `to` must belong to the caller.
-    unsafe fn forward_block(&self, of: &Sequence<'_>, kv_head: usize, start: usize, queries: usize, to: Place) {
+    unsafe fn forward_block(
+        &self,
+        of: &Sequence<'_>,
+        kv_head: usize,
+        (start, queries): (usize, usize),
+        dropped: Option<impl Fn(usize) -> DropoutRow>,
+        to: Place,
+    ) {
         let rows = queries * self.group;
         let visible = of.len - of.new + start + queries;
         let column = kv_head * self.head_dim;
@@ -290,6 +317,9 @@ impl Heads {
             self.with_folded(of.queries.from(start, self.query_column(kv_head)), queries, |folded| {
                 self.probabilities(folded, &of.keys, kv_head, queries, probs);
             });
+            if let Some(dropped) = dropped {
+                self.drop_rows(probs, visible, dropped);
+            }
             let probs = Strip::new(probs, visible);
             // SAFETY: the caller's part.
             unsafe {
@@ -323,11 +353,12 @@ impl Heads {
     pub(super) unsafe fn backward(&self, sequences: &[Training<'_>], seq_len: usize) {
         let work = 2 * sequences.len() * seq_len * seq_len * self.d_model();
         parallel::for_each_if(work, LEAST_WORK, sequences.len() * self.num_kv_heads, |task| {
-            let (sequence, kv_head) = (&sequences[task / self.num_kv_heads], task % self.num_kv_heads);
+            let (index, kv_head) = (task / self.num_kv_heads, task % self.num_kv_heads);
             for start in (0..seq_len).step_by(self.block()) {
                 let queries = self.block().min(seq_len - start);
+                let dropped = self.dropped(index, kv_head, start);
                 // SAFETY: each task adds into the columns of its key head and of the queries that share it.
-                unsafe { self.backward_block(sequence, kv_head, start, queries) };
+                unsafe { self.backward_block(&sequences[index], kv_head, (start, queries), dropped) };
             }
         });
     }
@@ -336,7 +367,13 @@ impl Heads {
     ///
     /// # Safety
     /// The columns of these heads in `of.d_qkv` must belong to the caller.
-    unsafe fn backward_block(&self, of: &Training<'_>, kv_head: usize, start: usize, queries: usize) {
+    unsafe fn backward_block(
+        &self,
+        of: &Training<'_>,
+        kv_head: usize,
+        (start, queries): (usize, usize),
+        dropped: Option<impl Fn(usize) -> DropoutRow>,
+    ) {
         let (rows, visible, width) = (queries * self.group, start + queries, self.head_dim);
         let (query_column, column) = (self.query_column(kv_head), kv_head * width);
         let [q, k, v] = of.qkv;
@@ -353,13 +390,20 @@ impl Heads {
             let (probs, d_scores) = scratch.split_at_mut(rows * visible);
             folded(&mut |[q, out, grad]| {
                 self.probabilities(q, &Source::Strip(of.qkv[1]), kv_head, queries, probs);
-                // 1. d_probs = grad V^T; d_scores = probs * (d_probs - rowsum(grad * out)) * scale.
+                // 1. d_probs = grad V^T; d_scores = probs * (d_probs - rowsum(grad * out)) * scale. Where probabilities are dropped,
+                //    d_probs are those of the dropped ones times the mask; the row's sum is the same.
                 // SAFETY: `d_scores` is borrowed for the call.
                 unsafe {
                     let to = Place::new(SharedMut::new(d_scores), visible);
                     self.product(grad.by_row(rows, width), v.by_row(visible, width), Start::Zero, to);
                 }
+                if let Some(dropped) = &dropped {
+                    self.drop_rows(d_scores, visible, dropped);
+                }
                 self.score_gradient((probs, visible), d_scores, [grad, out]);
+                if let Some(dropped) = &dropped {
+                    self.drop_rows(probs, visible, dropped);
+                }
                 // 2. dV += probs^T grad; dQ = d_scores K; dK += d_scores^T Q.
                 let [probs, d_scores] = [&*probs, &*d_scores].map(|values| Strip::new(values, visible));
                 // SAFETY: the caller's columns; each of the three parts has its own.
@@ -372,6 +416,16 @@ impl Heads {
                 }
             });
         });
+    }
+
+    /// Rows `[rows, visible]` times their masks.
+    fn drop_rows(&self, values: &mut [f32], visible: usize, dropped: impl Fn(usize) -> DropoutRow) {
+        for (index, row) in values.chunks_exact_mut(visible).enumerate() {
+            let mask = dropped(index);
+            vectorize!(self.isa, (row: &mut [f32], mask: DropoutRow) {
+                row.iter_mut().enumerate().for_each(|(key, value)| *value *= mask.factor(key as u32));
+            });
+        }
     }
 
     /// `d_scores` `[rows, visible]`, which holds the gradient of the probabilities, becomes that of the scores, given

@@ -12,7 +12,7 @@ mod pages;
 mod tests;
 
 pub(crate) use blocks::row_max;
-pub use moe_core::ops::{AttentionShape, KvShape, PagedKv, PagedSequence};
+pub use moe_core::ops::{AttentionShape, HeadDropout, KvShape, PagedKv, PagedSequence};
 pub use paged::{new_pages, paged_attention, write_pages};
 
 use crate::custom::{self, Input, SliceOp, Target, with_inputs};
@@ -39,6 +39,25 @@ pub fn causal_attention(qkv: &Tensor, num_heads: usize, seq_len: usize, precisio
     custom::apply(Fused(Heads::new(AttentionShape::equal(num_heads), head_dim, precision), seq_len), &[qkv])
 }
 
+/// [`causal_attention`] with probabilities dropped after the softmax. The mask is computed where the probabilities are, in the
+/// forward pass and again in the backward pass.
+///
+/// # Errors
+/// As there.
+pub fn causal_attention_dropped(
+    qkv: &Tensor,
+    num_heads: usize,
+    seq_len: usize,
+    dropout: HeadDropout,
+    precision: Precision,
+) -> Result<Tensor> {
+    let width = qkv.dim(D::Minus1)?;
+    check_sequences(qkv.elem_count() / width.max(1), seq_len)?;
+    let head_dim = AttentionShape::fused_head_dim(width, num_heads)?;
+    let heads = Heads::new(AttentionShape::equal(num_heads), head_dim, precision).dropping(dropout);
+    custom::apply(Fused(heads, seq_len), &[qkv])
+}
+
 /// [`causal_attention`] of separate queries, keys and values, where several query heads may share a key and value head.
 ///
 /// With as many key heads as query heads the bits are those of [`causal_attention`].
@@ -62,6 +81,22 @@ pub fn grouped_query_attention(
 ) -> Result<Tensor> {
     let head_dim = shape.check(queries, keys, values, seq_len)?;
     custom::apply(Grouped(Heads::new(shape, head_dim, precision), seq_len), &[queries, keys, values])
+}
+
+/// [`grouped_query_attention`] of `[queries, keys, values]` with probabilities dropped, as [`causal_attention_dropped`] does.
+///
+/// # Errors
+/// As there.
+pub fn grouped_query_attention_dropped(
+    qkv: [&Tensor; 3],
+    shape: AttentionShape,
+    seq_len: usize,
+    dropout: HeadDropout,
+    precision: Precision,
+) -> Result<Tensor> {
+    let [queries, keys, values] = qkv;
+    let head_dim = shape.check(queries, keys, values, seq_len)?;
+    custom::apply(Grouped(Heads::new(shape, head_dim, precision).dropping(dropout), seq_len), &qkv)
 }
 
 /// [`grouped_query_attention`] of the last `queries.dim(0)` tokens of one sequence over all its keys and values. No

@@ -3,7 +3,7 @@
 use super::*;
 use crate::Isa;
 use candle_core::{DType, Var};
-use moe_core::ops::{CandleOps, DecoderOps};
+use moe_core::ops::{CandleOps, DecoderOps, Dropout};
 use moe_core::testing::{assert_close, random, random_var, values};
 
 #[test]
@@ -262,6 +262,89 @@ fn nan_reaches_the_rows_that_see_it_on_every_set() {
                 };
                 assert_eq!(nans, want, "{isa}: NaN in part {lost}, row {row}");
             }
+        }
+    }
+}
+
+/// Probabilities dropped: values and gradients of the reference, which has the same masks, for heads alone and shared, for all
+/// heads and for those of a rank.
+#[test]
+fn dropped_values_and_gradients_equal_the_reference() {
+    let dropout = |first_head| HeadDropout { first_head, ..HeadDropout::of_all(Dropout::new(0.3, 5).unwrap()) };
+    for (shape, first_head) in SHAPES.into_iter().zip([0, 12, 0, 7]) {
+        for (batch, seq) in [(1, 1), (2, 5), (2, 66)] {
+            for (precision, tolerance) in [(Precision::F32, 1e-5), (Precision::Bf16, 4e-2)] {
+                let vars = grouped(shape, batch, seq, 9, DType::F32);
+                let wide = vars.each_ref().map(|v| Var::from_tensor(&v.to_dtype(DType::F64).unwrap()).unwrap());
+                let [qkv, wide_qkv] = [&vars, &wide].map(|vars| vars.each_ref().map(|var| var.as_tensor()));
+                let got = grouped_query_attention_dropped(qkv, shape, seq, dropout(first_head), precision).unwrap();
+                let want = CandleOps.attention_dropped(wide_qkv, shape, seq, dropout(first_head)).unwrap();
+                let label = format!("{shape:?} {batch}x{seq} {precision:?}");
+                assert_close(&got, &want, tolerance, &label);
+                let plain = CandleOps.attention(wide_qkv[0], wide_qkv[1], wide_qkv[2], shape, seq).unwrap();
+                assert_ne!(values(&want), values(&plain), "{label}: something is dropped");
+                let factors = random(6, got.dims(), 1.0, DType::F32);
+                let backward = |y: Tensor, f: &Tensor| (y * f).unwrap().sum_all().unwrap().backward().unwrap();
+                let got = backward(got, &factors);
+                let want = backward(want, &factors.to_dtype(DType::F64).unwrap());
+                for (i, (var, wide)) in vars.iter().zip(&wide).enumerate() {
+                    let tolerance = 2.0 * tolerance * (shape.num_heads / shape.num_kv_heads) as f64;
+                    let (got, want) = (got.get(var).unwrap(), want.get(wide).unwrap());
+                    assert_close(got, want, tolerance, &format!("{label} d{i}"));
+                }
+            }
+        }
+    }
+}
+
+/// Fused is the same as apart; a part of the heads has the bits of those heads in the whole, as a rank of several computes them.
+#[test]
+fn a_part_of_the_heads_drops_what_the_whole_drops() {
+    let dropout = HeadDropout::of_all(Dropout::new(0.4, 8).unwrap());
+    let qkv = random(9, &[2, 70, 72], 1.0, DType::F32);
+    let part = |part: usize, first: usize, heads: usize| qkv.narrow(2, part * 24 + first * 6, heads * 6).unwrap();
+    let apart = |first: usize, heads: usize| {
+        let [q, k, v] = [0, 1, 2].map(|i| part(i, first, heads));
+        let dropout = HeadDropout { first_head: first, ..dropout };
+        grouped_query_attention_dropped([&q, &k, &v], AttentionShape::equal(heads), 70, dropout, Precision::F32)
+            .unwrap()
+    };
+    let whole = causal_attention_dropped(&qkv, 4, 70, dropout, Precision::F32).unwrap();
+    assert_eq!(values(&apart(0, 4)), values(&whole));
+    let halves = Tensor::cat(&[apart(0, 2), apart(2, 2)], 2).unwrap();
+    assert_eq!(values(&halves), values(&whole));
+    let refused = causal_attention_dropped(&qkv, 5, 70, dropout, Precision::F32).unwrap_err().to_string();
+    assert!(refused.contains("num_heads"), "{refused}");
+}
+
+/// Not the set, nor the threads; and none dropped gives the bits of attention without dropout.
+#[test]
+fn neither_set_nor_threads_change_a_bit_of_what_is_dropped() {
+    let shape = AttentionShape::new(6, 3);
+    let flat = |seed, width| -> Vec<f32> {
+        random(seed, &[2 * 66, width], 1.0, DType::F32).flatten_all().unwrap().to_vec1().unwrap()
+    };
+    let (q, k, v, grad) = (flat(1, 24), flat(2, 12), flat(3, 12), flat(4, 24));
+    let run = |probability: Option<f64>, isa: Isa, precision: Precision, threads: usize| {
+        let heads = Heads::new(shape, 4, precision).on(isa);
+        let dropout = probability.map(|p| HeadDropout::of_all(Dropout::new(p, 3).unwrap()));
+        let op = Grouped(dropout.map_or(heads, |dropout| heads.dropping(dropout)), 66);
+        rayon::ThreadPoolBuilder::new().num_threads(threads).build().unwrap().install(|| {
+            let out = op.0.forward_batch(op.parts([&q, &k, &v]), 2, 66);
+            let gradients = op.gradient([&q, &k, &v], [&out, &grad], (2, 66));
+            let all = [&out].into_iter().chain(&gradients).flatten();
+            all.map(|value| value.to_bits()).collect::<Vec<u32>>()
+        })
+    };
+    for precision in [Precision::F32, Precision::Bf16] {
+        let want = run(Some(0.2), Isa::Portable, precision, 1);
+        for isa in Isa::available().into_iter().filter(|isa| isa.has_common_bits(precision)) {
+            for threads in [1, 3] {
+                assert_eq!(run(Some(0.2), isa, precision, threads), want, "{isa} {precision:?}, {threads} threads");
+            }
+            let plain = run(None, isa, precision, 2);
+            assert_eq!(run(Some(0.0), isa, precision, 2), plain, "{isa} {precision:?}: a factor of 1");
+            assert_ne!(plain, want);
         }
     }
 }

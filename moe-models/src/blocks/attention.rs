@@ -7,7 +7,7 @@ use crate::config::{AttentionConfig, Projection, RotaryConfig};
 use candle_core::{D, Tensor};
 use candle_nn::VarBuilder;
 use moe_core::Ops;
-use moe_core::ops::{AttentionShape, KvShape, PagedKv, Positions, RotaryTable, check_sequences};
+use moe_core::ops::{AttentionShape, Dropout, HeadDropout, KvShape, PagedKv, Positions, RotaryTable, check_sequences};
 use std::sync::Arc;
 
 /// Causal attention.
@@ -105,14 +105,14 @@ impl Attention {
         Ok([q, k, v])
     }
 
-    /// Whole sequences of `seq_len` tokens, one after the other.
+    /// Whole sequences of `seq_len` tokens, one after the other; `dropout` is of the probabilities.
     ///
     /// # Shapes
     /// `[batch * seq_len, d_model]` to the same
     ///
     /// # Errors
     /// If a shape does not fit.
-    pub fn forward(&self, x: &Tensor, seq_len: usize) -> Result<Tensor> {
+    pub fn forward(&self, x: &Tensor, seq_len: usize, dropout: Option<Dropout>) -> Result<Tensor> {
         let tokens = x.dim(0)?;
         check_sequences(tokens, seq_len)?;
         let plain = self.head_norms.is_none() && self.rotary.is_none() && self.config.window.is_none();
@@ -120,11 +120,18 @@ impl Attention {
             && plain
             && self.config.num_heads == self.config.num_kv_heads
         {
-            self.ops.attention_fused(&self.projections[0].forward(x)?, self.config.num_heads, seq_len)?
+            let qkv = self.projections[0].forward(x)?;
+            match dropout.map(HeadDropout::of_all) {
+                Some(dropout) => self.ops.attention_fused_dropped(&qkv, self.config.num_heads, seq_len, dropout)?,
+                None => self.ops.attention_fused(&qkv, self.config.num_heads, seq_len)?,
+            }
         } else {
             let positions: Vec<u32> = (0..tokens).map(|token| (token % seq_len) as u32).collect();
             let [q, k, v] = self.qkv(x, Positions::Each(&positions))?;
-            self.ops.attention(&q, &k, &v, self.shape(), seq_len)?
+            match dropout.map(HeadDropout::of_all) {
+                Some(dropout) => self.ops.attention_dropped([&q, &k, &v], self.shape(), seq_len, dropout)?,
+                None => self.ops.attention(&q, &k, &v, self.shape(), seq_len)?,
+            }
         };
         self.out.forward(&attended)
     }

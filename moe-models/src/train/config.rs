@@ -2,7 +2,7 @@
 
 use super::optimizer::AdamWConfig;
 use super::schedule::LrSchedule;
-use crate::{Error, Precision, Recompute, Result};
+use crate::{DropoutConfig, Error, Precision, Recompute, Result};
 use serde::{Deserialize, Serialize};
 use std::path::Path;
 
@@ -48,6 +48,11 @@ pub struct TrainConfig {
     /// What a step computes again in its backward pass instead of keeping it: `none`, `block` or `moe`. Does not change any
     /// result. The model must follow it, as by [`crate::Model::with_recompute`]; [`super::Trainer`] refuses another one.
     pub recompute: Recompute,
+    /// Probability with which attention probabilities are dropped in training. The model must follow it, as by
+    /// [`crate::Model::with_dropout`]; [`super::Trainer`] refuses another one.
+    pub attention_dropout: f64,
+    /// The same of the embedding, and of what attention and the feed-forward part of each layer add.
+    pub hidden_dropout: f64,
     /// Largest learning rate.
     pub lr: f64,
     /// Final learning rate; `None`: a tenth of `lr`.
@@ -96,6 +101,8 @@ impl Default for TrainConfig {
             global_batch_size: 16,
             precision: Precision::Bf16,
             recompute: Recompute::None,
+            attention_dropout: 0.0,
+            hidden_dropout: 0.0,
             lr: 2e-3,
             min_lr: None,
             lr_warmup_tokens: None,
@@ -144,6 +151,7 @@ impl TrainConfig {
         self.min_lr.get_or_insert(self.lr * 0.1);
         let decay = *self.lr_decay_tokens.get_or_insert(self.train_tokens);
         self.lr_warmup_tokens.get_or_insert((self.train_tokens / 50).min(decay));
+        self.dropout().validate()?;
         self.schedule().validate()?;
         self.adamw().validate()?;
         Ok(self)
@@ -202,6 +210,11 @@ impl TrainConfig {
             warmup_tokens: self.lr_warmup_tokens.unwrap_or(0),
             decay_tokens: self.lr_decay_tokens.unwrap_or(self.train_tokens),
         }
+    }
+
+    /// What training passes drop.
+    pub fn dropout(&self) -> DropoutConfig {
+        DropoutConfig { attention: self.attention_dropout, hidden: self.hidden_dropout }
     }
 
     /// AdamW's settings.
@@ -284,6 +297,9 @@ mod tests {
         check_refused("lr_warmup_tokens", |c| c.lr_warmup_tokens = Some(3_000_000));
         check_refused("beta2", |c| c.beta2 = 1.5);
         check_refused("keep_last", |c| c.keep_last = 0);
+        check_refused("attention_dropout", |c| c.attention_dropout = 1.0);
+        check_refused("hidden_dropout", |c| c.hidden_dropout = -0.1);
+        check_refused("hidden_dropout", |c| c.hidden_dropout = f64::NAN);
     }
 
     #[test]
@@ -312,5 +328,19 @@ mod tests {
         let message = TrainConfig { lr: 1.0, ..saved.clone() }.check_continues(&saved).unwrap_err().to_string();
         assert!(message.contains("lr is 1.0") && message.contains("0.002"), "{message}");
         assert!(TrainConfig { seed: 1, ..saved.clone() }.check_continues(&saved).is_err());
+        assert!(TrainConfig { hidden_dropout: 0.1, ..saved.clone() }.check_continues(&saved).is_err());
+    }
+
+    /// Runs of versions without dropout dropped nothing, and go on so.
+    #[test]
+    fn settings_without_dropout_are_read() {
+        let saved = TrainConfig::default().resolved(128).unwrap();
+        let mut json = serde_json::to_value(&saved).unwrap();
+        for name in ["attention_dropout", "hidden_dropout"] {
+            assert!(json.as_object_mut().unwrap().remove(name).is_some(), "{name}");
+        }
+        let read: TrainConfig = serde_json::from_value(json).unwrap();
+        saved.check_continues(&read).unwrap();
+        assert_eq!(read, saved);
     }
 }

@@ -1,7 +1,7 @@
 //! [`TrainModel`]: what the training loop needs of a model, and nothing else.
 
 use super::optimizer::{Unit, Units, UpdateRule};
-use crate::{Family, Model, Precision, Recompute, Result};
+use crate::{DropoutConfig, Family, Model, Precision, Recompute, Result};
 use candle_core::{Tensor, Var};
 use std::path::Path;
 
@@ -45,6 +45,12 @@ pub trait TrainModel: Sync {
     /// By default nothing.
     fn recompute(&self) -> Recompute {
         Recompute::None
+    }
+    /// What [`TrainModel::loss`] drops in training passes. The trainer refuses settings that say otherwise.
+    ///
+    /// By default nothing.
+    fn dropout(&self) -> DropoutConfig {
+        DropoutConfig::default()
     }
     /// The loss of one micro-batch.
     ///
@@ -104,6 +110,9 @@ impl<F: Family> TrainModel for Model<F> {
     }
     fn recompute(&self) -> Recompute {
         self.recompute()
+    }
+    fn dropout(&self) -> DropoutConfig {
+        self.dropout()
     }
     fn loss(&self, batch: &TokenBatch, pass: Pass) -> Result<LossOutput> {
         self.loss(batch, pass)

@@ -100,8 +100,8 @@ impl<M: TrainModel> Trainer<M> {
     ///
     /// # Errors
     /// [`Error::Argument`] if `out` already holds checkpoints; [`Error::InUse`] if another run writes to it;
-    /// [`Error::Io`] if it cannot be written to; [`Error::Config`] for impossible settings, and for a `precision` or `recompute`
-    /// that is not the model's.
+    /// [`Error::Io`] if it cannot be written to; [`Error::Config`] for impossible settings, and for a `precision`, `recompute` or
+    /// dropout that is not the model's.
     pub fn new(model: M, config: TrainConfig, corpus: Corpus, tokenizer_json: String, out: &Path) -> Result<Self> {
         check_model(&model, &config)?;
         Self::new_in(model, config, corpus, tokenizer_json, RunLock::acquire(out)?)
@@ -462,6 +462,13 @@ fn check_model<M: TrainModel>(model: &M, config: &TrainConfig) -> Result<()> {
     if asked != does {
         return Err(Error::Config(format!(
             "recompute is {asked:?} in the settings, the model does {does:?}; build the model with the settings' recompute (Model::with_recompute) or change the setting"
+        )));
+    }
+    let (asked, does) = (config.dropout(), model.dropout());
+    if asked != does {
+        return Err(Error::Config(format!(
+            "attention_dropout and hidden_dropout are {} and {} in the settings, {} and {} in the model; build the model with the settings' (Model::with_dropout) or change the settings",
+            asked.attention, asked.hidden, does.attention, does.hidden
         )));
     }
     Ok(())

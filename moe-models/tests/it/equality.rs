@@ -7,7 +7,7 @@ use moe_core::{CounterRng, ParamSpec};
 use moe_kernels::KernelOps;
 use moe_models::gpt::{Gpt, GptConfig};
 use moe_models::train::model::{Pass, TokenBatch};
-use moe_models::{Decoder, ParamSource, ParamTable, Precision};
+use moe_models::{Decoder, DropoutConfig, ParamSource, ParamTable, Precision};
 use moe_parallel::all_to_all::Route;
 use moe_parallel::comm::Reduction;
 use moe_parallel::dims::ExpertOrder;
@@ -33,6 +33,7 @@ pub(crate) struct Kind {
     pub(crate) top_k: usize,
     pub(crate) capacity: Option<f64>,
     pub(crate) precision: Precision,
+    pub(crate) dropout: DropoutConfig,
 }
 
 /// A layout of ranks and the way rows travel.
@@ -105,6 +106,7 @@ impl Reference {
         (moe.num_experts, moe.top_k, moe.capacity.train_factor) = (kind.experts.clone(), kind.top_k, kind.capacity);
         let model =
             Gpt::new(config, SEED, &Device::Cpu).and_then(|m| m.with_precision(kind.precision)).expect("a model");
+        let model = model.with_dropout(kind.dropout).expect("probabilities");
         let outcomes = (0..MOST_DP)
             .map(|d| {
                 let vars = model.params().iter().map(|(name, var)| (name.clone(), var.clone())).collect::<Vec<_>>();
@@ -201,6 +203,7 @@ pub(crate) fn check(world: &Arc<dyn Communicator>, layout: &Layout, reference: &
     let config = reference.model.decoder_config().clone();
     let ops = Arc::new(KernelOps::new(reference.kind.precision));
     let decoder = Decoder::over(config, vb, ops, &mesh).expect("a decoder");
+    let decoder = decoder.with_dropout(reference.kind.dropout).expect("probabilities");
     let d = dims.dense(world.rank()).dp_rank;
     let got = outcome(&decoder, &vars, d);
 

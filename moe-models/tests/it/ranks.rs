@@ -7,14 +7,17 @@ use moe_kernels::KernelOps;
 use moe_models::gpt::{Gpt, GptConfig};
 use moe_models::gpt::{Pass, TokenBatch};
 
-use moe_models::{CausalLm, Decoder, Family, LogitsOf, Model, ParamSource, PoolConfig, Precision, SequenceStep};
+use moe_models::{
+    CausalLm, Decoder, DropoutConfig, Family, LogitsOf, Model, ParamSource, PoolConfig, Precision, SequenceStep,
+};
 use moe_parallel::all_to_all::Route;
 use moe_parallel::comm::thread::ThreadWorld;
 use moe_parallel::{Collectives, Coordination, ExchangeConfig, Mesh, ParallelDims};
 use std::sync::Arc;
 
 fn kind(experts: &[usize], top_k: usize, capacity: Option<f64>) -> Kind {
-    Kind { experts: experts.to_vec(), top_k, capacity, precision: Precision::F32 }
+    let dropout = DropoutConfig::default();
+    Kind { experts: experts.to_vec(), top_k, capacity, precision: Precision::F32, dropout }
 }
 
 /// Two expert counts in one model, on every layout.
@@ -49,6 +52,19 @@ fn every_kind_of_model_equals_one_rank() {
             for layout in layouts(world).iter().filter(held).step_by(if world == 8 { 3 } else { 2 }) {
                 ThreadWorld::new(world).run(|comm| check(&comm, layout, &reference));
             }
+        }
+    }
+}
+
+/// What is dropped is a matter of the micro-batch, not of who computes it: split heads drop what they drop on one rank, and what
+/// all ranks of a group hold is dropped alike on them.
+#[test]
+fn dropout_over_ranks_equals_one_rank() {
+    let dropout = DropoutConfig { attention: 0.3, hidden: 0.2 };
+    let reference = Reference::new(&Kind { dropout, ..kind(&[4, 3], 2, None) });
+    for world in [2, 4, 8] {
+        for layout in layouts(world).iter().step_by(if world == 8 { 5 } else { 2 }) {
+            ThreadWorld::new(world).run(|comm| check(&comm, layout, &reference));
         }
     }
 }

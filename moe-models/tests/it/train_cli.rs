@@ -12,7 +12,7 @@ fn moe_train(dir: &Path, arguments: &[&str]) -> Command {
 }
 
 /// A model small enough for a debug build, on a text of numbers.
-const SMALL: [&str; 27] = [
+const SMALL: [&str; 31] = [
     "--data",
     "text.txt",
     "--preset",
@@ -39,6 +39,10 @@ const SMALL: [&str; 27] = [
     "0.1",
     "--recompute",
     "block",
+    "--attention-dropout",
+    "0.1",
+    "--hidden-dropout",
+    "0.2",
     "--resume",
 ];
 
@@ -234,6 +238,7 @@ fn bad_input_is_named_and_nothing_is_written() {
     check(&["--num-experts", "4", "--topk", "5"], &["5", "4"]);
     check(&["--preset", "tiny-dense", "--topk", "1"], &["dense"]);
     check(&["--global-batch-size", "3", "--micro-batch-size", "2"], &["global_batch_size 3"]);
+    check(&["--attention-dropout", "1"], &["attention_dropout", "got 1"]);
     check(&["--out", "text.txt/run"], &["text.txt"]);
     check(&["--export", "text.txt"], &["text.txt", "empty folder"]);
     let left: Vec<PathBuf> = files_below(dir.path()).into_iter().filter(|path| !inputs.contains(path)).collect();
@@ -252,7 +257,9 @@ fn a_model_folder_is_evaluated_on_any_text() {
     succeed(&moe_train(dir.path(), &arguments(&more)).output().unwrap());
     let latest = std::fs::read_to_string(dir.path().join("run/latest")).unwrap();
     let state = std::fs::read_to_string(dir.path().join("run").join(latest).join("trainer_state.json")).unwrap();
-    assert!(state.contains("\"recompute\": \"block\""), "the flag is part of the run: {state}");
+    for flag in ["\"recompute\": \"block\"", "\"attention_dropout\": 0.1", "\"hidden_dropout\": 0.2"] {
+        assert!(state.contains(flag), "the flag is part of the run: {state}");
+    }
     let evaluate = |more: &[&str]| {
         let mut arguments = vec!["--evaluate", "model"];
         arguments.extend(more);

@@ -8,7 +8,7 @@ use moe_models::train::export::export;
 use moe_models::train::optimizer::{AdamW, Owned, Units, UpdateRule};
 use moe_models::train::tokenizer::{to_json, train_bpe};
 use moe_models::train::{Corpus, Event, Outcome, Silent, TrainConfig, Trainer};
-use moe_models::{Precision, Recompute};
+use moe_models::{DropoutConfig, Pass, Precision, Recompute, TokenBatch};
 use std::path::Path;
 use std::sync::atomic::{AtomicBool, Ordering};
 
@@ -48,7 +48,12 @@ pub(crate) fn corpus(config: &TrainConfig) -> (Corpus, String) {
 
 fn new_model(shape: GptConfig, config: &TrainConfig) -> Gpt {
     let model = Gpt::new(shape, config.seed, &Device::Cpu).unwrap();
-    model.with_precision(config.precision).unwrap().with_recompute(config.recompute)
+    following(model, config)
+}
+
+fn following(model: Gpt, config: &TrainConfig) -> Gpt {
+    let model = model.with_precision(config.precision).unwrap().with_recompute(config.recompute);
+    model.with_dropout(config.dropout()).unwrap()
 }
 
 fn run(config: &TrainConfig, out: &Path, resume: Option<&Path>, stop_after: u64) -> (Outcome, Trainer<Gpt>) {
@@ -59,8 +64,7 @@ fn run(config: &TrainConfig, out: &Path, resume: Option<&Path>, stop_after: u64)
             Trainer::new(model, config.clone(), corpus, tokenizer, out).unwrap()
         }
         Some(folder) => {
-            let model = Gpt::load(folder, &Device::Cpu).unwrap().with_precision(config.precision).unwrap();
-            let model = model.with_recompute(config.recompute);
+            let model = following(Gpt::load(folder, &Device::Cpu).unwrap(), config);
             Trainer::resume(model, config.clone(), corpus, tokenizer, out, folder).unwrap()
         }
     };
@@ -92,9 +96,18 @@ fn assert_same(a: &Trainer<Gpt>, b: &Trainer<Gpt>, what: &str) {
 
 #[test]
 fn a_pr_moe_resumes_bit_exactly_whatever_it_computes_again() {
-    let config = config();
+    resumes_bit_exactly(&config());
+}
+
+/// Masks are a function of the pass, so that a run that goes on drops what it would have dropped.
+#[test]
+fn a_run_with_dropout_resumes_bit_exactly_whatever_it_computes_again() {
+    resumes_bit_exactly(&TrainConfig { attention_dropout: 0.2, hidden_dropout: 0.1, ..config() });
+}
+
+fn resumes_bit_exactly(config: &TrainConfig) {
     let dir = tempfile::tempdir().unwrap();
-    let (outcome, whole) = run(&config, &dir.path().join("whole"), None, u64::MAX);
+    let (outcome, whole) = run(config, &dir.path().join("whole"), None, u64::MAX);
     assert_eq!((outcome, whole.step()), (Outcome::Finished, 12));
     let mut rng = CounterRng::new(4_711, 0);
     for recompute in [Recompute::None, Recompute::Block, Recompute::Moe] {
@@ -106,6 +119,35 @@ fn a_pr_moe_resumes_bit_exactly_whatever_it_computes_again() {
         let (_, resumed) = run(&config, &out, Some(&folder), u64::MAX);
         assert_same(&whole, &resumed, &format!("{recompute:?}, stopped after {stop_after}"));
     }
+}
+
+/// Every pass of a training drops something else; evaluation drops nothing, and 0 changes no bit.
+#[test]
+fn training_alone_drops() {
+    let mut shape = shape();
+    shape.moe = None;
+    let mut rng = CounterRng::new(5, 0);
+    let mut ids = || (0..2 * 16).map(|_| rng.below(262)).collect();
+    let batch = TokenBatch { input_ids: ids(), target_ids: ids(), batch: 2, seq_len: 16 };
+    let loss = |attention: f64, hidden: f64, pass: Pass| {
+        let model = Gpt::new(shape.clone(), 1, &Device::Cpu).unwrap();
+        let model = model.with_dropout(DropoutConfig { attention, hidden }).unwrap();
+        model.loss(&batch, pass).unwrap().loss.to_scalar::<f32>().unwrap().to_bits()
+    };
+    let plain = loss(0.0, 0.0, Pass::train(1));
+    assert_eq!(plain, loss(0.0, 0.0, Pass::train(2)), "a dense model draws nothing else");
+    let mut seen = vec![plain];
+    for (attention, hidden) in [(0.2, 0.0), (0.0, 0.2), (0.2, 0.2)] {
+        for seed in [1, 2] {
+            let dropped = loss(attention, hidden, Pass::train(seed));
+            assert_eq!(dropped, loss(attention, hidden, Pass::train(seed)), "the same again");
+            assert!(!seen.contains(&dropped), "{attention} {hidden} {seed}");
+            seen.push(dropped);
+        }
+        assert_eq!(loss(attention, hidden, Pass::Eval), loss(0.0, 0.0, Pass::Eval), "evaluation drops nothing");
+    }
+    let refused = Gpt::new(shape, 1, &Device::Cpu).unwrap().with_dropout(DropoutConfig { attention: 0.0, hidden: 1.0 });
+    assert!(refused.unwrap_err().to_string().contains("hidden_dropout"));
 }
 
 /// A shape and settings at which every kernel of a step has enough work for several threads.
@@ -137,6 +179,8 @@ fn thread_times(pool: &rayon::ThreadPool) -> Option<Vec<u64>> {
 #[test]
 fn kernels_on_several_threads_and_recomputation_are_bit_identical() {
     let (shape, config) = wide();
+    // Masks depend on neither.
+    let config = TrainConfig { attention_dropout: 0.1, hidden_dropout: 0.1, ..config };
     let dir = tempfile::tempdir().unwrap();
     for precision in [Precision::Bf16, Precision::F32] {
         let train = |recompute: Recompute, threads: usize| {
@@ -242,6 +286,11 @@ fn a_precision_or_recomputation_that_is_not_the_models_is_refused() {
     let message = Trainer::new(model, config, data, tokenizer, &out).unwrap_err().to_string();
     assert!(message.contains("recompute is Block") && message.contains("does None"), "{message}");
     assert!(!out.exists(), "refused before anything is written");
+    let config = TrainConfig { hidden_dropout: 0.1, ..config_of_one_step() };
+    let (data, tokenizer) = corpus(&config);
+    let model = Gpt::new(shape(), config.seed, &Device::Cpu).unwrap().with_precision(config.precision).unwrap();
+    let message = Trainer::new(model, config, data, tokenizer, &out).unwrap_err().to_string();
+    assert!(message.contains("hidden_dropout are 0 and 0.1") && message.contains("with_dropout"), "{message}");
     start(Precision::Bf16, Precision::Bf16).unwrap();
     let config = config_of_one_step();
     let (_, trainer) = run(&config, &dir.path().join("saved"), None, u64::MAX);

@@ -7,11 +7,12 @@ use moe_core::{CandleOps, CounterRng};
 use moe_models::gpt::{Gpt, GptConfig};
 use moe_models::train::TrainModel;
 use moe_models::train::step::{StepBuffers, accumulate};
-use moe_models::{Decoder, Family, Model, Pass, Recompute, TokenBatch, TrainPass};
+use moe_models::{Decoder, DropoutConfig, Family, Model, Pass, Recompute, TokenBatch, TrainPass};
 use std::collections::HashMap;
 use std::sync::Arc;
 
 const SEEDS: [u64; 2] = [11, 12];
+const SOME: DropoutConfig = DropoutConfig { attention: 0.25, hidden: 0.1 };
 
 fn batches(vocab_size: usize, seq_len: usize) -> [TokenBatch; 2] {
     SEEDS.map(|seed| {
@@ -59,7 +60,8 @@ fn check<F: Family>(what: &str, model: Model<F>) {
         .collect();
     let tensors = wide.iter().map(|(name, var)| (name.clone(), var.as_tensor().clone())).collect();
     let vb = VarBuilder::from_tensors(tensors, DType::F64, &Device::Cpu);
-    let in_f64 = by_candle(&Decoder::new(config, vb, Arc::new(CandleOps)).unwrap(), &wide, &batches);
+    let decoder = Decoder::new(config, vb, Arc::new(CandleOps)).unwrap().with_dropout(model.dropout()).unwrap();
+    let in_f64 = by_candle(&decoder, &wide, &batches);
     let in_f32 = by_candle(model.training_decoder(), model.params(), &batches);
 
     let passes = SEEDS.map(|seed| TrainPass { seed, ..TrainPass::default() });
@@ -90,8 +92,12 @@ fn every_gradient_of_every_family_is_that_of_candles_graph() {
     for preset in ["tiny-dense", "tiny-moe", "tiny-pr-moe"] {
         let mut shape = GptConfig::preset(preset).unwrap();
         (shape.vocab_size, shape.max_seq_len, shape.d_model, shape.d_ff, shape.num_heads) = (50, 16, 24, 40, 3);
-        check(preset, Gpt::new(shape, 5, &Device::Cpu).unwrap());
+        check(preset, Gpt::new(shape.clone(), 5, &Device::Cpu).unwrap());
+        let dropping = Gpt::new(shape, 5, &Device::Cpu).unwrap().with_dropout(SOME).unwrap();
+        check(&format!("{preset} with dropout"), dropping);
     }
     let dir = crate::golden::fixtures().join("qwen3_moe");
-    check("qwen3_moe", Model::<Box<dyn Family>>::load(&dir, &Device::Cpu).unwrap());
+    let load = || Model::<Box<dyn Family>>::load(&dir, &Device::Cpu).unwrap();
+    check("qwen3_moe", load());
+    check("qwen3_moe with dropout", load().with_dropout(SOME).unwrap());
 }

@@ -1,15 +1,14 @@
 //! Attention with the whole matrix of scores.
 
 use crate::Result;
-use crate::ops::AttentionShape;
+use crate::ops::{AttentionShape, HeadDropout};
 use candle_core::{D, Tensor};
 
-/// `[batch, rows, heads * head_dim]` each; the queries may be the last rows only.
+/// `[batch, rows, heads * head_dim]` each; the queries may be the last rows only, where nothing is dropped.
 pub(super) fn grouped_query_attention(
-    queries: &Tensor,
-    keys: &Tensor,
-    values: &Tensor,
+    [queries, keys, values]: [&Tensor; 3],
     shape: AttentionShape,
+    dropout: Option<HeadDropout>,
 ) -> Result<Tensor> {
     let (batch, rows, d_model) = queries.dims3()?;
     let head_dim = shape.head_dim(d_model, keys.dim(D::Minus1)?)?;
@@ -24,12 +23,12 @@ pub(super) fn grouped_query_attention(
         Ok(x.reshape((batch, kv_heads * group, len, head_dim))?)
     };
     let scale = 1.0 / (head_dim as f32).sqrt();
-    let out = attend([&split(queries, shape.num_heads)?, &repeated(keys)?, &repeated(values)?], scale, shape)?;
+    let out = attend([&split(queries, shape.num_heads)?, &repeated(keys)?, &repeated(values)?], scale, shape, dropout)?;
     Ok(out.transpose(1, 2)?.reshape((batch, rows, d_model))?)
 }
 
 /// `[batch, heads, rows, head_dim]` each; the queries are the last rows.
-fn attend([q, k, v]: [&Tensor; 3], scale: f32, shape: AttentionShape) -> Result<Tensor> {
+fn attend([q, k, v]: [&Tensor; 3], scale: f32, shape: AttentionShape, dropout: Option<HeadDropout>) -> Result<Tensor> {
     let (rows, len) = (q.dim(2)?, k.dim(2)?);
     let scores = (q.matmul(&k.t()?.contiguous()?)? * f64::from(scale))?;
     let seen = |i: usize| shape.seen(i / len + (len - rows)).contains(&(i % len));
@@ -38,5 +37,10 @@ fn attend([q, k, v]: [&Tensor; 3], scale: f32, shape: AttentionShape) -> Result<
     let scores = scores.broadcast_add(&mask)?;
     let exp = scores.broadcast_sub(&scores.detach().max_keepdim(D::Minus1)?)?.exp()?;
     let probs = exp.broadcast_div(&exp.sum_keepdim(D::Minus1)?)?;
-    Ok(probs.matmul(v)?)
+    let Some(dropout) = dropout else { return Ok(probs.matmul(v)?) };
+    let (batch, heads) = (q.dim(0)?, q.dim(1)?);
+    let heads = (0..batch * heads).map(|i| dropout.head(i / heads, i % heads));
+    let factors = heads.flat_map(|head| head.factors(rows, len).collect::<Vec<_>>());
+    let factors = Tensor::from_iter(factors, q.device())?.reshape(probs.shape())?.to_dtype(q.dtype())?;
+    Ok((probs * factors)?.matmul(v)?)
 }

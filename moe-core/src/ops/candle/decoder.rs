@@ -1,7 +1,10 @@
 //! The other operations of a decoder.
 
 use super::{CandleOps, attention, rotary};
-use crate::ops::{AttentionShape, DecoderOps, PagedKv, PagedSequence, Positions, RotaryLayout, RotaryTable, host};
+use crate::ops::{
+    AttentionShape, DecoderOps, Dropout, HeadDropout, PagedKv, PagedSequence, Positions, RotaryLayout, RotaryTable,
+    host,
+};
 use crate::{Error, Result, Weight};
 use candle_core::{D, DType, Tensor};
 
@@ -59,16 +62,37 @@ impl DecoderOps for CandleOps {
         shape: AttentionShape,
         seq_len: usize,
     ) -> Result<Tensor> {
-        shape.check(queries, keys, values, seq_len)?;
-        let sequences = |x: &Tensor| x.reshape(((), seq_len, x.dim(D::Minus1)?));
-        let (q, k, v) = (sequences(queries)?, sequences(keys)?, sequences(values)?);
-        Ok(attention::grouped_query_attention(&q, &k, &v, shape)?.reshape(queries.shape())?)
+        attend([queries, keys, values], shape, seq_len, None)
     }
 
     fn attention_fused(&self, qkv: &Tensor, num_heads: usize, seq_len: usize) -> Result<Tensor> {
-        let d_model = AttentionShape::fused_head_dim(qkv.dim(D::Minus1)?, num_heads)? * num_heads;
-        let part = |part: usize| qkv.narrow(D::Minus1, part * d_model, d_model);
-        self.attention(&part(0)?, &part(1)?, &part(2)?, AttentionShape::equal(num_heads), seq_len)
+        let [q, k, v] = parts(qkv, num_heads)?;
+        attend([&q, &k, &v], AttentionShape::equal(num_heads), seq_len, None)
+    }
+
+    fn attention_dropped(
+        &self,
+        qkv: [&Tensor; 3],
+        shape: AttentionShape,
+        seq_len: usize,
+        dropout: HeadDropout,
+    ) -> Result<Tensor> {
+        attend(qkv, shape, seq_len, Some(dropout))
+    }
+
+    fn attention_fused_dropped(
+        &self,
+        qkv: &Tensor,
+        num_heads: usize,
+        seq_len: usize,
+        dropout: HeadDropout,
+    ) -> Result<Tensor> {
+        let [q, k, v] = parts(qkv, num_heads)?;
+        attend([&q, &k, &v], AttentionShape::equal(num_heads), seq_len, Some(dropout))
+    }
+
+    fn dropout(&self, x: &Tensor, dropout: Dropout) -> Result<Tensor> {
+        crate::ops::dropout::reference(x, &dropout)
     }
 
     fn write_pages(&self, pool: PagedKv<'_>, keys: &Tensor, values: &Tensor, slots: &[u32]) -> Result<()> {
@@ -103,7 +127,7 @@ impl DecoderOps for CandleOps {
             let [q, k, v] = [queries.narrow(0, first, new)?, gather(pool.keys)?, gather(pool.values)?];
             first += new;
             let [q, k, v] = [q.unsqueeze(0)?, k.unsqueeze(0)?, v.unsqueeze(0)?];
-            outputs.push(attention::grouped_query_attention(&q, &k, &v, shape)?.squeeze(0)?);
+            outputs.push(attention::grouped_query_attention([&q, &k, &v], shape, None)?.squeeze(0)?);
         }
         if outputs.is_empty() { Ok(queries.clone()) } else { Ok(Tensor::cat(&outputs, 0)?) }
     }
@@ -116,6 +140,25 @@ impl DecoderOps for CandleOps {
         }
         Ok(table.contiguous()?.index_select(&Tensor::new(ids, table.device())?, 0)?)
     }
+}
+
+/// Queries, keys and values.
+fn parts(qkv: &Tensor, num_heads: usize) -> Result<[Tensor; 3]> {
+    let d_model = AttentionShape::fused_head_dim(qkv.dim(D::Minus1)?, num_heads)? * num_heads;
+    let part = |part: usize| qkv.narrow(D::Minus1, part * d_model, d_model);
+    Ok([part(0)?, part(1)?, part(2)?])
+}
+
+fn attend(
+    [queries, keys, values]: [&Tensor; 3],
+    shape: AttentionShape,
+    seq_len: usize,
+    dropout: Option<HeadDropout>,
+) -> Result<Tensor> {
+    shape.check(queries, keys, values, seq_len)?;
+    let sequences = |x: &Tensor| x.reshape(((), seq_len, x.dim(D::Minus1)?));
+    let qkv = [sequences(queries)?, sequences(keys)?, sequences(values)?];
+    Ok(attention::grouped_query_attention(qkv.each_ref(), shape, dropout)?.reshape(queries.shape())?)
 }
 
 fn check_rows(pool: PagedKv<'_>) -> Result<()> {

@@ -2,7 +2,8 @@
 
 use super::CandleOps;
 use crate::ops::{
-    AttentionShape, DecoderOps, IGNORED, KvShape, LossOps, PagedKv, PagedSequence, Positions, RotaryLayout, RotaryTable,
+    AttentionShape, DecoderOps, Dropout, HeadDropout, IGNORED, KvShape, LossOps, PagedKv, PagedSequence, Positions,
+    RotaryLayout, RotaryTable,
 };
 use crate::testing::{assert_close, check_gradients, random, random_var, values};
 use candle_core::{DType, Tensor};
@@ -58,6 +59,33 @@ fn attention_by_central_differences() {
     assert!(alone.is_some(), "heads that do not fit are still refused");
     let own = AttentionShape { window: Some(1), ..AttentionShape::new(2, 2) };
     assert_close(&CandleOps.attention(&k, &k, &v, own, 3).unwrap(), &v, 1e-12, "a window of one");
+}
+
+/// With its mask fixed, as it is by its seed, dropout is a function like any other.
+#[test]
+fn dropout_by_hand_and_by_central_differences() {
+    let dropout = Dropout::new(0.4, 6).unwrap();
+    let x = random_var(1, &[3, 2, 5], 1.0, DType::F64);
+    check_gradients(&[("x", &x)], || square(CandleOps.dropout(&x, dropout)));
+    let want = (0..30).map(|i| values(&x)[i] * f64::from(dropout.row(i / 5).factor(i as u32 % 5)));
+    assert_eq!(values(&CandleOps.dropout(&x, dropout).unwrap()), want.collect::<Vec<_>>());
+
+    let shape = AttentionShape::new(4, 2);
+    let [q, k, v] = [(1, 12), (2, 6), (3, 6)].map(|(seed, width)| random_var(seed, &[2, 7, width], 1.0, DType::F64));
+    let heads = HeadDropout { first_head: 4, ..HeadDropout::of_all(dropout) };
+    let attend = |heads| CandleOps.attention_dropped([&q, &k, &v], shape, 7, heads);
+    check_gradients(&[("queries", &q), ("keys", &k), ("values", &v)], || square(attend(heads)));
+    // The first query sees itself alone: its output is its value, once for each of its heads, scaled or gone.
+    let out = values(&attend(heads).unwrap());
+    for (sequence, head) in (0..2).flat_map(|sequence| (0..4).map(move |head| (sequence, head))) {
+        let factor = f64::from(heads.head(sequence, head).row(0).factor(0));
+        for column in 0..3 {
+            let value = values(&v)[sequence * 42 + head / 2 * 3 + column];
+            assert!((out[sequence * 84 + head * 3 + column] - value * factor).abs() < 1e-12, "{sequence} {head}");
+        }
+    }
+    let fused = random_var(4, &[1, 5, 18], 1.0, DType::F64);
+    check_gradients(&[("qkv", &fused)], || square(CandleOps.attention_fused_dropped(&fused, 3, 5, heads)));
 }
 
 #[test]

@@ -69,6 +69,12 @@ pub(crate) struct Args {
     /// with experts; never changes the result.
     #[arg(long, value_enum)]
     recompute: Option<RecomputeArg>,
+    /// Probability of dropping an attention probability, in training only.
+    #[arg(long)]
+    attention_dropout: Option<f64>,
+    /// Probability of dropping an element of the embedding, or of what a part of a layer adds, in training only.
+    #[arg(long)]
+    hidden_dropout: Option<f64>,
     /// Largest learning rate.
     #[arg(long)]
     lr: Option<f64>,
@@ -122,7 +128,7 @@ pub(crate) struct Args {
 }
 
 /// What `--evaluate` would ignore. `ModelArgs` is the group of all flags that describe a model.
-const TRAINING_ONLY: [&str; 21] = [
+const TRAINING_ONLY: [&str; 23] = [
     "ModelArgs",
     "data",
     "blend",
@@ -132,6 +138,8 @@ const TRAINING_ONLY: [&str; 21] = [
     "train_tokens",
     "global_batch_size",
     "recompute",
+    "attention_dropout",
+    "hidden_dropout",
     "lr",
     "min_lr",
     "lr_warmup_tokens",
@@ -242,6 +250,8 @@ impl Args {
         set(&mut config.global_batch_size, self.global_batch_size);
         set(&mut config.precision, self.precision.map(Into::into));
         set(&mut config.recompute, self.recompute.map(Into::into));
+        set(&mut config.attention_dropout, self.attention_dropout);
+        set(&mut config.hidden_dropout, self.hidden_dropout);
         set(&mut config.lr, self.lr);
         set(&mut config.weight_decay, self.weight_decay);
         set(&mut config.clip_grad, self.clip_grad);

@@ -108,8 +108,7 @@ fn new_run(args: &Args, config: TrainConfig, lock: Option<RunLock>, progress: &m
     args.model.fit_to(&mut shape, &tokenizer)?;
     shape.validate()?;
     let corpus = pack(args, text, &tokenizer, &shape, &config, progress)?;
-    let model =
-        Gpt::new(shape, config.seed, &Device::Cpu)?.with_precision(config.precision)?.with_recompute(config.recompute);
+    let model = following(Gpt::new(shape, config.seed, &Device::Cpu)?, &config)?;
     describe(&model, &corpus, &config, &args.out)?;
     Ok(Trainer::new_in(model, config, corpus, tokenizer::to_json(&tokenizer)?, lock)?)
 }
@@ -121,8 +120,9 @@ fn resumed_run(
     folder: &Path,
     progress: &mut Progress,
 ) -> Result<Trainer<Gpt>> {
-    let model = Gpt::load(folder, &Device::Cpu)?.with_precision(config.precision)?.with_recompute(config.recompute);
+    let model = Gpt::load(folder, &Device::Cpu)?;
     let config = config.resolved(model.config().max_seq_len)?;
+    let model = following(model, &config)?;
     let tokenizer = tokenizer::load(&folder.join("tokenizer.json"))?;
     args.model.check_tokenizer(&tokenizer)?;
     if args.model.is_given() {
@@ -139,6 +139,12 @@ fn resumed_run(
     describe(&model, &corpus, &config, &args.out)?;
     eprintln!("resuming from {}", folder.display());
     Ok(Trainer::resume_in(model, config, corpus, tokenizer::to_json(&tokenizer)?, lock, folder)?)
+}
+
+/// The model as the settings ask for.
+fn following(model: Gpt, config: &TrainConfig) -> Result<Gpt> {
+    let model = model.with_precision(config.precision)?.with_recompute(config.recompute);
+    Ok(model.with_dropout(config.dropout())?)
 }
 
 fn pack(
