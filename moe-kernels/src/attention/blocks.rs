@@ -267,10 +267,10 @@ impl Heads {
 
     /// Which probabilities are dropped in each row of a block of one key head, from query `start` of a sequence on.
     fn dropped(&self, sequence: usize, kv_head: usize, start: usize) -> Option<impl Fn(usize) -> DropoutRow> {
-        let heads: Vec<Dropout> = (0..self.group)
-            .filter_map(|head| Some(self.dropout?.head(sequence, kv_head * self.group + head)))
-            .collect();
-        (!heads.is_empty()).then(|| move |row: usize| heads[row % heads.len()].row(start + row / heads.len()))
+        let dropout = self.dropout?;
+        let head = |head| dropout.head(sequence, kv_head * self.group + head);
+        let heads: Vec<Dropout> = (0..self.group).map(head).collect();
+        Some(move |row: usize| heads[row % heads.len()].row(start + row / heads.len()))
     }
 
     /// Attention of each sequence's new tokens into `out` `[new tokens, d_model]`, sequence after sequence.
