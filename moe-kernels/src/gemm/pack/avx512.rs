@@ -85,33 +85,58 @@ unsafe fn copy_by(
 ) {
     let &Run { from, first, outer, width } = run;
     debug_assert!(from.outer_stride == 1 && first + outer <= from.outer && to.len() == outer * words);
-    let (start, into) = (from.values[first..].as_ptr(), to.as_mut_ptr());
-    let step_of = |step: usize, tile: usize, rows: usize| {
+    let copy = Copy { start: from.values[first..].as_ptr(), stride: from.inner_stride, words, per_word, line };
+    let whole = outer - outer % width;
+    for step in 0..words {
+        // SAFETY: passed on from the caller. The sizes that occur most have code of their own.
+        unsafe {
+            let to = to.as_mut_ptr();
+            let mut tile = 0;
+            while tile < whole {
+                match width {
+                    12 => copy.step(step, (tile, 12), to),
+                    32 => copy.step(step, (tile, 32), to),
+                    _ => copy.step(step, (tile, width), to),
+                }
+                tile += width;
+            }
+            if whole < outer {
+                copy.step(step, (whole, outer - whole), to);
+            }
+        }
+    }
+}
+
+/// What all steps of one [`copy_by`] have in common.
+struct Copy<L> {
+    start: *const f32,
+    stride: usize,
+    words: usize,
+    per_word: usize,
+    line: L,
+}
+
+impl<L: Fn(*const f32, usize, __mmask16) -> __m512i> Copy<L> {
+    /// One step of the tile of `rows` rows from row `tile` on.
+    ///
+    /// # Safety
+    /// As [`copy_by`].
+    #[inline(always)]
+    unsafe fn step(&self, step: usize, (tile, rows): (usize, usize), to: *mut u32) {
         for lane in (0..rows).step_by(16) {
             let lanes = rows - lane;
-            let spills = step * rows + lane + 16 <= words * rows;
+            let spills = step * rows + lane + 16 <= self.words * rows;
             // SAFETY: the tile begins at `tile * words`, and its step `step` has `rows` words; 16 of them lie inside the tile if
             // they are still to be written. What is fetched ahead need not exist.
             unsafe {
-                let at = start.add(tile + lane);
-                for value in 0..per_word {
-                    let ahead = at.wrapping_add((per_word * step + AHEAD + value) * from.inner_stride);
+                let at = self.start.add(tile + lane);
+                for value in 0..self.per_word {
+                    let ahead = at.wrapping_add((self.per_word * step + AHEAD + value) * self.stride);
                     _mm_prefetch::<_MM_HINT_T0>(ahead.cast());
                 }
-                store_line(into.add(tile * words + step * rows + lane), line(at, step, low_bits(lanes)), lanes, spills);
+                let line = (self.line)(at, step, low_bits(lanes));
+                store_line(to.add(tile * self.words + step * rows + lane), line, lanes, spills);
             }
-        }
-    };
-    let whole = outer - outer % width;
-    for step in 0..words {
-        match width {
-            // The sizes that occur most, with their loops unrolled.
-            12 => (0..whole).step_by(12).for_each(|tile| step_of(step, tile, 12)),
-            32 => (0..whole).step_by(32).for_each(|tile| step_of(step, tile, 32)),
-            _ => (0..whole).step_by(width).for_each(|tile| step_of(step, tile, width)),
-        }
-        if whole < outer {
-            step_of(step, whole, outer - whole);
         }
     }
 }
