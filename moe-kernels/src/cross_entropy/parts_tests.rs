@@ -229,3 +229,28 @@ fn what_does_not_fit_and_what_fails_between_parts_is_an_error() {
     assert!(refused(4..8, 2, false).contains("4..8"));
     assert!(refused(5..10, 2, false).contains("vocabulary of 9"));
 }
+
+#[test]
+fn a_part_packed_before_has_the_bits_of_one_that_is_not() {
+    for case in CASES.iter().filter(|case| case.tokens > 0 && !case.parts.contains(&0)) {
+        for precision in [Precision::F32, Precision::Bf16] {
+            let losses = on_parts(case.parts, |part| {
+                let (targets, [hidden, weight]) = (case.targets(), case.inputs());
+                let weight = weight.narrow(0, part.held.start, part.held.len()).unwrap().contiguous().unwrap();
+                let values = flat(&weight);
+                let operand = Operand::rows(&values, part.held.len(), case.width, case.width);
+                let packed = PackedWeights::new(select::current(), precision, &operand);
+                [
+                    linear_cross_entropy_part(&hidden, &weight, &targets, &part, precision).unwrap(),
+                    linear_cross_entropy_part_packed(&hidden, &packed, &targets, &part).unwrap(),
+                ]
+                .map(|loss| loss.to_scalar::<f32>().unwrap().to_bits())
+            });
+            assert!(
+                losses.iter().flatten().all(|&loss| loss == losses[0][0]),
+                "{} {precision:?}: {losses:?}",
+                case.name()
+            );
+        }
+    }
+}
