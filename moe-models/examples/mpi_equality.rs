@@ -5,7 +5,7 @@
 mod equality;
 
 use equality::{Kind, Reference, check, layouts};
-use moe_models::Precision;
+use moe_models::{DropoutConfig, Precision};
 use moe_parallel::comm::mpi::MpiWorld;
 use moe_parallel::{Collectives, Phase, Site};
 use std::time::Duration;
@@ -15,9 +15,10 @@ fn main() -> anyhow::Result<()> {
     // As threads that are ranks have it: the cores are shared out.
     let cores = std::thread::available_parallelism().map_or(1, usize::from);
     rayon::ThreadPoolBuilder::new().num_threads((cores / comm.size()).max(1)).build_global()?;
+    let (precision, dropout) = (Precision::F32, DropoutConfig::default());
     let kinds = [
-        Kind { experts: vec![4, 8], top_k: 1, capacity: Some(1.0), precision: Precision::F32 },
-        Kind { experts: vec![3, 5], top_k: 2, capacity: None, precision: Precision::F32 },
+        Kind { experts: vec![4, 8], top_k: 1, capacity: Some(1.0), precision, dropout },
+        Kind { experts: vec![3, 5], top_k: 2, capacity: None, precision, dropout },
     ];
     let layouts = layouts(comm.size());
     for kind in &kinds {
