@@ -1,10 +1,11 @@
 //! Products at the shapes of training: the output, the gradient of the input and that of the weights, of one linear map over all
-//! rows and of 16 experts over theirs, weights and rows packed on the way; beside the multipliers' rate measured around them.
+//! rows and of 16 experts over theirs, packed on the way: rows, and weights as training has them (in bf16 rounded before); beside the
+//! multipliers' rate measured around them.
 //!
 //! Prints a table, and one JSON line per row with `--json`; words choose a type or a product. `cargo xtask bench kernels` keeps the
 //! output.
 
-use moe_kernels::gemm::{Group, Operand, PackedWeights, Rounded, Start, Weights, bf16_round, gemm};
+use moe_kernels::gemm::{Group, Operand, Rounded, Start, bf16_round, gemm};
 use moe_kernels::machine::{self, Peaks};
 use moe_kernels::{Isa, Precision, select};
 use std::time::Instant;
@@ -26,16 +27,6 @@ enum Product {
 
 const PRODUCTS: [(&str, Product); 3] =
     [("output", Product::Output), ("input", Product::InputGradient), ("weight", Product::WeightGradient)];
-
-/// What the weights are given as.
-#[derive(Clone, Copy, PartialEq)]
-enum Form {
-    Plain,
-    Rounded,
-    Packed,
-}
-
-const FORMS: [(&str, Form); 3] = [("plain", Form::Plain), ("rounded", Form::Rounded), ("packed", Form::Packed)];
 
 /// Sizes of one row of the table.
 #[derive(Clone, Copy)]
@@ -77,31 +68,18 @@ fn group<'a>(of: Product, sizes: Sizes, index: usize, [x, w, grad]: [&'a [f32]; 
 }
 
 /// Median and least seconds of one call.
-fn measure(isa: Isa, precision: Precision, of: Product, sizes: Sizes, form: Form) -> [f64; 2] {
+fn measure(isa: Isa, precision: Precision, of: Product, sizes: Sizes) -> [f64; 2] {
     let values = |len: usize, step: usize| (0..len).map(|i| ((i * step % 101) as f32 - 50.0) * 0.01).collect();
     let [x, w, grad]: [Vec<f32>; 3] = [(0, 37), (1, 31), (2, 29)].map(|(i, step)| values(sizes.lens()[i], step));
     let mut groups: Vec<Group<'_>> =
         (0..sizes.matrices).map(|index| group(of, sizes, index, [&x, &w, &grad])).collect();
-    let Sizes { inner, out, matrices, .. } = sizes;
+    let Sizes { inner, out, .. } = sizes;
     let bits: Vec<u16> = w.iter().map(|&v| (bf16_round(v).to_bits() >> 16) as u16).collect();
-    let packed: Vec<PackedWeights> = (0..matrices)
-        .map(|e| {
-            let w = &w[e * out * inner..][..out * inner];
-            let operand = match of {
-                Product::InputGradient => Operand::columns(w, inner, out, inner),
-                _ => Operand::rows(w, out, inner, inner),
-            };
-            PackedWeights::new(isa, precision, &operand)
-        })
-        .collect();
-    if of != Product::WeightGradient {
-        for (e, group) in groups.iter_mut().enumerate() {
-            let bits = &bits[e * out * inner..][..out * inner];
-            group.b = match (form, of) {
-                (Form::Plain, _) => group.b,
-                (Form::Rounded, Product::InputGradient) => Rounded::columns(bits, inner, out).into(),
-                (Form::Rounded, _) => Rounded::rows(bits, out, inner).into(),
-                (Form::Packed, _) => Weights::Packed(&packed[e]),
+    if precision == Precision::Bf16 && of != Product::WeightGradient {
+        for (group, bits) in groups.iter_mut().zip(bits.chunks_exact(out * inner)) {
+            group.b = match of {
+                Product::InputGradient => Rounded::columns(bits, inner, out).into(),
+                _ => Rounded::rows(bits, out, inner).into(),
             };
         }
     }
@@ -135,10 +113,9 @@ fn main() {
     }
     let isa = select::current();
     let types = [("bf16", Precision::Bf16), ("f32", Precision::F32)];
-    let form = FORMS.into_iter().find(|f| only.iter().any(|o| *o == f.0)).map_or(Form::Plain, |f| f.1);
     let wanted =
         |name: &str, all: &[&str]| only.iter().any(|o| *o == name) || !only.iter().any(|o| all.contains(&o.as_str()));
-    println!("machine: {}; kernels: {isa}; operands packed on the way", machine::name());
+    println!("machine: {}; kernels: {isa}; operands packed on the way, weights in bf16 rounded before", machine::name());
     for (kind, precision) in types.into_iter().filter(|t| wanted(t.0, &types.map(|t| t.0))) {
         let before = Peaks::measure();
         let mut measured = Vec::new();
@@ -146,7 +123,7 @@ fn main() {
             for [matrices, rows] in ROWS {
                 for (name, of) in PRODUCTS.into_iter().filter(|p| wanted(p.0, &PRODUCTS.map(|p| p.0))) {
                     let sizes = Sizes { inner, out, matrices, rows };
-                    measured.push((name, sizes, measure(isa, precision, of, sizes, form)));
+                    measured.push((name, sizes, measure(isa, precision, of, sizes)));
                 }
             }
         }

@@ -310,3 +310,43 @@ proptest::proptest! {
         }
     }
 }
+
+/// An output larger than the caches, which vectors store past them where it begins on a line: the same bits from there and from
+/// elsewhere, with a last panel that is not whole, on every set.
+#[test]
+fn outputs_past_the_caches_have_the_same_bits() {
+    let (m, n, k) = (2900, 2901, 3);
+    let (a, b) = (random(1, m * k), random(2, n * k));
+    let operand = |values, outer| Operand::rows(values, outer, k, k);
+    // Rows of whole lines, and rows that are not.
+    for stride in [n.next_multiple_of(16), n] {
+        let len = (m - 1) * stride + n;
+        let mut buffer = vec![0.0f32; len + 17];
+        let line = buffer.as_ptr().align_offset(64);
+        for isa in Isa::available() {
+            for first in [line, line + 1] {
+                let out = &mut buffer[first..first + len];
+                let group = Group {
+                    a: operand(&a, m),
+                    b: operand(&b, n).into(),
+                    start: Start::Zero,
+                    out_offset: 0,
+                    out_stride: stride,
+                };
+                out.fill(f32::NAN);
+                gemm(isa, Precision::F32, &[group], out);
+                for (row, out) in out.chunks(stride).enumerate() {
+                    for (col, sum) in out[..n].iter().enumerate() {
+                        let term = |p: usize| (a[row * k + p], b[col * k + p]);
+                        let want = (0..k).map(term).fold(0.0f32, |sum, (a, b)| a.mul_add(b, sum));
+                        assert_eq!(
+                            sum.to_bits(),
+                            want.to_bits(),
+                            "{isa}: {row}, {col} of rows of {stride} from {first}"
+                        );
+                    }
+                }
+            }
+        }
+    }
+}

@@ -54,6 +54,15 @@ pub(super) fn panels_at_once(a_format: Format, rows: usize) -> usize {
     }
 }
 
+/// Orders what [`Tile::streams`] has stored before whatever tells other threads that it is there.
+pub(super) fn finish_stream() {
+    #[cfg(target_arch = "x86_64")]
+    // SAFETY: a fence; every x86-64 processor has it.
+    unsafe {
+        std::arch::x86_64::_mm_sfence();
+    }
+}
+
 /// Runs one tile. `a_format` tells how A is packed; B is [`Format::F32`] with A of that format, else [`Format::Pairs`].
 pub(super) fn run(isa: Isa, a_format: Format, tile: &Tile<'_>) {
     let a_words = match a_format {
