@@ -115,7 +115,10 @@ fn main() {
     let types = [("bf16", Precision::Bf16), ("f32", Precision::F32)];
     let wanted =
         |name: &str, all: &[&str]| only.iter().any(|o| *o == name) || !only.iter().any(|o| all.contains(&o.as_str()));
-    println!("machine: {}; kernels: {isa}; operands packed on the way, weights in bf16 rounded before", machine::name());
+    println!(
+        "machine: {}; kernels: {isa}; operands packed on the way, weights in bf16 rounded before",
+        machine::name()
+    );
     for (kind, precision) in types.into_iter().filter(|t| wanted(t.0, &types.map(|t| t.0))) {
         let before = Peaks::measure();
         let mut measured = Vec::new();

@@ -1,15 +1,14 @@
 //! Parameters that are not trained: they stay, and cost nothing; the others do not notice.
 
-use crate::train_gpt::{config, corpus, shape};
+use crate::train_gpt::{config, corpus, run_until, shape};
 use candle_core::Device;
 use moe_core::CounterRng;
 use moe_models::gpt::Gpt;
 use moe_models::train::step::{StepBuffers, accumulate};
-use moe_models::train::{Event, Outcome, TrainConfig, TrainModel, Trainer};
+use moe_models::train::{Outcome, TrainConfig, TrainModel, Trainer};
 use moe_models::{Precision, Recompute, TokenBatch, TrainPass};
 use std::collections::HashMap;
 use std::path::Path;
-use std::sync::atomic::{AtomicBool, Ordering};
 
 /// Both embeddings (the first is the output layer too), and one stack of experts.
 fn is_frozen(name: &str) -> bool {
@@ -80,14 +79,7 @@ fn run(config: &TrainConfig, out: &Path, resume: Option<&Path>, stop_after: u64)
             Trainer::resume(model, config.clone(), corpus, tokenizer, out, folder).unwrap()
         }
     };
-    let stop = AtomicBool::new(false);
-    let mut observer = |event: &Event| {
-        if matches!(event, Event::Step { step, .. } if *step == stop_after) {
-            stop.store(true, Ordering::Relaxed);
-        }
-    };
-    let outcome = trainer.run(&stop, &mut observer).unwrap();
-    (outcome, trainer)
+    (run_until(&mut trainer, stop_after), trainer)
 }
 
 #[test]

@@ -68,14 +68,18 @@ fn run(config: &TrainConfig, out: &Path, resume: Option<&Path>, stop_after: u64)
             Trainer::resume(model, config.clone(), corpus, tokenizer, out, folder).unwrap()
         }
     };
+    (run_until(&mut trainer, stop_after), trainer)
+}
+
+/// Runs to the end, or raises the stop flag after a step.
+pub(crate) fn run_until(trainer: &mut Trainer<Gpt>, stop_after: u64) -> Outcome {
     let stop = AtomicBool::new(false);
     let mut observer = |event: &Event| {
         if matches!(event, Event::Step { step, .. } if *step == stop_after) {
             stop.store(true, Ordering::Relaxed);
         }
     };
-    let outcome = trainer.run(&stop, &mut observer).unwrap();
-    (outcome, trainer)
+    trainer.run(&stop, &mut observer).unwrap()
 }
 
 fn bits(model: &Gpt) -> Vec<(String, Vec<u32>)> {
