@@ -23,10 +23,12 @@ pub mod dims;
 mod error;
 mod exchanged;
 pub mod expert;
+pub mod extent;
 pub mod mesh;
 pub mod placement;
 pub mod share;
 pub mod tensor;
+pub mod tensor_box;
 #[cfg(feature = "testing")]
 pub mod testing;
 
@@ -34,6 +36,8 @@ pub use comm::{Collectives, Communicator, Fault, Phase, Site};
 pub use dims::ParallelDims;
 pub use error::{Error, Result};
 pub use expert::{AllToAllDispatcher, Coordination, RankDispatcher};
+pub use extent::Extent;
 pub use mesh::{ExchangeConfig, Mesh};
 pub use placement::Placement;
 pub use tensor::RankOps;
+pub use tensor_box::TensorBox;

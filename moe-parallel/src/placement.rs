@@ -68,6 +68,16 @@ impl Placement {
         }
     }
 
+    /// The indices along a split dimension that are held here: a range of each of its equal parts.
+    pub(crate) fn ranges(&self, spec: &ParamSpec, split: &Split) -> Vec<Range<usize>> {
+        let (index, parts) = self.along(spec, split);
+        // One rank has all, also what equal parts would leave.
+        let pieces = if parts == 1 { 1 } else { split.parts };
+        let len = spec.shape[split.dim] / pieces;
+        let own = part(len, index, parts);
+        (0..pieces).map(|piece| piece * len + own.start..piece * len + own.end).collect()
+    }
+
     /// The experts of a stack that are held here.
     pub fn experts(&self, num_experts: usize) -> Range<usize> {
         let (index, parts) = self.expert(num_experts);
@@ -101,8 +111,7 @@ impl Placement {
     pub fn local_shape(&self, spec: &ParamSpec) -> Vec<usize> {
         let mut shape = spec.shape.clone();
         for split in &spec.splits {
-            let (index, parts) = self.along(spec, split);
-            shape[split.dim] = part(spec.shape[split.dim] / split.parts, index, parts).len() * split.parts;
+            shape[split.dim] = self.ranges(spec, split).iter().map(Range::len).sum();
         }
         shape
     }
@@ -134,16 +143,9 @@ impl Placement {
 
     fn cut(&self, spec: &ParamSpec, mut whole: Tensor, skip: usize) -> Result<Tensor> {
         for split in spec.splits.iter().filter(|split| split.dim >= skip) {
-            let (index, parts) = self.along(spec, split);
-            if parts == 1 {
-                continue;
-            }
-            let len = spec.shape[split.dim] / split.parts;
-            let range = part(len, index, parts);
-            let dim = split.dim - skip;
-            let pieces = (0..split.parts)
-                .map(|piece| whole.narrow(dim, piece * len + range.start, range.len()))
-                .collect::<candle_core::Result<Vec<_>>>()?;
+            let (ranges, dim) = (self.ranges(spec, split), split.dim - skip);
+            let narrow = |range: &Range<usize>| whole.narrow(dim, range.start, range.len());
+            let pieces = ranges.iter().map(narrow).collect::<candle_core::Result<Vec<_>>>()?;
             whole = Tensor::cat(&pieces, dim)?;
         }
         Ok(whole)
