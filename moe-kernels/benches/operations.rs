@@ -54,7 +54,7 @@ fn once(body: impl FnOnce() -> Result<()>) -> Result<f64> {
 fn time(operation: &Operation<'_>, isas: [Isa; 2]) -> Result<[[f64; 2]; 3]> {
     let plain: Vec<Tensor> = operation.inputs.iter().map(|v| v.as_tensor().detach()).collect();
     let tracked: Vec<Tensor> = operation.inputs.iter().map(|v| v.as_tensor().clone()).collect();
-    let named = operation.inputs.iter().map(|var| (operation.name, var, String::new()));
+    let named = operation.inputs.iter().map(|var| (operation.name, var));
     let mut buffers = GradBuffers::new(named)?;
     let mut least = [[f64::INFINITY; 2]; 3];
     for _ in 0..ROUNDS {

@@ -25,17 +25,17 @@ impl Input<'_> {
 
 /// Where the gradient of one input goes.
 #[derive(Debug)]
-pub(crate) enum Target<'a> {
+pub(crate) enum Target {
     /// Nobody wants it.
     Unwanted,
     /// A buffer of its own.
     Own(Option<Vec<f32>>),
     /// The sum that is kept of a parameter's gradients.
-    Kept(GradSlice<'a>),
+    Kept(GradSlice),
 }
 
 /// The targets of inputs with these edges.
-pub(crate) fn targets<'a>(edges: &[Edge], into: &mut Gradients<'a>) -> Vec<Target<'a>> {
+pub(crate) fn targets(edges: &[Edge], into: &mut Gradients<'_>) -> Vec<Target> {
     let target = |edge: &Edge| match into.take(edge) {
         Some(slice) => Target::Kept(slice),
         None if edge.is_wanted() => Target::Own(None),
@@ -48,15 +48,15 @@ pub(crate) fn targets<'a>(edges: &[Edge], into: &mut Gradients<'a>) -> Vec<Targe
 ///
 /// # Errors
 /// As [`Gradients::give`].
-pub(crate) fn settle<'a>(
+pub(crate) fn settle(
     edges: &[Edge],
     shapes: Vec<Shape>,
-    targets: Vec<Target<'a>>,
-    into: &mut Gradients<'a>,
+    targets: Vec<Target>,
+    into: &mut Gradients<'_>,
 ) -> moe_core::Result<()> {
     for ((edge, target), shape) in edges.iter().zip(targets).zip(shapes) {
         match target {
-            Target::Kept(slice) => into.put_back(edge, slice),
+            Target::Kept(slice) => into.put_back(edge, slice)?,
             Target::Own(Some(values)) => into.give(edge, Tensor::from_vec(values, shape, &Device::Cpu)?)?,
             Target::Own(None) | Target::Unwanted => {}
         }
@@ -64,7 +64,7 @@ pub(crate) fn settle<'a>(
     Ok(())
 }
 
-impl Target<'_> {
+impl Target {
     /// Brings a whole gradient, if it is wanted.
     pub(crate) fn bring(&mut self, gradient: impl FnOnce() -> Vec<f32>) {
         match self {
@@ -106,7 +106,7 @@ pub(crate) trait SliceOp: Send + Sync {
     ///
     /// # Errors
     /// If the operation keeps nothing any more that the gradient needs.
-    fn backward(&self, inputs: &[Input<'_>], out: &[f32], grad: &[f32], to: &mut [Target<'_>]) -> Result<()>;
+    fn backward(&self, inputs: &[Input<'_>], out: &[f32], grad: &[f32], to: &mut [Target]) -> Result<()>;
 }
 
 /// Applies `op`, recorded on the tape of this thread if there is one; otherwise as an operation of candle's, which takes up to

@@ -135,7 +135,7 @@ impl SliceOp for Mix {
         (out, inputs[0].dims.to_vec())
     }
 
-    fn backward(&self, inputs: &[Input<'_>], _: &[f32], grad: &[f32], to: &mut [Target<'_>]) -> Result<()> {
+    fn backward(&self, inputs: &[Input<'_>], _: &[f32], grad: &[f32], to: &mut [Target]) -> Result<()> {
         let ([a, b, logits], width) = ([0, 1, 2].map(|i| inputs[i].values), inputs[0].width());
         to[0].bring(|| self.weighed(grad, logits, width, 0));
         to[1].bring(|| self.weighed(grad, logits, width, 1));

@@ -19,10 +19,15 @@ pub struct TokenBatch {
 }
 
 impl TokenBatch {
+    /// No sequence: for a rank that only takes part in the passes of others. Its losses are 0.
+    pub fn empty(seq_len: usize) -> Self {
+        Self { input_ids: vec![], target_ids: vec![], batch: 0, seq_len }
+    }
+
     /// Refuses sizes that do not fit each other.
     pub(crate) fn check(&self) -> Result<()> {
         let tokens = self.batch * self.seq_len;
-        if tokens == 0 || self.input_ids.len() != tokens || self.target_ids.len() != tokens {
+        if self.seq_len == 0 || self.input_ids.len() != tokens || self.target_ids.len() != tokens {
             return Err(Error::Argument(format!(
                 "a batch of {} x {} tokens got {} inputs and {} targets",
                 self.batch,

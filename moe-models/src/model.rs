@@ -9,7 +9,7 @@ use crate::{Decoder, DecoderConfig, DropoutConfig, Error, Recompute, Result};
 use candle_core::{DType, Device, Tensor, Var};
 use moe_core::{CandleOps, Ops, ParamSpec};
 use moe_kernels::{KernelOps, Precision};
-use moe_parallel::Placement;
+use moe_parallel::{Mesh, Placement};
 use std::borrow::Cow;
 use std::collections::HashSet;
 use std::path::Path;
@@ -31,57 +31,56 @@ pub struct Model<F = Box<dyn Family>> {
     /// Over the same memory, detached.
     inference: Decoder,
     device: Device,
+    /// Where this is one rank's part.
+    mesh: Option<Arc<Mesh>>,
 }
 
-impl<F: Family> Model<F> {
-    /// A fresh model; the same seed gives the same weights.
-    ///
-    /// # Errors
-    /// [`Error::Config`] if the configuration is not valid.
-    pub fn new(family: F, seed: u64, device: &Device) -> Result<Self> {
-        let config = family.decoder()?;
-        let table = Arc::new(config.params());
-        let value = |spec: &ParamSpec| Ok(spec.initial(seed, device)?);
-        Self::of_values(family, config, table, value, device)
-    }
+/// What a model is made of besides its values.
+struct Blueprint<F> {
+    family: F,
+    config: DecoderConfig,
+    table: Arc<ParamTable>,
+    mesh: Option<Arc<Mesh>>,
+    device: Device,
+}
 
-    /// A model with the weights of a checkpoint.
-    ///
-    /// # Errors
-    /// [`Error::Format`] if the checkpoint is another model's.
-    pub fn from_checkpoint(family: F, checkpoint: &Checkpoint, device: &Device) -> Result<Self> {
+impl<F: Family> Blueprint<F> {
+    fn new(family: F, mesh: Option<Arc<Mesh>>, device: &Device) -> Result<Self> {
         let config = family.decoder()?;
         let table = Arc::new(config.params());
-        checkpoint.check(&table)?;
-        let value = |spec: &ParamSpec| Ok(checkpoint.tensor(spec, device)?.to_dtype(DType::F32)?);
-        Self::of_values(family, config, table, value, device)
+        Ok(Self { family, config, table, mesh, device: device.clone() })
     }
 
     /// A model whose parameters are all trainable and begin with these values.
-    fn of_values(
-        family: F,
-        config: DecoderConfig,
-        table: Arc<ParamTable>,
-        value: impl Fn(&ParamSpec) -> Result<Tensor>,
-        device: &Device,
-    ) -> Result<Self> {
+    fn of_values(self, value: impl Fn(&ParamSpec) -> Result<Tensor>) -> Result<Model<F>> {
         let variable = |spec: &ParamSpec| Ok((spec.name.clone(), Var::from_tensor(&value(spec)?)?));
-        let variables = table.specs().iter().map(variable).collect::<Result<Vec<_>>>()?;
+        let variables = self.table.specs().iter().map(variable).collect::<Result<Vec<_>>>()?;
         let trainable = variables.clone();
-        Self::assemble(family, config, table, variables, trainable, Precision::F32, device)
+        self.assemble(variables, trainable, Precision::F32)
+    }
+
+    /// One rank's part, whose values `source` gives.
+    fn of_source(self, source: impl FnOnce(Arc<ParamTable>, Placement) -> ParamSource) -> Result<Model<F>> {
+        let placement = self.mesh.as_ref().map_or(Placement::WHOLE, |mesh| mesh.placement());
+        let source = source(Arc::clone(&self.table), placement);
+        self.of_values(|spec| Ok(source.part(spec, &Device::Cpu)?.to_dtype(DType::F32)?))
     }
 
     fn assemble(
-        family: F,
-        config: DecoderConfig,
-        table: Arc<ParamTable>,
+        self,
         variables: Vec<(String, Var)>,
         trainable: Vec<(String, Var)>,
         precision: Precision,
-        device: &Device,
-    ) -> Result<Self> {
-        let ops = plain_ops(precision, device)?;
-        let build = |source: ParamSource| Decoder::new(config.clone(), source.builder(device), Arc::clone(&ops));
+    ) -> Result<Model<F>> {
+        let Self { family, config, table, mesh, device } = self;
+        let ops = plain_ops(precision, &device)?;
+        let build = |source: ParamSource| match &mesh {
+            None => Decoder::new(config.clone(), source.builder(&device), Arc::clone(&ops)),
+            Some(mesh) => {
+                let vb = source.at(mesh.placement()).builder(&device);
+                Decoder::over(config.clone(), vb, Arc::clone(&ops), mesh)
+            }
+        };
         let trains: HashSet<&str> = trainable.iter().map(|(name, _)| name.as_str()).collect();
         let mut frozen = Vec::new();
         let mut read = |name: &str, var: &Var| {
@@ -94,8 +93,47 @@ impl<F: Family> Model<F> {
         let tensors: Vec<_> = variables.iter().map(|(name, var)| (name.clone(), read(name, var))).collect();
         let training = build(ParamSource::tensors(Arc::clone(&table), tensors))?;
         let inference = build(ParamSource::detached(Arc::clone(&table), &variables))?;
-        let device = device.clone();
-        Ok(Self { family, table, variables, trainable, frozen, precision, training, inference, device })
+        Ok(Model { family, table, variables, trainable, frozen, precision, training, inference, device, mesh })
+    }
+}
+
+impl<F: Family> Model<F> {
+    /// A fresh model; the same seed gives the same weights.
+    ///
+    /// # Errors
+    /// [`Error::Config`] if the configuration is not valid.
+    pub fn new(family: F, seed: u64, device: &Device) -> Result<Self> {
+        Blueprint::new(family, None, device)?.of_values(|spec| Ok(spec.initial(seed, device)?))
+    }
+
+    /// One rank's part of a fresh model, on the CPU: the values that one rank would have. Called by all ranks of `mesh`, as are
+    /// passes; ranks of one tensor group run the same tokens.
+    ///
+    /// # Errors
+    /// As [`Model::new`], and [`Decoder::over`].
+    pub fn new_over(family: F, seed: u64, mesh: Arc<Mesh>) -> Result<Self> {
+        let blueprint = Blueprint::new(family, Some(mesh), &Device::Cpu)?;
+        blueprint.of_source(|table, placement| ParamSource::initial(table, seed, placement))
+    }
+
+    /// A model with the weights of a checkpoint.
+    ///
+    /// # Errors
+    /// [`Error::Format`] if the checkpoint is another model's.
+    pub fn from_checkpoint(family: F, checkpoint: &Checkpoint, device: &Device) -> Result<Self> {
+        let blueprint = Blueprint::new(family, None, device)?;
+        checkpoint.check(&blueprint.table)?;
+        blueprint.of_values(|spec| Ok(checkpoint.tensor(spec, device)?.to_dtype(DType::F32)?))
+    }
+
+    /// One rank's part of a model with the weights of a checkpoint, of which only this part is read. Called by all ranks.
+    ///
+    /// # Errors
+    /// As [`Model::from_checkpoint`], and [`Decoder::over`].
+    pub fn from_checkpoint_over(family: F, checkpoint: Arc<Checkpoint>, mesh: Arc<Mesh>) -> Result<Self> {
+        let blueprint = Blueprint::new(family, Some(mesh), &Device::Cpu)?;
+        checkpoint.check(&blueprint.table)?;
+        blueprint.of_source(|table, placement| ParamSource::checkpoint(table, checkpoint, placement))
     }
 
     /// The same model with its matrix products in `precision`; sums, softmax, norms and the router stay f32. A new model
@@ -127,8 +165,8 @@ impl<F: Family> Model<F> {
     /// The same variables under other decoders.
     fn reassembled(self, trainable: Vec<(String, Var)>, precision: Precision) -> Result<Self> {
         let (config, recompute, dropout) = (self.training.config().clone(), self.recompute(), self.dropout());
-        let model =
-            Self::assemble(self.family, config, self.table, self.variables, trainable, precision, &self.device)?;
+        let Self { family, table, variables, mesh, device, .. } = self;
+        let model = Blueprint { family, config, table, mesh, device }.assemble(variables, trainable, precision)?;
         model.with_recompute(recompute).with_dropout(dropout)
     }
 
@@ -161,11 +199,21 @@ impl<F: Family> Model<F> {
         self.precision
     }
 
+    /// Which part of the model this is.
+    pub fn placement(&self) -> Placement {
+        self.mesh.as_ref().map_or(Placement::WHOLE, |mesh| mesh.placement())
+    }
+
     /// The same model for inference alone: weights packed for the kernels, the variables gone.
     ///
     /// # Errors
     /// As [`Model::with_precision`].
     pub fn into_packed(self) -> Result<Decoder> {
+        if self.mesh.is_some() {
+            return Err(Error::Argument(
+                "a rank's part of a model is not packed: load it over the mesh instead".into(),
+            ));
+        }
         let Self { table, variables, precision, training, inference, device, .. } = self;
         let config = inference.config().clone();
         drop((training, inference));
@@ -242,6 +290,16 @@ impl<F: ReadFamily> Model<F> {
         let family = F::read_file(&dir.join("config.json"))?;
         let checkpoint = Checkpoint::open(dir, family.names())?;
         Self::from_checkpoint(family, &checkpoint, device)
+    }
+
+    /// One rank's part of a Hugging Face folder's model, of which only this part is read. Called by all ranks of `mesh`.
+    ///
+    /// # Errors
+    /// As [`Model::load`], and [`Decoder::over`].
+    pub fn load_over(dir: &Path, mesh: Arc<Mesh>) -> Result<Self> {
+        let family = F::read_file(&dir.join("config.json"))?;
+        let checkpoint = Checkpoint::open(dir, family.names())?;
+        Self::from_checkpoint_over(family, Arc::new(checkpoint), mesh)
     }
 
     /// Reads a model from the contents of `config.json` and `model.safetensors`.

@@ -108,6 +108,19 @@ impl ParamSource {
         VarBuilder::from_backend(Box::new(self), DType::F32, device.clone())
     }
 
+    /// A rank's part of a parameter. Of a stack only the experts held here are made or read.
+    pub(crate) fn part(&self, spec: &ParamSpec, device: &Device) -> Result<Tensor> {
+        if !spec.is_stacked() {
+            return self.fetch(&spec.name, device);
+        }
+        let held = self.placement.experts(spec.shape[0]).len();
+        let expert = |index: usize| {
+            let name = spec.expert_name(index);
+            self.fetch(&name.ok_or_else(|| Error::Config(format!("{} has no experts", spec.name)))?, device)
+        };
+        Ok(Tensor::stack(&(0..held).map(expert).collect::<Result<Vec<_>>>()?, 0)?)
+    }
+
     /// A rank's part of the parameter `name`, or of one expert of it: experts are counted among those of this rank.
     fn fetch(&self, name: &str, device: &Device) -> Result<Tensor> {
         let Some((spec, expert)) = self.table.find(name) else {

@@ -1,24 +1,52 @@
-//! [`GradBuffers`]: where the gradients of parameters are kept: one flat f32 buffer per group, made once.
+//! [`GradBuffers`]: where the gradients of parameters are kept: an f32 buffer for each, made when it is first written to.
 
-use super::{GradSlice, Gradients};
+use super::gradients::{Gradients, Watch};
 use crate::{Error, Result};
 use candle_core::{TensorId, Var};
 use std::collections::HashMap;
-use std::ops::Range;
 
-/// Gradients that are kept, reduced and updated together: one after the other in the order of their parameters.
+/// One registered parameter's gradient.
 #[derive(Debug, Clone)]
-pub struct GradGroup {
-    /// For errors and reports.
-    pub name: String,
-    /// All of them.
-    pub values: Vec<f32>,
+pub(super) struct Slot {
+    pub(super) elements: usize,
+    /// Empty while an operation has them, before the first use, and once they are released.
+    pub(super) values: Vec<f32>,
+    /// The values are those of an earlier sum.
+    pub(super) stale: bool,
+    /// How often something arrives in one pass, as far as passes were seen.
+    pub(super) arrivals: usize,
 }
 
-#[derive(Debug, Clone)]
-struct Place {
-    group: usize,
-    range: Range<usize>,
+impl Slot {
+    /// Makes sure that there are values, which then are stale.
+    pub(super) fn allocate(&mut self) {
+        if self.values.len() < self.elements {
+            self.values = vec![0.0; self.elements];
+            self.stale = true;
+        }
+    }
+
+    /// Gives the memory back; the next sum begins anew.
+    pub(super) fn release(&mut self) {
+        (self.values, self.stale) = (Vec::new(), true);
+    }
+
+    /// Ends the sum: without a contribution it is zero.
+    pub(super) fn settle(&mut self) {
+        self.allocate();
+        if std::mem::replace(&mut self.stale, false) {
+            self.values.fill(0.0);
+        }
+    }
+}
+
+/// What becomes of a parameter's buffer after somebody was told of its gradient.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum After {
+    /// It is kept, with its values.
+    Keep,
+    /// Its memory is given back until the next gradient.
+    Release,
 }
 
 /// Sums of the gradients of registered parameters.
@@ -27,83 +55,66 @@ struct Place {
 /// Megatron-LM's gradient accumulation fusion into `main_grad` (2104.04473, section 3).
 #[derive(Debug)]
 pub struct GradBuffers {
-    places: Vec<Place>,
-    by_id: HashMap<TensorId, usize>,
-    groups: Vec<GradGroup>,
-    /// Parameters whose values are those of an earlier sum.
-    stale: Vec<bool>,
+    pub(super) by_id: HashMap<TensorId, usize>,
+    pub(super) slots: Vec<Slot>,
 }
 
 impl GradBuffers {
-    /// Buffers for `params`, each with the name of the group it belongs to; all are zero.
+    /// Buffers for `params`.
     ///
     /// # Errors
     /// [`Error::Input`] for a variable that is given twice.
-    pub fn new<'a>(params: impl IntoIterator<Item = (&'a str, &'a Var, String)>) -> Result<Self> {
-        let mut buffers = Self { places: Vec::new(), by_id: HashMap::new(), groups: Vec::new(), stale: Vec::new() };
-        let mut lens: Vec<usize> = Vec::new();
-        for (name, var, group_name) in params {
-            let group = buffers.groups.iter().position(|group| group.name == group_name).unwrap_or_else(|| {
-                buffers.groups.push(GradGroup { name: group_name, values: Vec::new() });
-                lens.push(0);
-                lens.len() - 1
-            });
-            let range = lens[group]..lens[group] + var.elem_count();
-            lens[group] = range.end;
-            if buffers.by_id.insert(var.id(), buffers.places.len()).is_some() {
+    pub fn new<'a>(params: impl IntoIterator<Item = (&'a str, &'a Var)>) -> Result<Self> {
+        let mut buffers = Self { by_id: HashMap::new(), slots: Vec::new() };
+        for (name, var) in params {
+            if buffers.by_id.insert(var.id(), buffers.slots.len()).is_some() {
                 return Err(Error::Input(format!("parameter {name} is registered twice")));
             }
-            buffers.places.push(Place { group, range });
+            buffers.slots.push(Slot { elements: var.elem_count(), values: Vec::new(), stale: true, arrivals: 0 });
         }
-        buffers.groups.iter_mut().zip(lens).for_each(|(group, len)| group.values = vec![0.0; len]);
-        buffers.stale = vec![true; buffers.places.len()];
         Ok(buffers)
     }
 
-    /// The gradient of parameter `index`, in the order they were registered in, row-major.
+    /// The gradient of parameter `index`, in the order they were registered in, row-major; empty if it is released.
     pub fn of(&self, index: usize) -> &[f32] {
-        let place = &self.places[index];
-        &self.groups[place.group].values[place.range.clone()]
+        &self.slots[index].values
+    }
+
+    /// The same, to be changed.
+    pub fn of_mut(&mut self, index: usize) -> &mut [f32] {
+        &mut self.slots[index].values
     }
 
     /// All of them, in the order they were registered in.
     pub fn all(&self) -> Vec<&[f32]> {
-        (0..self.places.len()).map(|index| self.of(index)).collect()
-    }
-
-    /// The groups, in the order of their first parameters.
-    pub fn groups(&self) -> &[GradGroup] {
-        &self.groups
-    }
-
-    /// The same, to be reduced.
-    pub fn groups_mut(&mut self) -> &mut [GradGroup] {
-        &mut self.groups
+        self.slots.iter().map(|slot| slot.values.as_slice()).collect()
     }
 
     /// Begins a new sum. Nothing is written yet: the first contribution to each parameter replaces what is there.
     pub fn begin(&mut self) {
-        self.stale.fill(true);
+        self.slots.iter_mut().for_each(|slot| slot.stale = true);
     }
 
     /// Ends the sum: parameters that took no part have zeros.
     pub fn finish(&mut self) {
-        for (place, stale) in self.places.iter().zip(&mut self.stale) {
-            if std::mem::replace(stale, false) {
-                self.groups[place.group].values[place.range.clone()].fill(0.0);
-            }
-        }
+        self.slots.iter_mut().for_each(Slot::settle);
     }
 
     /// Where a backward pass adds its gradients.
     pub fn gradients(&mut self) -> Gradients<'_> {
-        let Self { places, by_id, groups, stale } = self;
-        let mut rest: Vec<&mut [f32]> = groups.iter_mut().map(|group| group.values.as_mut_slice()).collect();
-        let slices = places.iter().zip(stale).map(|(place, stale)| {
-            let (values, others) = std::mem::take(&mut rest[place.group]).split_at_mut(place.range.len());
-            rest[place.group] = others;
-            GradSlice::new(values, stale)
-        });
-        Gradients::new(by_id, slices.map(Some).collect())
+        Gradients::new(self, None)
+    }
+
+    /// The same for the last pass of a sum, with `complete` told of each of `groups` of parameters as soon as nothing more will
+    /// arrive for it: group by group in their order, the number of the group and the sum of each of its parameters in theirs.
+    /// Groups whose parameters arrive early in the backward pass come first. [`Gradients::finish`] tells of the rest.
+    ///
+    /// That nothing more will arrive is known from the passes before; whatever arrives against it is an error. So the first
+    /// pass of all tells of everything at its end.
+    pub fn watched<'a>(&'a mut self, groups: &'a [Vec<usize>], complete: Complete<'a>) -> Gradients<'a> {
+        Gradients::new(self, Some(Watch::new(groups, complete)))
     }
 }
+
+/// Is told of a group of parameters whose gradients are complete.
+pub type Complete<'a> = &'a mut dyn FnMut(usize, &[&[f32]]) -> Result<After>;

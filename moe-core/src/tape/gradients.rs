@@ -1,40 +1,38 @@
 //! [`Gradients`]: where a backward pass brings gradients to: registered parameters' buffers, or a tensor for everything else.
 
 use super::Edge;
+use super::buffers::{After, Complete, GradBuffers, Slot};
 use crate::ops::host;
 use crate::{Error, Result};
 use candle_core::{CpuStorage, CustomOp1, DType, Layout, Shape, Storage, Tensor, TensorId};
 use std::collections::HashMap;
+use std::fmt;
 
-/// The place of one registered parameter's gradient.
+/// The place of one registered parameter's gradient, while an operation has it.
 #[derive(Debug)]
-pub struct GradSlice<'a> {
-    values: &'a mut [f32],
-    stale: &'a mut bool,
+pub struct GradSlice {
+    values: Vec<f32>,
+    stale: bool,
 }
 
-impl<'a> GradSlice<'a> {
-    pub(super) fn new(values: &'a mut [f32], stale: &'a mut bool) -> Self {
-        Self { values, stale }
-    }
-
+impl GradSlice {
     /// Whether the values are left over and have to be replaced, all of them, rather than added to.
     pub fn is_stale(&self) -> bool {
-        *self.stale
+        self.stale
     }
 
     /// The values, to be replaced if they are stale and added to otherwise: the caller promises to do so.
     pub fn sum(&mut self) -> &mut [f32] {
-        *self.stale = false;
-        self.values
+        self.stale = false;
+        &mut self.values
     }
 
     /// The values, zeroed if they are stale, to be added to here and there.
     pub fn zeroed(&mut self) -> &mut [f32] {
-        if std::mem::replace(self.stale, false) {
+        if std::mem::replace(&mut self.stale, false) {
             self.values.fill(0.0);
         }
-        self.values
+        &mut self.values
     }
 
     /// Adds a whole gradient.
@@ -43,67 +41,153 @@ impl<'a> GradSlice<'a> {
     /// If it has another length.
     pub fn add(&mut self, terms: &[f32]) {
         assert_eq!(self.values.len(), terms.len(), "a gradient has the size of its parameter");
-        if std::mem::replace(self.stale, false) {
+        if std::mem::replace(&mut self.stale, false) {
             return self.values.copy_from_slice(terms);
         }
         host::dispatch(|| self.values.iter_mut().zip(terms).for_each(|(sum, term)| *sum += term));
     }
 }
 
-/// Receives the gradients of one backward pass.
-#[derive(Debug)]
-pub struct Gradients<'a> {
-    by_id: &'a HashMap<TensorId, usize>,
-    /// `None` while an operation has it.
-    slices: Vec<Option<GradSlice<'a>>>,
-    /// Of leaves that are not registered.
-    others: HashMap<TensorId, Tensor>,
+/// Who is told of complete gradients, and how far that has come.
+pub(super) struct Watch<'a> {
+    groups: &'a [Vec<usize>],
+    complete: Complete<'a>,
+    /// Parameters of each group that are not complete.
+    waiting: Vec<usize>,
+    /// The first group that was not told of.
+    next: usize,
 }
 
+impl<'a> Watch<'a> {
+    pub(super) fn new(groups: &'a [Vec<usize>], complete: Complete<'a>) -> Self {
+        Self { groups, complete, waiting: groups.iter().map(Vec::len).collect(), next: 0 }
+    }
+}
+
+/// Receives the gradients of one backward pass.
+pub struct Gradients<'a> {
+    buffers: &'a mut GradBuffers,
+    /// Of each registered parameter.
+    arrived: Vec<usize>,
+    /// An operation has the values, or they are complete.
+    closed: Vec<bool>,
+    /// Of leaves that are not registered.
+    others: HashMap<TensorId, Tensor>,
+    watch: Option<Watch<'a>>,
+}
+
+impl fmt::Debug for Gradients<'_> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Gradients").field("parameters", &self.arrived.len()).finish_non_exhaustive()
+    }
+}
+
+/// Values that new ones are kept apart from; `None` where there were none.
+pub(super) type Aside = Vec<(usize, Option<Vec<f32>>)>;
+
 impl<'a> Gradients<'a> {
-    pub(super) fn new(by_id: &'a HashMap<TensorId, usize>, slices: Vec<Option<GradSlice<'a>>>) -> Self {
-        Self { by_id, slices, others: HashMap::new() }
+    pub(super) fn new(buffers: &'a mut GradBuffers, watch: Option<Watch<'a>>) -> Self {
+        let count = buffers.slots.len();
+        Self { buffers, arrived: vec![0; count], closed: vec![false; count], others: HashMap::new(), watch }
     }
 
     /// Takes the values of these parameters, as far as they have any, out of the way of new ones.
-    pub(super) fn set_aside(&mut self, parameters: impl Iterator<Item = TensorId>) -> Vec<(usize, Vec<f32>)> {
-        let mut aside = Vec::new();
-        for index in parameters.filter_map(|id| self.by_id.get(&id).copied()) {
-            if let Some(slice) = self.slices[index].as_mut().filter(|slice| !slice.is_stale()) {
-                aside.push((index, slice.values.to_vec()));
-                *slice.stale = true;
+    pub(super) fn set_aside(&mut self, parameters: impl Iterator<Item = TensorId>) -> Aside {
+        let mut aside: Aside = parameters.filter_map(|id| Some((*self.buffers.by_id.get(&id)?, None))).collect();
+        aside.sort_by_key(|(index, _)| *index);
+        for (index, values) in &mut aside {
+            let slot = &mut self.buffers.slots[*index];
+            if !std::mem::replace(&mut slot.stale, true) {
+                *values = Some(std::mem::take(&mut slot.values));
             }
         }
         aside
     }
 
-    /// Adds what was taken out of the way to what has arrived since.
-    pub(super) fn add_back(&mut self, aside: Vec<(usize, Vec<f32>)>) {
-        for (index, values) in aside {
-            if let Some(slice) = self.slices[index].as_mut() {
-                slice.add(&values);
+    /// Adds what has arrived since to what was taken out of its way.
+    ///
+    /// # Errors
+    /// What is told of a complete gradient returns.
+    pub(super) fn add_back(&mut self, aside: Aside) -> Result<()> {
+        for (index, before) in aside {
+            let slot = &mut self.buffers.slots[index];
+            if let Some(values) = before {
+                let pass = std::mem::replace(&mut slot.values, values);
+                let mut sum = GradSlice { values: std::mem::take(&mut slot.values), stale: false };
+                if !std::mem::replace(&mut slot.stale, false) {
+                    sum.add(&pass);
+                }
+                slot.values = sum.values;
             }
+            self.arrive(index)?;
         }
+        Ok(())
     }
 
     fn index(&self, edge: &Edge) -> Option<usize> {
         match edge {
-            Edge::Leaf(id, _) => self.by_id.get(id).copied(),
+            Edge::Leaf(id, _) => self.buffers.by_id.get(id).copied(),
             Edge::Constant | Edge::Segment(_) => None,
         }
     }
 
     /// The place of a registered parameter, to write a gradient where it is kept; [`Gradients::put_back`] must follow.
-    pub fn take(&mut self, parameter: &Edge) -> Option<GradSlice<'a>> {
-        let index = self.index(parameter)?;
-        self.slices[index].take()
+    pub fn take(&mut self, parameter: &Edge) -> Option<GradSlice> {
+        let index = self.index(parameter).filter(|&index| !self.closed[index])?;
+        Some(self.open(index))
+    }
+
+    fn open(&mut self, index: usize) -> GradSlice {
+        let slot = &mut self.buffers.slots[index];
+        slot.allocate();
+        self.closed[index] = true;
+        GradSlice { values: std::mem::take(&mut slot.values), stale: slot.stale }
     }
 
     /// Gives a place back.
-    pub fn put_back(&mut self, parameter: &Edge, slice: GradSlice<'a>) {
-        if let Some(index) = self.index(parameter) {
-            self.slices[index] = Some(slice);
+    ///
+    /// # Errors
+    /// What is told of a complete gradient returns.
+    pub fn put_back(&mut self, parameter: &Edge, slice: GradSlice) -> Result<()> {
+        self.index(parameter).map_or(Ok(()), |index| self.close(index, slice))
+    }
+
+    fn close(&mut self, index: usize, GradSlice { values, stale }: GradSlice) -> Result<()> {
+        let slot = &mut self.buffers.slots[index];
+        (slot.values, slot.stale) = (values, stale);
+        self.closed[index] = false;
+        self.arrive(index)
+    }
+
+    /// Something has come for a parameter.
+    fn arrive(&mut self, index: usize) -> Result<()> {
+        self.arrived[index] += 1;
+        let Some(watch) = &mut self.watch else { return Ok(()) };
+        if self.arrived[index] != self.buffers.slots[index].arrivals {
+            return Ok(());
         }
+        let Some(group) = watch.groups.iter().position(|group| group.contains(&index)) else { return Ok(()) };
+        self.closed[index] = true;
+        watch.waiting[group] -= 1;
+        while watch.waiting.get(watch.next) == Some(&0) {
+            watch.tell(&mut self.buffers.slots)?;
+        }
+        Ok(())
+    }
+
+    /// Ends the pass: tells of the groups that were not told of yet.
+    ///
+    /// # Errors
+    /// What is told returns.
+    pub fn finish(self) -> Result<()> {
+        for (slot, arrived) in self.buffers.slots.iter_mut().zip(self.arrived) {
+            slot.arrivals = slot.arrivals.max(arrived);
+        }
+        let Some(mut watch) = self.watch else { return Ok(()) };
+        while watch.next < watch.groups.len() {
+            watch.tell(&mut self.buffers.slots)?;
+        }
+        Ok(())
     }
 
     /// Adds a gradient: to its parameter's buffer, to a leaf's sum, or through candle's graph to those behind it.
@@ -136,11 +220,16 @@ impl<'a> Gradients<'a> {
     }
 
     fn give_leaf(&mut self, id: TensorId, gradient: Tensor) -> Result<()> {
-        if let Some(&index) = self.by_id.get(&id) {
-            let slice = self.slices[index].as_mut();
-            let slice =
-                slice.ok_or_else(|| Error::Input("an operation gives a gradient it has the place of".into()))?;
-            return add_tensor(slice, &gradient);
+        if let Some(&index) = self.buffers.by_id.get(&id) {
+            if self.closed[index] {
+                return Err(Error::Input(format!(
+                    "a gradient came for parameter {index} while an operation has its place, or after it was complete: \
+                     passes of a run must be made of the same operations"
+                )));
+            }
+            let mut slice = self.open(index);
+            add_tensor(&mut slice, &gradient)?;
+            return self.close(index, slice);
         }
         match self.others.remove(&id) {
             Some(sum) => self.others.insert(id, (sum + gradient)?),
@@ -155,8 +244,22 @@ impl<'a> Gradients<'a> {
     }
 }
 
+impl Watch<'_> {
+    /// Of the next group.
+    fn tell(&mut self, slots: &mut [Slot]) -> Result<()> {
+        let group = &self.groups[self.next];
+        group.iter().for_each(|&index| slots[index].settle());
+        let values: Vec<&[f32]> = group.iter().map(|&index| slots[index].values.as_slice()).collect();
+        if (self.complete)(self.next, &values)? == After::Release {
+            group.iter().for_each(|&index| slots[index].release());
+        }
+        self.next += 1;
+        Ok(())
+    }
+}
+
 /// Adds a gradient, read in place where it lies contiguous on the CPU.
-fn add_tensor(slice: &mut GradSlice<'_>, gradient: &Tensor) -> Result<()> {
+fn add_tensor(slice: &mut GradSlice, gradient: &Tensor) -> Result<()> {
     let (storage, layout) = gradient.storage_and_layout();
     if let (Storage::Cpu(CpuStorage::F32(values)), Some((start, end))) = (&*storage, layout.contiguous_offsets()) {
         slice.add(&values[start..end]);

@@ -17,7 +17,7 @@ mod recompute;
 #[cfg(test)]
 mod tests;
 
-pub use buffers::{GradBuffers, GradGroup};
+pub use buffers::{After, Complete, GradBuffers};
 pub use gradients::{GradSlice, Gradients};
 pub use recompute::recomputed;
 
@@ -114,8 +114,7 @@ impl Tape {
                 back(gradients, into)?;
             }
         }
-        into.add_back(set_aside);
-        Ok(())
+        into.add_back(set_aside)
     }
 
     /// [`Tape::backward`] of a scalar.

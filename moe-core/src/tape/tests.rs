@@ -3,7 +3,7 @@
 use super::*;
 use crate::testing::{assert_close, random, random_var, values};
 use candle_core::DType;
-use std::cell::Cell;
+use std::cell::{Cell, RefCell};
 use std::rc::Rc;
 
 /// `x * x`, recorded while a tape is active.
@@ -33,8 +33,7 @@ fn mixed(x: &Tensor, w: &Tensor, b: &Tensor) -> Result<Tensor> {
 }
 
 fn registered(params: &[(&str, &Var)]) -> GradBuffers {
-    let group = |name: &str| if name == "b" { "biases" } else { "dense" };
-    GradBuffers::new(params.iter().map(|(name, var)| (*name, *var, group(name).to_owned()))).unwrap()
+    GradBuffers::new(params.iter().copied()).unwrap()
 }
 
 /// The sum over `times` passes of the gradients of `loss`.
@@ -42,7 +41,9 @@ fn taped(buffers: &mut GradBuffers, times: usize, loss: impl Fn() -> Result<Tens
     buffers.begin();
     for _ in 0..times {
         let (loss, tape) = Tape::record(&loss);
-        tape.backward_of(&loss.unwrap(), &mut buffers.gradients()).unwrap();
+        let mut gradients = buffers.gradients();
+        tape.backward_of(&loss.unwrap(), &mut gradients).unwrap();
+        gradients.finish().unwrap();
     }
     buffers.finish();
     buffers.all().into_iter().map(|g| Tensor::from_slice(g, g.len(), &Device::Cpu).unwrap()).collect()
@@ -54,10 +55,6 @@ fn records_and_segments_give_the_gradients_of_candles_graph() {
     let (w, b) = (random_var(2, &[4, 3], 0.7, DType::F32), random_var(3, &[3], 0.7, DType::F32));
     let want = mixed(&x, &w, &b).unwrap().backward().unwrap();
     let mut buffers = registered(&[("x", &x), ("b", &b), ("w", &w)]);
-    assert_eq!(
-        buffers.groups().iter().map(|g| (g.name.as_str(), g.values.len())).collect::<Vec<_>>(),
-        [("dense", 32), ("biases", 3)]
-    );
     // Twice, so that what the first sum left is replaced.
     for times in [1, 3] {
         let got = taped(&mut buffers, times, || mixed(&x, &w, &b));
@@ -73,7 +70,8 @@ fn records_and_segments_give_the_gradients_of_candles_graph() {
 fn what_is_not_registered_is_handed_over_and_what_takes_no_part_is_zero() {
     let (x, idle) = (random_var(1, &[2, 3], 1.0, DType::F32), random_var(2, &[4], 1.0, DType::F32));
     let mut buffers = registered(&[("idle", &idle)]);
-    buffers.groups_mut()[0].values.fill(7.0);
+    buffers.finish();
+    buffers.of_mut(0).fill(7.0);
     buffers.begin();
     let (loss, tape) = Tape::record(|| squared(&x).unwrap().sum_all().unwrap());
     let mut gradients = buffers.gradients();
@@ -145,7 +143,7 @@ fn recomputed_parts_run_twice_and_give_the_same_bits() {
 #[test]
 fn bad_gradients_and_registrations_are_refused() {
     let x = random_var(1, &[2, 3], 1.0, DType::F32);
-    let twice = [("a", &x), ("b", &x)].map(|(name, var)| (name, var, String::new()));
+    let twice = [("a", &x), ("b", &x)];
     assert!(GradBuffers::new(twice).unwrap_err().to_string().contains("b is registered twice"));
     let mut buffers = registered(&[("x", &x)]);
     let wrong = Tensor::zeros((3, 2), DType::F32, &Device::Cpu).unwrap();
@@ -189,4 +187,79 @@ fn passes_are_finished_before_they_are_added() {
     // The later operation's term arrives first.
     let one_by_one = one.iter().zip(term(22)).zip(term(12)).map(|((sum, b), a)| sum + b as f32 + a as f32);
     assert_ne!(one_by_one.collect::<Vec<f32>>(), sums);
+}
+
+/// `x * w`, whose backward pass is logged.
+fn logged(x: &Tensor, w: &Var, log: &Rc<RefCell<Vec<String>>>, name: &'static str) -> Result<Tensor> {
+    let products = values(&(x.detach() * w.detach())?).into_iter().map(|v| v as f32).collect();
+    let out = output(products, x.dims(), x.device())?;
+    let (edges, kept, log) = ([Edge::of(x), Edge::of(w)], [x.detach(), w.detach()], Rc::clone(log));
+    record(&[&out], move |gradients, into| {
+        let gradient = gradients.into_iter().flatten().next().expect("a gradient");
+        log.borrow_mut().push(format!("back {name}"));
+        into.give(&edges[1], (&gradient * &kept[0])?)?;
+        into.give(&edges[0], (gradient * &kept[1])?)
+    });
+    Ok(out)
+}
+
+/// From the second pass on a group is told of as soon as its last gradient has arrived, in the order of the groups, with the sum
+/// over all passes; a gradient that comes later is an error.
+#[test]
+fn complete_groups_are_told_of_while_the_pass_goes_on() {
+    let vars = [1, 2, 3].map(|seed| random_var(seed, &[8], 1.0, DType::F32));
+    let named = ["a", "b", "c"].into_iter().zip(&vars);
+    let mut buffers = GradBuffers::new(named).unwrap();
+    let log = Rc::new(RefCell::new(Vec::new()));
+    let input = random(9, &[8], 1.0, DType::F32);
+    let loss = |twice: bool| -> Result<Tensor> {
+        let mut x = logged(&input, &vars[0], &log, "a")?;
+        if twice {
+            x = logged(&x, &vars[2], &log, "c again")?;
+        }
+        let x = logged(&x, &vars[1], &log, "b")?;
+        Ok(logged(&x, &vars[2], &log, "c")?.sum_all()?)
+    };
+    let groups = [vec![2], vec![1, 0]];
+    let mut told = Vec::new();
+    let mut pass = |buffers: &mut GradBuffers, after: After, twice: bool| -> Result<Vec<String>> {
+        log.borrow_mut().clear();
+        told.clear();
+        let (loss, tape) = Tape::record(|| loss(twice));
+        let mut complete = |group: usize, sums: &[&[f32]]| {
+            log.borrow_mut().push(format!("group {group}"));
+            told.push(sums.iter().map(|sum| sum.to_vec()).collect::<Vec<_>>());
+            Ok(after)
+        };
+        let mut into = buffers.watched(&groups, &mut complete);
+        tape.backward_of(&loss?, &mut into)?;
+        into.finish()?;
+        let kept: Vec<Vec<f32>> = buffers.all().into_iter().map(<[f32]>::to_vec).collect();
+        match after {
+            After::Keep => assert_eq!(told, [vec![kept[2].clone()], vec![kept[1].clone(), kept[0].clone()]]),
+            After::Release => assert!(kept.iter().all(Vec::is_empty) && told.concat().iter().all(|sum| sum.len() == 8)),
+        }
+        Ok(log.borrow().clone())
+    };
+    let late = ["back c", "back b", "back a", "group 0", "group 1"];
+    let early = ["back c", "group 0", "back b", "back a", "group 1"];
+    buffers.begin();
+    assert_eq!(pass(&mut buffers, After::Keep, false).unwrap(), late);
+    let first = buffers.of(0).to_vec();
+    assert_eq!(pass(&mut buffers, After::Keep, false).unwrap(), early);
+    assert!(buffers.of(0).iter().zip(&first).all(|(both, one)| *both == one + one), "the sum of two passes");
+    buffers.begin();
+    assert_eq!(pass(&mut buffers, After::Release, false).unwrap(), early);
+    assert_eq!(pass(&mut buffers, After::Keep, false).unwrap(), early);
+    assert_eq!(buffers.of(0), first, "what was released begins anew");
+    let error = pass(&mut buffers, After::Keep, true).unwrap_err().to_string();
+    assert!(error.contains("parameter 2") && error.contains("after it was complete"), "{error}");
+    // Without any pass everything is zero.
+    let mut zeros = GradBuffers::new([("a", &vars[0])]).unwrap();
+    zeros.begin();
+    let mut complete = |_: usize, sums: &[&[f32]]| {
+        assert_eq!(sums, [[0.0; 8]]);
+        Ok(After::Keep)
+    };
+    zeros.watched(&[vec![0]], &mut complete).finish().unwrap();
 }

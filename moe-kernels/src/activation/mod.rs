@@ -193,7 +193,7 @@ impl SliceOp for Elementwise {
         (out, [leading, &[inputs[0].width() / self.activation.inputs()]].concat())
     }
 
-    fn backward(&self, inputs: &[Input<'_>], _: &[f32], grad: &[f32], to: &mut [Target<'_>]) -> Result<()> {
+    fn backward(&self, inputs: &[Input<'_>], _: &[f32], grad: &[f32], to: &mut [Target]) -> Result<()> {
         to[0].bring(|| self.gradient(inputs[0].values, grad, inputs[0].width()));
         Ok(())
     }

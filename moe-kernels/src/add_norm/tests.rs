@@ -10,7 +10,7 @@ use moe_core::testing::{random_var, values};
 /// Values of both results, and the gradients of all of `vars`, as bits.
 fn run(vars: &[&Var], both: impl Fn() -> moe_core::Result<[Tensor; 2]>) -> Vec<Vec<u64>> {
     let names = ["x", "delta", "weight", "bias"];
-    let params = names.iter().zip(vars).map(|(name, var)| (*name, *var, "all".to_owned()));
+    let params = names.iter().zip(vars).map(|(name, var)| (*name, *var));
     let mut buffers = GradBuffers::new(params).unwrap();
     buffers.begin();
     let (outputs, tape) = Tape::record(|| both().unwrap());

@@ -238,7 +238,7 @@ impl SliceOp for Fused {
         (out, [&dims[..dims.len() - 1], &[self.0.d_model()]].concat())
     }
 
-    fn backward(&self, inputs: &[Input<'_>], out: &[f32], grad: &[f32], to: &mut [Target<'_>]) -> Result<()> {
+    fn backward(&self, inputs: &[Input<'_>], out: &[f32], grad: &[f32], to: &mut [Target]) -> Result<()> {
         to[0].bring(|| self.gradient(inputs[0].values, out, grad, inputs[0].rows() / self.1, self.1));
         Ok(())
     }
@@ -259,7 +259,7 @@ impl SliceOp for Grouped {
         (self.0.forward_batch(parts, inputs[0].rows() / self.1, self.1), dims.to_vec())
     }
 
-    fn backward(&self, inputs: &[Input<'_>], out: &[f32], grad: &[f32], to: &mut [Target<'_>]) -> Result<()> {
+    fn backward(&self, inputs: &[Input<'_>], out: &[f32], grad: &[f32], to: &mut [Target]) -> Result<()> {
         let qkv = [0, 1, 2].map(|part| inputs[part].values);
         let gradients = self.gradient(qkv, [out, grad], (inputs[0].rows() / self.1, self.1));
         to.iter_mut().zip(gradients).for_each(|(to, gradient)| to.bring(|| gradient));

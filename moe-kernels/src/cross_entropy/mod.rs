@@ -320,7 +320,7 @@ impl SliceOp for Computed {
         (vec![self.loss], Vec::new())
     }
 
-    fn backward(&self, _: &[Input<'_>], _: &[f32], grad: &[f32], to: &mut [Target<'_>]) -> Result<()> {
+    fn backward(&self, _: &[Input<'_>], _: &[f32], grad: &[f32], to: &mut [Target]) -> Result<()> {
         let kept = self.gradients.lock().unwrap_or_else(PoisonError::into_inner).take();
         let Some(mut gradients) = kept else {
             return Err(Error::Argument(

@@ -179,7 +179,7 @@ fn operations_over_parts_equal_the_reference() {
             }
             let [hidden, weight] = hidden_and_weight(case, &part.held, DType::F32);
             let params = [("hidden", &hidden), ("weight", &weight)];
-            let mut buffers = tape::GradBuffers::new(params.map(|(name, var)| (name, var, String::new()))).unwrap();
+            let mut buffers = tape::GradBuffers::new(params).unwrap();
             let (loss, tape) = tape::Tape::record(|| {
                 linear_cross_entropy_part(&hidden, &weight, &case.targets(), &part, Precision::F32).unwrap()
             });

@@ -62,7 +62,7 @@ impl SliceOp for Dropped {
         (self.apply(inputs[0].values, inputs[0].width()), inputs[0].dims.to_vec())
     }
 
-    fn backward(&self, inputs: &[Input<'_>], _: &[f32], grad: &[f32], to: &mut [Target<'_>]) -> Result<()> {
+    fn backward(&self, inputs: &[Input<'_>], _: &[f32], grad: &[f32], to: &mut [Target]) -> Result<()> {
         to[0].bring(|| self.apply(grad, inputs[0].width()));
         Ok(())
     }

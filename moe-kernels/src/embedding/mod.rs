@@ -114,7 +114,7 @@ impl SliceOp for Embedding {
         (self.rows(inputs[0].values, width), vec![self.ids.len(), width])
     }
 
-    fn backward(&self, inputs: &[Input<'_>], _: &[f32], grad: &[f32], to: &mut [Target<'_>]) -> Result<()> {
+    fn backward(&self, inputs: &[Input<'_>], _: &[f32], grad: &[f32], to: &mut [Target]) -> Result<()> {
         let (vocab, width) = (inputs[0].rows(), inputs[0].width());
         to[0].add_to(vocab * width, |sums| self.add_gradient(grad, vocab, width, sums));
         Ok(())

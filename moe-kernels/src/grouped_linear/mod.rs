@@ -254,7 +254,7 @@ impl GroupedLinear {
     /// Brings the gradient of the weights, `[experts, out, in]`; zeros for experts without rows. Each batch's products are
     /// finished before they are added to those of the batches before it: one chain over all rows would round otherwise than
     /// batches that are run one after the other do.
-    pub(crate) fn bring_weight_gradient(&self, grad: &[f32], x: &[f32], inner: usize, out: usize, to: &mut Target<'_>) {
+    pub(crate) fn bring_weight_gradient(&self, grad: &[f32], x: &[f32], inner: usize, out: usize, to: &mut Target) {
         let size = out * inner;
         let product = |start: Start<'static>| {
             move |e: usize, rows: Range<usize>| Group {
@@ -335,7 +335,7 @@ impl SliceOp for Linear {
         (y, [&x.dims[..x.dims.len() - 1], &[out]].concat())
     }
 
-    fn backward(&self, inputs: &[Input<'_>], _: &[f32], grad: &[f32], to: &mut [Target<'_>]) -> Result<()> {
+    fn backward(&self, inputs: &[Input<'_>], _: &[f32], grad: &[f32], to: &mut [Target]) -> Result<()> {
         let (x, w, products) = (inputs[0], inputs[1], &self.products);
         let (inner, out) = (x.width(), w.rows() / products.num_experts());
         let copy = self.copy.as_ref().map(|copy| copy.read());

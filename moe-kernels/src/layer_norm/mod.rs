@@ -105,7 +105,7 @@ impl SliceOp for LayerNorm {
         (self.normed(inputs[0].values, inputs[1].values, inputs[2].values), inputs[0].dims.to_vec())
     }
 
-    fn backward(&self, inputs: &[Input<'_>], _: &[f32], grad: &[f32], to: &mut [Target<'_>]) -> Result<()> {
+    fn backward(&self, inputs: &[Input<'_>], _: &[f32], grad: &[f32], to: &mut [Target]) -> Result<()> {
         let gradients = self.gradients(inputs[0].values, inputs[1].values, grad);
         to.iter_mut().zip(gradients).for_each(|(to, gradient)| to.bring(|| gradient));
         Ok(())

@@ -148,7 +148,7 @@ impl SliceOp for GroupedMlp {
         (out, inputs[0].dims.to_vec())
     }
 
-    fn backward(&self, inputs: &[Input<'_>], _: &[f32], grad: &[f32], to: &mut [Target<'_>]) -> Result<()> {
+    fn backward(&self, inputs: &[Input<'_>], _: &[f32], grad: &[f32], to: &mut [Target]) -> Result<()> {
         let kept = self.hidden.lock().unwrap_or_else(PoisonError::into_inner).take();
         let Some(mut hidden) = kept else {
             return Err(Error::Argument("an mlp can be differentiated once; compute it again".into()));

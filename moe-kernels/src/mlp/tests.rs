@@ -10,7 +10,7 @@ use moe_core::testing::random_var;
 /// Gradients of two passes of `loss` with respect to all of `vars`, as bits.
 fn gradients(vars: &[&Var], loss: impl Fn() -> moe_core::Result<Tensor>) -> Vec<Vec<u32>> {
     let names: Vec<String> = (0..vars.len()).map(|i| format!("p{i}")).collect();
-    let params = names.iter().zip(vars).map(|(name, var)| (name.as_str(), *var, "all".to_owned()));
+    let params = names.iter().zip(vars).map(|(name, var)| (name.as_str(), *var));
     let mut buffers = GradBuffers::new(params).unwrap();
     buffers.begin();
     for _ in 0..2 {

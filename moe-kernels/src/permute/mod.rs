@@ -121,7 +121,7 @@ impl SliceOp for Permute {
         (rows, vec![self.0.num_rows(), width])
     }
 
-    fn backward(&self, inputs: &[Input<'_>], _: &[f32], grad: &[f32], to: &mut [Target<'_>]) -> Result<()> {
+    fn backward(&self, inputs: &[Input<'_>], _: &[f32], grad: &[f32], to: &mut [Target]) -> Result<()> {
         to[0].bring(|| sum_choices(select::current(), grad, None, &self.0, inputs[0].width()));
         Ok(())
     }
@@ -168,7 +168,7 @@ impl SliceOp for Unpermute {
         (sum_choices(select::current(), rows, Some(weights), &self.0, width), vec![self.0.num_tokens, width])
     }
 
-    fn backward(&self, inputs: &[Input<'_>], _: &[f32], grad: &[f32], to: &mut [Target<'_>]) -> Result<()> {
+    fn backward(&self, inputs: &[Input<'_>], _: &[f32], grad: &[f32], to: &mut [Target]) -> Result<()> {
         let (isa, width) = (select::current(), inputs[0].width());
         to[0].bring(|| self.row_gradient(isa, inputs[1].values, grad, width));
         to[1].bring(|| self.weight_gradient(isa, inputs[0].values, grad, width));

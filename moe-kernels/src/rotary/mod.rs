@@ -111,7 +111,7 @@ impl SliceOp for Rotary {
         (self.turn(inputs[0].values, 1.0), inputs[0].dims.to_vec())
     }
 
-    fn backward(&self, _: &[Input<'_>], _: &[f32], grad: &[f32], to: &mut [Target<'_>]) -> Result<()> {
+    fn backward(&self, _: &[Input<'_>], _: &[f32], grad: &[f32], to: &mut [Target]) -> Result<()> {
         to[0].bring(|| self.turn(grad, -1.0));
         Ok(())
     }

@@ -3,7 +3,7 @@
 use super::data::ValidSource;
 use super::metrics::{Record, VALID_BITS_PER_BYTE, VALID_LOSS};
 use super::model::{Pass, TokenBatch, TrainModel};
-use super::ranks::{OneRank, Ranks, Threads, exchange, unreadable};
+use super::ranks::{OneRank, Passes, Ranks, exchange, unreadable};
 use super::step::no_panic;
 use crate::gpt::IGNORED;
 use crate::{Error, Result};
@@ -105,7 +105,10 @@ pub fn evaluate_over<M: TrainModel>(
         .flat_map(|(index, source)| source.batches(batch_size).into_iter().map(move |batch| (index, batch)))
         .collect();
     let share = ranks.share(batches.len());
-    let own = mean_losses(model, &batches, share.clone(), ranks.threads());
+    let own = mean_losses(model, &batches, share.clone(), ranks.passes(batches.len()));
+    if let Err(error) = &own {
+        ranks.fail(error);
+    }
     let words = own.map(|own| share.zip(own).flat_map(|(i, loss)| [i as u64, loss.to_bits()]).collect());
     let mut losses = vec![None; batches.len()];
     for (rank, words) in exchange(ranks, words)?.into_iter().enumerate() {
@@ -125,7 +128,7 @@ pub fn evaluate_over<M: TrainModel>(
 /// # Errors
 /// What the model returns; [`crate::Error::Panic`] with the text of a panic.
 pub fn add_losses<M: TrainModel>(model: &M, batches: &[(usize, TokenBatch)], results: &mut [SourceLoss]) -> Result<()> {
-    let means = mean_losses(model, batches, 0..batches.len(), Threads::Awake)?;
+    let means = mean_losses(model, batches, 0..batches.len(), Passes::alone(batches.len()))?;
     add_means(batches, &means, results);
     Ok(())
 }
@@ -139,17 +142,24 @@ fn mean_losses<M: TrainModel>(
     model: &M,
     batches: &[(usize, TokenBatch)],
     share: Range<usize>,
-    threads: Threads,
+    how: Passes,
 ) -> Result<Vec<f64>> {
+    let loss = |i: usize, batch: &TokenBatch| Ok(how.run(|| no_panic(i, || model.loss(batch, Pass::Eval)))?.parts.lm);
     let mean = |i: usize| {
         let batch = &batches[i].1;
-        // The mean over no target is no number.
-        if num_targets(batch) == 0 {
-            return Ok(0.0);
+        // The mean over no target is no number; others may wait for the pass.
+        match (num_targets(batch), how.meeting) {
+            (0, false) => Ok(0.0),
+            (0, true) => loss(i, batch).map(|_| 0.0),
+            _ => loss(i, batch),
         }
-        Ok(threads.run(|| no_panic(i, || model.loss(batch, Pass::Eval)))?.parts.lm)
     };
-    share.map(mean).collect()
+    let own = share.clone().map(mean).collect::<Result<Vec<f64>>>()?;
+    if how.meeting {
+        let idle = TokenBatch::empty(batches.first().map_or(1, |(_, batch)| batch.seq_len));
+        (own.len()..how.rounds).try_for_each(|_| loss(share.end, &idle).map(drop))?;
+    }
+    Ok(own)
 }
 
 fn add_means(batches: &[(usize, TokenBatch)], means: &[f64], results: &mut [SourceLoss]) {

@@ -3,9 +3,16 @@
 use super::optimizer::{Unit, Units, UpdateRule};
 use crate::{DropoutConfig, Family, Model, Precision, Recompute, Result};
 use candle_core::{Tensor, Var};
+use moe_core::ParamSpec;
+use moe_parallel::Placement;
+use moe_parallel::extent::Extent;
+use std::collections::{BTreeSet, HashSet};
 use std::path::Path;
 
 pub use crate::batch::{LayerLoad, LossOutput, LossParts, Pass, TokenBatch, TrainPass};
+
+/// The group of gradients of all parameters that are not those of experts.
+const DENSE: &str = "dense";
 
 /// A model that can be trained: parameters, a loss with a graph, and a way to disk.
 ///
@@ -26,13 +33,17 @@ pub trait TrainModel: Sync {
     fn units(&self, name: &str, shape: &[usize]) -> Vec<Unit> {
         vec![Unit { name: name.to_owned(), elements: shape.iter().product() }]
     }
+    /// What all ranks hold of the parameters, in any order: what a run of one rank holds, by default.
+    fn all_units(&self) -> Vec<Unit> {
+        self.params().iter().flat_map(|(name, var)| self.units(name, var.dims())).collect()
+    }
     /// What [`TrainModel::loss`] reads of parameters that are not trained, each the very tensor. By default nothing.
     fn frozen(&self) -> &[Tensor] {
         &[]
     }
     /// The group whose buffer a parameter's gradient is kept in: those that the same ranks reduce, and update together.
     fn grad_group(&self, _name: &str) -> String {
-        "dense".into()
+        DENSE.into()
     }
     /// What the matrix products of [`TrainModel::loss`] read. The trainer refuses settings that say otherwise.
     ///
@@ -70,10 +81,21 @@ pub(crate) fn update_rules<M: TrainModel>(model: &M) -> Vec<UpdateRule> {
     model.params().iter().map(|(name, var)| model.update_rule(name, var.dims())).collect()
 }
 
-/// The units of `model`, which is whole.
+/// The units of `model`.
 pub(crate) fn units_of<M: TrainModel>(model: &M) -> Result<Units> {
     let held: Vec<_> = model.params().iter().map(|(name, var)| model.units(name, var.dims())).collect();
-    Units::new(&held)
+    Units::within(model.all_units(), &held)
+}
+
+/// The group whose gradients a parameter's are added up with: those of the dense layers, or of layers with as many experts.
+pub(crate) fn grad_group(spec: &ParamSpec) -> String {
+    if spec.is_stacked() { format!("experts of {}", spec.shape[0]) } else { DENSE.into() }
+}
+
+/// What a rank holds of a parameter, in the order of its elements.
+fn units(spec: &ParamSpec, placement: &Placement) -> Vec<Unit> {
+    let unit = |extent: Extent| Unit { name: extent.key(), elements: extent.elements() };
+    placement.extents(spec).into_iter().map(unit).collect()
 }
 
 impl<F: Family> TrainModel for Model<F> {
@@ -89,21 +111,22 @@ impl<F: Family> TrainModel for Model<F> {
     fn update_rule(&self, name: &str, _: &[usize]) -> UpdateRule {
         UpdateRule::decays(self.table().get(name).is_some_and(|spec| spec.decay))
     }
-    fn units(&self, name: &str, shape: &[usize]) -> Vec<Unit> {
-        let experts = self.table().get(name).filter(|spec| spec.is_stacked());
-        let experts = experts.into_iter().flat_map(|spec| (0..spec.shape[0]).filter_map(|i| spec.expert_name(i)));
-        let experts: Vec<_> = experts.map(|name| Unit { name, elements: shape[1..].iter().product() }).collect();
-        if !experts.is_empty() {
-            return experts;
-        }
-        vec![Unit { name: name.to_owned(), elements: shape.iter().product() }]
+    fn units(&self, name: &str, _: &[usize]) -> Vec<Unit> {
+        self.table().get(name).map(|spec| units(spec, &self.placement())).unwrap_or_default()
+    }
+    fn all_units(&self) -> Vec<Unit> {
+        let dims = self.placement().dims();
+        let placements = (0..dims.world_size()).filter_map(|rank| Placement::new(dims, rank).ok());
+        let trains: HashSet<&str> = self.trainable().iter().map(|(name, _)| name.as_str()).collect();
+        let specs = self.table().specs().iter().filter(|spec| trains.contains(spec.name.as_str()));
+        let of = |placement: Placement| specs.clone().flat_map(move |spec| units(spec, &placement));
+        placements.flat_map(of).collect::<BTreeSet<_>>().into_iter().collect()
     }
     fn frozen(&self) -> &[Tensor] {
         self.frozen()
     }
     fn grad_group(&self, name: &str) -> String {
-        let experts = self.table().get(name).filter(|spec| spec.is_stacked());
-        experts.map_or_else(|| "dense".into(), |spec| format!("experts of {}", spec.shape[0]))
+        self.table().get(name).map_or_else(|| DENSE.to_owned(), grad_group)
     }
     fn precision(&self) -> Precision {
         self.precision()

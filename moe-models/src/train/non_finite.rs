@@ -1,6 +1,7 @@
 //! [`NonFinite`]: which numbers of a step were not finite, so that a person knows where to look. Decides nothing.
 
 use super::model::LossParts;
+use super::optimizer::Grads;
 use crate::Result;
 use candle_core::Var;
 use std::fmt;
@@ -29,17 +30,18 @@ pub struct NonFiniteLoss {
 }
 
 impl NonFinite {
-    /// Looks through parameters and gradients. Reads everything, so it is for steps that have gone wrong.
+    /// Looks through parameters and gradients, as far as there are any. Reads everything, so it is for steps that have gone
+    /// wrong.
     ///
     /// # Errors
     /// If a parameter's values cannot be read.
-    pub fn find<G: AsRef<[f32]>>(params: &[(String, Var)], grads: &[G]) -> Result<Self> {
+    pub fn find(params: &[(String, Var)], grads: &Grads<'_>) -> Result<Self> {
         let mut found = Self::default();
-        for ((name, var), grad) in params.iter().zip(grads) {
+        for ((name, var), grad) in params.iter().zip(grads.all()) {
             if found.parameter.is_none() && any(&var.flatten_all()?.to_vec1::<f32>()?) {
                 found.parameter = Some(name.clone());
             }
-            if found.gradient.is_none() && any(grad.as_ref()) {
+            if found.gradient.is_none() && any(grad) {
                 found.gradient = Some(name.clone());
             }
         }
@@ -82,7 +84,7 @@ mod tests {
         let var = |values: &[f32]| Var::from_slice(values, values.len(), &Device::Cpu).unwrap();
         let params = [("a".to_owned(), var(&[1.0])), ("b".to_owned(), var(&[2.0])), ("c".to_owned(), var(&[f32::NAN]))];
         let grads = [vec![0.5], vec![f32::INFINITY], vec![f32::NAN]];
-        let found = NonFinite::find(&params, &grads).unwrap();
+        let found = NonFinite::find(&params, &Grads::whole(&grads)).unwrap();
         assert_eq!((found.parameter.as_deref(), found.gradient.as_deref()), (Some("c"), Some("b")));
         let loss = NonFiniteLoss {
             micro_batch: 2,
@@ -93,6 +95,6 @@ mod tests {
             NonFinite { loss: Some(loss), ..found }.to_string(),
             "parameter c is not finite; the loss of micro-batch 2 is NaN (language model 1.5, auxiliary NaN); the gradient of b is not finite"
         );
-        assert_eq!(NonFinite::find(&params[..2], &[[0.0], [1.0]]).unwrap(), NonFinite::default());
+        assert_eq!(NonFinite::find(&params[..2], &Grads::whole(&[[0.0], [1.0]])).unwrap(), NonFinite::default());
     }
 }

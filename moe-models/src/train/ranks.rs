@@ -4,49 +4,49 @@
 //! One step, on every rank alike:
 //!
 //! ```text
-//! share        which micro-batches of the global batch are this rank's; losses and gradients of these alone
-//! exchange     losses and loads of all micro-batches, or the error of a rank that failed
-//! reduce       gradients: sums over all micro-batches
-//! gather_*     sums of squares, from which every rank computes the same norm; parameters, once each has updated what it owns
-//! exchange     whether rank 0 could write what was due
+//! share              which micro-batches of the global batch are this rank's; losses and gradients of these alone
+//! Division::start    gradients that are complete begin to be added up, while the last backward pass still runs
+//! exchange           losses and loads of all micro-batches, or the error of a rank that failed
+//! Division::finish   gradients: sums over all micro-batches
+//! Division::gather_* sums of squares, from which every rank computes the same norm; parameters, once each has updated what it
+//!                    owns
+//! exchange           whether rank 0 could write what was due
 //! ```
 //!
 //! Whatever decides about the course of a run (a norm, a loss, a stop, an error) is the same on all ranks by then, so all take
 //! the same branches and none waits for one that has left.
 
-use super::optimizer::{ChunkSum, Moments, Owned, Units};
+use super::division::{Division, Undivided};
+use super::optimizer::{Owned, Units};
 use crate::{Error, Result};
-use candle_core::Var;
-use moe_core::tape::GradGroup;
 use moe_kernels::parallel;
-use std::borrow::Cow;
 use std::fmt::Debug;
 use std::ops::Range;
+use std::time::{Duration, Instant};
 
-/// What passes do with the threads of the pool.
+/// How the passes of a step, or of an evaluation, run on one rank.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Threads {
-    /// Keep them awake from kernel to kernel ([`moe_kernels::parallel::together`]): the fastest where a pass waits for nobody.
-    Awake,
-    /// Wake them for each kernel: where ranks meet inside of passes, since threads that wait busily would take the cores from
-    /// the rank that is waited for.
-    OnDemand,
+pub struct Passes {
+    /// This rank's and, where it has fewer than others, those in which it only takes part.
+    pub rounds: usize,
+    /// Ranks meet inside of them: all take part in every one, without tokens if need be.
+    pub meeting: bool,
 }
 
-impl Threads {
-    /// Runs one pass.
+impl Passes {
+    /// Of a rank that waits for nobody.
+    pub fn alone(rounds: usize) -> Self {
+        Self { rounds, meeting: false }
+    }
+
+    /// Runs one. Where it waits for nobody it keeps the threads of the pool awake from kernel to kernel, which is the fastest;
+    /// threads that wait busily for another rank would take the cores from it.
     pub(crate) fn run<R>(self, pass: impl FnOnce() -> R) -> R {
-        match self {
-            Self::Awake => parallel::together(pass),
-            Self::OnDemand => pass(),
-        }
+        if self.meeting { pass() } else { parallel::together(pass) }
     }
 }
 
 /// The ranks of a run, seen from one of them. All of them call the same methods in the same order. Rank 0 writes the files.
-///
-/// What has a default does what ranks do that each own every element ([`Owned::everything`]); one that divides moments
-/// replaces all four of those methods.
 ///
 /// # Errors
 /// All methods: [`Error`] if a rank is missing or does something else than the others; then it is one on every rank.
@@ -61,38 +61,17 @@ pub trait Ranks: Debug + Send {
     /// A short message to every rank; those of all ranks, in rank order.
     fn exchange(&self, own: Vec<u64>) -> Result<Vec<Vec<u64>>>;
 
-    /// Adds up gradients over the ranks that hold the same parameters, each group by its name. A rank brings the sums over its
-    /// own micro-batches and gets those over all of the global batch, which the trainer divides by their number: where a group's
-    /// values count a micro-batch more than once, the implementation divides by how often. What this rank does not own
-    /// ([`Ranks::owned`]) may be left as it is.
-    fn reduce(&self, groups: &mut [GradGroup]) -> Result<()>;
-
-    /// What passes do with the threads of the pool; at the door of training and evaluation passes alike.
-    fn threads(&self) -> Threads {
-        Threads::Awake
+    /// How its passes run, where there are `count` in all: training micro-batches or batches of an evaluation.
+    fn passes(&self, count: usize) -> Passes {
+        Passes::alone(self.share(count).len())
     }
 
-    /// The elements this rank updates; `groups` names the group of each parameter's gradient, as in [`Ranks::reduce`]. A plan:
-    /// nothing is exchanged.
-    fn owned(&self, units: Units, _groups: &[String]) -> Result<Owned> {
-        Ok(Owned::everything(units))
-    }
+    /// This rank has failed inside of a pass in which others may wait for it: tells them.
+    fn fail(&self, _why: &Error) {}
 
-    /// The sums of all chunks of the model, of which this rank brings those it owns.
-    fn gather_squares(&self, own: Vec<ChunkSum>) -> Result<Vec<ChunkSum>> {
-        Ok(own)
-    }
-
-    /// Brings what other ranks have updated into `params`, of which this rank has updated what it owns. The indices of those
-    /// that were written to, whose copies in bf16 are then made anew.
-    fn gather_params(&self, _owned: &Owned, _params: &[(String, Var)]) -> Result<Vec<usize>> {
-        Ok(Vec::new())
-    }
-
-    /// The moments of whole parameters, for a checkpoint; this rank brings those of what it owns. Read on rank 0 alone.
-    fn gather_moments<'a>(&self, _owned: &Owned, own: &'a [Moments]) -> Result<Cow<'a, [Moments]>> {
-        Ok(Cow::Borrowed(own))
-    }
+    /// How gradients and moments are divided; `groups` names the group of each parameter held here, those of one group being on
+    /// the same ranks. A plan: nothing is exchanged.
+    fn division(&self, units: Units, groups: &[String]) -> Result<Box<dyn Division>>;
 }
 
 /// A run of one rank.
@@ -112,8 +91,8 @@ impl Ranks for OneRank {
         Ok(vec![own])
     }
 
-    fn reduce(&self, _: &mut [GradGroup]) -> Result<()> {
-        Ok(())
+    fn division(&self, units: Units, _: &[String]) -> Result<Box<dyn Division>> {
+        Ok(Box::new(Undivided(Owned::everything(units))))
     }
 }
 
@@ -160,6 +139,36 @@ pub(crate) fn all_well<T>(ranks: &dyn Ranks, own: Result<T>) -> Result<T> {
     }
 }
 
+/// Does `work` on rank 0, then on the others, which find there what it has left behind: a cache of tokens, say. An error of one
+/// is one on all. The others may wait for longer than the deadline of an operation.
+///
+/// # Errors
+/// What `work` returns on any rank; as [`Ranks`].
+pub fn first_rank_first<T: Send>(ranks: &dyn Ranks, work: impl FnOnce() -> Result<T> + Send) -> Result<T> {
+    const INTERVAL: Duration = Duration::from_millis(500);
+    const LOOK: Duration = Duration::from_millis(5);
+    if ranks.rank() != 0 {
+        while any(ranks, false)? {}
+        all_well(ranks, Ok(()))?;
+        return all_well(ranks, work());
+    }
+    let result = std::thread::scope(|scope| {
+        let working = scope.spawn(work);
+        let mut told = Ok(true);
+        while matches!(told, Ok(true)) {
+            let begun = Instant::now();
+            while !working.is_finished() && begun.elapsed() < INTERVAL {
+                std::thread::sleep(LOOK);
+            }
+            told = any(ranks, !working.is_finished());
+        }
+        let result = working.join().unwrap_or_else(|panic| std::panic::resume_unwind(panic));
+        told.and(result)
+    });
+    let result = all_well(ranks, result)?;
+    all_well(ranks, Ok(result))
+}
+
 /// Whether this is so on any rank.
 pub(crate) fn any(ranks: &dyn Ranks, own: bool) -> Result<bool> {
     Ok(exchange(ranks, Ok(vec![u64::from(own)]))?.iter().any(|words| words.first() == Some(&1)))
@@ -183,8 +192,8 @@ mod tests {
         fn exchange(&self, own: Vec<u64>) -> Result<Vec<Vec<u64>>> {
             Ok(vec![own, self.0.clone()])
         }
-        fn reduce(&self, _: &mut [GradGroup]) -> Result<()> {
-            Ok(())
+        fn division(&self, units: Units, groups: &[String]) -> Result<Box<dyn Division>> {
+            OneRank.division(units, groups)
         }
     }
 

@@ -20,10 +20,23 @@ impl RunFolder {
     /// # Errors
     /// As [`RunLock::acquire`], on every rank; and as [`Ranks`].
     pub fn shared(dir: &Path, ranks: Box<dyn Ranks>) -> Result<Self> {
-        let lock = if ranks.rank() == 0 { RunLock::acquire(dir).map(Some) } else { Ok(None) };
-        let lock = all_well(&*ranks, lock)?;
-        Ok(Self { dir: dir.to_owned(), ranks, lock })
+        let lock = lock_for(dir, &*ranks)?;
+        Ok(Self::locked(dir, ranks, lock))
     }
+
+    /// The same where rank 0 has locked the folder before ([`lock_for`]).
+    pub fn locked(dir: &Path, ranks: Box<dyn Ranks>, lock: Option<RunLock>) -> Self {
+        Self { dir: dir.to_owned(), ranks, lock }
+    }
+}
+
+/// Locks the folder `dir` on rank 0.
+///
+/// # Errors
+/// As [`RunFolder::shared`].
+pub fn lock_for(dir: &Path, ranks: &dyn Ranks) -> Result<Option<RunLock>> {
+    let lock = if ranks.rank() == 0 { RunLock::acquire(dir).map(Some) } else { Ok(None) };
+    all_well(ranks, lock)
 }
 
 /// Of a run of one rank.

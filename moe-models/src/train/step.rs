@@ -1,12 +1,15 @@
 //! Losses and gradients of one global batch: this rank's micro-batches one after the other, every kernel on all cores, gradients
 //! added where they are kept; then the losses of all ranks. Knows no optimizer.
 
+use super::division::{Division, Undivided};
+use super::model::units_of;
 use super::model::{LayerLoad, LossOutput, LossParts, Pass, TokenBatch, TrainModel, TrainPass};
 use super::non_finite::NonFiniteLoss;
-use super::ranks::{Ranks, Threads, exchange, unreadable};
+use super::optimizer::Owned;
+use super::ranks::{Passes, Ranks, exchange, unreadable};
 use crate::{Error, Result};
 use moe_core::ExpertLoad;
-use moe_core::tape::{GradBuffers, Tape};
+use moe_core::tape::{GradBuffers, Gradients, Tape};
 use moe_kernels::copies::{WeightCopies, with_copies};
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::Arc;
@@ -57,7 +60,7 @@ impl StepBuffers {
     pub fn new<M: TrainModel>(model: &M) -> Result<Self> {
         let params = model.params();
         Ok(Self {
-            grads: GradBuffers::new(params.iter().map(|(name, var)| (name.as_str(), var, model.grad_group(name))))?,
+            grads: GradBuffers::new(params.iter().map(|(name, var)| (name.as_str(), var)))?,
             copies: WeightCopies::new(params.iter().map(|(_, var)| var.as_tensor()).chain(model.frozen())),
         })
     }
@@ -91,11 +94,13 @@ pub fn accumulate<M: TrainModel>(
     if batches.is_empty() {
         return Err(Error::Argument("expected at least one micro-batch, got none".into()));
     }
-    Ok(BatchSums::of(accumulate_share(model, batches, passes, buffers, Threads::Awake)?))
+    let mut division = Undivided(Owned::everything(units_of(model)?));
+    let how = Passes::alone(batches.len());
+    Ok(BatchSums::of(accumulate_share(model, batches, passes, how, buffers, &mut division)?))
 }
 
 /// The same for one rank's share of a global batch, which may be empty: losses apart, to be put together with those of the other
-/// ranks.
+/// ranks. Adding up gradients over ranks is begun, as `division` says; [`Division::finish`] ends it.
 ///
 /// # Errors
 /// [`Error::Argument`] if the lengths differ; [`Error::Panic`] with the text of a panic; otherwise what the model returns.
@@ -103,32 +108,70 @@ pub fn accumulate_share<M: TrainModel>(
     model: &M,
     batches: &[TokenBatch],
     passes: &[TrainPass],
+    how: Passes,
     buffers: &mut StepBuffers,
-    threads: Threads,
+    division: &mut dyn Division,
 ) -> Result<Vec<MicroBatchLoss>> {
     let StepBuffers { grads, copies } = buffers;
     if batches.len() != passes.len() {
         let (have, given) = (batches.len(), passes.len());
         return Err(Error::Argument(format!("expected a pass for each micro-batch, got {have} and {given}")));
     }
+    let buckets = division.buckets().to_vec();
+    let (every_pass, rounds) = (division.every_pass(), how.rounds.max(batches.len()).max(1));
+    division.begin();
     grads.begin();
     let mut losses = Vec::with_capacity(batches.len());
-    for (batch, &pass) in batches.iter().zip(passes) {
-        let run = || no_panic(pass.micro_batch, || one(model, batch, Pass::Train(pass), grads));
-        let LossOutput { loss, parts, layers } = threads.run(|| with_copies(copies, run))?;
-        let loss = f64::from(loss.to_scalar::<f32>()?);
-        losses.push(MicroBatchLoss { micro_batch: pass.micro_batch, loss, parts, layers });
+    for round in 0..rounds {
+        let last = round + 1 == rounds;
+        let (adds, overlaps) = (last || every_pass, division.overlaps());
+        let mut complete = |bucket: usize, sums: &[&[f32]]| Ok(division.start(bucket, sums)?);
+        let mut into = if adds && overlaps { grads.watched(&buckets, &mut complete) } else { grads.gradients() };
+        let own = batches.get(round).zip(passes.get(round).copied());
+        let loss = match own {
+            Some((batch, pass)) => Some(how.run(|| with_copies(copies, || one(model, batch, pass, &mut into)))?),
+            None if how.meeting => {
+                let (batch, pass) = idle(batches, passes);
+                how.run(|| with_copies(copies, || one(model, &batch, pass, &mut into)))?;
+                None
+            }
+            None => None,
+        };
+        losses.extend(loss);
+        into.finish()?;
+        if adds && !overlaps {
+            grads.watched(&buckets, &mut complete).finish()?;
+        }
+        if every_pass && !last {
+            division.finish(grads)?;
+        }
     }
-    grads.finish();
+    if !every_pass {
+        grads.finish();
+    }
     Ok(losses)
 }
 
-/// The loss of one micro-batch, whose gradients are added to `grads`.
-fn one<M: TrainModel>(model: &M, batch: &TokenBatch, pass: Pass, grads: &mut GradBuffers) -> Result<LossOutput> {
-    let (output, tape) = Tape::record(|| model.loss(batch, pass));
-    let output = output?;
-    tape.backward_of(&output.loss, &mut grads.gradients())?;
-    Ok(LossOutput { loss: output.loss.detach(), ..output })
+/// A pass without tokens, for a rank that only takes part in those of others.
+fn idle(batches: &[TokenBatch], passes: &[TrainPass]) -> (TokenBatch, TrainPass) {
+    let seq_len = batches.first().map_or(1, |batch| batch.seq_len);
+    (TokenBatch::empty(seq_len), passes.last().copied().unwrap_or_default())
+}
+
+/// The loss of one micro-batch, whose gradients are added to `into`.
+fn one<M: TrainModel>(
+    model: &M,
+    batch: &TokenBatch,
+    pass: TrainPass,
+    into: &mut Gradients<'_>,
+) -> Result<MicroBatchLoss> {
+    no_panic(pass.micro_batch, || {
+        let (output, tape) = Tape::record(|| model.loss(batch, Pass::Train(pass)));
+        let LossOutput { loss, parts, layers } = output?;
+        tape.backward_of(&loss, into)?;
+        let loss = f64::from(loss.detach().to_scalar::<f32>()?);
+        Ok(MicroBatchLoss { micro_batch: pass.micro_batch, loss, parts, layers })
+    })
 }
 
 impl BatchSums {
@@ -154,7 +197,10 @@ impl BatchSums {
     ///
     /// # Errors
     /// The error of any rank; [`Error::Argument`] for a micro-batch that no rank has computed.
-    pub(super) fn over(ranks: &dyn Ranks, micro_batches: usize, own: Result<Vec<MicroBatchLoss>>) -> Result<Self> {
+    pub fn over(ranks: &dyn Ranks, micro_batches: usize, own: Result<Vec<MicroBatchLoss>>) -> Result<Self> {
+        if let Err(error) = &own {
+            ranks.fail(error);
+        }
         let messages = exchange(ranks, own.map(|losses| losses.iter().flat_map(MicroBatchLoss::words).collect()))?;
         let mut all = Vec::new();
         for (rank, words) in messages.into_iter().enumerate() {

@@ -5,13 +5,14 @@ use super::checkpoint::{BestCheckpoint, CheckpointStore, TrainerState, load_owne
 use super::config::TrainConfig;
 use super::data::packed::Fingerprint;
 use super::data::{PackedSource, SequenceSampler, ValidSource};
+use super::division::Division;
 use super::evaluate::{Evaluation, evaluate_over};
 use super::lock::RunLock;
 use super::metrics::{self, MetricsWriter, Record};
 use super::model::{TokenBatch, TrainModel, TrainPass, units_of, update_rules};
 use super::non_finite::NonFinite;
 use super::observer::{Event, Observer};
-use super::optimizer::{AdamW, Owned, StepReport, Update};
+use super::optimizer::{AdamW, StepReport, Update};
 use super::ranks::{Ranks, all_well, any};
 use super::run_folder::RunFolder;
 use super::step::{BatchSums, StepBuffers, accumulate_share};
@@ -76,6 +77,7 @@ pub struct Trainer<M> {
     optimizer: AdamW,
     buffers: StepBuffers,
     ranks: Box<dyn Ranks>,
+    division: Box<dyn Division>,
     dir: PathBuf,
     store: CheckpointStore,
     /// On the rank that writes.
@@ -129,8 +131,9 @@ impl<M: TrainModel> Trainer<M> {
                     folder.dir.display()
                 )));
             }
-            let optimizer = AdamW::new(config.adamw(), owned(&model, &*folder.ranks)?, update_rules(&model))?;
-            Ok(Start { optimizer, store, step: 0, best: None })
+            let division = division(&model, &*folder.ranks)?;
+            let optimizer = AdamW::new(config.adamw(), division.owned().clone(), update_rules(&model))?;
+            Ok(Start { division, optimizer, store, step: 0, best: None })
         };
         let start = all_well(&*folder.ranks, prepare())?;
         Self::assemble(model, config, corpus, tokenizer_json, folder, start)
@@ -177,9 +180,10 @@ impl<M: TrainModel> Trainer<M> {
             }
             config.check_continues(&state.config)?;
             check_same_data(&corpus, &state)?;
-            let optimizer = load_owned(folder, &state, &model, owned(&model, &*run.ranks)?)?;
+            let division = division(&model, &*run.ranks)?;
+            let optimizer = load_owned(folder, &state, &model, division.owned().clone())?;
             corpus.sampler.seek(state.data_position)?;
-            Ok(Start { optimizer, store, step: state.step, best: state.best })
+            Ok(Start { division, optimizer, store, step: state.step, best: state.best })
         };
         let start = prepare();
         let start = all_well(&*run.ranks, start)?;
@@ -194,7 +198,7 @@ impl<M: TrainModel> Trainer<M> {
         folder: RunFolder,
         start: Start,
     ) -> Result<Self> {
-        let Start { optimizer, store, step, best } = start;
+        let Start { division, optimizer, store, step, best } = start;
         let RunFolder { dir, ranks, lock } = folder;
         let open = |lock: RunLock| Ok(Files { metrics: MetricsWriter::open(lock.dir(), step)?, _lock: lock });
         let files = lock.map(open).transpose();
@@ -210,6 +214,7 @@ impl<M: TrainModel> Trainer<M> {
             optimizer,
             buffers,
             ranks,
+            division,
             dir,
             store,
             files,
@@ -228,6 +233,11 @@ impl<M: TrainModel> Trainer<M> {
     /// The model.
     pub fn model(&self) -> &M {
         &self.model
+    }
+
+    /// The model, which is free for other use; another run may then write to the folder.
+    pub fn into_model(self) -> M {
+        self.model
     }
 
     /// The optimizer's state.
@@ -318,9 +328,10 @@ impl<M: TrainModel> Trainer<M> {
             TrainPass { seed, step, tokens, micro_batch }
         };
         let passes: Vec<TrainPass> = share.map(pass).collect();
-        let own = accumulate_share(&self.model, &batches, &passes, &mut self.buffers, self.ranks.threads());
+        let (how, buffers, division) = (self.ranks.passes(count), &mut self.buffers, &mut *self.division);
+        let own = accumulate_share(&self.model, &batches, &passes, how, buffers, division);
         let sums = BatchSums::over(&*self.ranks, count, own)?;
-        self.ranks.reduce(self.buffers.grads.groups_mut())?;
+        self.division.finish(&mut self.buffers.grads)?;
         let step = self.step + 1;
         let report = self.apply(&sums, lr).map_err(|e| match e {
             Error::NonFinite { what, in_a_row, .. } => Error::NonFinite { step: Some(step), what, in_a_row },
@@ -333,15 +344,16 @@ impl<M: TrainModel> Trainer<M> {
 
     /// Updates the parameters, unless a loss or a gradient is not finite. Ranks decide alike: losses and norm are those of all.
     fn apply(&mut self, sums: &BatchSums, lr: f64) -> Result<StepReport> {
-        let (params, grads, copies) = (self.model.params(), self.buffers.grads.all(), &self.buffers.copies);
+        let (params, copies) = (self.model.params(), &self.buffers.copies);
+        let grads = self.division.grads(&self.buffers.grads);
         let grad_scale = 1.0 / sums.micro_batches as f64;
-        let squares = self.ranks.gather_squares(self.optimizer.squares(params, &grads)?)?;
+        let squares = self.division.gather_squares(self.optimizer.squares(params, &grads)?)?;
         let grad_norm = self.optimizer.norm(&squares)? * grad_scale;
         match sums.non_finite {
             None => {
                 let report = self.optimizer.apply(params, &grads, Update { lr, grad_scale, grad_norm }, copies)?;
                 if report.applied {
-                    let written = self.ranks.gather_params(self.optimizer.owned(), params)?;
+                    let written = self.division.gather_params(params)?;
                     copies.refresh(written.into_iter().map(|param| params[param].1.as_tensor()))?;
                 }
                 Ok(report)
@@ -416,7 +428,7 @@ impl<M: TrainModel> Trainer<M> {
             config: self.config.clone(),
             files: Vec::new(),
         };
-        let moments = self.ranks.gather_moments(self.optimizer.owned(), self.optimizer.moments())?;
+        let moments = self.division.gather_moments(self.optimizer.moments())?;
         let saved = match &self.files {
             Some(_) => self.store.save(&self.model, &moments, &self.tokenizer_json, &state).map(drop),
             None => Ok(()),
@@ -430,6 +442,7 @@ impl<M: TrainModel> Trainer<M> {
 
 /// What differs between a new and a resumed run.
 struct Start {
+    division: Box<dyn Division>,
     optimizer: AdamW,
     store: CheckpointStore,
     step: u64,
@@ -444,10 +457,10 @@ fn open_store(folder: &RunFolder, config: &TrainConfig) -> Result<CheckpointStor
     }
 }
 
-/// What this rank updates.
-fn owned<M: TrainModel>(model: &M, ranks: &dyn Ranks) -> Result<Owned> {
+/// This rank's part of gradients, moments and updates.
+fn division<M: TrainModel>(model: &M, ranks: &dyn Ranks) -> Result<Box<dyn Division>> {
     let groups: Vec<String> = model.params().iter().map(|(name, _)| model.grad_group(name)).collect();
-    ranks.owned(units_of(model)?, &groups)
+    ranks.division(units_of(model)?, &groups)
 }
 
 /// Settings are recorded in checkpoints, so one that the model does not follow would tell a lie about the run.

@@ -135,8 +135,7 @@ fn outcome(decoder: &Decoder, vars: &[(String, Var)], d: usize) -> Outcome {
     let (hidden, _) = decoder.hidden(&batch.input_ids, SEQ_LEN, pass).expect("a forward pass");
     let logits = decoder.head().logits(&hidden.detach()).expect("logits");
     // As the trainer takes them: where gradients are kept.
-    let params = vars.iter().map(|(name, var)| (name.as_str(), var, "all".to_owned()));
-    let mut buffers = GradBuffers::new(params).expect("variables");
+    let mut buffers = GradBuffers::new(vars.iter().map(|(name, var)| (name.as_str(), var))).expect("variables");
     buffers.begin();
     let (output, tape) = Tape::record(|| decoder.loss(&batch, pass).expect("a loss"));
     tape.backward_of(&output.loss, &mut buffers.gradients()).expect("a backward pass");

@@ -12,6 +12,7 @@ mod train_cli;
 mod train_evaluate;
 mod train_frozen;
 mod train_gpt;
+mod train_mesh;
 mod train_metrics;
 mod train_prepare;
 mod train_ranks;

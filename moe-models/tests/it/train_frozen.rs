@@ -45,7 +45,7 @@ fn gradients_of_the_others_are_the_same_bits_and_buffers_smaller_by_the_frozen()
             let sums = accumulate(model, &batches, &passes, &mut buffers).unwrap();
             let names = TrainModel::params(model).iter().map(|(name, _)| name.clone());
             let grads = buffers.grads.all().into_iter().map(|g| g.iter().map(|v| v.to_bits()).collect::<Vec<_>>());
-            let elements: usize = buffers.grads.groups().iter().map(|group| group.values.len()).sum();
+            let elements: usize = buffers.grads.all().iter().map(|grad| grad.len()).sum();
             (sums.loss.to_bits(), names.zip(grads).collect::<HashMap<_, _>>(), elements, buffers.copies.bytes())
         };
         let (loss, all, elements, copies) = grads(&model(&config));

@@ -3,135 +3,88 @@
 
 use crate::toy::{self, Toy};
 use crate::train_gpt::{config, corpus, shape};
-use candle_core::{Device, Tensor, Var};
-use moe_core::tape::GradGroup;
+use candle_core::Device;
 use moe_models::gpt::Gpt;
-use moe_models::train::optimizer::{ChunkSum, Moments, Owned, PartOf, Units};
-use moe_models::train::{Event, Outcome, Ranks, RunFolder, Threads, TrainConfig, Trainer};
-use moe_models::{Error, Precision, Result};
+use moe_models::train::{Event, MeshRanks, Outcome, Ranks, ReduceConfig, RunFolder, TrainConfig, Trainer, Zero};
+use moe_models::{Error, ParamTable, Precision, Result};
+use moe_parallel::comm::Communicator;
 use moe_parallel::comm::thread::ThreadWorld;
-use moe_parallel::comm::{Communicator, Reduction};
-use moe_parallel::dims::part;
-use moe_parallel::{Collectives, Phase, Site};
-use std::borrow::Cow;
+use moe_parallel::tensor_box::{Place, copy_box};
+use moe_parallel::{Collectives, ExchangeConfig, Mesh, ParallelDims};
+use std::collections::BTreeMap;
 use std::path::Path;
+use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::{Arc, OnceLock};
 
-const SITE: Site = Site::new(Phase::Update);
-
-/// Every rank has the whole model and computes some of the micro-batches.
-#[derive(Debug)]
-struct Replicas {
-    comm: Arc<dyn Communicator>,
-    /// Whether each rank owns a part of the moments only.
-    divided: bool,
-    /// What each rank owns.
-    plan: OnceLock<Vec<Owned>>,
+/// Ranks of a run, and how they add up gradients.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct Layout {
+    pub(crate) dims: ParallelDims,
+    pub(crate) reduce: ReduceConfig,
 }
 
-impl Replicas {
-    fn new(comm: &Arc<dyn Communicator>, divided: bool) -> Box<Self> {
-        Box::new(Self { comm: Arc::clone(comm), divided, plan: OnceLock::new() })
+impl Layout {
+    pub(crate) fn new(dims: ParallelDims, zero: Zero) -> Self {
+        // Buckets of a few parameters each, some of them in chunks of several ranks.
+        Self { dims, reduce: ReduceConfig { zero, bucket_elements: 700, overlap: true } }
     }
 
-    /// A whole parameter's values from what every rank owns of it.
-    fn whole(&self, param: usize, own: &[f32]) -> Result<Vec<f32>> {
-        let plan = self.plan.get().expect("a plan");
-        let counts: Vec<usize> = plan.iter().map(|owned| owned.elements(param)).collect();
-        let parts = self.comm.start_all_gather_v(SITE, own, &counts)?.wait_parts()?;
-        let mut whole = vec![f32::NAN; plan[0].units().elements(param)];
-        plan.iter().zip(parts).for_each(|(owned, part)| owned.paste(param, &part, &mut whole));
-        Ok(whole)
-    }
-}
-
-impl Ranks for Replicas {
-    fn rank(&self) -> usize {
-        self.comm.rank()
+    /// Whole models, each with micro-batches of its own.
+    fn replicas(ranks: usize, zero: Zero) -> Self {
+        Self::new(ParallelDims::new(ranks, 1, 1, 1), zero)
     }
 
-    fn share(&self, count: usize) -> std::ops::Range<usize> {
-        part(count, self.comm.rank(), self.comm.size())
+    pub(crate) fn mesh(&self, comm: &Arc<dyn Communicator>) -> Arc<Mesh> {
+        Arc::new(Mesh::new(Arc::clone(comm), self.dims, 2, ExchangeConfig::default()).unwrap())
     }
 
-    fn exchange(&self, own: Vec<u64>) -> Result<Vec<Vec<u64>>> {
-        let counts = self.comm.all_gather(SITE, &[own.len() as u64])?;
-        let counts: Vec<usize> = counts.into_iter().map(|count| count as usize).collect();
-        Ok(self.comm.start_all_gather_v(SITE, &own, &counts)?.wait_parts()?)
-    }
-
-    fn reduce(&self, groups: &mut [GradGroup]) -> Result<()> {
-        for group in groups {
-            group.values = self.comm.all_reduce(SITE, &group.values, Reduction::Sum)?;
-        }
-        Ok(())
-    }
-
-    fn threads(&self) -> Threads {
-        Threads::OnDemand
-    }
-
-    fn owned(&self, units: Units, groups: &[String]) -> Result<Owned> {
-        if !self.divided {
-            return Ok(Owned::everything(units));
-        }
-        let parts = self.comm.size();
-        let names: std::collections::BTreeSet<&String> = groups.iter().collect();
-        let list = |name: &String| (0..groups.len()).filter(|&param| groups[param] == *name).collect::<Vec<_>>();
-        let of = |index| {
-            let lists: Vec<_> = names.iter().map(|name| PartOf { params: list(name), index, parts }).collect();
-            Owned::parts(units.clone(), &lists)
-        };
-        let plan = (0..parts).map(of).collect::<Result<Vec<_>>>()?;
-        Ok(self.plan.get_or_init(|| plan)[self.comm.rank()].clone())
-    }
-
-    fn gather_squares(&self, own: Vec<ChunkSum>) -> Result<Vec<ChunkSum>> {
-        if !self.divided {
-            return Ok(own);
-        }
-        let words = own.iter().flat_map(|s| [s.chunk as u64, s.sum.to_bits()]).collect();
-        let all = self.exchange(words)?.concat();
-        Ok(all.chunks(2).map(|pair| ChunkSum { chunk: pair[0] as usize, sum: f64::from_bits(pair[1]) }).collect())
-    }
-
-    fn gather_params(&self, owned: &Owned, params: &[(String, Var)]) -> Result<Vec<usize>> {
-        if !self.divided {
-            return Ok(Vec::new());
-        }
-        for (param, (_, var)) in params.iter().enumerate() {
-            let values = var.flatten_all()?.to_vec1::<f32>()?;
-            let whole = self.whole(param, &owned.cut(param, &values))?;
-            var.set(&Tensor::from_vec(whole, var.shape(), var.device())?)?;
-        }
-        Ok((0..params.len()).collect())
-    }
-
-    fn gather_moments<'a>(&self, _: &Owned, own: &'a [Moments]) -> Result<Cow<'a, [Moments]>> {
-        if !self.divided {
-            return Ok(Cow::Borrowed(own));
-        }
-        let whole = |(param, moments): (usize, &Moments)| {
-            let exp_avg = self.whole(param, &moments.exp_avg)?;
-            Ok(Moments { exp_avg, exp_avg_sq: self.whole(param, &moments.exp_avg_sq)? })
-        };
-        own.iter().enumerate().map(whole).collect::<Result<Vec<_>>>().map(Cow::Owned)
+    pub(crate) fn ranks(&self, mesh: &Arc<Mesh>, table: &ParamTable) -> Box<dyn Ranks> {
+        Box::new(MeshRanks::new(mesh, table, self.reduce).unwrap())
     }
 }
 
-/// How a run or a part of one ended: weights and moments of whole parameters, and the losses and norms of its steps.
+const ZERO: [Zero; 3] = [Zero::Off, Zero::Moments, Zero::Gradients];
+
+/// Ranks of whole models of any kind.
+fn replicas(comm: &Arc<dyn Communicator>, zero: Zero) -> Result<Box<dyn Ranks>> {
+    let config = ReduceConfig { zero, ..ReduceConfig::default() };
+    Ok(Box::new(MeshRanks::data_parallel(Arc::clone(comm), config)?))
+}
+
+/// How a run or a part of one ended: weights of whole tensors, and the losses and norms of its steps.
 #[derive(Debug, PartialEq)]
 struct End {
     outcome: Outcome,
-    weights: Vec<(String, Vec<f32>)>,
+    weights: BTreeMap<String, Vec<f32>>,
     steps: Vec<(u64, u64, u64)>,
     valid: Vec<u64>,
 }
 
-fn weights(model: &Gpt) -> Vec<(String, Vec<f32>)> {
-    let read = |(name, var): &(String, Var)| (name.clone(), var.flatten_all().unwrap().to_vec1::<f32>().unwrap());
-    model.params().iter().map(read).collect()
+/// What a rank holds, where it belongs in the whole tensors; what several hold must be the same.
+pub(crate) fn weights(models: &[&Gpt]) -> BTreeMap<String, Vec<f32>> {
+    let mut whole: BTreeMap<String, Vec<f32>> = BTreeMap::new();
+    for model in models {
+        for (name, var) in model.params() {
+            let values = var.flatten_all().unwrap().to_vec1::<f32>().unwrap();
+            let mut rest = values.as_slice();
+            for extent in model.placement().extents(model.table().get(name).unwrap()) {
+                let (own, others) = rest.split_at(extent.elements());
+                rest = others;
+                let elements: usize = extent.shape.iter().product();
+                let tensor = whole.entry(extent.name.clone()).or_insert_with(|| vec![f32::NAN; elements]);
+                let before = tensor.clone();
+                for piece in extent.boxes(0..own.len()) {
+                    let from = Place { shape: &extent.local_shape(), start: &piece.local };
+                    let to = Place { shape: &extent.shape, start: &piece.whole.start };
+                    copy_box(&piece.whole.size, (own, from), (tensor, to));
+                }
+                let same = before.iter().zip(&*tensor).all(|(old, new)| old.is_nan() || old == new);
+                assert!(same, "ranks have different values of {}", extent.name);
+            }
+        }
+    }
+    assert!(whole.values().flatten().all(|value| !value.is_nan()), "all is held");
+    whole
 }
 
 /// What a test runs.
@@ -140,18 +93,28 @@ struct Case {
 }
 
 impl Case {
+    fn following(&self, model: Gpt) -> Gpt {
+        model.with_precision(self.config.precision).unwrap()
+    }
+
     fn model(&self, resume: Option<&Path>) -> Gpt {
-        let model = match resume {
-            None => Gpt::new(shape(), self.config.seed, &Device::Cpu),
-            Some(folder) => Gpt::load(folder, &Device::Cpu),
-        };
-        model.unwrap().with_precision(self.config.precision).unwrap()
+        self.following(match resume {
+            None => Gpt::new(shape(), self.config.seed, &Device::Cpu).unwrap(),
+            Some(folder) => Gpt::load(folder, &Device::Cpu).unwrap(),
+        })
+    }
+
+    fn model_over(&self, mesh: &Arc<Mesh>, resume: Option<&Path>) -> Gpt {
+        self.following(match resume {
+            None => Gpt::new_over(shape(), self.config.seed, Arc::clone(mesh)).unwrap(),
+            Some(folder) => Gpt::load_over(folder, Arc::clone(mesh)).unwrap(),
+        })
     }
 }
 
 /// A run over these ranks, or what is left of it; rank 1 (or the only one) raises its flag after step `stop_after`.
-fn run(case: &Case, folder: RunFolder, resume: Option<&Path>, stop_after: u64, stops: bool) -> End {
-    let (config, model) = (&case.config, case.model(resume));
+fn run(case: &Case, model: Gpt, folder: RunFolder, resume: Option<&Path>, stop_after: u64, stops: bool) -> (End, Gpt) {
+    let config = &case.config;
     let (corpus, tokenizer) = corpus(config);
     let mut trainer = match resume {
         None => Trainer::new_in(model, config.clone(), corpus, tokenizer, folder).unwrap(),
@@ -168,24 +131,28 @@ fn run(case: &Case, folder: RunFolder, resume: Option<&Path>, stop_after: u64, s
         _ => {}
     };
     let outcome = trainer.run(&stop, &mut observer).unwrap();
-    End { outcome, weights: weights(trainer.model()), steps, valid }
+    (End { outcome, weights: BTreeMap::new(), steps, valid }, trainer.into_model())
 }
 
 /// The same end on every rank.
-fn over(case: &Case, out: &Path, (ranks, divided): (usize, bool), resume: Option<&Path>, stop_after: u64) -> End {
+fn over(case: &Case, out: &Path, layout: Layout, resume: Option<&Path>, stop_after: u64) -> End {
     let end = |comm: Arc<dyn Communicator>| {
-        let folder = RunFolder::shared(out, Replicas::new(&comm, divided)).unwrap();
-        run(case, folder, resume, stop_after, comm.rank() + 1 == comm.size())
+        let mesh = layout.mesh(&comm);
+        let model = case.model_over(&mesh, resume);
+        let folder = RunFolder::shared(out, layout.ranks(&mesh, model.table())).unwrap();
+        run(case, model, folder, resume, stop_after, comm.rank() + 1 == comm.size())
     };
-    let mut ends = ThreadWorld::new(ranks).run(end);
+    let (mut ends, models): (Vec<End>, Vec<Gpt>) =
+        ThreadWorld::new(layout.dims.world_size()).run(end).into_iter().unzip();
     let last = ends.pop().unwrap();
     assert!(ends.iter().all(|end| *end == last), "ranks end alike");
-    last
+    End { weights: weights(&models.iter().collect::<Vec<_>>()), ..last }
 }
 
 fn alone(case: &Case, out: &Path, resume: Option<&Path>, stop_after: u64) -> End {
     let lock = moe_models::train::RunLock::acquire(out).unwrap();
-    run(case, lock.into(), resume, stop_after, true)
+    let (end, model) = run(case, case.model(resume), lock.into(), resume, stop_after, true);
+    End { weights: weights(&[&model]), ..end }
 }
 
 fn bytes(folder: &Path, name: &str) -> Vec<u8> {
@@ -202,13 +169,13 @@ fn a_rank_for_each_micro_batch_gives_the_bits_of_one_rank() {
     let whole = alone(&case, &dir.path().join("one"), None, u64::MAX);
     assert_eq!((whole.outcome, whole.steps.len()), (Outcome::Finished, 12));
     assert!(!whole.valid.is_empty());
-    for divided in [false, true] {
-        let out = dir.path().join(format!("three-{divided}"));
-        let end = over(&case, &out, (3, divided), None, u64::MAX);
-        assert!(end == whole, "divided {divided}");
+    for zero in ZERO {
+        let out = dir.path().join(format!("three-{zero:?}"));
+        let end = over(&case, &out, Layout::replicas(3, zero), None, u64::MAX);
+        assert!(end == whole, "{zero:?}");
         for file in ["model.safetensors", "optimizer.safetensors"] {
             let of = |run: &Path| bytes(&run.join("step-00000012"), file);
-            assert!(of(&out) == of(&dir.path().join("one")), "divided {divided}: {file}");
+            assert!(of(&out) == of(&dir.path().join("one")), "{zero:?}: {file}");
         }
         let metrics = |run: &Path| {
             let text = String::from_utf8(bytes(run, "metrics.jsonl")).unwrap();
@@ -229,15 +196,15 @@ fn a_run_changes_its_number_of_ranks() {
     let case = Case { config: config() };
     let dir = tempfile::tempdir().unwrap();
     let whole = alone(&case, &dir.path().join("one"), None, u64::MAX);
-    for divided in [false, true] {
-        let out = dir.path().join(format!("run-{divided}"));
+    for (zero, then) in [(Zero::Off, Zero::Gradients), (Zero::Moments, Zero::Off)] {
+        let out = dir.path().join(format!("run-{zero:?}"));
         let folder = |step: u64| out.join(format!("step-{step:08}"));
-        assert_eq!(over(&case, &out, (3, divided), None, 4).outcome, Outcome::Stopped);
+        assert_eq!(over(&case, &out, Layout::replicas(3, zero), None, 4).outcome, Outcome::Stopped);
         assert_eq!(alone(&case, &out, Some(&folder(4)), 7).outcome, Outcome::Stopped);
-        let end = over(&case, &out, (3, !divided), Some(&folder(7)), u64::MAX);
+        let end = over(&case, &out, Layout::replicas(3, then), Some(&folder(7)), u64::MAX);
         assert_eq!(end.outcome, Outcome::Finished);
-        assert!(end.weights == whole.weights, "divided {divided}");
-        assert!(end.steps == whole.steps[7..], "divided {divided}: {:?} {:?}", end.steps, whole.steps);
+        assert!(end.weights == whole.weights, "{zero:?}");
+        assert!(end.steps == whole.steps[7..], "{zero:?}: {:?} {:?}", end.steps, whole.steps);
     }
 }
 
@@ -247,9 +214,10 @@ fn the_last_micro_batch_alone_on_a_rank_keeps_the_bits() {
     let case = Case { config: config() };
     let dir = tempfile::tempdir().unwrap();
     let one = alone(&case, &dir.path().join("one"), None, u64::MAX);
-    for divided in [false, true] {
-        let two = over(&case, &dir.path().join(format!("two-{divided}")), (2, divided), None, u64::MAX);
-        assert!(two == one, "divided {divided}");
+    // Gradients that are added up after every pass are (g0 + g2) + g1.
+    for zero in [Zero::Off, Zero::Moments] {
+        let two = over(&case, &dir.path().join(format!("two-{zero:?}")), Layout::replicas(2, zero), None, u64::MAX);
+        assert!(two == one, "{zero:?}");
     }
 }
 
@@ -266,7 +234,7 @@ fn another_order_of_sums_differs_by_rounding_alone() {
     let dir = tempfile::tempdir().unwrap();
     let case = Case { config: four };
     let one = alone(&case, &dir.path().join("one"), None, u64::MAX);
-    let more = over(&case, &dir.path().join("more"), (2, true), None, u64::MAX);
+    let more = over(&case, &dir.path().join("more"), Layout::replicas(2, Zero::Moments), None, u64::MAX);
     let mut worst = 0f32;
     for ((name, got), (_, want)) in more.weights.iter().zip(&one.weights) {
         let largest = want.iter().fold(0f32, |most, v| most.max(v.abs()));
@@ -285,7 +253,7 @@ fn an_error_of_one_rank_is_one_on_all() {
     let fails = |out: &Path, breaks: &(dyn Fn(usize) + Sync)| -> Vec<String> {
         ThreadWorld::new(3).run(|comm: Arc<dyn Communicator>| {
             let start = || -> Result<()> {
-                let folder = RunFolder::shared(out, Replicas::new(&comm, true))?;
+                let folder = RunFolder::shared(out, replicas(&comm, Zero::Moments)?)?;
                 let (corpus, tokenizer) = corpus(&case.config);
                 let mut trainer = Trainer::new_in(case.model(None), case.config.clone(), corpus, tokenizer, folder)?;
                 let mut observer = |event: &Event| {
@@ -315,7 +283,7 @@ fn an_error_of_one_rank_is_one_on_all() {
     assert!(messages[0].contains("gone"), "{messages:?}");
     // 3. A run of the same name.
     let out = dir.path().join("run");
-    over(&case, &out, (2, false), None, 1);
+    over(&case, &out, Layout::replicas(2, Zero::Off), None, 1);
     let messages = fails(&out, &|_| ());
     assert!(messages.iter().all(|message| message.contains("already holds checkpoints")), "{messages:?}");
     assert!(matches!(
@@ -335,7 +303,7 @@ fn broken_run(breaks: impl Fn(&Toy) + Sync) -> Vec<(String, Vec<(u64, String)>)>
             breaks(&toy);
         }
         let before = toy.bits();
-        let folder = RunFolder::shared(dir.path(), Replicas::new(&comm, false)).unwrap();
+        let folder = RunFolder::shared(dir.path(), replicas(&comm, Zero::Off).unwrap()).unwrap();
         let mut trainer = Trainer::new_in(toy, config.clone(), corpus, tokenizer, folder).unwrap();
         let mut skipped = Vec::new();
         let mut observer = |event: &Event| {

@@ -1,6 +1,6 @@
 //! [`Collectives`]: the operations users know, made of [`Communicator::start`].
 
-use super::{Communicator, Element, Expected, Group, Kind, Parcel, Pending, Site};
+use super::{Cause, Communicator, Element, Expected, Group, Kind, Parcel, Pending, Site};
 use crate::dims::part;
 use crate::{Error, Result};
 use std::marker::PhantomData;
@@ -313,6 +313,25 @@ pub trait Collectives: Communicator {
         Ok(ReduceScattering { parts: start_reduce_scatter(self, Kind::ReduceScatter, site, values)?, reduction })
     }
 
+    /// Begins to reduce values of which member `r` gets the `counts[r]` that are its part, in rank order.
+    ///
+    /// # Errors
+    /// [`Error::Argument`] if the counts do not fit; [`Error::Fault`].
+    fn start_reduce_scatter_v<T: Element>(
+        &self,
+        site: Site,
+        values: &[T],
+        counts: &[usize],
+        reduction: Reduction,
+    ) -> Result<ReduceScattering<T>> {
+        check_counts("counts", counts, self.size(), Some(values.len()))?;
+        let own = counts[self.rank()];
+        let part_for = |peer: usize| values[sum_of(&counts[..peer])..][..counts[peer]].to_vec();
+        let receives = vec![own; self.size()];
+        let parts = start_exchange(self, Kind::ReduceScatter, site, part_for, |peer| counts[peer] > 0, &receives)?;
+        Ok(ReduceScattering { parts, reduction })
+    }
+
     /// Begins [`Collectives::all_reduce`].
     ///
     /// # Errors
@@ -384,6 +403,11 @@ pub trait Collectives: Communicator {
         let sends = peers().map(|peer| (peer, Parcel::with_capacity(0))).collect();
         let receives: Vec<Expected> = peers().map(|peer| Expected { peer, bytes: 0 }).collect();
         self.start(self.group().stamp(Kind::Barrier, site), sends, &receives)
+    }
+
+    /// Ends this engine on every rank, for a failure above it; the error that all of them return.
+    fn give_up(&self, site: Site, why: String) -> Error {
+        Error::Fault(self.fail(self.group().stamp(Kind::Barrier, site), Cause::Engine(why)))
     }
 
     /// A communicator of the ranks that give the same color, in the order of their keys (of this group where keys are equal).

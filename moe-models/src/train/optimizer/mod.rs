@@ -4,6 +4,7 @@
 //! the elements only ([`Owned`]): a step is then three calls, between which ranks put together the sums behind the norm, and the
 //! bits do not depend on who owns what.
 
+mod grads;
 mod norm;
 mod owned;
 mod settings;
@@ -12,7 +13,9 @@ mod tests;
 mod units;
 mod update;
 
+pub use grads::Grads;
 pub use norm::ChunkSum;
+pub(crate) use owned::part_of_list;
 pub use owned::{Owned, PartOf};
 pub use settings::{AdamWConfig, UpdateRule};
 pub use units::{Unit, Units};
@@ -24,6 +27,7 @@ use moe_kernels::adamw;
 use moe_kernels::copies::WeightCopies;
 use std::collections::HashSet;
 use update::Pending;
+pub(crate) use update::with_values;
 
 /// Moments of what is owned of one parameter: range by range, row-major.
 #[derive(Debug, Clone, PartialEq)]
@@ -176,15 +180,16 @@ impl AdamW {
         lr: f64,
         copies: &WeightCopies,
     ) -> Result<StepReport> {
-        let grad_norm = self.norm(&self.squares(params, grads)?)? * grad_scale;
-        self.apply(params, grads, Update { lr, grad_scale, grad_norm }, copies)
+        let grads = Grads::whole(grads);
+        let grad_norm = self.norm(&self.squares(params, &grads)?)? * grad_scale;
+        self.apply(params, &grads, Update { lr, grad_scale, grad_norm }, copies)
     }
 
     /// The sums of squares of the gradients of what is owned: this rank's share of what [`AdamW::norm`] needs.
     ///
     /// # Errors
     /// [`Error::Argument`] if `grads` does not match the parameters.
-    pub fn squares<G: AsRef<[f32]>>(&self, params: &[(String, Var)], grads: &[G]) -> Result<Vec<ChunkSum>> {
+    pub fn squares(&self, params: &[(String, Var)], grads: &Grads<'_>) -> Result<Vec<ChunkSum>> {
         self.check_shapes(params, grads)?;
         Ok(self.owned.squares(grads))
     }
@@ -201,10 +206,10 @@ impl AdamW {
     ///
     /// # Errors
     /// As [`AdamW::step`].
-    pub fn apply<G: AsRef<[f32]>>(
+    pub fn apply(
         &mut self,
         params: &[(String, Var)],
-        grads: &[G],
+        grads: &Grads<'_>,
         update: Update,
         copies: &WeightCopies,
     ) -> Result<StepReport> {
@@ -230,13 +235,13 @@ impl AdamW {
         let settings: Vec<_> = self.rules.iter().map(settings).collect();
         let mut rounded: Vec<_> = params.iter().map(|(_, var)| Some(copies.get(var)?.write())).collect();
         let state = self.state.moments.iter_mut().zip(settings).zip(&mut rounded);
-        let pending = params.iter().zip(grads).zip(state).enumerate();
-        let pending = pending.map(|(param, (((_, var), grad), ((moments, settings), rounded)))| Pending {
+        let pending = params.iter().zip(state).enumerate();
+        let pending = pending.map(|(param, ((_, var), ((moments, settings), rounded)))| Pending {
             var,
             settings,
             ranges: self.owned.ranges(param),
             moments,
-            grad: grad.as_ref(),
+            grads: grads.ranges(&self.owned, param),
             rounded: rounded.as_mut().map(|copy| copy.as_mut_slice()),
         });
         update::all(pending.filter(|pending| !pending.ranges.is_empty()))?;
@@ -257,8 +262,8 @@ impl AdamW {
         Ok(StepReport { grad_norm, applied: false, non_finite: Some(why) })
     }
 
-    fn check_shapes<G: AsRef<[f32]>>(&self, params: &[(String, Var)], grads: &[G]) -> Result<()> {
-        let (want, got) = (self.rules.len(), grads.len());
+    fn check_shapes(&self, params: &[(String, Var)], grads: &Grads<'_>) -> Result<()> {
+        let (want, got) = (self.rules.len(), grads.all().len());
         if want != params.len() || want != got {
             let have = params.len();
             return Err(Error::Argument(format!(
@@ -266,17 +271,9 @@ impl AdamW {
             )));
         }
         let mut seen = HashSet::with_capacity(params.len());
-        for (index, ((name, var), grad)) in params.iter().zip(grads).enumerate() {
-            if !seen.insert(var.id()) {
-                return Err(Error::Argument(format!("{name} is given to the optimizer twice")));
-            }
-            let (want, got, held) = (var.elem_count(), grad.as_ref().len(), self.owned.units().elements(index));
-            if want != got || want != held {
-                return Err(Error::Argument(format!(
-                    "{name} has {want} elements, its gradient {got}, its optimizer state {held}"
-                )));
-            }
+        if let Some((name, _)) = params.iter().find(|(_, var)| !seen.insert(var.id())) {
+            return Err(Error::Argument(format!("{name} is given to the optimizer twice")));
         }
-        Ok(())
+        grads.check(&self.owned, params)
     }
 }

@@ -1,5 +1,6 @@
 //! The global gradient norm: sums of squares of chunks, wherever they are computed, added in one order.
 
+use super::grads::Grads;
 use super::owned::Owned;
 use super::units::Units;
 use crate::{Error, Result};
@@ -15,13 +16,19 @@ pub struct ChunkSum {
 }
 
 impl Owned {
-    /// The sums of what is owned; `grads` are those of whole parameters.
-    pub(super) fn squares<G: AsRef<[f32]>>(&self, grads: &[G]) -> Vec<ChunkSum> {
+    /// The sums of what is owned.
+    pub(super) fn squares(&self, grads: &Grads<'_>) -> Vec<ChunkSum> {
         let (mut numbers, mut values) = (Vec::new(), Vec::new());
-        for (param, grad) in grads.iter().enumerate() {
+        for param in 0..self.units().num_params() {
+            let ranges = self.ranges(param).iter().zip(grads.ranges(self, param)).collect::<Vec<_>>();
+            let mut at = 0;
             for chunk in self.chunks(param) {
+                while ranges[at].0.end <= chunk.range.start {
+                    at += 1;
+                }
+                let (range, grad) = &ranges[at];
                 numbers.push(chunk.number);
-                values.push(&grad.as_ref()[chunk.range]);
+                values.push(&grad[chunk.range.start - range.start..chunk.range.end - range.start]);
             }
         }
         let sums = adamw::sums_of_squares(select::current(), &values);

@@ -76,15 +76,8 @@ impl Owned {
             if let Some(param) = params.iter().find(|&&param| param >= units.num_params() || !seen.insert(param)) {
                 return Err(Error::Argument(format!("parameter {param} is unknown or listed twice")));
             }
-            let total: usize = params.iter().map(|&param| units.elements(param)).sum();
-            let [start, end] = [*index, index + 1].map(|part| total as u128 * part as u128 / *parts as u128);
-            let mut before = 0;
-            for &param in params {
-                let begins_here = |chunk: &Chunk| (start..end).contains(&((before + chunk.range.start) as u128));
-                for Chunk { range, .. } in units.chunks(param).into_iter().filter(begins_here) {
-                    push(&mut ranges[param], range);
-                }
-                before += units.elements(param);
+            for (&param, own) in params.iter().zip(part_of_list(&units, params, *index, *parts)) {
+                ranges[param] = own;
             }
         }
         Ok(Self { units, ranges })
@@ -137,6 +130,24 @@ impl Owned {
         });
         chunks
     }
+}
+
+/// Ranges of each parameter of a list: part `index` of `parts`.
+pub(crate) fn part_of_list(units: &Units, params: &[usize], index: usize, parts: usize) -> Vec<Vec<Range<usize>>> {
+    let total: usize = params.iter().map(|&param| units.elements(param)).sum();
+    let [start, end] = [index, index + 1].map(|part| total as u128 * part as u128 / parts as u128);
+    let mut before = 0;
+    let of_param = |&param: &usize| {
+        let mut ranges = Vec::new();
+        for Chunk { range, .. } in units.chunks(param) {
+            if (start..end).contains(&((before + range.start) as u128)) {
+                push(&mut ranges, range);
+            }
+        }
+        before += units.elements(param);
+        ranges
+    };
+    params.iter().map(of_param).collect()
 }
 
 /// Adds a range at the end, to the last one if it continues it.

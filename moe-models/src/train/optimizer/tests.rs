@@ -213,13 +213,23 @@ fn spread(parts: usize, order: impl Fn(&mut Vec<ChunkSum>)) -> (Vec<u64>, Vec<Ve
     let mut norms = Vec::new();
     for step in 0..2 {
         let grads: Vec<_> = SHAPES.iter().map(|(count, elements)| wave(count * elements, 7 + step)).collect();
-        let mut squares: Vec<ChunkSum> =
-            ranks.iter().flat_map(|(optimizer, params)| optimizer.squares(params, &grads).unwrap()).collect();
+        // Whole gradients in one step, those that are owned alone in the other.
+        let owned = |optimizer: &AdamW| -> Vec<Vec<f32>> {
+            grads.iter().enumerate().map(|(p, grad)| optimizer.owned().cut(p, grad)).collect()
+        };
+        let owned: Vec<_> = ranks.iter().map(|(optimizer, _)| owned(optimizer)).collect();
+        let grads_of = |rank: usize| match step {
+            0 => Grads::whole(&grads),
+            _ => Grads::Owned(owned[rank].iter().map(Vec::as_slice).collect()),
+        };
+        let all = ranks.iter().enumerate();
+        let all = all.flat_map(|(rank, (optimizer, params))| optimizer.squares(params, &grads_of(rank)).unwrap());
+        let mut squares: Vec<ChunkSum> = all.collect();
         order(&mut squares);
-        for (optimizer, params) in &mut ranks {
+        for (rank, (optimizer, params)) in ranks.iter_mut().enumerate() {
             let grad_norm = optimizer.norm(&squares).unwrap() * 0.5;
             let update = Update { lr: 0.01, grad_scale: 0.5, grad_norm };
-            assert!(optimizer.apply(params, &grads, update, &WeightCopies::default()).unwrap().applied);
+            assert!(optimizer.apply(params, &grads_of(rank), update, &WeightCopies::default()).unwrap().applied);
             norms.push(grad_norm.to_bits());
         }
     }
@@ -259,7 +269,7 @@ fn no_split_of_experts_changes_a_bit_of_the_norm() {
     let params = shapes();
     let everything = Owned::everything(Units::new(&units_of(all_experts())).unwrap());
     let whole = AdamW::new(config(1.0), everything, rules(&params)).unwrap();
-    let want = whole.norm(&whole.squares(&params, &grads).unwrap()).unwrap();
+    let want = whole.norm(&whole.squares(&params, &Grads::whole(&grads)).unwrap()).unwrap();
     let exact: f64 = grads.iter().flatten().map(|&g| f64::from(g).powi(2)).sum::<f64>().sqrt();
     assert!((want - exact).abs() < 1e-12 * exact);
     for cut in [1, 5, 11] {
@@ -273,7 +283,7 @@ fn no_split_of_experts_changes_a_bit_of_the_norm() {
             let grads: Vec<&[f32]> =
                 grads.iter().enumerate().map(|(p, g)| if p == 1 { slice } else { g.as_slice() }).collect();
             let optimizer = AdamW::new(config(1.0), Owned::everything(units), rules(&params)).unwrap();
-            let squares = optimizer.squares(&params, &grads).unwrap();
+            let squares = optimizer.squares(&params, &Grads::whole(&grads)).unwrap();
             (optimizer, squares)
         };
         let (first, second) = (held(0..cut), held(cut..12));

@@ -18,8 +18,8 @@ pub(super) struct Pending<'a> {
     pub(super) ranges: &'a [Range<usize>],
     /// Of the ranges, one after the other.
     pub(super) moments: &'a mut Moments,
-    /// Of the whole parameter.
-    pub(super) grad: &'a [f32],
+    /// Of the ranges.
+    pub(super) grads: Vec<&'a [f32]>,
     /// Of the whole parameter.
     pub(super) rounded: Option<&'a mut [u16]>,
 }
@@ -30,7 +30,7 @@ impl<'a> Pending<'a> {
         let Moments { exp_avg, exp_avg_sq } = self.moments;
         let (mut exp_avg, mut exp_avg_sq) = (exp_avg.as_mut_slice(), exp_avg_sq.as_mut_slice());
         let (mut values, mut rounded, mut start) = (values, self.rounded, 0);
-        self.ranges.iter().map(move |range| {
+        self.ranges.iter().zip(self.grads).map(move |(range, grad)| {
             let (skip, len) = (range.start - start, range.len());
             start = range.end;
             let rounded = rounded.as_mut().map(|rest| take(rest, skip, len));
@@ -39,7 +39,7 @@ impl<'a> Pending<'a> {
                 values: take(&mut values, skip, len),
                 exp_avg: take(&mut exp_avg, 0, len),
                 exp_avg_sq: take(&mut exp_avg_sq, 0, len),
-                grad: &self.grad[range.clone()],
+                grad,
                 rounded,
             }
         })
@@ -86,6 +86,14 @@ fn together(mut pending: std::vec::IntoIter<Pending<'_>>, mut ready: Vec<adamw::
         ready.extend(next.with_values(values));
         together(pending, ready)
     };
+    with_values(var, body)
+}
+
+/// Lends the memory of a parameter on the CPU.
+///
+/// # Errors
+/// If it is not f32; what `body` returns.
+pub(crate) fn with_values(var: &Var, body: impl FnOnce(&mut [f32]) -> Result<()>) -> Result<()> {
     Ok(var.inplace_op1(&WithValues(Cell::new(Some(body))))?)
 }
 

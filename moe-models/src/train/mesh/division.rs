@@ -1,0 +1,324 @@
+//! [`MeshDivision`]: gradients of each bucket are added up by the ranks that own parts of it, in rank order; the sums, or the
+//! parameters once they are updated, are brought to all.
+
+use super::buckets::{Bucket, buckets, owned};
+use super::{GroupRanks, MeshRanks, UPDATE, Zero, exchange};
+use crate::train::division::Division;
+use crate::train::optimizer::{ChunkSum, Grads, Moments, Owned, Units, with_values};
+use crate::{Error, Result};
+use candle_core::Var;
+use moe_core::tape::{After, GradBuffers};
+use moe_parallel::comm::{Gathering, ReduceScattering, Reduction};
+use moe_parallel::{Collectives, Communicator, Phase, Site};
+use std::borrow::Cow;
+use std::collections::VecDeque;
+use std::ops::Range;
+use std::sync::Arc;
+
+const SUMS: Site = Site::new(Phase::Backward);
+
+/// Buckets whose parameters are under way at a time.
+const WINDOW: usize = 2;
+
+/// Who owns what of a bucket.
+#[derive(Debug)]
+struct Parts {
+    /// Of each member of the group, of each parameter of the bucket.
+    ranges: Vec<Vec<Vec<Range<usize>>>>,
+    /// Elements of each member.
+    counts: Vec<usize>,
+}
+
+impl Parts {
+    fn new(units: &Units, bucket: &Bucket, members: usize) -> Self {
+        let ranges = bucket.parts(units, members);
+        let count = |part: &Vec<Vec<Range<usize>>>| part.iter().flatten().map(Range::len).sum();
+        Self { counts: ranges.iter().map(count).collect(), ranges }
+    }
+
+    /// What a member owns of values of the bucket's parameters, appended to `to`.
+    fn cut(&self, member: usize, values: &[&[f32]], to: &mut Vec<f32>) {
+        for (values, ranges) in values.iter().zip(&self.ranges[member]) {
+            ranges.iter().for_each(|range| to.extend_from_slice(&values[range.clone()]));
+        }
+    }
+
+    /// What a member owns, one parameter after the other: `paste` gets its number in the bucket, the range and the values.
+    fn each(&self, member: usize, mut own: &[f32], mut paste: impl FnMut(usize, &Range<usize>, &[f32])) {
+        for (number, ranges) in self.ranges[member].iter().enumerate() {
+            for range in ranges {
+                let (values, rest) = own.split_at(range.len());
+                paste(number, range, values);
+                own = rest;
+            }
+        }
+    }
+}
+
+/// One rank's part, and what is under way.
+#[derive(Debug)]
+pub(super) struct MeshDivision {
+    world: Arc<dyn Communicator>,
+    groups: Vec<GroupRanks>,
+    zero: Zero,
+    overlap: bool,
+    /// What the optimizer updates.
+    owned: Owned,
+    buckets: Vec<Vec<usize>>,
+    group_of: Vec<usize>,
+    parts: Vec<Parts>,
+    /// Buckets whose sums are under way to their owners, in the order of starting.
+    adding: VecDeque<(usize, ReduceScattering<f32>)>,
+    /// Buckets whose sums are under way to all.
+    gathering: VecDeque<(usize, Gathering<f32>)>,
+    /// Where only moments are divided: sums of what is owned of buckets, until they are written where gradients are kept.
+    added: Vec<(usize, Vec<f32>)>,
+    /// Where gradients are divided: sums of what is owned of each parameter, and whether they are those of a step before.
+    sums: Vec<Vec<f32>>,
+    stale: Vec<bool>,
+}
+
+impl MeshDivision {
+    pub(super) fn new(ranks: &MeshRanks, units: Units, names: &[String]) -> Result<Self> {
+        let number = |name: &String| {
+            let known = ranks.groups.iter().position(|group| group.name.as_ref().is_none_or(|own| own == name));
+            known.ok_or_else(|| Error::Argument(format!("no parameter of the mesh's model is in the group {name}")))
+        };
+        let numbers = names.iter().map(number).collect::<Result<Vec<_>>>()?;
+        let list = buckets(&units, &numbers, ranks.config.bucket_elements);
+        let size = |group: usize| ranks.groups[group].sums.size();
+        let parts: Vec<_> = list.iter().map(|bucket| Parts::new(&units, bucket, size(bucket.group))).collect();
+        let zero = ranks.config.zero;
+        let member = |group: usize| (ranks.groups[group].sums.rank(), size(group));
+        let divided = owned(units.clone(), &list, member)?;
+        let sums = if zero == Zero::Gradients {
+            (0..names.len()).map(|param| vec![0.0; divided.elements(param)]).collect()
+        } else {
+            Vec::new()
+        };
+        Ok(Self {
+            world: Arc::clone(ranks.mesh.world()),
+            groups: ranks.groups.clone(),
+            zero,
+            overlap: ranks.config.overlap,
+            owned: if zero == Zero::Off { Owned::everything(units) } else { divided },
+            group_of: list.iter().map(|bucket| bucket.group).collect(),
+            stale: vec![true; list.len()],
+            buckets: list.into_iter().map(|bucket| bucket.params).collect(),
+            parts,
+            adding: VecDeque::new(),
+            gathering: VecDeque::new(),
+            added: Vec::new(),
+            sums,
+        })
+    }
+
+    fn ranks(&self, bucket: usize) -> &GroupRanks {
+        &self.groups[self.group_of[bucket]]
+    }
+
+    fn member(&self, bucket: usize) -> usize {
+        self.ranks(bucket).sums.rank()
+    }
+
+    /// The sums of what this rank owns of a bucket are here: they go where they belong.
+    fn take_sums(&mut self, bucket: usize, sums: Vec<f32>) -> Result<()> {
+        match self.zero {
+            Zero::Off => {
+                let (parts, ranks) = (&self.parts[bucket], self.ranks(bucket));
+                let gathering = ranks.values.start_all_gather_v(SUMS, &sums, &parts.counts)?;
+                self.gathering.push_back((bucket, gathering));
+            }
+            Zero::Moments => self.added.push((bucket, sums)),
+            Zero::Gradients => self.accumulate(bucket, &sums),
+        }
+        Ok(())
+    }
+
+    /// Adds to the sums of the passes before. Each pass is finished before it is added.
+    fn accumulate(&mut self, bucket: usize, own: &[f32]) {
+        let stale = std::mem::replace(&mut self.stale[bucket], false);
+        let (params, member) = (&self.buckets[bucket], self.member(bucket));
+        let mut rest = own;
+        for (&param, ranges) in params.iter().zip(&self.parts[bucket].ranges[member]) {
+            let (values, others) = rest.split_at(ranges.iter().map(Range::len).sum());
+            rest = others;
+            let sums = &mut self.sums[param];
+            if stale {
+                sums.copy_from_slice(values);
+            } else {
+                sums.iter_mut().zip(values).for_each(|(sum, value)| *sum += value);
+            }
+        }
+    }
+
+    /// Takes the sums that have come, bucket by bucket in their order.
+    fn advance(&mut self) -> Result<()> {
+        while self.adding.front_mut().is_some_and(|(_, adding)| adding.test()) {
+            self.take_next()?;
+        }
+        Ok(())
+    }
+
+    fn take_next(&mut self) -> Result<()> {
+        let Some((bucket, adding)) = self.adding.pop_front() else { return Ok(()) };
+        self.take_sums(bucket, adding.wait()?)
+    }
+}
+
+impl Division for MeshDivision {
+    fn owned(&self) -> &Owned {
+        &self.owned
+    }
+
+    fn buckets(&self) -> &[Vec<usize>] {
+        &self.buckets
+    }
+
+    fn every_pass(&self) -> bool {
+        self.zero == Zero::Gradients
+    }
+
+    fn overlaps(&self) -> bool {
+        self.overlap
+    }
+
+    fn begin(&mut self) {
+        self.stale.fill(true);
+    }
+
+    fn start(&mut self, bucket: usize, sums: &[&[f32]]) -> Result<After> {
+        self.advance()?;
+        let (ranks, parts) = (self.ranks(bucket), &self.parts[bucket]);
+        let after = if self.zero == Zero::Gradients { After::Release } else { After::Keep };
+        if ranks.sums.size() == 1 && after == After::Keep {
+            return Ok(after);
+        }
+        let mut values = Vec::with_capacity(parts.counts.iter().sum());
+        (0..parts.counts.len()).for_each(|member| parts.cut(member, sums, &mut values));
+        if ranks.sums.size() == 1 {
+            self.accumulate(bucket, &values);
+            return Ok(after);
+        }
+        let adding = ranks.sums.start_reduce_scatter_v(SUMS, &values, &parts.counts, Reduction::Sum)?;
+        self.adding.push_back((bucket, adding));
+        Ok(after)
+    }
+
+    fn finish(&mut self, buffers: &mut GradBuffers) -> Result<()> {
+        while !self.adding.is_empty() {
+            self.take_next()?;
+        }
+        let paste = |division: &Self, bucket: usize, member: usize, own: &[f32], buffers: &mut GradBuffers| {
+            division.parts[bucket].each(member, own, |number, range, values| {
+                let param = division.buckets[bucket][number];
+                buffers.of_mut(param)[range.clone()].copy_from_slice(values);
+            });
+        };
+        for (bucket, sums) in std::mem::take(&mut self.added) {
+            paste(self, bucket, self.member(bucket), &sums, buffers);
+        }
+        while let Some((bucket, gathering)) = self.gathering.pop_front() {
+            for (member, sums) in gathering.wait_parts()?.iter().enumerate() {
+                paste(self, bucket, member, sums, buffers);
+            }
+        }
+        Ok(())
+    }
+
+    fn grads<'a>(&'a self, buffers: &'a GradBuffers) -> Grads<'a> {
+        match self.zero {
+            Zero::Gradients => Grads::Owned(self.sums.iter().map(Vec::as_slice).collect()),
+            Zero::Off | Zero::Moments => Grads::Whole(buffers.all()),
+        }
+    }
+
+    fn gather_squares(&self, own: Vec<ChunkSum>) -> Result<Vec<ChunkSum>> {
+        let words: Vec<u64> = own.iter().flat_map(|s| [s.chunk as u64, s.sum.to_bits()]).collect();
+        let all = exchange(&*self.world, UPDATE, &words)?.concat();
+        Ok(all.chunks(2).map(|pair| ChunkSum { chunk: pair[0] as usize, sum: f64::from_bits(pair[1]) }).collect())
+    }
+
+    fn gather_params(&self, params: &[(String, Var)]) -> Result<Vec<usize>> {
+        if self.zero == Zero::Off {
+            return Ok(Vec::new());
+        }
+        let travels = |&bucket: &usize| self.ranks(bucket).values.size() > 1;
+        let travelling: Vec<usize> = (0..self.buckets.len()).filter(travels).collect();
+        let mut under_way = VecDeque::new();
+        for &bucket in &travelling {
+            if under_way.len() == WINDOW {
+                under_way.pop_front().map_or(Ok(()), |first| self.put_params(first, params))?;
+            }
+            under_way.push_back((bucket, self.start_params(bucket, params)?));
+        }
+        under_way.into_iter().try_for_each(|one| self.put_params(one, params))?;
+        Ok(travelling.into_iter().flat_map(|bucket| self.buckets[bucket].iter().copied()).collect())
+    }
+
+    fn gather_moments<'a>(&self, own: &'a [Moments]) -> Result<Cow<'a, [Moments]>> {
+        if self.zero == Zero::Off {
+            return Ok(Cow::Borrowed(own));
+        }
+        let units = self.owned.units();
+        let zeros = |param| vec![0.0; units.elements(param)];
+        let mut whole: Vec<Moments> =
+            (0..own.len()).map(|param| Moments { exp_avg: zeros(param), exp_avg_sq: zeros(param) }).collect();
+        for (bucket, params) in self.buckets.iter().enumerate() {
+            for second in [false, true] {
+                let mut values = Vec::new();
+                for own in params.iter().map(|&param| &own[param]) {
+                    values.extend_from_slice(if second { &own.exp_avg_sq } else { &own.exp_avg });
+                }
+                let counts = &self.parts[bucket].counts;
+                let parts = self.ranks(bucket).values.start_all_gather_v(UPDATE, &values, counts)?.wait_parts()?;
+                for (member, part) in parts.iter().enumerate() {
+                    self.parts[bucket].each(member, part, |number, range, values| {
+                        let whole = &mut whole[params[number]];
+                        let whole = if second { &mut whole.exp_avg_sq } else { &mut whole.exp_avg };
+                        whole[range.clone()].copy_from_slice(values);
+                    });
+                }
+            }
+        }
+        Ok(Cow::Owned(whole))
+    }
+}
+
+/// A bucket whose parameters are under way.
+type UnderWay = (usize, Gathering<f32>);
+
+impl MeshDivision {
+    /// Sends what this rank has updated of a bucket.
+    fn start_params(&self, bucket: usize, params: &[(String, Var)]) -> Result<Gathering<f32>> {
+        let (parts, member) = (&self.parts[bucket], self.member(bucket));
+        let mut own = Vec::with_capacity(parts.counts[member]);
+        for (&param, ranges) in self.buckets[bucket].iter().zip(&parts.ranges[member]) {
+            with_values(&params[param].1, |values| {
+                ranges.iter().for_each(|range| own.extend_from_slice(&values[range.clone()]));
+                Ok(())
+            })?;
+        }
+        Ok(self.ranks(bucket).values.start_all_gather_v(UPDATE, &own, &parts.counts)?)
+    }
+
+    /// Writes what the others have updated of a bucket.
+    fn put_params(&self, (bucket, gathering): UnderWay, params: &[(String, Var)]) -> Result<()> {
+        let (parts, own) = (&self.parts[bucket], self.member(bucket));
+        let others = gathering.wait_parts()?;
+        for (member, values) in others.iter().enumerate().filter(|(member, _)| *member != own) {
+            let mut rest = values.as_slice();
+            for (&param, ranges) in self.buckets[bucket].iter().zip(&parts.ranges[member]) {
+                with_values(&params[param].1, |values| {
+                    for range in ranges {
+                        let (new, others) = rest.split_at(range.len());
+                        values[range.clone()].copy_from_slice(new);
+                        rest = others;
+                    }
+                    Ok(())
+                })?;
+            }
+        }
+        Ok(())
+    }
+}

@@ -1,0 +1,177 @@
+//! [`MeshRanks`]: the ranks of a run over a [`Mesh`]: data parallel, expert parallel, tensor parallel, with moments and gradients
+//! divided or not (ZeRO).
+
+mod buckets;
+mod division;
+
+use super::division::Division;
+use super::model::grad_group;
+use super::optimizer::Units;
+use super::ranks::{Passes, Ranks};
+use crate::params::ParamTable;
+use crate::{Error, Result};
+use division::MeshDivision;
+use moe_parallel::dims::part;
+use moe_parallel::{Collectives, Communicator, ExchangeConfig, Mesh, ParallelDims, Phase, Site};
+use serde::{Deserialize, Serialize};
+use std::ops::Range;
+use std::sync::Arc;
+
+pub(crate) const UPDATE: Site = Site::new(Phase::Update);
+
+/// What of a run's state is divided over the ranks that hold the same parameters.
+///
+/// # Source
+/// ZeRO (Rajbhandari et al. 2020, 1910.02054), over dense and expert parameters alike.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Default, Serialize, Deserialize)]
+#[serde(into = "u8", try_from = "u8")]
+pub enum Zero {
+    /// Nothing.
+    #[default]
+    Off,
+    /// Moments, and with them the work of the update.
+    Moments,
+    /// Gradients too, which are then added up over the ranks after every micro-batch.
+    Gradients,
+}
+
+impl From<Zero> for u8 {
+    fn from(zero: Zero) -> Self {
+        zero as Self
+    }
+}
+
+impl TryFrom<u8> for Zero {
+    type Error = String;
+    fn try_from(stage: u8) -> std::result::Result<Self, String> {
+        let stages = [Self::Off, Self::Moments, Self::Gradients];
+        let known = stages.get(usize::from(stage)).copied();
+        known.ok_or_else(|| format!("zero must be 0, 1 or 2, got {stage}; parameters themselves are not divided"))
+    }
+}
+
+/// How gradients are added up.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct ReduceConfig {
+    /// What is divided.
+    pub zero: Zero,
+    /// Gradients that travel together, about so many elements.
+    pub bucket_elements: usize,
+    /// Whether they travel while the backward pass still runs.
+    pub overlap: bool,
+}
+
+impl Default for ReduceConfig {
+    /// 4 Mi elements, overlapped.
+    fn default() -> Self {
+        Self { zero: Zero::Off, bucket_elements: 4 << 20, overlap: true }
+    }
+}
+
+/// The ranks that hold the same parameters of a group.
+#[derive(Debug, Clone)]
+struct GroupRanks {
+    /// As [`super::TrainModel::grad_group`]; all groups if `None`.
+    name: Option<String>,
+    /// Gradients are added up over this one,
+    sums: Arc<dyn Communicator>,
+    /// and sums and parameters brought to all over this one, in an order of its own.
+    values: Arc<dyn Communicator>,
+}
+
+impl GroupRanks {
+    fn new(name: Option<String>, ranks: &dyn Communicator) -> Result<Self> {
+        let again = || ranks.split(Site::new(Phase::Start), 0, ranks.rank() as u64);
+        Ok(Self { name, sums: again()?, values: again()? })
+    }
+}
+
+/// The ranks of a run, seen from one of them.
+#[derive(Debug)]
+pub struct MeshRanks {
+    mesh: Arc<Mesh>,
+    groups: Vec<GroupRanks>,
+    config: ReduceConfig,
+    /// Whether passes exchange rows or parts of products.
+    meeting: bool,
+}
+
+impl MeshRanks {
+    /// Of a model with the parameters of `table`, which was built over `mesh`. Called by all ranks.
+    ///
+    /// # Errors
+    /// [`Error::Parallel`] if a rank is missing.
+    pub fn new(mesh: &Arc<Mesh>, table: &ParamTable, config: ReduceConfig) -> Result<Self> {
+        let mut groups: Vec<GroupRanks> = Vec::new();
+        let dims = mesh.placement().dims();
+        let mut meeting = dims.tp > 1;
+        for spec in table.specs() {
+            let name = grad_group(spec);
+            if spec.is_stacked() {
+                let experts = dims.experts(spec.shape[0]);
+                meeting |= experts.ep > 1 || experts.slices > 1;
+            }
+            if groups.iter().any(|group| group.name.as_ref() == Some(&name)) {
+                continue;
+            }
+            groups.push(GroupRanks::new(Some(name), &*mesh.gradient_group(spec)?)?);
+        }
+        Ok(Self { mesh: Arc::clone(mesh), groups, config, meeting })
+    }
+
+    /// Of whole models of any kind, each with micro-batches of its own. Called by all ranks.
+    ///
+    /// # Errors
+    /// [`Error::Parallel`] if a rank is missing.
+    pub fn data_parallel(world: Arc<dyn Communicator>, config: ReduceConfig) -> Result<Self> {
+        let dims = ParallelDims::new(world.size(), 1, 1, 1);
+        let nodes = world.size();
+        let mesh = Arc::new(Mesh::new(world, dims, nodes, ExchangeConfig::default())?);
+        let groups = vec![GroupRanks::new(None, &**mesh.data())?];
+        Ok(Self { mesh, groups, config, meeting: false })
+    }
+
+    /// The mesh.
+    pub fn mesh(&self) -> &Arc<Mesh> {
+        &self.mesh
+    }
+}
+
+impl Ranks for MeshRanks {
+    fn rank(&self) -> usize {
+        self.mesh.world().rank()
+    }
+
+    fn share(&self, count: usize) -> Range<usize> {
+        let placement = self.mesh.placement();
+        let dims = placement.dims();
+        part(count, dims.dense(placement.rank()).dp_rank, dims.dp)
+    }
+
+    fn exchange(&self, own: Vec<u64>) -> Result<Vec<Vec<u64>>> {
+        exchange(&**self.mesh.world(), UPDATE, &own)
+    }
+
+    fn passes(&self, count: usize) -> Passes {
+        let most = count.div_ceil(self.mesh.placement().dims().dp);
+        let all = self.meeting || self.config.zero == Zero::Gradients;
+        Passes { rounds: if all { most } else { self.share(count).len() }, meeting: self.meeting }
+    }
+
+    fn fail(&self, why: &Error) {
+        if self.meeting && why.fault().is_none() {
+            self.mesh.world().give_up(Site::new(Phase::Forward), why.to_string());
+        }
+    }
+
+    fn division(&self, units: Units, groups: &[String]) -> Result<Box<dyn Division>> {
+        Ok(Box::new(MeshDivision::new(self, units, groups)?))
+    }
+}
+
+/// The messages of all ranks of `comm`, in rank order.
+fn exchange(comm: &dyn Communicator, site: Site, own: &[u64]) -> Result<Vec<Vec<u64>>> {
+    let counts = comm.all_gather(site, &[own.len() as u64])?;
+    let counts: Vec<usize> = counts.into_iter().map(|count| count as usize).collect();
+    Ok(comm.start_all_gather_v(site, own, &counts)?.wait_parts()?)
+}
