@@ -96,6 +96,19 @@ pub enum Error {
         /// Its error.
         text: String,
     },
+    /// A process has come to need more memory than it may.
+    #[error(
+        "this process has needed {:.1} MB of memory, over its budget of {:.1} MB; raise the budget, make micro-batches smaller, \
+         recompute activations, or divide more over the ranks; what was saved before is whole",
+        *peak as f64 / 1e6,
+        *budget as f64 / 1e6
+    )]
+    Memory {
+        /// Most bytes at once.
+        peak: usize,
+        /// Bytes allowed.
+        budget: usize,
+    },
     /// An argument of a call is out of range; the text names it and the fix.
     #[error("{0}")]
     Argument(String),

@@ -102,6 +102,11 @@ impl Mesh {
         self.placement
     }
 
+    /// Consecutive ranks on a node.
+    pub fn ranks_per_node(&self) -> usize {
+        self.ranks_per_node
+    }
+
     /// All ranks.
     pub fn world(&self) -> &Arc<dyn Communicator> {
         &self.world

@@ -100,7 +100,7 @@ impl CheckpointStore {
     }
 
     /// The same for a rank that does not write: nothing is touched.
-    pub(super) fn read_only(dir: &Path, keep_last: usize) -> Self {
+    pub fn read_only(dir: &Path, keep_last: usize) -> Self {
         Self { dir: dir.to_owned(), keep_last }
     }
 

@@ -46,6 +46,61 @@ impl Passes {
     }
 }
 
+/// What one rank has sent to others and waited for, since it began: `[inside of its node, to other nodes]`.
+#[derive(Debug, Clone, Copy, Default, PartialEq)]
+pub struct Traffic {
+    /// Rows to experts and back.
+    pub all_to_all_bytes: [u64; 2],
+    /// Time in which passes waited for rows, seconds.
+    pub all_to_all_seconds: [f64; 2],
+    /// Gradients, their sums, and parameters.
+    pub gradient_bytes: [u64; 2],
+    /// Time in which steps waited for them: what the backward pass has not hidden, seconds.
+    pub gradient_seconds: f64,
+}
+
+impl Traffic {
+    /// What has come since `before`.
+    #[must_use]
+    pub fn since(&self, before: &Self) -> Self {
+        let bytes = |now: [u64; 2], then: [u64; 2]| [0, 1].map(|level| now[level].saturating_sub(then[level]));
+        let seconds = [0, 1].map(|level| self.all_to_all_seconds[level] - before.all_to_all_seconds[level]);
+        Self {
+            all_to_all_bytes: bytes(self.all_to_all_bytes, before.all_to_all_bytes),
+            all_to_all_seconds: seconds,
+            gradient_bytes: bytes(self.gradient_bytes, before.gradient_bytes),
+            gradient_seconds: self.gradient_seconds - before.gradient_seconds,
+        }
+    }
+
+    fn words(&self) -> Vec<u64> {
+        let [a, b] = self.all_to_all_seconds;
+        let seconds = [a, b, self.gradient_seconds].map(f64::to_bits);
+        [&self.all_to_all_bytes[..], &self.gradient_bytes, &seconds].concat()
+    }
+
+    fn read(rank: usize, words: &[u64]) -> Result<Self> {
+        let &[a, b, c, d, x, y, z] = words else { return Err(unreadable(rank)) };
+        let [x, y, gradient_seconds] = [x, y, z].map(f64::from_bits);
+        Ok(Self { all_to_all_bytes: [a, b], all_to_all_seconds: [x, y], gradient_bytes: [c, d], gradient_seconds })
+    }
+
+    /// Bytes of all ranks, and the longest times.
+    pub(crate) fn over(ranks: &dyn Ranks, own: &Self) -> Result<Self> {
+        let mut sum = Self::default();
+        for (rank, words) in exchange(ranks, Ok(own.words()))?.into_iter().enumerate() {
+            let one = Self::read(rank, &words)?;
+            for level in [0, 1] {
+                sum.all_to_all_bytes[level] += one.all_to_all_bytes[level];
+                sum.gradient_bytes[level] += one.gradient_bytes[level];
+                sum.all_to_all_seconds[level] = sum.all_to_all_seconds[level].max(one.all_to_all_seconds[level]);
+            }
+            sum.gradient_seconds = sum.gradient_seconds.max(one.gradient_seconds);
+        }
+        Ok(sum)
+    }
+}
+
 /// The ranks of a run, seen from one of them. All of them call the same methods in the same order. Rank 0 writes the files.
 ///
 /// # Errors
@@ -64,6 +119,11 @@ pub trait Ranks: Debug + Send {
     /// How its passes run, where there are `count` in all: training micro-batches or batches of an evaluation.
     fn passes(&self, count: usize) -> Passes {
         Passes::alone(self.share(count).len())
+    }
+
+    /// What this rank has sent and waited for; `None` of one that has nobody to send to, on all ranks or none.
+    fn traffic(&self) -> Option<Traffic> {
+        None
     }
 
     /// This rank has failed inside of a pass in which others may wait for it: tells them.
@@ -208,6 +268,22 @@ mod tests {
             assert!(matches!(all_well(ranks, own()), Err(Error::Argument(text)) if text == "mine"));
         }
         assert_eq!(all_well(&WithRankOne(vec![WELL]), Ok(7)).unwrap(), 7);
+    }
+
+    /// Bytes are summed, times are the longest.
+    #[test]
+    fn traffic_is_that_of_all_ranks() {
+        let of = |bytes: u64, seconds: f64| Traffic {
+            all_to_all_bytes: [bytes, 2 * bytes],
+            all_to_all_seconds: [seconds, 1.0],
+            gradient_bytes: [3 * bytes, 0],
+            gradient_seconds: seconds / 2.0,
+        };
+        let words = [WELL].into_iter().chain(of(10, 0.5).words()).collect();
+        let all = Traffic::over(&WithRankOne(words), &of(7, 0.25)).unwrap();
+        assert_eq!(all, of(17, 0.5));
+        assert_eq!(of(17, 0.5).since(&of(7, 0.25)).gradient_bytes, [30, 0]);
+        assert!(Traffic::over(&WithRankOne(vec![WELL, 1]), &of(7, 0.25)).is_err());
     }
 
     #[test]

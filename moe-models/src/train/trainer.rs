@@ -8,12 +8,13 @@ use super::data::{PackedSource, SequenceSampler, ValidSource};
 use super::division::Division;
 use super::evaluate::{Evaluation, evaluate_over};
 use super::lock::RunLock;
+use super::memory;
 use super::metrics::{self, MetricsWriter, Record};
 use super::model::{TokenBatch, TrainModel, TrainPass, units_of, update_rules};
 use super::non_finite::NonFinite;
 use super::observer::{Event, Observer};
 use super::optimizer::{AdamW, StepReport, Update};
-use super::ranks::{Ranks, all_well, any};
+use super::ranks::{Ranks, Traffic, all_well, any};
 use super::run_folder::RunFolder;
 use super::step::{BatchSums, StepBuffers, accumulate_share};
 use crate::{Error, Result};
@@ -87,6 +88,10 @@ pub struct Trainer<M> {
     best: Option<BestCheckpoint>,
     /// Training time and steps since the last record.
     speed: (Duration, u64),
+    /// What this rank had sent by then.
+    traffic: Traffic,
+    /// Most memory of this process, bytes.
+    memory_budget: Option<usize>,
 }
 
 /// What the rank that writes keeps open.
@@ -222,7 +227,16 @@ impl<M: TrainModel> Trainer<M> {
             saved_step,
             best,
             speed,
+            traffic: Traffic::default(),
+            memory_budget: None,
         })
+    }
+
+    /// The same run, which ends with an error after a step in which this process has come to need more memory: what was saved
+    /// before is whole. All ranks have a budget, or none has.
+    #[must_use]
+    pub fn with_memory_budget(self, bytes: Option<usize>) -> Self {
+        Self { memory_budget: bytes, ..self }
     }
 
     /// The run's folder.
@@ -276,6 +290,9 @@ impl<M: TrainModel> Trainer<M> {
         observer.event(&Event::Started { step: self.step, total_steps, tokens_per_step });
         while self.step < total_steps && !any(&*self.ranks, stop.load(Ordering::Relaxed))? {
             self.one_step(total_steps, observer)?;
+            if let Some(budget) = self.memory_budget {
+                all_well(&*self.ranks, memory::check(budget))?;
+            }
         }
         if self.saved_step != Some(self.step) && self.step > 0 {
             self.save(None, observer)?;
@@ -300,6 +317,7 @@ impl<M: TrainModel> Trainer<M> {
         let mut record = Record::new(self.step, self.tokens());
         if log {
             self.push_training(&mut record, &sums, grad_norm, lr);
+            self.push_traffic(&mut record)?;
         }
         // Every checkpoint is measured, so that the best of them is known.
         let evaluation = if validate || save { self.validate(observer)? } else { None };
@@ -393,6 +411,13 @@ impl<M: TrainModel> Trainer<M> {
         let tokens = (steps * self.config.tokens_per_step()) as f64;
         record.push(metrics::TRAIN_TOKENS_PER_SECOND, tokens / time.as_secs_f64().max(1e-9));
         record.push_loads(&sums.layers);
+    }
+
+    fn push_traffic(&mut self, record: &mut Record) -> Result<()> {
+        let Some(now) = self.ranks.traffic() else { return Ok(()) };
+        let own = now.since(&std::mem::replace(&mut self.traffic, now));
+        record.push_traffic(&Traffic::over(&*self.ranks, &own)?);
+        Ok(())
     }
 
     fn validate(&self, observer: &mut dyn Observer) -> Result<Option<Evaluation>> {

@@ -1,10 +1,11 @@
 //! [`AllToAll`]: runs plans over a communicator, forwards and back.
 
 use super::{Counts, Nodes, Plan, Route, Step, Transfer};
-use crate::comm::{Collectives, Communicator, Element, Expected, Parcel, Pending, Site};
+use crate::comm::{Collectives, Communicator, Element, Expected, Kind, Parcel, Pending, Site};
 use crate::{Error, Result};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
+use std::time::{Duration, Instant};
 
 /// Which way a plan is run.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -37,9 +38,10 @@ pub struct AllToAll {
 struct Sent {
     messages: [AtomicU64; 2],
     bytes: [AtomicU64; 2],
+    nanoseconds: [AtomicU64; 2],
 }
 
-/// Messages and bytes sent to other ranks, by level.
+/// Messages and bytes sent to other ranks, and how long they were waited for, by level.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
 pub struct SentBytes {
     /// Messages inside the node.
@@ -50,6 +52,10 @@ pub struct SentBytes {
     pub inter_node_messages: u64,
     /// Bytes in them.
     pub inter_node_bytes: u64,
+    /// Time that ranks of the node were waited for.
+    pub intra_node_wait: Duration,
+    /// Time that other nodes were waited for; all time of a group over several nodes whose messages go to both at once.
+    pub inter_node_wait: Duration,
 }
 
 impl std::ops::Add for SentBytes {
@@ -60,6 +66,8 @@ impl std::ops::Add for SentBytes {
             intra_node_bytes: self.intra_node_bytes + other.intra_node_bytes,
             inter_node_messages: self.inter_node_messages + other.inter_node_messages,
             inter_node_bytes: self.inter_node_bytes + other.inter_node_bytes,
+            intra_node_wait: self.intra_node_wait + other.intra_node_wait,
+            inter_node_wait: self.inter_node_wait + other.inter_node_wait,
         }
     }
 }
@@ -94,13 +102,16 @@ impl AllToAll {
 
     /// What has been sent to other ranks so far.
     pub fn sent(&self) -> SentBytes {
-        let [messages, bytes] =
-            [&self.sent.messages, &self.sent.bytes].map(|c| c.each_ref().map(|n| n.load(Ordering::Relaxed)));
+        let Sent { messages, bytes, nanoseconds } = &self.sent;
+        let [messages, bytes, waits] =
+            [messages, bytes, nanoseconds].map(|c| c.each_ref().map(|n| n.load(Ordering::Relaxed)));
         SentBytes {
             intra_node_messages: messages[0],
             intra_node_bytes: bytes[0],
             inter_node_messages: messages[1],
             inter_node_bytes: bytes[1],
+            intra_node_wait: Duration::from_nanos(waits[0]),
+            inter_node_wait: Duration::from_nanos(waits[1]),
         }
     }
 
@@ -183,6 +194,17 @@ impl AllToAll {
         width: usize,
     ) -> Result<Vec<T>> {
         self.start(plan, direction, site, values, width)?.finish()
+    }
+
+    /// Waits for the messages of a step.
+    fn wait(&self, kind: Kind, pending: Box<dyn Pending>) -> Result<Vec<Parcel>> {
+        let begun = Instant::now();
+        let arrived = pending.wait();
+        let alone = self.nodes.node_of(self.comm.rank()).len() == self.nodes.size();
+        let level = usize::from(kind != Kind::IntraNode && !alone);
+        let waited = u64::try_from(begun.elapsed().as_nanos()).unwrap_or(u64::MAX);
+        self.sent.nanoseconds[level].fetch_add(waited, Ordering::Relaxed);
+        arrived
     }
 
     fn count(&self, peer: usize, bytes: usize) {
@@ -287,7 +309,8 @@ impl<T: Element> Moving<T> {
 fn receive<T: Element>(way: &Way, step: usize, pending: Box<dyn Pending>, mut buffer: Vec<T>) -> Result<Vec<T>> {
     let (rank, width) = (way.all.comm.rank(), way.width);
     let (_, into, _) = way.step(step);
-    for (transfer, parcel) in into.iter().filter(|transfer| transfer.peer != rank).zip(pending.wait()?) {
+    let arrived = way.all.wait(way.plan.steps[step].kind, pending)?;
+    for (transfer, parcel) in into.iter().filter(|transfer| transfer.peer != rank).zip(arrived) {
         let mut bytes = parcel.payload();
         for piece in &transfer.pieces {
             let (head, rest) = bytes.split_at(piece.len() * width * size_of::<T>());

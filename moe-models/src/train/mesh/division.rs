@@ -2,7 +2,7 @@
 //! parameters once they are updated, are brought to all.
 
 use super::buckets::{Bucket, buckets, owned};
-use super::{GroupRanks, MeshRanks, UPDATE, Zero, exchange};
+use super::{GroupRanks, MeshRanks, Sent, UPDATE, Zero, exchange};
 use crate::train::division::Division;
 use crate::train::optimizer::{ChunkSum, Grads, Moments, Owned, Units, with_values};
 use crate::{Error, Result};
@@ -60,6 +60,8 @@ impl Parts {
 pub(super) struct MeshDivision {
     world: Arc<dyn Communicator>,
     groups: Vec<GroupRanks>,
+    ranks_per_node: usize,
+    sent: Arc<Sent>,
     zero: Zero,
     overlap: bool,
     /// What the optimizer updates.
@@ -99,6 +101,8 @@ impl MeshDivision {
         Ok(Self {
             world: Arc::clone(ranks.mesh.world()),
             groups: ranks.groups.clone(),
+            ranks_per_node: ranks.mesh.ranks_per_node(),
+            sent: Arc::clone(&ranks.sent),
             zero,
             overlap: ranks.config.overlap,
             owned: if zero == Zero::Off { Owned::everything(units) } else { divided },
@@ -127,6 +131,7 @@ impl MeshDivision {
             Zero::Off => {
                 let (parts, ranks) = (&self.parts[bucket], self.ranks(bucket));
                 let gathering = ranks.values.start_all_gather_v(SUMS, &sums, &parts.counts)?;
+                self.sent.count(&*ranks.values, self.ranks_per_node, |_| sums.len());
                 self.gathering.push_back((bucket, gathering));
             }
             Zero::Moments => self.added.push((bucket, sums)),
@@ -162,7 +167,8 @@ impl MeshDivision {
 
     fn take_next(&mut self) -> Result<()> {
         let Some((bucket, adding)) = self.adding.pop_front() else { return Ok(()) };
-        self.take_sums(bucket, adding.wait()?)
+        let sums = self.sent.waiting(|| adding.wait())?;
+        self.take_sums(bucket, sums)
     }
 }
 
@@ -201,6 +207,7 @@ impl Division for MeshDivision {
             return Ok(after);
         }
         let adding = ranks.sums.start_reduce_scatter_v(SUMS, &values, &parts.counts, Reduction::Sum)?;
+        self.sent.count(&*ranks.sums, self.ranks_per_node, |member| parts.counts[member]);
         self.adding.push_back((bucket, adding));
         Ok(after)
     }
@@ -219,7 +226,8 @@ impl Division for MeshDivision {
             paste(self, bucket, self.member(bucket), &sums, buffers);
         }
         while let Some((bucket, gathering)) = self.gathering.pop_front() {
-            for (member, sums) in gathering.wait_parts()?.iter().enumerate() {
+            let parts = self.sent.waiting(|| gathering.wait_parts())?;
+            for (member, sums) in parts.iter().enumerate() {
                 paste(self, bucket, member, sums, buffers);
             }
         }
@@ -299,13 +307,15 @@ impl MeshDivision {
                 Ok(())
             })?;
         }
-        Ok(self.ranks(bucket).values.start_all_gather_v(UPDATE, &own, &parts.counts)?)
+        let ranks = self.ranks(bucket);
+        self.sent.count(&*ranks.values, self.ranks_per_node, |_| own.len());
+        Ok(ranks.values.start_all_gather_v(UPDATE, &own, &parts.counts)?)
     }
 
     /// Writes what the others have updated of a bucket.
     fn put_params(&self, (bucket, gathering): UnderWay, params: &[(String, Var)]) -> Result<()> {
         let (parts, own) = (&self.parts[bucket], self.member(bucket));
-        let others = gathering.wait_parts()?;
+        let others = self.sent.waiting(|| gathering.wait_parts())?;
         for (member, values) in others.iter().enumerate().filter(|(member, _)| *member != own) {
             let mut rest = values.as_slice();
             for (&param, ranges) in self.buckets[bucket].iter().zip(&parts.ranges[member]) {

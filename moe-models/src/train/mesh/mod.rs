@@ -7,7 +7,7 @@ mod division;
 use super::division::Division;
 use super::model::grad_group;
 use super::optimizer::Units;
-use super::ranks::{Passes, Ranks};
+use super::ranks::{Passes, Ranks, Traffic};
 use crate::params::ParamTable;
 use crate::{Error, Result};
 use division::MeshDivision;
@@ -16,6 +16,8 @@ use moe_parallel::{Collectives, Communicator, ExchangeConfig, Mesh, ParallelDims
 use serde::{Deserialize, Serialize};
 use std::ops::Range;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::time::{Duration, Instant};
 
 pub(crate) const UPDATE: Site = Site::new(Phase::Update);
 
@@ -94,6 +96,40 @@ pub struct MeshRanks {
     config: ReduceConfig,
     /// Whether passes exchange rows or parts of products.
     meeting: bool,
+    sent: Arc<Sent>,
+}
+
+/// Gradients and parameters sent, and how long they were waited for.
+#[derive(Debug, Default)]
+struct Sent {
+    bytes: [AtomicU64; 2],
+    nanoseconds: AtomicU64,
+}
+
+impl Sent {
+    /// `counts[member]` f32 values to each other member of a group.
+    fn count(&self, comm: &dyn Communicator, ranks_per_node: usize, counts: impl Fn(usize) -> usize) {
+        let node = |member: usize| comm.group().members()[member] / ranks_per_node;
+        for member in (0..comm.size()).filter(|&member| member != comm.rank()) {
+            let level = usize::from(node(member) != node(comm.rank()));
+            self.bytes[level].fetch_add((counts(member) * size_of::<f32>()) as u64, Ordering::Relaxed);
+        }
+    }
+
+    /// Counts the time that `work` takes.
+    fn waiting<T>(&self, work: impl FnOnce() -> T) -> T {
+        let begun = Instant::now();
+        let result = work();
+        let waited = u64::try_from(begun.elapsed().as_nanos()).unwrap_or(u64::MAX);
+        self.nanoseconds.fetch_add(waited, Ordering::Relaxed);
+        result
+    }
+
+    fn read(&self) -> ([u64; 2], f64) {
+        let nanoseconds = self.nanoseconds.load(Ordering::Relaxed);
+        let bytes = self.bytes.each_ref().map(|bytes| bytes.load(Ordering::Relaxed));
+        (bytes, Duration::from_nanos(nanoseconds).as_secs_f64())
+    }
 }
 
 impl MeshRanks {
@@ -116,7 +152,7 @@ impl MeshRanks {
             }
             groups.push(GroupRanks::new(Some(name), &*mesh.gradient_group(spec)?)?);
         }
-        Ok(Self { mesh: Arc::clone(mesh), groups, config, meeting })
+        Ok(Self { mesh: Arc::clone(mesh), groups, config, meeting, sent: Arc::default() })
     }
 
     /// Of whole models of any kind, each with micro-batches of its own. Called by all ranks.
@@ -128,7 +164,7 @@ impl MeshRanks {
         let nodes = world.size();
         let mesh = Arc::new(Mesh::new(world, dims, nodes, ExchangeConfig::default())?);
         let groups = vec![GroupRanks::new(None, &**mesh.data())?];
-        Ok(Self { mesh, groups, config, meeting: false })
+        Ok(Self { mesh, groups, config, meeting: false, sent: Arc::default() })
     }
 
     /// The mesh.
@@ -156,6 +192,21 @@ impl Ranks for MeshRanks {
         let most = count.div_ceil(self.mesh.placement().dims().dp);
         let all = self.meeting || self.config.zero == Zero::Gradients;
         Passes { rounds: if all { most } else { self.share(count).len() }, meeting: self.meeting }
+    }
+
+    fn traffic(&self) -> Option<Traffic> {
+        if self.mesh.world().size() == 1 {
+            return None;
+        }
+        let rows = self.mesh.sent();
+        let seconds = [rows.intra_node_wait, rows.inter_node_wait].map(|wait| wait.as_secs_f64());
+        let (gradient_bytes, gradient_seconds) = self.sent.read();
+        Some(Traffic {
+            all_to_all_bytes: [rows.intra_node_bytes, rows.inter_node_bytes],
+            all_to_all_seconds: seconds,
+            gradient_bytes,
+            gradient_seconds,
+        })
     }
 
     fn fail(&self, why: &Error) {

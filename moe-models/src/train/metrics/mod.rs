@@ -4,6 +4,7 @@ pub mod jsonl;
 pub mod tensorboard;
 
 use super::model::LayerLoad;
+use super::ranks::Traffic;
 use crate::Result;
 use std::path::Path;
 
@@ -23,6 +24,15 @@ pub const TRAIN_LR: &str = "train/lr";
 pub const TRAIN_GRAD_NORM: &str = "train/grad_norm";
 /// Tag of the training speed since the last record.
 pub const TRAIN_TOKENS_PER_SECOND: &str = "train/tokens_per_second";
+/// Tag of the bytes of rows sent to experts and back since the last record, over all ranks; `/intra_node` or `/inter_node` is
+/// appended.
+pub const MOE_A2A_BYTES: &str = "moe/a2a_bytes";
+/// Tag of the time in which passes waited for them, seconds, of the rank that waited most; as [`MOE_A2A_BYTES`].
+pub const MOE_A2A_SECONDS: &str = "moe/a2a_seconds";
+/// Tag of the bytes of gradients and parameters sent since the last record, over all ranks; as [`MOE_A2A_BYTES`].
+pub const GRADIENT_BYTES: &str = "train/gradient_bytes";
+/// Tag of the time in which steps waited for them, seconds, of the rank that waited most.
+pub const GRADIENT_WAIT_SECONDS: &str = "train/gradient_wait_seconds";
 /// Tag of the validation loss, nats per token over all sources.
 pub const VALID_LOSS: &str = "valid/loss";
 /// Tag of the validation loss in bits per byte over all sources; `/SOURCE` is appended for each source.
@@ -48,6 +58,16 @@ impl Record {
     /// Adds a value.
     pub fn push(&mut self, tag: impl Into<String>, value: f64) {
         self.values.push((tag.into(), value));
+    }
+
+    /// Adds what ranks have sent each other.
+    pub fn push_traffic(&mut self, traffic: &Traffic) {
+        for (level, name) in ["intra_node", "inter_node"].into_iter().enumerate() {
+            self.push(format!("{MOE_A2A_BYTES}/{name}"), traffic.all_to_all_bytes[level] as f64);
+            self.push(format!("{MOE_A2A_SECONDS}/{name}"), traffic.all_to_all_seconds[level]);
+            self.push(format!("{GRADIENT_BYTES}/{name}"), traffic.gradient_bytes[level] as f64);
+        }
+        self.push(GRADIENT_WAIT_SECONDS, traffic.gradient_seconds);
     }
 
     /// Adds imbalance (max / mean), drop rate and tokens per expert of each MoE layer.
