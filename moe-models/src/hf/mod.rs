@@ -7,6 +7,7 @@ mod checkpoint;
 mod file;
 mod map;
 mod names;
+mod tensor_file;
 #[cfg(test)]
 mod tests;
 mod write;
