@@ -12,7 +12,7 @@ use crate::{Error, Result};
 use candle_core::{Device, Tensor};
 use moe_core::ParamSpec;
 use moe_parallel::Placement;
-use serde::Deserialize;
+use serde::{Deserialize, Serialize};
 use std::borrow::Cow;
 use std::collections::{BTreeMap, BTreeSet};
 use std::path::{Path, PathBuf};
@@ -29,16 +29,47 @@ pub struct Checkpoint {
 pub(crate) const WEIGHTS_FILE: &str = "model.safetensors";
 /// What names the files of weights where there are several.
 pub(crate) const WEIGHTS_INDEX: &str = "model.safetensors.index.json";
+/// What ranks write beside weights that each has written its part of.
+pub(crate) const RANKS_INDEX: &str = "checkpoint.index.json";
 
 #[derive(Deserialize)]
 struct Index {
     weight_map: BTreeMap<String, String>,
 }
 
+/// In what form ranks have written weights.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum WeightForm {
+    /// Every tensor whole and under its name in published files, as anyone reads them.
+    Whole,
+    /// Parts of matrices that ranks split.
+    Parts,
+}
+
+/// Refuses weights that were written in parts.
+fn refuse_parts(dir: &Path) -> Result<()> {
+    #[derive(Deserialize)]
+    struct Form {
+        weights: WeightForm,
+    }
+    let path = dir.join(RANKS_INDEX);
+    let Ok(json) = std::fs::read(&path) else { return Ok(()) };
+    match serde_json::from_slice(&json) {
+        Ok(Form { weights: WeightForm::Parts }) => Err(Error::format(
+            path,
+            "these weights were saved by ranks that split matrices (tp or expert_slices above 1), each its part; export the \
+             checkpoint to a folder of whole tensors first (moe_models::train::shards::export) and open that",
+        )),
+        _ => Ok(()),
+    }
+}
+
 /// `model.safetensors`, or the shards that `model.safetensors.index.json` names.
 fn weight_files(dir: &Path) -> Result<Vec<PathBuf>> {
     let index_path = dir.join(WEIGHTS_INDEX);
     if !index_path.exists() {
+        refuse_parts(dir)?;
         return Ok(vec![dir.join(WEIGHTS_FILE)]);
     }
     let json = std::fs::read(&index_path).map_err(|e| Error::io(&index_path, e))?;

@@ -65,6 +65,11 @@ impl TensorFile {
         self.header.info(name)
     }
 
+    /// What the header says besides tensors.
+    pub(crate) fn metadata(&self, key: &str) -> Option<&str> {
+        self.header.metadata().as_ref()?.get(key).map(String::as_str)
+    }
+
     /// The bytes of a tensor, little-endian.
     pub(crate) fn data(&self, info: &TensorInfo) -> &[u8] {
         let (from, to) = info.data_offsets;
@@ -214,6 +219,7 @@ mod tests {
         let metadata = Some([("format".to_owned(), "pt".to_owned())].into());
         assert_eq!(ours, safetensors::serialize(views.collect::<Vec<_>>(), metadata).unwrap());
         let read = file(ours).unwrap();
+        assert_eq!(read.metadata("format"), Some("pt"));
         assert_eq!(read.data(read.info("b").unwrap()), &data[24..]);
         assert_eq!(read.names().count(), 3);
     }

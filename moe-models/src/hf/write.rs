@@ -8,7 +8,7 @@ use crate::params::ParamTable;
 use crate::{Error, Family, Model, Result};
 use candle_core::{DType, Tensor, Var};
 use moe_core::ParamSpec;
-use moe_parallel::Placement;
+use moe_parallel::{Extent, Placement};
 use safetensors::Dtype;
 use std::collections::BTreeMap;
 use std::ops::Range;
@@ -25,8 +25,10 @@ pub(crate) struct FileTensor<'a> {
     spec: &'a ParamSpec,
     /// Which expert of a stack.
     expert: Option<usize>,
-    /// Elements of the parameter, or of that expert.
-    elements: Range<usize>,
+    /// The same by the name that it has alone.
+    pub(crate) unit: Extent,
+    /// Elements of it.
+    pub(crate) elements: Range<usize>,
 }
 
 pub(crate) fn save<F: Family>(model: &Model<F>, dir: &Path, dtype: DType) -> Result<()> {
@@ -95,8 +97,8 @@ pub(crate) fn file_tensors(table: &ParamTable, names: NameTable, dtype: DType) -
             for (name, shape) in names.tensors(&unit.name, &unit.shape)? {
                 let elements = start..start + shape.iter().product::<usize>();
                 start = elements.end;
-                let header = TensorHeader { name, dtype, shape };
-                tensors.push(FileTensor { header, spec, expert, elements });
+                let (header, unit) = (TensorHeader { name, dtype, shape }, unit.clone());
+                tensors.push(FileTensor { header, spec, expert, unit, elements });
             }
         }
     }
