@@ -3,82 +3,74 @@
 //! Files are mapped; a tensor is copied when it is asked for, an expert alone. Names and shapes are checked for the whole model
 //! before anything is built.
 
+use super::file::is_plain_name;
 use super::map::Bytes;
 use super::names::NameTable;
+use super::tensor_file::TensorFile;
 use crate::params::ParamTable;
 use crate::{Error, Result};
-use candle_core::{DType, Device, Tensor};
+use candle_core::{Device, Tensor};
 use moe_core::ParamSpec;
-use safetensors::Dtype;
-use safetensors::tensor::{Metadata, SafeTensors};
-use serde::Deserialize;
+use moe_parallel::Placement;
+use serde::{Deserialize, Serialize};
 use std::borrow::Cow;
 use std::collections::{BTreeMap, BTreeSet};
 use std::path::{Path, PathBuf};
 
-/// One safetensors file, its header read.
-#[derive(Debug)]
-struct Shard {
-    path: PathBuf,
-    bytes: Bytes,
-    /// Where the tensors begin.
-    start: usize,
-    header: Metadata,
-}
-
-impl Shard {
-    fn new(path: PathBuf, bytes: Bytes) -> Result<Self> {
-        let damaged = |reason: String| {
-            let reason = format!("not a whole safetensors file: {reason}; the file may be truncated, copy it again");
-            Error::format(&path, reason)
-        };
-        // Checks that the header and all tensors lie inside the file, before anything of a size it names is allocated.
-        SafeTensors::deserialize(bytes.as_ref()).map_err(|e| damaged(e.to_string()))?;
-        let (len, header) = SafeTensors::read_metadata(bytes.as_ref()).map_err(|e| damaged(e.to_string()))?;
-        Ok(Self { path, start: len + size_of::<u64>(), bytes, header })
-    }
-
-    fn shape(&self, name: &str) -> Option<&[usize]> {
-        self.header.info(name).map(|info| info.shape.as_slice())
-    }
-
-    fn tensor(&self, name: &str, device: &Device) -> Result<Tensor> {
-        let Some(info) = self.header.info(name) else {
-            return Err(Error::format(&self.path, format!("tensor {name} is missing")));
-        };
-        let (from, to) = info.data_offsets;
-        let data = &self.bytes.as_ref()[self.start + from..self.start + to];
-        Ok(Tensor::from_raw_buffer(data, self.dtype(name, info.dtype)?, &info.shape, device)?)
-    }
-
-    fn dtype(&self, name: &str, dtype: Dtype) -> Result<DType> {
-        match dtype {
-            Dtype::F32 => Ok(DType::F32),
-            Dtype::BF16 => Ok(DType::BF16),
-            Dtype::F16 => Ok(DType::F16),
-            other => Err(Error::format(&self.path, format!("tensor {name} must be f32, bf16 or f16, got {other:?}"))),
-        }
-    }
-}
-
 /// The tensors of a model in files.
 #[derive(Debug)]
 pub struct Checkpoint {
-    shards: Vec<Shard>,
+    shards: Vec<TensorFile>,
     by_name: BTreeMap<String, usize>,
     names: NameTable,
 }
+
+/// Where the only file of weights lies.
+pub(crate) const WEIGHTS_FILE: &str = "model.safetensors";
+/// What names the files of weights where there are several.
+pub(crate) const WEIGHTS_INDEX: &str = "model.safetensors.index.json";
+/// What ranks write beside weights that each has written its part of.
+pub(crate) const RANKS_INDEX: &str = "checkpoint.index.json";
 
 #[derive(Deserialize)]
 struct Index {
     weight_map: BTreeMap<String, String>,
 }
 
+/// In what form ranks have written weights.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum WeightForm {
+    /// Every tensor whole and under its name in published files, as anyone reads them.
+    Whole,
+    /// Parts of matrices that ranks split.
+    Parts,
+}
+
+/// Refuses weights that were written in parts.
+fn refuse_parts(dir: &Path) -> Result<()> {
+    #[derive(Deserialize)]
+    struct Form {
+        weights: WeightForm,
+    }
+    let path = dir.join(RANKS_INDEX);
+    let Ok(json) = std::fs::read(&path) else { return Ok(()) };
+    match serde_json::from_slice(&json) {
+        Ok(Form { weights: WeightForm::Parts }) => Err(Error::format(
+            path,
+            "these weights were saved by ranks that split matrices (tp or expert_slices above 1), each its part; export the \
+             checkpoint to a folder of whole tensors first (moe_models::train::shards::export) and open that",
+        )),
+        _ => Ok(()),
+    }
+}
+
 /// `model.safetensors`, or the shards that `model.safetensors.index.json` names.
 fn weight_files(dir: &Path) -> Result<Vec<PathBuf>> {
-    let index_path = dir.join("model.safetensors.index.json");
+    let index_path = dir.join(WEIGHTS_INDEX);
     if !index_path.exists() {
-        return Ok(vec![dir.join("model.safetensors")]);
+        refuse_parts(dir)?;
+        return Ok(vec![dir.join(WEIGHTS_FILE)]);
     }
     let json = std::fs::read(&index_path).map_err(|e| Error::io(&index_path, e))?;
     let index: Index = serde_json::from_slice(&json).map_err(|e| Error::format(&index_path, e.to_string()))?;
@@ -89,8 +81,7 @@ fn weight_files(dir: &Path) -> Result<Vec<PathBuf>> {
     names
         .into_iter()
         .map(|name| {
-            let plain = Path::new(name).file_name().is_some_and(|f| f == name.as_str());
-            if !plain {
+            if !is_plain_name(name) {
                 return Err(Error::format(&index_path, format!("{name:?} is not the name of a file in this folder")));
             }
             Ok(dir.join(name))
@@ -104,8 +95,7 @@ impl Checkpoint {
     /// # Errors
     /// If a file is missing, cannot be read, or is damaged, or a tensor is in two files.
     pub fn open(dir: &Path, names: NameTable) -> Result<Self> {
-        let shard = |path: PathBuf| Shard::new(path.clone(), Bytes::map(&path)?);
-        Self::new(weight_files(dir)?.into_iter().map(shard).collect::<Result<_>>()?, names)
+        Self::new(weight_files(dir)?.into_iter().map(TensorFile::open).collect::<Result<_>>()?, names)
     }
 
     /// The weights in the content of one safetensors file.
@@ -113,15 +103,15 @@ impl Checkpoint {
     /// # Errors
     /// If it is damaged.
     pub fn from_bytes(bytes: Cow<'static, [u8]>, names: NameTable) -> Result<Self> {
-        Self::new(vec![Shard::new("model.safetensors".into(), Bytes::Held(bytes))?], names)
+        Self::new(vec![TensorFile::new(WEIGHTS_FILE.into(), Bytes::Held(bytes))?], names)
     }
 
-    fn new(shards: Vec<Shard>, names: NameTable) -> Result<Self> {
+    fn new(shards: Vec<TensorFile>, names: NameTable) -> Result<Self> {
         let mut by_name = BTreeMap::new();
         for (index, shard) in shards.iter().enumerate() {
-            for name in shard.header.tensors().into_keys() {
+            for name in shard.names() {
                 if by_name.contains_key(&name) {
-                    return Err(Error::format(&shard.path, format!("tensor {name} is in two files")));
+                    return Err(Error::format(shard.path(), format!("tensor {name} is in two files")));
                 }
                 by_name.insert(name, index);
             }
@@ -138,15 +128,16 @@ impl Checkpoint {
         for spec in table.specs() {
             for (name, shape) in self.parts(spec)? {
                 let Some(&shard) = self.by_name.get(&name) else {
-                    return Err(Error::format(&self.shards[0].path, format!("tensor {name} is missing")));
+                    return Err(Error::format(self.shards[0].path(), format!("tensor {name} is missing")));
                 };
                 let shard = &self.shards[shard];
-                let got = shard.shape(&name).unwrap_or_default();
+                let info = shard.info(&name);
+                let got = info.map_or(&[][..], |info| &info.shape);
                 if got != shape {
                     let reason = format!("tensor {name} must have shape {shape:?}, got {got:?}");
-                    return Err(Error::format(&shard.path, reason));
+                    return Err(Error::format(shard.path(), reason));
                 }
-                if let Some(info) = shard.header.info(&name) {
+                if let Some(info) = info {
                     shard.dtype(&name, info.dtype)?;
                 }
                 used.insert(name);
@@ -154,7 +145,7 @@ impl Checkpoint {
         }
         match self.by_name.iter().find(|(name, _)| !used.contains(*name)) {
             Some((name, &shard)) => Err(Error::format(
-                &self.shards[shard].path,
+                self.shards[shard].path(),
                 format!("tensor {name} does not belong to the configured model"),
             )),
             None => Ok(()),
@@ -171,18 +162,9 @@ impl Checkpoint {
         if self.is_whole(spec) {
             return Ok(vec![(spec.name.clone(), spec.shape.clone())]);
         }
-        let (experts, shape) =
-            if spec.is_stacked() { (spec.shape[0], &spec.shape[1..]) } else { (1, spec.shape.as_slice()) };
         let mut parts = Vec::new();
-        for expert in 0..experts {
-            let names = self.names.in_files(spec, spec.is_stacked().then_some(expert));
-            let mut shape = shape.to_vec();
-            if shape.is_empty() || !shape[0].is_multiple_of(names.len()) {
-                let count = names.len();
-                return Err(Error::Config(format!("{} {shape:?} cannot lie in {count} equal tensors", spec.name)));
-            }
-            shape[0] /= names.len();
-            parts.extend(names.into_iter().map(|name| (name, shape.clone())));
+        for unit in Placement::WHOLE.extents(spec) {
+            parts.extend(self.names.tensors(&unit.name, &unit.shape)?);
         }
         Ok(parts)
     }
@@ -190,7 +172,7 @@ impl Checkpoint {
     fn one(&self, name: &str, device: &Device) -> Result<Tensor> {
         match self.by_name.get(name) {
             Some(&shard) => self.shards[shard].tensor(name, device),
-            None => Err(Error::format(&self.shards[0].path, format!("tensor {name} is missing"))),
+            None => Err(Error::format(self.shards[0].path(), format!("tensor {name} is missing"))),
         }
     }
 

@@ -7,12 +7,16 @@ mod checkpoint;
 mod file;
 mod map;
 mod names;
+mod tensor_file;
 #[cfg(test)]
 mod tests;
 mod write;
 
-pub use checkpoint::Checkpoint;
+pub use checkpoint::{Checkpoint, WeightForm};
+pub(crate) use checkpoint::{RANKS_INDEX, WEIGHTS_FILE, WEIGHTS_INDEX};
+pub(crate) use file::is_plain_name;
 pub use file::write_atomically;
 pub(crate) use map::Bytes;
 pub use names::{NameRule, NameTable};
-pub(crate) use write::save;
+pub(crate) use tensor_file::{TensorFile, TensorHeader, write_header, write_values};
+pub(crate) use write::{SHARD_BYTES, file_tensors, save, write_config, write_weight_index, write_weights};

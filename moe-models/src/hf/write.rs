@@ -1,21 +1,34 @@
-//! Writing weights: per expert, in one file or in shards with an index.
+//! Writing weights: per expert, in one file or in shards with an index, tensor by tensor.
 
+use super::checkpoint::{WEIGHTS_FILE, WEIGHTS_INDEX};
+use super::file::try_write_atomically;
+use super::tensor_file::{TensorHeader, write_header, write_values};
 use super::{NameTable, write_atomically};
 use crate::params::ParamTable;
 use crate::{Error, Family, Model, Result};
 use candle_core::{DType, Tensor, Var};
-use safetensors::tensor::TensorView;
+use moe_core::ParamSpec;
+use moe_parallel::{Extent, Placement};
+use safetensors::Dtype;
 use std::collections::BTreeMap;
+use std::ops::Range;
 use std::path::Path;
 
 /// Most bytes of tensors in one file, as in `transformers`.
-const SHARD_BYTES: usize = 5_000_000_000;
+pub(crate) const SHARD_BYTES: usize = 5_000_000_000;
 
-struct Entry {
-    name: String,
-    dtype: safetensors::Dtype,
-    shape: Vec<usize>,
-    bytes: Vec<u8>,
+/// A tensor in files, and what of a model it holds.
+#[derive(Debug, Clone)]
+pub(crate) struct FileTensor<'a> {
+    header: TensorHeader,
+    /// The parameter.
+    spec: &'a ParamSpec,
+    /// Which expert of a stack.
+    expert: Option<usize>,
+    /// The same by the name that it has alone.
+    pub(crate) unit: Extent,
+    /// Elements of it.
+    pub(crate) elements: Range<usize>,
 }
 
 pub(crate) fn save<F: Family>(model: &Model<F>, dir: &Path, dtype: DType) -> Result<()> {
@@ -24,33 +37,39 @@ pub(crate) fn save<F: Family>(model: &Model<F>, dir: &Path, dtype: DType) -> Res
 
 /// [`save`] with a given size of shards.
 pub(super) fn save_sharded<F: Family>(model: &Model<F>, dir: &Path, dtype: DType, shard_bytes: usize) -> Result<()> {
-    let mut shards: Vec<Vec<Entry>> = vec![vec![]];
-    let mut held = 0;
-    for entry in entries(model.table(), model.params(), model.config().names(), dtype)? {
-        if held > 0 && held + entry.bytes.len() > shard_bytes {
-            shards.push(vec![]);
-            held = 0;
-        }
-        held += entry.bytes.len();
-        if let Some(shard) = shards.last_mut() {
-            shard.push(entry);
-        }
-    }
-    write_shards(dir, &shards)?;
-    write_json(&dir.join("generation_config.json"), &generation_config(model))?;
-    let config = model.config().to_json(dtype)?;
+    let vars: BTreeMap<&str, &Var> = model.params().iter().map(|(name, var)| (name.as_str(), var)).collect();
+    let values = |tensor: &FileTensor<'_>| {
+        let Some(var) = vars.get(tensor.spec.name.as_str()) else {
+            return Err(Error::Config(format!("the model has no variable {}", tensor.spec.name)));
+        };
+        let whole = var.detach();
+        let own: Tensor = tensor.expert.map_or(Ok(whole.clone()), |expert| whole.get(expert))?;
+        Ok(own.flatten_all()?.narrow(0, tensor.elements.start, tensor.elements.len())?.to_vec1::<f32>()?)
+    };
+    write_weights(dir, file_tensors(model.table(), model.config().names(), dtype)?, shard_bytes, values)?;
+    write_config(model.config(), dir, dtype)
+}
+
+/// Writes `generation_config.json` and `config.json` of weights saved as `dtype`.
+///
+/// # Errors
+/// [`Error::Io`] if the folder cannot be written; the family's for values that no file can have.
+pub(crate) fn write_config<F: Family + ?Sized>(family: &F, dir: &Path, dtype: DType) -> Result<()> {
+    write_json(&dir.join("generation_config.json"), &generation_config(family)?)?;
+    let config = family.to_json(dtype)?;
     write_atomically(&dir.join("config.json"), |out| out.write_all(config.as_bytes()))
 }
 
-fn generation_config<F: Family>(model: &Model<F>) -> serde_json::Value {
+fn generation_config<F: Family + ?Sized>(family: &F) -> Result<serde_json::Value> {
+    let decoder = family.decoder()?;
     let mut json = serde_json::json!({
-        "do_sample": true, "temperature": 0.8, "top_p": 0.95, "max_length": model.decoder_config().max_seq_len,
+        "do_sample": true, "temperature": 0.8, "top_p": 0.95, "max_length": decoder.max_seq_len,
     });
-    if let Some(eos) = model.decoder_config().eos_token_id {
+    if let Some(eos) = decoder.eos_token_id {
         json["bos_token_id"] = eos.into();
         json["eos_token_id"] = eos.into();
     }
-    json
+    Ok(json)
 }
 
 fn write_json(path: &Path, json: &serde_json::Value) -> Result<()> {
@@ -60,76 +79,103 @@ fn write_json(path: &Path, json: &serde_json::Value) -> Result<()> {
     })
 }
 
-fn write_shards(dir: &Path, shards: &[Vec<Entry>]) -> Result<()> {
-    if let [only] = shards {
-        write_shard(&dir.join("model.safetensors"), only)?;
-        let stale = dir.join("model.safetensors.index.json");
+/// Every tensor of a model under its name in files, in the order of the model.
+///
+/// # Errors
+/// [`Error::Argument`] for a type that weights do not have; as [`NameTable::tensors`].
+pub(crate) fn file_tensors(table: &ParamTable, names: NameTable, dtype: DType) -> Result<Vec<FileTensor<'_>>> {
+    let dtype = match dtype {
+        DType::F32 => Dtype::F32,
+        DType::BF16 => Dtype::BF16,
+        DType::F16 => Dtype::F16,
+        other => return Err(Error::Argument(format!("weights are saved as f32, bf16 or f16, not {other:?}"))),
+    };
+    let mut tensors = Vec::new();
+    for spec in table.specs() {
+        for (index, unit) in Placement::WHOLE.extents(spec).into_iter().enumerate() {
+            let (expert, mut start) = (spec.is_stacked().then_some(index), 0);
+            for (name, shape) in names.tensors(&unit.name, &unit.shape)? {
+                let elements = start..start + shape.iter().product::<usize>();
+                start = elements.end;
+                let (header, unit) = (TensorHeader { name, dtype, shape }, unit.clone());
+                tensors.push(FileTensor { header, spec, expert, unit, elements });
+            }
+        }
+    }
+    Ok(tensors)
+}
+
+/// Writes tensors, of which `values` has the values, into one file, or into several of at most `shard_bytes` (unless one tensor is
+/// larger) and an index. One tensor is in memory at a time.
+///
+/// # Errors
+/// [`Error::Io`] if a file cannot be written; those of `values`.
+pub(crate) fn write_weights(
+    dir: &Path,
+    tensors: Vec<FileTensor<'_>>,
+    shard_bytes: usize,
+    mut values: impl FnMut(&FileTensor<'_>) -> Result<Vec<f32>>,
+) -> Result<()> {
+    let mut shards = in_shards(tensors, shard_bytes);
+    if let [only] = shards.as_mut_slice() {
+        write_shard(&dir.join(WEIGHTS_FILE), only, &mut values)?;
+        let stale = dir.join(WEIGHTS_INDEX);
         return match std::fs::remove_file(&stale) {
             Err(e) if e.kind() != std::io::ErrorKind::NotFound => Err(Error::io(stale, e)),
             _ => Ok(()),
         };
     }
-    let mut weight_map = BTreeMap::new();
-    let mut total = 0;
-    for (index, shard) in shards.iter().enumerate() {
-        let name = format!("model-{:05}-of-{:05}.safetensors", index + 1, shards.len());
-        write_shard(&dir.join(&name), shard)?;
-        for entry in shard {
-            total += entry.bytes.len();
-            weight_map.insert(entry.name.clone(), name.clone());
+    let (mut weight_map, mut total_size) = (BTreeMap::new(), 0);
+    let count = shards.len();
+    for (index, shard) in shards.iter_mut().enumerate() {
+        let file = format!("model-{:05}-of-{count:05}.safetensors", index + 1);
+        write_shard(&dir.join(&file), shard, &mut values)?;
+        for tensor in shard {
+            total_size += tensor.header.bytes();
+            weight_map.insert(tensor.header.name.clone(), file.clone());
         }
     }
-    let index = serde_json::json!({ "metadata": { "total_size": total }, "weight_map": weight_map });
-    write_json(&dir.join("model.safetensors.index.json"), &index)
+    write_weight_index(dir, &weight_map, total_size)
 }
 
-fn write_shard(path: &Path, entries: &[Entry]) -> Result<()> {
-    let views = entries
-        .iter()
-        .map(|e| Ok((e.name.as_str(), TensorView::new(e.dtype, e.shape.clone(), &e.bytes)?)))
-        .collect::<std::result::Result<Vec<_>, safetensors::SafeTensorError>>()
-        .map_err(|e| Error::format(path, e.to_string()))?;
-    let metadata = Some([("format".to_owned(), "pt".to_owned())].into());
-    let bytes = safetensors::serialize(views, metadata).map_err(|e| Error::format(path, e.to_string()))?;
-    write_atomically(path, |out| out.write_all(&bytes))
+/// Writes the index of weights in several files: which is in which.
+///
+/// # Errors
+/// [`Error::Io`] if it cannot be written.
+pub(crate) fn write_weight_index(dir: &Path, weight_map: &BTreeMap<String, String>, total_size: usize) -> Result<()> {
+    let index = serde_json::json!({ "metadata": { "total_size": total_size }, "weight_map": weight_map });
+    write_json(&dir.join(WEIGHTS_INDEX), &index)
 }
 
-/// Every tensor under its names in the file.
-fn entries(table: &ParamTable, params: &[(String, Var)], names: NameTable, dtype: DType) -> Result<Vec<Entry>> {
-    let mut out = Vec::new();
-    for (spec, (_, var)) in table.specs().iter().zip(params) {
-        let tensor = var.as_tensor().detach();
-        let mut split = |expert: Option<usize>, tensor: &Tensor| -> Result<()> {
-            let names = names.in_files(spec, expert);
-            let rows = tensor.dim(0)? / names.len();
-            for (index, name) in names.into_iter().enumerate() {
-                out.push(entry(name, &tensor.narrow(0, index * rows, rows)?, dtype)?);
-            }
-            Ok(())
-        };
-        if spec.is_stacked() {
-            (0..spec.shape[0]).try_for_each(|expert| split(Some(expert), &tensor.get(expert)?))?;
-        } else {
-            split(None, &tensor)?;
+fn in_shards(tensors: Vec<FileTensor<'_>>, shard_bytes: usize) -> Vec<Vec<FileTensor<'_>>> {
+    let (mut shards, mut held) = (vec![vec![]], 0);
+    for tensor in tensors {
+        let bytes = tensor.header.bytes();
+        if held > 0 && held + bytes > shard_bytes {
+            shards.push(vec![]);
+            held = 0;
+        }
+        held += bytes;
+        if let Some(shard) = shards.last_mut() {
+            shard.push(tensor);
         }
     }
-    Ok(out)
+    shards
 }
 
-fn entry(name: String, tensor: &Tensor, dtype: DType) -> Result<Entry> {
-    let shape = tensor.dims().to_vec();
-    let flat = tensor.flatten_all()?;
-    let (dtype, bytes) = match dtype {
-        DType::F32 => (safetensors::Dtype::F32, flat.to_vec1::<f32>()?.iter().flat_map(|v| v.to_le_bytes()).collect()),
-        DType::BF16 => {
-            let values = flat.to_dtype(DType::BF16)?.to_vec1::<half::bf16>()?;
-            (safetensors::Dtype::BF16, values.iter().flat_map(|v| v.to_le_bytes()).collect())
+fn write_shard(
+    path: &Path,
+    tensors: &mut [FileTensor<'_>],
+    values: &mut impl FnMut(&FileTensor<'_>) -> Result<Vec<f32>>,
+) -> Result<()> {
+    tensors.sort_by(|a, b| a.header.name.cmp(&b.header.name));
+    let headers: Vec<TensorHeader> = tensors.iter().map(|tensor| tensor.header.clone()).collect();
+    try_write_atomically(path, |out| {
+        let failed = |e| Error::io(path, e);
+        write_header(out, &[("format", "pt".into())], &headers).map_err(failed)?;
+        for tensor in tensors {
+            write_values(out, &values(tensor)?, tensor.header.dtype).map_err(failed)?;
         }
-        DType::F16 => {
-            let values = flat.to_dtype(DType::F16)?.to_vec1::<half::f16>()?;
-            (safetensors::Dtype::F16, values.iter().flat_map(|v| v.to_le_bytes()).collect())
-        }
-        other => return Err(Error::Argument(format!("weights are saved as f32, bf16 or f16, not {other:?}"))),
-    };
-    Ok(Entry { name, dtype, shape, bytes })
+        Ok(())
+    })
 }

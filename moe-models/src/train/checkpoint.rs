@@ -9,8 +9,8 @@ use super::data::DataPosition;
 use super::data::packed::Fingerprint;
 use super::export::write_model_files;
 use super::files::{
-    REPLACED_PREFIX, TEMPORARY_PREFIX, crc32c, create_dir, create_dir_atomically, recover_swapped, remove,
-    remove_dir_at_once, swap_dir, write_synced,
+    REPLACED_PREFIX, TEMPORARY_PREFIX, abort_dir, begin_dir, checksum, commit_dir, create_dir, recover_swapped, remove,
+    remove_dir_at_once, sibling, write_synced,
 };
 use super::model::{TrainModel, units_of, update_rules};
 use super::optimizer::{AdamW, Moments, OptimizerState, Owned};
@@ -46,6 +46,41 @@ pub struct FileCheck {
     pub bytes: u64,
     /// CRC32C of the content.
     pub crc32c: u32,
+}
+
+impl FileCheck {
+    /// Of the file at `path`, which is read.
+    ///
+    /// # Errors
+    /// [`Error::Io`] if it cannot be.
+    pub(super) fn of(path: &Path) -> Result<Self> {
+        let (bytes, crc32c) = checksum(path)?;
+        Ok(Self { name: name_of(path), bytes, crc32c })
+    }
+
+    /// Reads the file in the folder `dir` and refuses it if it is another.
+    ///
+    /// # Errors
+    /// [`Error::Io`] for a missing file, [`Error::Format`] for one that was cut or altered.
+    pub(super) fn verify(&self, dir: &Path) -> Result<()> {
+        let path = dir.join(&self.name);
+        let got = Self::of(&path)?;
+        self.same_size(&path, got.bytes)?;
+        match got.crc32c == self.crc32c {
+            true => Ok(()),
+            false => Err(Error::format(path, "damaged: its checksum differs; resume from an older checkpoint")),
+        }
+    }
+
+    /// Refuses the file at `path` if it has another size.
+    pub(super) fn same_size(&self, path: &Path, got: u64) -> Result<()> {
+        let want = self.bytes;
+        if want != got {
+            let reason = format!("damaged: expected {want} bytes, found {got}; resume from an older checkpoint");
+            return Err(Error::format(path, reason));
+        }
+        Ok(())
+    }
 }
 
 /// Everything a run needs to continue besides weights and moments.
@@ -136,19 +171,46 @@ impl CheckpointStore {
         tokenizer_json: &str,
         state: &TrainerState,
     ) -> Result<PathBuf> {
+        let fill = |dir: PathBuf| write_files(model, moments, tokenizer_json, &dir);
+        let saved = self.begin(state.step).and_then(fill).and_then(|()| self.commit(state, Vec::new()));
+        saved.inspect_err(|_| self.abort(state.step))
+    }
+
+    /// Begins a checkpoint that is written file by file, by one rank or by several: makes its folder, under a temporary name. Then
+    /// follow [`CheckpointStore::commit`], or [`CheckpointStore::abort`] where a file could not be written.
+    ///
+    /// # Errors
+    /// [`Error::Io`] if it cannot be made.
+    pub fn begin(&self, step: u64) -> Result<PathBuf> {
+        begin_dir(&self.folder(step))
+    }
+
+    /// The folder that [`CheckpointStore::begin`] makes, for ranks that do not.
+    pub fn unfinished(&self, step: u64) -> PathBuf {
+        sibling(TEMPORARY_PREFIX, &self.folder(step))
+    }
+
+    /// Ends a checkpoint whose files are written: adds the state, which lists them, gives the folder its name, points `latest` (and
+    /// `best`, if it is) at it, then removes what is no longer kept. `checks` are those of files that need not be read for
+    /// them again; a folder of the same step stays until the new one is on the disk.
+    ///
+    /// # Errors
+    /// [`Error::Io`] if something cannot be written; earlier checkpoints are then untouched.
+    pub fn commit(&self, state: &TrainerState, checks: Vec<FileCheck>) -> Result<PathBuf> {
         let folder = self.folder(state.step);
-        let fill = |dir: &Path| write_files(model, moments, tokenizer_json, state, dir);
-        if folder.exists() {
-            swap_dir(&folder, fill)?
-        } else {
-            create_dir_atomically(&folder, fill)?
-        }
+        write_state(state, checks, &self.unfinished(state.step))?;
+        commit_dir(&folder)?;
         self.mark(LATEST, &folder)?;
         if let Some(best) = state.best {
             self.mark(BEST, &self.folder(best.step))?;
         }
         self.prune(state)?;
         Ok(folder)
+    }
+
+    /// Removes what was written of a checkpoint that cannot be ended.
+    pub fn abort(&self, step: u64) {
+        abort_dir(&self.folder(step));
     }
 
     /// Lets the file `marker` name `folder`.
@@ -215,27 +277,28 @@ fn is_complete(folder: &Path) -> bool {
     state.files.iter().all(|file| folder.join(&file.name).exists())
 }
 
-fn write_files<M: TrainModel>(
-    model: &M,
-    moments: &[Moments],
-    tokenizer_json: &str,
-    state: &TrainerState,
-    dir: &Path,
-) -> Result<()> {
+fn write_files<M: TrainModel>(model: &M, moments: &[Moments], tokenizer_json: &str, dir: &Path) -> Result<()> {
     write_model_files(model, tokenizer_json, dir, DType::F32)?;
-    write_synced(&dir.join(OPTIMIZER_FILE), &optimizer_bytes(moments, model.params())?)?;
-    let state = TrainerState { files: file_checks(dir)?, ..state.clone() };
-    let json = serde_json::to_string_pretty(&state)
-        .map_err(|e| Error::format(dir.join(STATE_FILE), format!("cannot be written: {e}")))?;
-    write_synced(&dir.join(STATE_FILE), json.as_bytes())
+    write_synced(&dir.join(OPTIMIZER_FILE), &optimizer_bytes(moments, model.params())?)
 }
 
-fn file_checks(dir: &Path) -> Result<Vec<FileCheck>> {
-    let mut checks = Vec::new();
+/// Writes the state into the folder `dir` of which it lists every file.
+fn write_state(state: &TrainerState, checks: Vec<FileCheck>, dir: &Path) -> Result<()> {
+    let path = dir.join(STATE_FILE);
+    let state = TrainerState { files: file_checks(dir, checks)?, ..state.clone() };
+    let json =
+        serde_json::to_string_pretty(&state).map_err(|e| Error::format(&path, format!("cannot be written: {e}")))?;
+    write_synced(&path, json.as_bytes())
+}
+
+/// `known`, and the checks of the other files of the folder `dir`.
+fn file_checks(dir: &Path, known: Vec<FileCheck>) -> Result<Vec<FileCheck>> {
+    let mut checks = known;
     for entry in std::fs::read_dir(dir).map_err(|e| Error::io(dir, e))? {
         let path = entry.map_err(|e| Error::io(dir, e))?.path();
-        let content = std::fs::read(&path).map_err(|e| Error::io(&path, e))?;
-        checks.push(FileCheck { name: name_of(&path), bytes: content.len() as u64, crc32c: crc32c(&content) });
+        if checks.iter().all(|check| check.name != name_of(&path)) {
+            checks.push(FileCheck::of(&path)?);
+        }
     }
     checks.sort_by(|a, b| a.name.cmp(&b.name));
     Ok(checks)
@@ -283,21 +346,7 @@ pub fn read_state(folder: &Path) -> Result<TrainerState> {
 /// # Errors
 /// [`Error::Io`] for a missing file, [`Error::Format`] for one that was cut or altered.
 pub fn verify(folder: &Path, state: &TrainerState) -> Result<()> {
-    for file in &state.files {
-        let path = folder.join(&file.name);
-        let content = std::fs::read(&path).map_err(|e| Error::io(&path, e))?;
-        let (want, got) = (file.bytes, content.len() as u64);
-        if want != got {
-            return Err(Error::format(
-                path,
-                format!("damaged: expected {want} bytes, found {got}; resume from an older checkpoint"),
-            ));
-        }
-        if crc32c(&content) != file.crc32c {
-            return Err(Error::format(path, "damaged: its checksum differs; resume from an older checkpoint"));
-        }
-    }
-    Ok(())
+    state.files.iter().try_for_each(|file| file.verify(folder))
 }
 
 /// Restores the optimizer of a checkpoint for `model`, which owns everything.

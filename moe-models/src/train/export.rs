@@ -27,11 +27,19 @@ pub fn check_target(dir: &Path) -> Result<()> {
 /// # Errors
 /// As [`check_target`]; [`Error::Io`] and the model's own errors if a file cannot be written.
 pub fn export<M: TrainModel>(model: &M, tokenizer_json: &str, dir: &Path, dtype: DType) -> Result<()> {
+    fill_target(dir, |folder| write_model_files(model, tokenizer_json, folder, dtype))
+}
+
+/// Makes the folder `dir`, filled by `fill`: whole or not at all.
+///
+/// # Errors
+/// As [`check_target`]; those of `fill`.
+pub(super) fn fill_target(dir: &Path, fill: impl FnOnce(&Path) -> Result<()>) -> Result<()> {
     check_target(dir)?;
     if dir.exists() {
         std::fs::remove_dir(dir).map_err(|e| Error::io(dir, e))?;
     }
-    create_dir_atomically(dir, |folder| write_model_files(model, tokenizer_json, folder, dtype))
+    create_dir_atomically(dir, fill)
 }
 
 /// The files of a model folder: what the model saves, and the tokenizer.

@@ -3,7 +3,7 @@
 
 use crate::{Error, Result};
 use std::fs::File;
-use std::io::Write;
+use std::io::{Read, Write};
 use std::path::{Path, PathBuf};
 
 /// Entry `[n][b]`: what the byte `b` adds to the checksum when `n` bytes follow it.
@@ -72,6 +72,24 @@ pub(crate) fn crc32c(bytes: &[u8]) -> u32 {
     crc.finish()
 }
 
+/// Size and CRC32C of a file, which is read as a stream.
+pub(crate) fn checksum(path: &Path) -> Result<(u64, u32)> {
+    let failed = |e| Error::io(path, e);
+    let mut file = File::open(path).map_err(failed)?;
+    let (mut buffer, mut bytes, mut crc) = (vec![0; 1 << 20], 0, Crc32c::default());
+    loop {
+        match file.read(&mut buffer) {
+            Ok(0) => return Ok((bytes, crc.finish())),
+            Ok(read) => {
+                crc.update(&buffer[..read]);
+                bytes += read as u64;
+            }
+            Err(e) if e.kind() == std::io::ErrorKind::Interrupted => {}
+            Err(e) => return Err(failed(e)),
+        }
+    }
+}
+
 /// Creates `dir` and its parents.
 pub(crate) fn create_dir(dir: &Path) -> Result<()> {
     std::fs::create_dir_all(dir).map_err(|e| Error::io(dir, e))
@@ -101,7 +119,7 @@ pub(crate) fn write_synced(path: &Path, bytes: &[u8]) -> Result<()> {
 }
 
 /// Prefix of every unfinished file and folder; whatever carries it may be deleted, but for a folder that was moved aside
-/// (see [`swap_dir`]).
+/// (see [`commit_dir`]).
 pub(crate) const TEMPORARY_PREFIX: &str = ".tmp-";
 /// Prefix of a whole folder that was moved aside for another one.
 pub(crate) const REPLACED_PREFIX: &str = ".tmp-replaced-";
@@ -121,38 +139,58 @@ pub(crate) fn remove_dir_at_once(dir: &Path) -> Result<()> {
     remove(&doomed)
 }
 
-/// Fills a folder under a temporary name by `fill`, flushes it, and gives it its final name. On any error nothing is
-/// left under either name. An existing folder at `dir` is an error.
-pub(crate) fn create_dir_atomically(dir: &Path, fill: impl FnOnce(&Path) -> Result<()>) -> Result<()> {
-    if dir.exists() {
-        return Err(Error::io(dir, std::io::Error::from(std::io::ErrorKind::AlreadyExists)));
+/// Makes an empty folder under the temporary name of `dir`, which [`commit_dir`] gives its own name; what is there under it, of
+/// an interrupted save, is removed. Until then [`abort_dir`] removes it again.
+pub(crate) fn begin_dir(dir: &Path) -> Result<PathBuf> {
+    let temporary = sibling(TEMPORARY_PREFIX, dir);
+    if temporary.exists() {
+        remove(&temporary)?;
     }
-    let filled = fill_temporary(dir, fill)?;
-    if let Err(e) = rename(&filled, dir) {
-        let _ = std::fs::remove_dir_all(&filled);
-        return Err(e);
-    }
-    sync_parent(dir)
+    create_dir(&temporary)?;
+    Ok(temporary)
 }
 
-/// As [`create_dir_atomically`], for a folder `dir` that exists: it stays in place until the new one is on the disk.
+/// Flushes the folder under the temporary name of `dir` and gives it the name `dir`. A folder `dir` that exists stays in place until
+/// the new one is on the disk, and is then removed. On an error the new one stays where it is.
 ///
-/// Two renames change them, and a crash between the two leaves no folder `dir`, but both under temporary names.
+/// Two renames change an old and a new one, and a crash between the two leaves no folder `dir`, but both under temporary names.
 /// [`recover_swapped`] puts the old one back then.
-pub(crate) fn swap_dir(dir: &Path, fill: impl FnOnce(&Path) -> Result<()>) -> Result<()> {
-    let filled = fill_temporary(dir, fill)?;
-    let aside = sibling(REPLACED_PREFIX, dir);
-    let swapped = rename(dir, &aside).and_then(|()| rename(&filled, dir).inspect_err(|_| _ = rename(&aside, dir)));
-    if let Err(e) = swapped {
-        let _ = std::fs::remove_dir_all(&filled);
-        return Err(e);
+pub(crate) fn commit_dir(dir: &Path) -> Result<()> {
+    let (filled, aside) = (sibling(TEMPORARY_PREFIX, dir), sibling(REPLACED_PREFIX, dir));
+    sync_tree(&filled)?;
+    if !dir.exists() {
+        rename(&filled, dir)?;
+        return sync_parent(dir);
     }
+    rename(dir, &aside)?;
+    rename(&filled, dir).inspect_err(|_| _ = rename(&aside, dir))?;
     // On the disk before the old one goes.
     sync_parent(dir)?;
     remove_dir_at_once(&aside)
 }
 
-/// Deals with `aside`, which [`swap_dir`] moved out of the place `dir` before a crash: back to its place if there is no
+/// Removes the folder under the temporary name of `dir`, if it is there. Called where something else has failed, which is what
+/// matters: one that cannot be removed is left, and never taken for whole.
+pub(crate) fn abort_dir(dir: &Path) {
+    let _ = std::fs::remove_dir_all(sibling(TEMPORARY_PREFIX, dir));
+}
+
+/// Fills a folder under a temporary name by `fill`, flushes it, and gives it the name `dir`, in place of a folder that has it. On any
+/// error nothing is left of the new one.
+pub(crate) fn replace_dir(dir: &Path, fill: impl FnOnce(&Path) -> Result<()>) -> Result<()> {
+    let filled = begin_dir(dir).and_then(|temporary| fill(&temporary)).and_then(|()| commit_dir(dir));
+    filled.inspect_err(|_| abort_dir(dir))
+}
+
+/// As [`replace_dir`]; but an existing folder at `dir` is an error.
+pub(crate) fn create_dir_atomically(dir: &Path, fill: impl FnOnce(&Path) -> Result<()>) -> Result<()> {
+    if dir.exists() {
+        return Err(Error::io(dir, std::io::Error::from(std::io::ErrorKind::AlreadyExists)));
+    }
+    replace_dir(dir, fill)
+}
+
+/// Deals with `aside`, which [`commit_dir`] moved out of the place `dir` before a crash: back to its place if there is no
 /// whole folder, deleted otherwise. `is_whole` tells a whole folder.
 pub(crate) fn recover_swapped(aside: &Path, dir: &Path, is_whole: impl Fn(&Path) -> bool) -> Result<()> {
     if is_whole(dir) || !is_whole(aside) {
@@ -163,19 +201,6 @@ pub(crate) fn recover_swapped(aside: &Path, dir: &Path, is_whole: impl Fn(&Path)
     }
     rename(aside, dir)?;
     sync_parent(dir)
-}
-
-/// A folder beside `dir` under a temporary name, filled by `fill` and on the disk; nothing is left of it on an error.
-fn fill_temporary(dir: &Path, fill: impl FnOnce(&Path) -> Result<()>) -> Result<PathBuf> {
-    let temporary = sibling(TEMPORARY_PREFIX, dir);
-    if temporary.exists() {
-        remove(&temporary)?;
-    }
-    let filled = create_dir(&temporary).and_then(|()| fill(&temporary)).and_then(|()| sync_tree(&temporary));
-    if filled.is_err() {
-        let _ = std::fs::remove_dir_all(&temporary);
-    }
-    filled.map(|()| temporary)
 }
 
 /// Flushes the entry of `path` in its folder.
@@ -211,6 +236,18 @@ mod tests {
             crc.update(&bytes[cut..]);
             assert_eq!(crc.finish(), crc32c(&bytes), "cut at {cut}");
         }
+    }
+
+    #[test]
+    fn files_have_the_checksum_of_their_bytes() {
+        let root = tempfile::tempdir().unwrap();
+        for len in [0, 1, (1 << 20) - 1, 1 << 20, (1 << 21) + 3] {
+            let bytes: Vec<u8> = (0..len).map(|i| (i * 7 % 251) as u8).collect();
+            let path = root.path().join(len.to_string());
+            std::fs::write(&path, &bytes).unwrap();
+            assert_eq!(checksum(&path).unwrap(), (len, crc32c(&bytes)));
+        }
+        assert!(checksum(&root.path().join("none")).unwrap_err().to_string().contains("none"));
     }
 
     #[test]

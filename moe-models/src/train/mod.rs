@@ -25,6 +25,7 @@ pub mod prepare;
 pub mod ranks;
 pub mod run_folder;
 pub mod schedule;
+pub mod shards;
 pub mod step;
 pub mod tokenizer;
 pub mod trainer;

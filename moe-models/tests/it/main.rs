@@ -6,6 +6,7 @@ mod family;
 mod golden;
 mod ragged;
 mod ranks;
+mod reshard;
 mod toy;
 mod train_checkpoint;
 mod train_cli;

@@ -1,0 +1,45 @@
+//! [`export`]: from the files of any ranks to a folder of whole tensors, as anyone reads them.
+
+use super::super::export::{check_target, fill_target};
+use super::index::{Kind, tensors};
+use super::reader::Reader;
+use crate::hf::{SHARD_BYTES, file_tensors, write_config, write_weights};
+use crate::{Error, Family, ReadFamily, Result};
+use candle_core::DType;
+use std::path::Path;
+
+/// Files of a tokenizer, which are taken along if they are there.
+const TOKENIZER_FILES: [&str; 2] = ["tokenizer.json", "tokenizer_config.json"];
+
+/// Writes the weights of the checkpoint `folder`, as `dtype` and with its configuration and tokenizer, into the new folder `out`,
+/// the Hugging Face way: whole or not at all. The bytes are those that a model of these weights saves itself, whatever the layout
+/// of the ranks that wrote the checkpoint. One tensor is in memory at a time.
+///
+/// # Errors
+/// As [`super::super::export::check_target`] for `out`; as [`Reader::open`] and [`Reader::verify`] for `folder`, also where its
+/// configuration is another model's; [`Error::Argument`] for a `dtype` that weights do not have; [`Error::Io`].
+pub fn export(folder: &Path, out: &Path, dtype: DType) -> Result<()> {
+    check_target(out)?;
+    let family = <Box<dyn Family>>::read_file(&folder.join("config.json"))?;
+    let (table, reader) = (family.decoder()?.params(), Reader::open(folder)?);
+    reader.check_shapes(&tensors(table.specs(), |_| true))?;
+    reader.verify(0..reader.files().len())?;
+    fill_target(out, |dir| {
+        write_weights(dir, file_tensors(&table, family.names(), dtype)?, SHARD_BYTES, |tensor| {
+            let mut values = vec![0.0; tensor.elements.len()];
+            let (unit, elements) = (std::slice::from_ref(&tensor.unit), std::slice::from_ref(&tensor.elements));
+            reader.read(Kind::Weight, unit, elements, &mut values)?;
+            Ok(values)
+        })?;
+        write_config(&family, dir, dtype)?;
+        TOKENIZER_FILES.iter().try_for_each(|name| copy(&folder.join(name), &dir.join(name)))
+    })
+}
+
+/// Copies a file, if it is there.
+fn copy(from: &Path, to: &Path) -> Result<()> {
+    match std::fs::copy(from, to) {
+        Err(e) if e.kind() != std::io::ErrorKind::NotFound => Err(Error::io(from, e)),
+        _ => Ok(()),
+    }
+}
