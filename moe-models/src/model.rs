@@ -116,6 +116,16 @@ impl<F: Family> Model<F> {
         blueprint.of_source(|table, placement| ParamSource::initial(table, seed, placement))
     }
 
+    /// A model on the CPU, or one rank's part of it, whose parameters `value` gives.
+    pub(crate) fn of_parts(
+        family: F,
+        mesh: Option<Arc<Mesh>>,
+        value: impl Fn(&ParamSpec, Placement) -> Result<Tensor>,
+    ) -> Result<Self> {
+        let placement = mesh.as_ref().map_or(Placement::WHOLE, |mesh| mesh.placement());
+        Blueprint::new(family, mesh, &Device::Cpu)?.of_values(|spec| value(spec, placement))
+    }
+
     /// A model with the weights of a checkpoint.
     ///
     /// # Errors

@@ -4,13 +4,15 @@ use crate::models::{BATCH, SEQ_LEN};
 use crate::rows::Row;
 use anyhow::{Result, ensure};
 use candle_core::{DType, Tensor, Var};
-use moe_core::CounterRng;
+use moe_core::{CounterRng, ParamSpec};
 use moe_kernels::Precision;
 use moe_models::gpt::Gpt;
+use moe_models::hf::NameTable;
 use moe_models::train::model::{LossOutput, Pass, TokenBatch, TrainPass};
-use moe_models::train::optimizer::{AdamW, Owned, Unit, Units, UpdateRule};
+use moe_models::train::optimizer::{AdamW, Owned, UpdateRule};
 use moe_models::train::step::{BatchSums, StepBuffers, accumulate};
-use moe_models::train::{TrainConfig, TrainModel};
+use moe_models::train::{Saving, TrainConfig, TrainModel};
+use moe_parallel::Placement;
 use std::path::Path;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::{Duration, Instant};
@@ -36,8 +38,14 @@ impl TrainModel for Timed<'_> {
     fn update_rule(&self, name: &str, shape: &[usize]) -> UpdateRule {
         self.model.update_rule(name, shape)
     }
-    fn units(&self, name: &str, shape: &[usize]) -> Vec<Unit> {
-        self.model.units(name, shape)
+    fn weights(&self) -> &[(String, Var)] {
+        self.model.weights()
+    }
+    fn specs(&self) -> Vec<ParamSpec> {
+        self.model.specs()
+    }
+    fn names(&self) -> NameTable {
+        self.model.names()
     }
     fn frozen(&self) -> &[Tensor] {
         self.model.frozen()
@@ -54,8 +62,8 @@ impl TrainModel for Timed<'_> {
         self.forward_ns.fetch_add(start.elapsed().as_nanos() as u64, Ordering::Relaxed);
         output
     }
-    fn save(&self, dir: &Path, dtype: DType) -> moe_models::Result<()> {
-        self.model.save(dir, dtype)
+    fn save_config(&self, dir: &Path, dtype: DType) -> moe_models::Result<()> {
+        self.model.save_config(dir, dtype)
     }
 }
 
@@ -95,8 +103,8 @@ impl<'a> Run<'a> {
         let config = config.resolved(SEQ_LEN)?;
         let params = TrainModel::params(model);
         let rules = params.iter().map(|(name, var)| model.update_rule(name, var.dims())).collect();
-        let units: Vec<_> = params.iter().map(|(name, var)| model.units(name, var.dims())).collect();
-        let optimizer = AdamW::new(config.adamw(), Owned::everything(Units::new(&units)?), rules)?;
+        let units = Saving::new(model, Placement::WHOLE)?.units()?;
+        let optimizer = AdamW::new(config.adamw(), Owned::everything(units), rules)?;
         let buffers = StepBuffers::new(model)?;
         let model = Timed { model, forward_ns: AtomicU64::new(0) };
         Ok(Self { model, config, optimizer, buffers, rng: CounterRng::new(2, 0), step: 0 })

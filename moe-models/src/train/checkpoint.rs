@@ -7,23 +7,16 @@
 use super::config::TrainConfig;
 use super::data::DataPosition;
 use super::data::packed::Fingerprint;
-use super::export::write_model_files;
 use super::files::{
     REPLACED_PREFIX, TEMPORARY_PREFIX, abort_dir, begin_dir, checksum, commit_dir, create_dir, recover_swapped, remove,
     remove_dir_at_once, sibling, write_synced,
 };
-use super::model::{TrainModel, units_of, update_rules};
-use super::optimizer::{AdamW, Moments, OptimizerState, Owned};
 use crate::hf::write_atomically;
 use crate::{Error, Result};
-use candle_core::{DType, Var};
-use safetensors::SafeTensors;
-use safetensors::tensor::TensorView;
 use serde::{Deserialize, Serialize};
 use std::path::{Path, PathBuf};
 
 const STATE_FILE: &str = "trainer_state.json";
-const OPTIMIZER_FILE: &str = "optimizer.safetensors";
 const LATEST: &str = "latest";
 const BEST: &str = "best";
 const FOLDER_PREFIX: &str = "step-";
@@ -158,24 +151,6 @@ impl CheckpointStore {
         Ok(steps)
     }
 
-    /// Writes a checkpoint, points `latest` (and `best`, if it is) at it, then removes what is no longer kept. `moments` are those
-    /// of whole parameters.
-    ///
-    /// # Errors
-    /// [`Error::Argument`] for moments of a part; [`Error::Io`] and the model's errors if something cannot be written; earlier checkpoints are then untouched and
-    /// nothing is left of this one.
-    pub fn save<M: TrainModel>(
-        &self,
-        model: &M,
-        moments: &[Moments],
-        tokenizer_json: &str,
-        state: &TrainerState,
-    ) -> Result<PathBuf> {
-        let fill = |dir: PathBuf| write_files(model, moments, tokenizer_json, &dir);
-        let saved = self.begin(state.step).and_then(fill).and_then(|()| self.commit(state, Vec::new()));
-        saved.inspect_err(|_| self.abort(state.step))
-    }
-
     /// Begins a checkpoint that is written file by file, by one rank or by several: makes its folder, under a temporary name. Then
     /// follow [`CheckpointStore::commit`], or [`CheckpointStore::abort`] where a file could not be written.
     ///
@@ -277,11 +252,6 @@ fn is_complete(folder: &Path) -> bool {
     state.files.iter().all(|file| folder.join(&file.name).exists())
 }
 
-fn write_files<M: TrainModel>(model: &M, moments: &[Moments], tokenizer_json: &str, dir: &Path) -> Result<()> {
-    write_model_files(model, tokenizer_json, dir, DType::F32)?;
-    write_synced(&dir.join(OPTIMIZER_FILE), &optimizer_bytes(moments, model.params())?)
-}
-
 /// Writes the state into the folder `dir` of which it lists every file.
 fn write_state(state: &TrainerState, checks: Vec<FileCheck>, dir: &Path) -> Result<()> {
     let path = dir.join(STATE_FILE);
@@ -302,26 +272,6 @@ fn file_checks(dir: &Path, known: Vec<FileCheck>) -> Result<Vec<FileCheck>> {
     }
     checks.sort_by(|a, b| a.name.cmp(&b.name));
     Ok(checks)
-}
-
-fn optimizer_bytes(moments: &[Moments], params: &[(String, Var)]) -> Result<Vec<u8>> {
-    let mut blocks: Vec<(String, Vec<usize>, Vec<u8>)> = Vec::new();
-    for ((name, var), moments) in params.iter().zip(moments) {
-        for (kind, values) in [("exp_avg", &moments.exp_avg), ("exp_avg_sq", &moments.exp_avg_sq)] {
-            let bytes = values.iter().flat_map(|x| x.to_le_bytes()).collect();
-            blocks.push((format!("{kind}.{name}"), var.dims().to_vec(), bytes));
-        }
-    }
-    let mut views = Vec::new();
-    for (name, dims, bytes) in &blocks {
-        let view = TensorView::new(safetensors::Dtype::F32, dims.clone(), bytes).map_err(|e| tensor_error(name, &e))?;
-        views.push((name.as_str(), view));
-    }
-    safetensors::serialize(views, None).map_err(|e| tensor_error(OPTIMIZER_FILE, &e))
-}
-
-fn tensor_error(name: &str, e: &safetensors::SafeTensorError) -> Error {
-    Error::Argument(format!("{name} cannot be written as a safetensors entry: {e}"))
 }
 
 /// Reads `trainer_state.json` of a checkpoint folder.
@@ -347,48 +297,4 @@ pub fn read_state(folder: &Path) -> Result<TrainerState> {
 /// [`Error::Io`] for a missing file, [`Error::Format`] for one that was cut or altered.
 pub fn verify(folder: &Path, state: &TrainerState) -> Result<()> {
     state.files.iter().try_for_each(|file| file.verify(folder))
-}
-
-/// Restores the optimizer of a checkpoint for `model`, which owns everything.
-///
-/// # Errors
-/// [`Error::Io`] or [`Error::Format`] if the file cannot be read, is cut, or does not match the parameters.
-pub fn load_optimizer<M: TrainModel>(folder: &Path, state: &TrainerState, model: &M) -> Result<AdamW> {
-    load_owned(folder, state, model, Owned::everything(units_of(model)?))
-}
-
-/// [`load_optimizer`] of what is `owned`.
-///
-/// # Errors
-/// As there.
-pub fn load_owned<M: TrainModel>(folder: &Path, state: &TrainerState, model: &M, owned: Owned) -> Result<AdamW> {
-    let params = model.params();
-    let path = folder.join(OPTIMIZER_FILE);
-    let bytes = std::fs::read(&path).map_err(|e| Error::io(&path, e))?;
-    let tensors = SafeTensors::deserialize(&bytes).map_err(|e| Error::format(&path, format!("damaged: {e}")))?;
-    if tensors.len() != 2 * params.len() {
-        let (want, got) = (2 * params.len(), tensors.len());
-        let frozen = "; is the same frozen as when it was saved?";
-        return Err(Error::format(path, format!("expected {want} tensors for this model, found {got}{frozen}")));
-    }
-    let read = |name: String, var: &Var| moment(&tensors, &name, var).map_err(|reason| Error::format(&path, reason));
-    let mut moments = Vec::with_capacity(params.len());
-    for (param, (name, var)) in params.iter().enumerate() {
-        let exp_avg = owned.cut(param, &read(format!("exp_avg.{name}"), var)?);
-        let exp_avg_sq = owned.cut(param, &read(format!("exp_avg_sq.{name}"), var)?);
-        moments.push(Moments { exp_avg, exp_avg_sq });
-    }
-    let (updates, skipped_in_a_row) = (state.optimizer_updates, state.skipped_in_a_row);
-    let restored = OptimizerState { moments, updates, skipped_in_a_row };
-    AdamW::with_state(state.config.adamw(), owned, update_rules(model), restored)
-}
-
-fn moment(tensors: &SafeTensors, name: &str, var: &Var) -> std::result::Result<Vec<f32>, String> {
-    let view = tensors.tensor(name).map_err(|_| format!("{name} is missing"))?;
-    if view.dtype() != safetensors::Dtype::F32 || view.shape() != var.dims() {
-        let (dtype, shape) = (view.dtype(), view.shape());
-        return Err(format!("{name}: expected F32 {:?}, found {dtype:?} {shape:?}", var.dims()));
-    }
-    let (values, _) = view.data().as_chunks::<4>();
-    Ok(values.iter().map(|b| f32::from_le_bytes(*b)).collect())
 }

@@ -1,10 +1,9 @@
 //! [`Division`]: which part of gradients and moments each rank of a run has, and how the parts come together.
 
-use super::optimizer::{ChunkSum, Grads, Moments, Owned};
+use super::optimizer::{ChunkSum, Grads, Owned};
 use crate::Result;
 use candle_core::Var;
 use moe_core::tape::{After, GradBuffers};
-use std::borrow::Cow;
 use std::fmt::Debug;
 
 /// One rank's part in the gradients, moments and updates of a run, made once for its parameters. All ranks call the same methods
@@ -17,6 +16,11 @@ use std::fmt::Debug;
 pub trait Division: Debug + Send {
     /// The elements this rank updates, and holds moments of.
     fn owned(&self) -> &Owned;
+
+    /// The ranks that divide the moments of a parameter among them; `None` if each owns all it holds.
+    fn divides(&self, _param: usize) -> Option<&[usize]> {
+        None
+    }
 
     /// Parameters whose gradients are added up together. Those that are complete early in a backward pass come first.
     fn buckets(&self) -> &[Vec<usize>] {
@@ -57,11 +61,6 @@ pub trait Division: Debug + Send {
     /// that were written to, whose copies in bf16 are then made anew.
     fn gather_params(&self, _params: &[(String, Var)]) -> Result<Vec<usize>> {
         Ok(Vec::new())
-    }
-
-    /// The moments of whole parameters, for a checkpoint; this rank brings those of what it owns. Read on rank 0 alone.
-    fn gather_moments<'a>(&self, own: &'a [Moments]) -> Result<Cow<'a, [Moments]>> {
-        Ok(Cow::Borrowed(own))
     }
 }
 

@@ -1,9 +1,8 @@
 //! Writes a model folder for serving: configuration, weights and tokenizer, the Hugging Face way.
 
 use super::files::{create_dir, create_dir_atomically, write_synced};
-use super::model::TrainModel;
 use super::tokenizer::END_OF_TEXT;
-use crate::{Error, Result};
+use crate::{Error, Family, Model, Result};
 use candle_core::DType;
 use std::path::Path;
 
@@ -22,12 +21,16 @@ pub fn check_target(dir: &Path) -> Result<()> {
     dir.parent().filter(|p| !p.as_os_str().is_empty()).map_or(Ok(()), create_dir)
 }
 
-/// Writes the model as `dtype` with its tokenizer into the new folder `dir`: whole or not at all.
+/// Writes a model that is here whole as `dtype` with its tokenizer into the new folder `dir`: whole or not at all. From a
+/// checkpoint of any ranks: [`super::shards::export`].
 ///
 /// # Errors
 /// As [`check_target`]; [`Error::Io`] and the model's own errors if a file cannot be written.
-pub fn export<M: TrainModel>(model: &M, tokenizer_json: &str, dir: &Path, dtype: DType) -> Result<()> {
-    fill_target(dir, |folder| write_model_files(model, tokenizer_json, folder, dtype))
+pub fn export<F: Family>(model: &Model<F>, tokenizer_json: &str, dir: &Path, dtype: DType) -> Result<()> {
+    fill_target(dir, |folder| {
+        model.save(folder, dtype)?;
+        write_tokenizer(model.decoder_config().max_seq_len, tokenizer_json, folder)
+    })
 }
 
 /// Makes the folder `dir`, filled by `fill`: whole or not at all.
@@ -42,20 +45,14 @@ pub(super) fn fill_target(dir: &Path, fill: impl FnOnce(&Path) -> Result<()>) ->
     create_dir_atomically(dir, fill)
 }
 
-/// The files of a model folder: what the model saves, and the tokenizer.
-pub(crate) fn write_model_files<M: TrainModel>(
-    model: &M,
-    tokenizer_json: &str,
-    dir: &Path,
-    dtype: DType,
-) -> Result<()> {
-    model.save(dir, dtype)?;
+/// The files of a tokenizer.
+pub(super) fn write_tokenizer(max_seq_len: usize, tokenizer_json: &str, dir: &Path) -> Result<()> {
     write_synced(&dir.join("tokenizer.json"), tokenizer_json.as_bytes())?;
     let config = serde_json::json!({
         "tokenizer_class": "PreTrainedTokenizerFast",
         "bos_token": END_OF_TEXT,
         "eos_token": END_OF_TEXT,
-        "model_max_length": model.max_seq_len(),
+        "model_max_length": max_seq_len,
         "clean_up_tokenization_spaces": false,
     });
     write_synced(&dir.join("tokenizer_config.json"), format!("{config:#}\n").as_bytes())

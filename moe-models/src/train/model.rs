@@ -1,12 +1,10 @@
 //! [`TrainModel`]: what the training loop needs of a model, and nothing else.
 
-use super::optimizer::{Unit, Units, UpdateRule};
+use super::optimizer::UpdateRule;
+use crate::hf::{NameTable, write_config};
 use crate::{DropoutConfig, Family, Model, Precision, Recompute, Result};
-use candle_core::{Tensor, Var};
-use moe_core::ParamSpec;
-use moe_parallel::Placement;
-use moe_parallel::extent::Extent;
-use std::collections::{BTreeSet, HashSet};
+use candle_core::{DType, Tensor, Var};
+use moe_core::{ParamInit, ParamSpec};
 use std::path::Path;
 
 pub use crate::batch::{LayerLoad, LossOutput, LossParts, Pass, TokenBatch, TrainPass};
@@ -28,14 +26,17 @@ pub trait TrainModel: Sync {
     fn update_rule(&self, _name: &str, shape: &[usize]) -> UpdateRule {
         UpdateRule::for_shape(shape)
     }
-    /// What a parameter of this shape is made of, in the order of its elements: its experts if it is a stack, under names that
-    /// all ranks have for them. By default itself.
-    fn units(&self, name: &str, shape: &[usize]) -> Vec<Unit> {
-        vec![Unit { name: name.to_owned(), elements: shape.iter().product() }]
+    /// Name and value of each parameter that a checkpoint holds, frozen ones too: by default those that are trained.
+    fn weights(&self) -> &[(String, Var)] {
+        self.params()
     }
-    /// What all ranks hold of the parameters, in any order: what a run of one rank holds, by default.
-    fn all_units(&self) -> Vec<Unit> {
-        self.params().iter().flat_map(|(name, var)| self.units(name, var.dims())).collect()
+    /// What each of [`TrainModel::weights`] is over all ranks, in their order: by default whole on every rank, as it is here.
+    fn specs(&self) -> Vec<ParamSpec> {
+        self.weights().iter().map(|(name, var)| ParamSpec::new(name, var.dims(), ParamInit::Zeros)).collect()
+    }
+    /// What weights are called in files. By default as here.
+    fn names(&self) -> NameTable {
+        NameTable(&[])
     }
     /// What [`TrainModel::loss`] reads of parameters that are not trained, each the very tensor. By default nothing.
     fn frozen(&self) -> &[Tensor] {
@@ -68,12 +69,12 @@ pub trait TrainModel: Sync {
     /// # Errors
     /// If the batch does not fit the model or a tensor operation fails.
     fn loss(&self, batch: &TokenBatch, pass: Pass) -> Result<LossOutput>;
-    /// Writes configuration and weights, those of frozen parameters too, the Hugging Face way into the existing folder `dir`. Of
-    /// several ranks, which hold the same weights, one is asked.
+    /// Writes the configuration of weights saved as `dtype`, the Hugging Face way, into the existing folder `dir`. Of several ranks
+    /// one is asked.
     ///
     /// # Errors
     /// If a file cannot be written.
-    fn save(&self, dir: &Path, dtype: candle_core::DType) -> Result<()>;
+    fn save_config(&self, dir: &Path, dtype: DType) -> Result<()>;
 }
 
 /// The rule of each parameter of `model`.
@@ -81,21 +82,9 @@ pub(crate) fn update_rules<M: TrainModel>(model: &M) -> Vec<UpdateRule> {
     model.params().iter().map(|(name, var)| model.update_rule(name, var.dims())).collect()
 }
 
-/// The units of `model`.
-pub(crate) fn units_of<M: TrainModel>(model: &M) -> Result<Units> {
-    let held: Vec<_> = model.params().iter().map(|(name, var)| model.units(name, var.dims())).collect();
-    Units::within(model.all_units(), &held)
-}
-
 /// The group whose gradients a parameter's are added up with: those of the dense layers, or of layers with as many experts.
 pub(crate) fn grad_group(spec: &ParamSpec) -> String {
     if spec.is_stacked() { format!("experts of {}", spec.shape[0]) } else { DENSE.into() }
-}
-
-/// What a rank holds of a parameter, in the order of its elements.
-fn units(spec: &ParamSpec, placement: &Placement) -> Vec<Unit> {
-    let unit = |extent: Extent| Unit { name: extent.key(), elements: extent.elements() };
-    placement.extents(spec).into_iter().map(unit).collect()
 }
 
 impl<F: Family> TrainModel for Model<F> {
@@ -111,16 +100,14 @@ impl<F: Family> TrainModel for Model<F> {
     fn update_rule(&self, name: &str, _: &[usize]) -> UpdateRule {
         UpdateRule::decays(self.table().get(name).is_some_and(|spec| spec.decay))
     }
-    fn units(&self, name: &str, _: &[usize]) -> Vec<Unit> {
-        self.table().get(name).map(|spec| units(spec, &self.placement())).unwrap_or_default()
+    fn weights(&self) -> &[(String, Var)] {
+        Self::params(self)
     }
-    fn all_units(&self) -> Vec<Unit> {
-        let dims = self.placement().dims();
-        let placements = (0..dims.world_size()).filter_map(|rank| Placement::new(dims, rank).ok());
-        let trains: HashSet<&str> = self.trainable().iter().map(|(name, _)| name.as_str()).collect();
-        let specs = self.table().specs().iter().filter(|spec| trains.contains(spec.name.as_str()));
-        let of = |placement: Placement| specs.clone().flat_map(move |spec| units(spec, &placement));
-        placements.flat_map(of).collect::<BTreeSet<_>>().into_iter().collect()
+    fn specs(&self) -> Vec<ParamSpec> {
+        self.table().specs().to_vec()
+    }
+    fn names(&self) -> NameTable {
+        self.config().names()
     }
     fn frozen(&self) -> &[Tensor] {
         self.frozen()
@@ -140,7 +127,7 @@ impl<F: Family> TrainModel for Model<F> {
     fn loss(&self, batch: &TokenBatch, pass: Pass) -> Result<LossOutput> {
         self.loss(batch, pass)
     }
-    fn save(&self, dir: &Path, dtype: candle_core::DType) -> Result<()> {
-        self.save(dir, dtype)
+    fn save_config(&self, dir: &Path, dtype: DType) -> Result<()> {
+        write_config(self.config(), dir, dtype)
     }
 }

@@ -20,6 +20,7 @@ use super::division::{Division, Undivided};
 use super::optimizer::{Owned, Units};
 use crate::{Error, Result};
 use moe_kernels::parallel;
+use moe_parallel::Placement;
 use std::fmt::Debug;
 use std::ops::Range;
 use std::time::{Duration, Instant};
@@ -109,6 +110,9 @@ pub trait Ranks: Debug + Send {
     /// This rank's number.
     fn rank(&self) -> usize;
 
+    /// Which part of the model it holds.
+    fn placement(&self) -> Placement;
+
     /// Which of `count` micro-batches this rank computes. All ranks together compute each once; an index keeps its tokens and
     /// its seed whatever rank computes it. A rank may have none.
     fn share(&self, count: usize) -> Range<usize>;
@@ -141,6 +145,10 @@ pub struct OneRank;
 impl Ranks for OneRank {
     fn rank(&self) -> usize {
         0
+    }
+
+    fn placement(&self) -> Placement {
+        Placement::WHOLE
     }
 
     fn share(&self, count: usize) -> Range<usize> {
@@ -245,6 +253,9 @@ mod tests {
     impl Ranks for WithRankOne {
         fn rank(&self) -> usize {
             0
+        }
+        fn placement(&self) -> Placement {
+            Placement::WHOLE
         }
         fn share(&self, count: usize) -> Range<usize> {
             0..count

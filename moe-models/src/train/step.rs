@@ -2,10 +2,9 @@
 //! added where they are kept; then the losses of all ranks. Knows no optimizer.
 
 use super::division::{Division, Undivided};
-use super::model::units_of;
 use super::model::{LayerLoad, LossOutput, LossParts, Pass, TokenBatch, TrainModel, TrainPass};
 use super::non_finite::NonFiniteLoss;
-use super::optimizer::Owned;
+use super::optimizer::{Owned, Units};
 use super::ranks::{Passes, Ranks, exchange, unreadable};
 use crate::{Error, Result};
 use moe_core::ExpertLoad;
@@ -94,7 +93,7 @@ pub fn accumulate<M: TrainModel>(
     if batches.is_empty() {
         return Err(Error::Argument("expected at least one micro-batch, got none".into()));
     }
-    let mut division = Undivided(Owned::everything(units_of(model)?));
+    let mut division = Undivided(Owned::everything(Units::of_params(model.params())?));
     let how = Passes::alone(batches.len());
     Ok(BatchSums::of(accumulate_share(model, batches, passes, how, buffers, &mut division)?))
 }

@@ -1,7 +1,7 @@
 //! The loop: draw, accumulate, update, report, validate, save. All parts are elsewhere; this file orders them, on every rank
 //! alike.
 
-use super::checkpoint::{BestCheckpoint, CheckpointStore, TrainerState, load_owned, read_state, verify};
+use super::checkpoint::{BestCheckpoint, CheckpointStore, TrainerState, read_state};
 use super::config::TrainConfig;
 use super::data::packed::Fingerprint;
 use super::data::{PackedSource, SequenceSampler, ValidSource};
@@ -10,12 +10,13 @@ use super::evaluate::{Evaluation, evaluate_over};
 use super::lock::RunLock;
 use super::memory;
 use super::metrics::{self, MetricsWriter, Record};
-use super::model::{TokenBatch, TrainModel, TrainPass, units_of, update_rules};
+use super::model::{TokenBatch, TrainModel, TrainPass, update_rules};
 use super::non_finite::NonFinite;
 use super::observer::{Event, Observer};
 use super::optimizer::{AdamW, StepReport, Update};
 use super::ranks::{Ranks, Traffic, all_well, any};
 use super::run_folder::RunFolder;
+use super::saving::{Contents, Saving, verify_over};
 use super::step::{BatchSums, StepBuffers, accumulate_share};
 use crate::{Error, Result};
 use moe_core::CounterRng;
@@ -78,6 +79,7 @@ pub struct Trainer<M> {
     optimizer: AdamW,
     buffers: StepBuffers,
     ranks: Box<dyn Ranks>,
+    saving: Saving,
     division: Box<dyn Division>,
     dir: PathBuf,
     store: CheckpointStore,
@@ -136,9 +138,10 @@ impl<M: TrainModel> Trainer<M> {
                     folder.dir.display()
                 )));
             }
-            let division = division(&model, &*folder.ranks)?;
+            let saving = Saving::new(&model, folder.ranks.placement())?;
+            let division = division(&model, &saving, &*folder.ranks)?;
             let optimizer = AdamW::new(config.adamw(), division.owned().clone(), update_rules(&model))?;
-            Ok(Start { division, optimizer, store, step: 0, best: None })
+            Ok(Start { saving, division, optimizer, store, step: 0, best: None })
         };
         let start = all_well(&*folder.ranks, prepare())?;
         Self::assemble(model, config, corpus, tokenizer_json, folder, start)
@@ -178,17 +181,16 @@ impl<M: TrainModel> Trainer<M> {
         let run = run.into();
         // Opening clears what a crash left, so nobody reads before.
         let store = all_well(&*run.ranks, check_model(&model, &config).and_then(|()| open_store(&run, &config)))?;
+        let state = all_well(&*run.ranks, read_state(folder))?;
+        verify_over(&*run.ranks, run.ranks.placement(), folder, &state)?;
         let prepare = || {
-            let state = read_state(folder)?;
-            if run.lock.is_some() {
-                verify(folder, &state)?;
-            }
             config.check_continues(&state.config)?;
             check_same_data(&corpus, &state)?;
-            let division = division(&model, &*run.ranks)?;
-            let optimizer = load_owned(folder, &state, &model, division.owned().clone())?;
+            let saving = Saving::new(&model, run.ranks.placement())?;
+            let division = division(&model, &saving, &*run.ranks)?;
+            let optimizer = saving.load(folder, &state, &model, division.owned().clone())?;
             corpus.sampler.seek(state.data_position)?;
-            Ok(Start { division, optimizer, store, step: state.step, best: state.best })
+            Ok(Start { saving, division, optimizer, store, step: state.step, best: state.best })
         };
         let start = prepare();
         let start = all_well(&*run.ranks, start)?;
@@ -203,7 +205,7 @@ impl<M: TrainModel> Trainer<M> {
         folder: RunFolder,
         start: Start,
     ) -> Result<Self> {
-        let Start { division, optimizer, store, step, best } = start;
+        let Start { saving, division, optimizer, store, step, best } = start;
         let RunFolder { dir, ranks, lock } = folder;
         let open = |lock: RunLock| Ok(Files { metrics: MetricsWriter::open(lock.dir(), step)?, _lock: lock });
         let files = lock.map(open).transpose();
@@ -219,6 +221,7 @@ impl<M: TrainModel> Trainer<M> {
             optimizer,
             buffers,
             ranks,
+            saving,
             division,
             dir,
             store,
@@ -272,6 +275,11 @@ impl<M: TrainModel> Trainer<M> {
     /// The tokenizer, as the text of a `tokenizer.json`.
     pub fn tokenizer_json(&self) -> &str {
         &self.tokenizer_json
+    }
+
+    /// The last checkpoint's folder, if one was saved.
+    pub fn last_checkpoint(&self) -> Option<PathBuf> {
+        self.saved_step.map(|step| self.store.folder(step))
     }
 
     /// The best checkpoint's folder, if validation ran.
@@ -453,20 +461,18 @@ impl<M: TrainModel> Trainer<M> {
             config: self.config.clone(),
             files: Vec::new(),
         };
-        let moments = self.division.gather_moments(self.optimizer.moments())?;
-        let saved = match &self.files {
-            Some(_) => self.store.save(&self.model, &moments, &self.tokenizer_json, &state).map(drop),
-            None => Ok(()),
-        };
-        all_well(&*self.ranks, saved)?;
+        let (moments, tokenizer_json) = (self.optimizer.moments(), self.tokenizer_json.as_str());
+        let contents = Contents { model: &self.model, moments, tokenizer_json };
+        let dir = self.saving.save(&*self.ranks, &*self.division, &self.store, contents, &state)?;
         self.saved_step = Some(self.step);
-        observer.event(&Event::Saved { step: self.step, dir: self.store.folder(self.step) });
+        observer.event(&Event::Saved { step: self.step, dir });
         Ok(())
     }
 }
 
 /// What differs between a new and a resumed run.
 struct Start {
+    saving: Saving,
     division: Box<dyn Division>,
     optimizer: AdamW,
     store: CheckpointStore,
@@ -483,9 +489,9 @@ fn open_store(folder: &RunFolder, config: &TrainConfig) -> Result<CheckpointStor
 }
 
 /// This rank's part of gradients, moments and updates.
-fn division<M: TrainModel>(model: &M, ranks: &dyn Ranks) -> Result<Box<dyn Division>> {
+fn division<M: TrainModel>(model: &M, saving: &Saving, ranks: &dyn Ranks) -> Result<Box<dyn Division>> {
     let groups: Vec<String> = model.params().iter().map(|(name, _)| model.grad_group(name)).collect();
-    ranks.division(units_of(model)?, &groups)
+    ranks.division(saving.units()?, &groups)
 }
 
 /// Settings are recorded in checkpoints, so one that the model does not follow would tell a lie about the run.

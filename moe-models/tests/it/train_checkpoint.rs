@@ -1,8 +1,11 @@
 //! Checkpoints under every fault: unwritable folder, full disk, cut and altered files, missing pieces.
 
 use crate::toy::{Toy, config, corpus};
-use moe_models::train::checkpoint::{CheckpointStore, load_optimizer, read_state, verify};
+use candle_core::Device;
+use moe_models::gpt::Gpt;
+use moe_models::train::checkpoint::{CheckpointStore, read_state, verify};
 use moe_models::train::export::export;
+use moe_models::train::saving::{load_optimizer, save_whole};
 use moe_models::train::{Event, Silent, TrainConfig, Trainer};
 use std::path::Path;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -29,6 +32,7 @@ fn a_checkpoint_holds_what_it_should_and_reads_back() {
     assert_eq!(
         names(&folder),
         [
+            "checkpoint.index.json",
             "config.json",
             "model.safetensors",
             "optimizer.safetensors",
@@ -80,7 +84,7 @@ fn a_full_disk_leaves_the_earlier_checkpoints_and_no_rest() {
     assert_eq!(saved, [4]);
     trainer.model().disk_full.store(true, Ordering::Relaxed);
     let message = trainer.run(&AtomicBool::new(false), &mut Silent).unwrap_err().to_string();
-    assert!(message.contains("model.safetensors") && message.contains("storage"), "{message}");
+    assert!(message.contains("config.json") && message.contains("storage"), "{message}");
     assert_eq!(names(dir.path()), ["best", "latest", "metrics.jsonl", "run.lock", "step-00000004", "tensorboard"]);
     let folder = dir.path().join("step-00000004");
     verify(&folder, &read_state(&folder).unwrap()).unwrap();
@@ -93,10 +97,10 @@ fn a_failed_replacement_keeps_the_old_folder() {
     let folder = dir.path().join("step-00000012");
     let state = read_state(&folder).unwrap();
     let store = CheckpointStore::open(dir.path(), 2).unwrap();
-    store.save(trainer.model(), trainer.optimizer().moments(), "{}", &state).unwrap();
+    save_whole(&store, trainer.model(), trainer.optimizer(), "{}", &state).unwrap();
     assert_eq!(std::fs::read_to_string(folder.join("tokenizer.json")).unwrap(), "{}", "replaced");
     trainer.model().disk_full.store(true, Ordering::Relaxed);
-    store.save(trainer.model(), trainer.optimizer().moments(), "[]", &state).unwrap_err();
+    save_whole(&store, trainer.model(), trainer.optimizer(), "[]", &state).unwrap_err();
     assert_eq!(std::fs::read_to_string(folder.join("tokenizer.json")).unwrap(), "{}", "still the old one");
     assert!(names(dir.path()).iter().all(|n| !n.starts_with('.')), "{:?}", names(dir.path()));
 }
@@ -122,7 +126,7 @@ fn a_crash_at_any_point_of_a_replacement_loses_nothing() {
     let state = read_state(&old).unwrap();
     let renewed = tempfile::tempdir().unwrap();
     let store = CheckpointStore::open(renewed.path(), 2).unwrap();
-    let new = store.save(trainer.model(), trainer.optimizer().moments(), "{}", &state).unwrap();
+    let new = save_whole(&store, trainer.model(), trainer.optimizer(), "{}", &state).unwrap();
     let half = |dir: &Path| {
         copy(&new, dir);
         std::fs::remove_file(dir.join("trainer_state.json")).unwrap();
@@ -226,14 +230,16 @@ fn resuming_falls_back_to_the_newest_complete_folder() {
 #[test]
 fn export_is_whole_or_absent() {
     let root = tempfile::tempdir().unwrap();
-    let (toy, out) = (Toy::new(1), root.path().join("a/b"));
-    toy.disk_full.store(true, Ordering::Relaxed);
-    export(&toy, "{}", &out, candle_core::DType::BF16).unwrap_err();
+    let model = Gpt::new(crate::train_gpt::shape(), 1, &Device::Cpu).unwrap();
+    let out = root.path().join("a/b");
+    let unknown = candle_core::DType::U8;
+    export(&model, "{}", &out, unknown).unwrap_err();
     assert_eq!(names(&root.path().join("a")), Vec::<String>::new());
-    toy.disk_full.store(false, Ordering::Relaxed);
     std::fs::create_dir(&out).unwrap();
-    export(&toy, "{}", &out, candle_core::DType::BF16).unwrap();
-    assert_eq!(names(&out), ["config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json"]);
-    let message = export(&toy, "{}", &out, candle_core::DType::BF16).unwrap_err().to_string();
+    export(&model, "{}", &out, candle_core::DType::BF16).unwrap();
+    let files =
+        ["config.json", "generation_config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json"];
+    assert_eq!(names(&out), files);
+    let message = export(&model, "{}", &out, candle_core::DType::BF16).unwrap_err().to_string();
     assert!(message.contains("not an empty folder"), "{message}");
 }

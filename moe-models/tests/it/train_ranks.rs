@@ -5,12 +5,13 @@ use crate::toy::{self, Toy};
 use crate::train_gpt::{config, corpus, shape};
 use candle_core::Device;
 use moe_models::gpt::Gpt;
+use moe_models::train::shards::{Kind, Reader};
 use moe_models::train::{Event, MeshRanks, Outcome, Ranks, ReduceConfig, RunFolder, TrainConfig, Trainer, Zero};
 use moe_models::{Error, ParamTable, Precision, Result};
 use moe_parallel::comm::Communicator;
 use moe_parallel::comm::thread::ThreadWorld;
 use moe_parallel::tensor_box::{Place, copy_box};
-use moe_parallel::{Collectives, ExchangeConfig, Mesh, ParallelDims};
+use moe_parallel::{Collectives, ExchangeConfig, Extent, Mesh, ParallelDims};
 use std::collections::BTreeMap;
 use std::path::Path;
 use std::sync::Arc;
@@ -100,14 +101,14 @@ impl Case {
     fn model(&self, resume: Option<&Path>) -> Gpt {
         self.following(match resume {
             None => Gpt::new(shape(), self.config.seed, &Device::Cpu).unwrap(),
-            Some(folder) => Gpt::load(folder, &Device::Cpu).unwrap(),
+            Some(folder) => Gpt::load_checkpoint(folder, None).unwrap(),
         })
     }
 
     fn model_over(&self, mesh: &Arc<Mesh>, resume: Option<&Path>) -> Gpt {
         self.following(match resume {
             None => Gpt::new_over(shape(), self.config.seed, Arc::clone(mesh)).unwrap(),
-            Some(folder) => Gpt::load_over(folder, Arc::clone(mesh)).unwrap(),
+            Some(folder) => Gpt::load_checkpoint(folder, Some(Arc::clone(mesh))).unwrap(),
         })
     }
 }
@@ -155,6 +156,22 @@ fn alone(case: &Case, out: &Path, resume: Option<&Path>, stop_after: u64) -> End
     End { weights: weights(&[&model]), ..end }
 }
 
+/// Weights and moments of a checkpoint, as bits.
+fn everything(folder: &Path) -> Vec<Vec<u32>> {
+    let reader = Reader::open(folder).unwrap();
+    let mut all = Vec::new();
+    for (name, info) in reader.tensors() {
+        let extent = Extent::whole(name.as_str(), &info.shape);
+        for kind in [Kind::Weight, Kind::ExpAvg, Kind::ExpAvgSq] {
+            let mut values = vec![0.0f32; extent.elements()];
+            let whole = 0..values.len();
+            reader.read(kind, std::slice::from_ref(&extent), std::slice::from_ref(&whole), &mut values).unwrap();
+            all.push(values.into_iter().map(f32::to_bits).collect());
+        }
+    }
+    all
+}
+
 fn bytes(folder: &Path, name: &str) -> Vec<u8> {
     std::fs::read(folder.join(name)).unwrap()
 }
@@ -173,10 +190,8 @@ fn a_rank_for_each_micro_batch_gives_the_bits_of_one_rank() {
         let out = dir.path().join(format!("three-{zero:?}"));
         let end = over(&case, &out, Layout::replicas(3, zero), None, u64::MAX);
         assert!(end == whole, "{zero:?}");
-        for file in ["model.safetensors", "optimizer.safetensors"] {
-            let of = |run: &Path| bytes(&run.join("step-00000012"), file);
-            assert!(of(&out) == of(&dir.path().join("one")), "{zero:?}: {file}");
-        }
+        let of = |run: &Path| everything(&run.join("step-00000012"));
+        assert!(of(&out) == of(&dir.path().join("one")), "{zero:?}: checkpoints");
         let metrics = |run: &Path| {
             let text = String::from_utf8(bytes(run, "metrics.jsonl")).unwrap();
             let record = |line: &str| {
@@ -206,6 +221,55 @@ fn a_run_changes_its_number_of_ranks() {
         assert_eq!(end.outcome, Outcome::Finished);
         assert!(end.weights == whole.weights, "{zero:?}");
         assert!(end.steps == whole.steps[7..], "{zero:?}: {:?} {:?}", end.steps, whole.steps);
+    }
+}
+
+/// A run that is saved by one layout and resumed by the next, six times, has the curve and the weights of one rank, but for the
+/// order of sums.
+#[test]
+fn a_run_goes_on_in_any_layout() {
+    let three = TrainConfig { eps: 1e-2, precision: Precision::F32, ..config() };
+    let derived = TrainConfig { lr_warmup_tokens: None, lr_decay_tokens: None, min_lr: None, ..three };
+    let four = TrainConfig { global_batch_size: 8, train_tokens: 14 * 128, ..derived }.resolved(16).unwrap();
+    let case = Case { config: four };
+    let dir = tempfile::tempdir().unwrap();
+    let one = alone(&case, &dir.path().join("one"), None, u64::MAX);
+    let out = dir.path().join("many");
+    let stations = [
+        Layout::new(ParallelDims::new(4, 1, 4, 1), Zero::Off),
+        Layout::new(ParallelDims::new(4, 1, 2, 1), Zero::Moments),
+        Layout::new(ParallelDims::new(2, 2, 2, 1), Zero::Moments),
+        Layout::replicas(4, Zero::Gradients),
+        Layout::new(ParallelDims::new(3, 1, 3, 1), Zero::Off),
+        Layout::new(ParallelDims::new(2, 1, 1, 2), Zero::Gradients),
+    ];
+    let (mut steps, mut valid) = (Vec::new(), Vec::new());
+    for (station, layout) in stations.into_iter().enumerate() {
+        let last = 2 * station as u64;
+        let from = (last > 0).then(|| out.join(format!("step-{last:08}")));
+        let end = over(&case, &out, layout, from.as_deref(), last + 2);
+        assert_eq!(end.outcome, Outcome::Stopped, "{layout:?}");
+        steps.extend(end.steps);
+        valid.extend(end.valid);
+    }
+    let end = alone(&case, &out, Some(&out.join("step-00000012")), u64::MAX);
+    steps.extend(end.steps);
+    let curve = |steps: &[(u64, u64, u64)]| {
+        steps.iter().map(|s| (s.0, f64::from_bits(s.1), f64::from_bits(s.2))).collect::<Vec<_>>()
+    };
+    let (got, want) = (curve(&steps), curve(&one.steps));
+    assert_eq!(got.len(), 14);
+    for ((step, loss, norm), (want_step, want_loss, want_norm)) in got.iter().zip(&want) {
+        assert_eq!(step, want_step);
+        let close = |got: &f64, want: &f64| (got - want).abs() < 1e-5 * want.abs();
+        assert!(close(loss, want_loss) && close(norm, want_norm), "step {step}: {got:?} {want:?}");
+    }
+    assert_eq!(valid.is_empty(), one.valid.is_empty());
+    for (name, got) in &end.weights {
+        let want = &one.weights[name];
+        let largest = want.iter().fold(1e-3f32, |most, v| most.max(v.abs()));
+        let differ = got.iter().zip(want).fold(0f32, |most, (a, b)| most.max((a - b).abs()));
+        assert!(differ <= 1e-5 * largest, "{name}: {differ:e} of {largest:e}");
     }
 }
 

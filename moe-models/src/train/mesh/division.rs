@@ -4,13 +4,12 @@
 use super::buckets::{Bucket, buckets, owned};
 use super::{GroupRanks, MeshRanks, Sent, UPDATE, Zero, exchange};
 use crate::train::division::Division;
-use crate::train::optimizer::{ChunkSum, Grads, Moments, Owned, Units, with_values};
+use crate::train::optimizer::{ChunkSum, Grads, Owned, Units, with_values};
 use crate::{Error, Result};
 use candle_core::Var;
 use moe_core::tape::{After, GradBuffers};
 use moe_parallel::comm::{Gathering, ReduceScattering, Reduction};
 use moe_parallel::{Collectives, Communicator, Phase, Site};
-use std::borrow::Cow;
 use std::collections::VecDeque;
 use std::ops::Range;
 use std::sync::Arc;
@@ -177,6 +176,11 @@ impl Division for MeshDivision {
         &self.owned
     }
 
+    fn divides(&self, param: usize) -> Option<&[usize]> {
+        let bucket = self.buckets.iter().position(|params| params.contains(&param));
+        bucket.filter(|_| self.zero != Zero::Off).map(|bucket| self.ranks(bucket).sums.group().members())
+    }
+
     fn buckets(&self) -> &[Vec<usize>] {
         &self.buckets
     }
@@ -262,34 +266,6 @@ impl Division for MeshDivision {
         }
         under_way.into_iter().try_for_each(|one| self.put_params(one, params))?;
         Ok(travelling.into_iter().flat_map(|bucket| self.buckets[bucket].iter().copied()).collect())
-    }
-
-    fn gather_moments<'a>(&self, own: &'a [Moments]) -> Result<Cow<'a, [Moments]>> {
-        if self.zero == Zero::Off {
-            return Ok(Cow::Borrowed(own));
-        }
-        let units = self.owned.units();
-        let zeros = |param| vec![0.0; units.elements(param)];
-        let mut whole: Vec<Moments> =
-            (0..own.len()).map(|param| Moments { exp_avg: zeros(param), exp_avg_sq: zeros(param) }).collect();
-        for (bucket, params) in self.buckets.iter().enumerate() {
-            for second in [false, true] {
-                let mut values = Vec::new();
-                for own in params.iter().map(|&param| &own[param]) {
-                    values.extend_from_slice(if second { &own.exp_avg_sq } else { &own.exp_avg });
-                }
-                let counts = &self.parts[bucket].counts;
-                let parts = self.ranks(bucket).values.start_all_gather_v(UPDATE, &values, counts)?.wait_parts()?;
-                for (member, part) in parts.iter().enumerate() {
-                    self.parts[bucket].each(member, part, |number, range, values| {
-                        let whole = &mut whole[params[number]];
-                        let whole = if second { &mut whole.exp_avg_sq } else { &mut whole.exp_avg };
-                        whole[range.clone()].copy_from_slice(values);
-                    });
-                }
-            }
-        }
-        Ok(Cow::Owned(whole))
     }
 }
 

@@ -12,7 +12,7 @@ use crate::params::ParamTable;
 use crate::{Error, Result};
 use division::MeshDivision;
 use moe_parallel::dims::part;
-use moe_parallel::{Collectives, Communicator, ExchangeConfig, Mesh, ParallelDims, Phase, Site};
+use moe_parallel::{Collectives, Communicator, ExchangeConfig, Mesh, ParallelDims, Phase, Placement, Site};
 use serde::{Deserialize, Serialize};
 use std::ops::Range;
 use std::sync::Arc;
@@ -176,6 +176,10 @@ impl MeshRanks {
 impl Ranks for MeshRanks {
     fn rank(&self) -> usize {
         self.mesh.world().rank()
+    }
+
+    fn placement(&self) -> Placement {
+        self.mesh.placement()
     }
 
     fn share(&self, count: usize) -> Range<usize> {

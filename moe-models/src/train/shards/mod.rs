@@ -30,6 +30,7 @@
 mod export;
 mod finish;
 mod index;
+mod model;
 mod part;
 mod plan;
 mod reader;
