@@ -5,6 +5,7 @@ use crate::Result;
 use candle_core::Var;
 use moe_core::tape::{After, GradBuffers};
 use std::fmt::Debug;
+use std::time::Instant;
 
 /// One rank's part in the gradients, moments and updates of a run, made once for its parameters. All ranks call the same methods
 /// in the same order.
@@ -36,6 +37,9 @@ pub trait Division: Debug + Send {
     fn overlaps(&self) -> bool {
         true
     }
+
+    /// This rank has worked on something; nobody need keep it.
+    fn note(&self, _what: &str, _begin: Instant, _end: Instant) {}
 
     /// A step begins.
     fn begin(&mut self) {}

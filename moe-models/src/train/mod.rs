@@ -28,6 +28,7 @@ pub mod saving;
 pub mod schedule;
 pub mod shards;
 pub mod step;
+pub mod timeline;
 pub mod tokenizer;
 pub mod trainer;
 
@@ -42,4 +43,5 @@ pub use prepare::{RunText, TokenizerChoice};
 pub use ranks::{OneRank, Passes, Ranks, Traffic, first_rank_first};
 pub use run_folder::{RunFolder, lock_for};
 pub use saving::Saving;
+pub use timeline::Timeline;
 pub use trainer::{Corpus, Outcome, Trainer};

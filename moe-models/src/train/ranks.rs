@@ -56,8 +56,10 @@ pub struct Traffic {
     pub all_to_all_seconds: [f64; 2],
     /// Gradients, their sums, and parameters.
     pub gradient_bytes: [u64; 2],
-    /// Time in which steps waited for them: what the backward pass has not hidden, seconds.
+    /// Time in which any of them were under way, seconds.
     pub gradient_seconds: f64,
+    /// Time of it in which steps waited for them: what the backward pass has not hidden, seconds.
+    pub gradient_wait_seconds: f64,
 }
 
 impl Traffic {
@@ -71,19 +73,26 @@ impl Traffic {
             all_to_all_seconds: seconds,
             gradient_bytes: bytes(self.gradient_bytes, before.gradient_bytes),
             gradient_seconds: self.gradient_seconds - before.gradient_seconds,
+            gradient_wait_seconds: self.gradient_wait_seconds - before.gradient_wait_seconds,
         }
     }
 
     fn words(&self) -> Vec<u64> {
         let [a, b] = self.all_to_all_seconds;
-        let seconds = [a, b, self.gradient_seconds].map(f64::to_bits);
+        let seconds = [a, b, self.gradient_seconds, self.gradient_wait_seconds].map(f64::to_bits);
         [&self.all_to_all_bytes[..], &self.gradient_bytes, &seconds].concat()
     }
 
     fn read(rank: usize, words: &[u64]) -> Result<Self> {
-        let &[a, b, c, d, x, y, z] = words else { return Err(unreadable(rank)) };
-        let [x, y, gradient_seconds] = [x, y, z].map(f64::from_bits);
-        Ok(Self { all_to_all_bytes: [a, b], all_to_all_seconds: [x, y], gradient_bytes: [c, d], gradient_seconds })
+        let &[a, b, c, d, x, y, z, w] = words else { return Err(unreadable(rank)) };
+        let [x, y, gradient_seconds, gradient_wait_seconds] = [x, y, z, w].map(f64::from_bits);
+        Ok(Self {
+            all_to_all_bytes: [a, b],
+            all_to_all_seconds: [x, y],
+            gradient_bytes: [c, d],
+            gradient_seconds,
+            gradient_wait_seconds,
+        })
     }
 
     /// Bytes of all ranks, and the longest times.
@@ -97,6 +106,7 @@ impl Traffic {
                 sum.all_to_all_seconds[level] = sum.all_to_all_seconds[level].max(one.all_to_all_seconds[level]);
             }
             sum.gradient_seconds = sum.gradient_seconds.max(one.gradient_seconds);
+            sum.gradient_wait_seconds = sum.gradient_wait_seconds.max(one.gradient_wait_seconds);
         }
         Ok(sum)
     }
@@ -289,6 +299,7 @@ mod tests {
             all_to_all_seconds: [seconds, 1.0],
             gradient_bytes: [3 * bytes, 0],
             gradient_seconds: seconds / 2.0,
+            gradient_wait_seconds: seconds / 4.0,
         };
         let words = [WELL].into_iter().chain(of(10, 0.5).words()).collect();
         let all = Traffic::over(&WithRankOne(words), &of(7, 0.25)).unwrap();

@@ -12,6 +12,7 @@ use moe_core::tape::{GradBuffers, Gradients, Tape};
 use moe_kernels::copies::{WeightCopies, with_copies};
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::Arc;
+use std::time::Instant;
 
 /// What the pass over one micro-batch gave besides gradients.
 #[derive(Debug, Clone, PartialEq)]
@@ -127,19 +128,25 @@ pub fn accumulate_share<M: TrainModel>(
         let mut complete = |bucket: usize, sums: &[&[f32]]| Ok(division.start(bucket, sums)?);
         let mut into = if adds && overlaps { grads.watched(&buckets, &mut complete) } else { grads.gradients() };
         let own = batches.get(round).zip(passes.get(round).copied());
+        let begun = Instant::now();
         let loss = match own {
             Some((batch, pass)) => Some(how.run(|| with_copies(copies, || one(model, batch, pass, &mut into)))?),
             None if how.meeting => {
                 let (batch, pass) = idle(batches, passes);
-                how.run(|| with_copies(copies, || one(model, &batch, pass, &mut into)))?;
-                None
+                Some(how.run(|| with_copies(copies, || one(model, &batch, pass, &mut into)))?)
             }
             None => None,
         };
-        losses.extend(loss);
         into.finish()?;
+        let ended = Instant::now();
         if adds && !overlaps {
+            let mut complete = |bucket: usize, sums: &[&[f32]]| Ok(division.start(bucket, sums)?);
             grads.watched(&buckets, &mut complete).finish()?;
+        }
+        if let Some((loss, turned)) = loss {
+            division.note("forward", begun, turned);
+            division.note("backward", turned, ended);
+            losses.extend(own.map(|_| loss));
         }
         if every_pass && !last {
             division.finish(grads)?;
@@ -157,19 +164,20 @@ fn idle(batches: &[TokenBatch], passes: &[TrainPass]) -> (TokenBatch, TrainPass)
     (TokenBatch::empty(seq_len), passes.last().copied().unwrap_or_default())
 }
 
-/// The loss of one micro-batch, whose gradients are added to `into`.
+/// The loss of one micro-batch, whose gradients are added to `into`; and when the forward pass ended.
 fn one<M: TrainModel>(
     model: &M,
     batch: &TokenBatch,
     pass: TrainPass,
     into: &mut Gradients<'_>,
-) -> Result<MicroBatchLoss> {
+) -> Result<(MicroBatchLoss, Instant)> {
     no_panic(pass.micro_batch, || {
         let (output, tape) = Tape::record(|| model.loss(batch, Pass::Train(pass)));
         let LossOutput { loss, parts, layers } = output?;
+        let turned = Instant::now();
         tape.backward_of(&loss, into)?;
         let loss = f64::from(loss.detach().to_scalar::<f32>()?);
-        Ok(MicroBatchLoss { micro_batch: pass.micro_batch, loss, parts, layers })
+        Ok((MicroBatchLoss { micro_batch: pass.micro_batch, loss, parts, layers }, turned))
     })
 }
 

@@ -5,6 +5,7 @@ use crate::dims::part;
 use crate::{Error, Result};
 use std::marker::PhantomData;
 use std::sync::Arc;
+use std::time::Instant;
 
 /// How values of several ranks become one.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -62,13 +63,21 @@ impl<T: Element> Gathering<T> {
     /// # Errors
     /// As [`Pending::wait`].
     pub fn wait_parts(self) -> Result<Vec<Vec<T>>> {
+        Ok(self.wait_timed()?.0)
+    }
+
+    /// [`Gathering::wait_parts`], and when the last of them arrived.
+    ///
+    /// # Errors
+    /// As there.
+    pub fn wait_timed(self) -> Result<(Vec<Vec<T>>, Option<Instant>)> {
         let parcels = self.pending.wait()?;
         let mut parts = vec![Vec::new(); self.size];
         for (expected, parcel) in self.expected.iter().zip(&parcels) {
             parts[expected.peer] = parcel.values();
         }
         parts[self.rank] = self.own;
-        Ok(parts)
+        Ok((parts, parcels.iter().filter_map(Parcel::arrived).max()))
     }
 
     /// Whether [`Gathering::wait`] would return at once.
@@ -118,7 +127,16 @@ impl<T: Element> ReduceScattering<T> {
     /// # Errors
     /// As [`Pending::wait`].
     pub fn wait(self) -> Result<Vec<T>> {
-        Ok(self.reduction.apply(&self.parts.wait_parts()?))
+        Ok(self.wait_timed()?.0)
+    }
+
+    /// [`ReduceScattering::wait`], and when the last part arrived.
+    ///
+    /// # Errors
+    /// As there.
+    pub fn wait_timed(self) -> Result<(Vec<T>, Option<Instant>)> {
+        let (parts, arrived) = self.parts.wait_timed()?;
+        Ok((self.reduction.apply(&parts), arrived))
     }
 
     /// Whether [`ReduceScattering::wait`] would return at once.

@@ -1,10 +1,23 @@
 //! [`Parcel`]: the bytes of one message, with room for its header in front, so that an engine sends them as they are.
 
 use super::{Element, Stamp};
+use std::time::Instant;
 
 /// A message.
-#[derive(Debug, Clone, PartialEq, Eq, Default)]
-pub struct Parcel(Vec<u8>);
+#[derive(Debug, Clone, Default)]
+pub struct Parcel {
+    bytes: Vec<u8>,
+    arrived: Option<Instant>,
+}
+
+/// Of what they say, whenever they came.
+impl PartialEq for Parcel {
+    fn eq(&self, other: &Self) -> bool {
+        self.bytes == other.bytes
+    }
+}
+
+impl Eq for Parcel {}
 
 /// Bytes in front of the payload.
 pub(crate) const HEADER: usize = Stamp::BYTES;
@@ -14,7 +27,7 @@ impl Parcel {
     pub fn with_capacity(bytes: usize) -> Self {
         let mut all = Vec::with_capacity(HEADER + bytes);
         all.resize(HEADER, 0);
-        Self(all)
+        Self { bytes: all, arrived: None }
     }
 
     /// A message of these values.
@@ -26,7 +39,7 @@ impl Parcel {
 
     /// Appends values.
     pub fn push<T: Element>(&mut self, values: &[T]) {
-        T::write(values, &mut self.0);
+        T::write(values, &mut self.bytes);
     }
 
     /// The values of a message that holds nothing else.
@@ -43,32 +56,42 @@ impl Parcel {
 
     /// Bytes without the header.
     pub fn payload(&self) -> &[u8] {
-        self.0.get(HEADER..).unwrap_or(&[])
+        self.bytes.get(HEADER..).unwrap_or(&[])
     }
 
     /// Writes the header.
     pub(crate) fn stamped(mut self, stamp: Stamp) -> Self {
-        if self.0.len() < HEADER {
-            self.0.resize(HEADER, 0);
+        if self.bytes.len() < HEADER {
+            self.bytes.resize(HEADER, 0);
         }
-        self.0[..HEADER].copy_from_slice(&stamp.to_bytes());
+        self.bytes[..HEADER].copy_from_slice(&stamp.to_bytes());
         self
     }
 
     /// The header.
     pub(crate) fn stamp(&self) -> Option<Stamp> {
-        Stamp::from_bytes(&self.0)
+        Stamp::from_bytes(&self.bytes)
     }
 
     /// Header and payload, as they travel.
     #[cfg(feature = "mpi")]
     pub(crate) fn into_bytes(self) -> Vec<u8> {
-        self.0
+        self.bytes
     }
 
     /// A message that has arrived.
     #[cfg(feature = "mpi")]
     pub(crate) fn from_bytes(bytes: Vec<u8>) -> Self {
-        Self(bytes)
+        Self { bytes, arrived: None }.arriving()
+    }
+
+    /// The same message, which has arrived now.
+    pub(crate) fn arriving(self) -> Self {
+        Self { arrived: Some(Instant::now()), ..self }
+    }
+
+    /// When it arrived on this machine, whoever waited for it then.
+    pub fn arrived(&self) -> Option<Instant> {
+        self.arrived
     }
 }

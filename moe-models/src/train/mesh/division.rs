@@ -5,6 +5,7 @@ use super::buckets::{Bucket, buckets, owned};
 use super::{GroupRanks, MeshRanks, Sent, UPDATE, Zero, exchange};
 use crate::train::division::Division;
 use crate::train::optimizer::{ChunkSum, Grads, Owned, Units, with_values};
+use crate::train::timeline::{Track, covered};
 use crate::{Error, Result};
 use candle_core::Var;
 use moe_core::tape::{After, GradBuffers};
@@ -13,6 +14,7 @@ use moe_parallel::{Collectives, Communicator, Phase, Site};
 use std::collections::VecDeque;
 use std::ops::Range;
 use std::sync::Arc;
+use std::time::Instant;
 
 const SUMS: Site = Site::new(Phase::Backward);
 
@@ -54,6 +56,20 @@ impl Parts {
     }
 }
 
+/// A bucket under way.
+#[derive(Debug)]
+struct Flight<T> {
+    bucket: usize,
+    begun: Instant,
+    values: T,
+}
+
+impl<T> Flight<T> {
+    fn new(bucket: usize, values: T) -> Self {
+        Self { bucket, begun: Instant::now(), values }
+    }
+}
+
 /// One rank's part, and what is under way.
 #[derive(Debug)]
 pub(super) struct MeshDivision {
@@ -69,9 +85,11 @@ pub(super) struct MeshDivision {
     group_of: Vec<usize>,
     parts: Vec<Parts>,
     /// Buckets whose sums are under way to their owners, in the order of starting.
-    adding: VecDeque<(usize, ReduceScattering<f32>)>,
+    adding: VecDeque<Flight<ReduceScattering<f32>>>,
     /// Buckets whose sums are under way to all.
-    gathering: VecDeque<(usize, Gathering<f32>)>,
+    gathering: VecDeque<Flight<Gathering<f32>>>,
+    /// When buckets were under way in this step.
+    under_way: Vec<(Instant, Instant)>,
     /// Where only moments are divided: sums of what is owned of buckets, until they are written where gradients are kept.
     added: Vec<(usize, Vec<f32>)>,
     /// Where gradients are divided: sums of what is owned of each parameter, and whether they are those of a step before.
@@ -111,6 +129,7 @@ impl MeshDivision {
             parts,
             adding: VecDeque::new(),
             gathering: VecDeque::new(),
+            under_way: Vec::new(),
             added: Vec::new(),
             sums,
         })
@@ -131,7 +150,7 @@ impl MeshDivision {
                 let (parts, ranks) = (&self.parts[bucket], self.ranks(bucket));
                 let gathering = ranks.values.start_all_gather_v(SUMS, &sums, &parts.counts)?;
                 self.sent.count(&*ranks.values, self.ranks_per_node, |_| sums.len());
-                self.gathering.push_back((bucket, gathering));
+                self.gathering.push_back(Flight::new(bucket, gathering));
             }
             Zero::Moments => self.added.push((bucket, sums)),
             Zero::Gradients => self.accumulate(bucket, &sums),
@@ -158,16 +177,24 @@ impl MeshDivision {
 
     /// Takes the sums that have come, bucket by bucket in their order.
     fn advance(&mut self) -> Result<()> {
-        while self.adding.front_mut().is_some_and(|(_, adding)| adding.test()) {
+        while self.adding.front_mut().is_some_and(|flight| flight.values.test()) {
             self.take_next()?;
         }
         Ok(())
     }
 
     fn take_next(&mut self) -> Result<()> {
-        let Some((bucket, adding)) = self.adding.pop_front() else { return Ok(()) };
-        let sums = self.sent.waiting(|| adding.wait())?;
+        let Some(Flight { bucket, begun, values }) = self.adding.pop_front() else { return Ok(()) };
+        let (sums, arrived) = self.sent.waiting(|| values.wait_timed())?;
+        self.has_come(Track::Sums, bucket, begun, arrived);
         self.take_sums(bucket, sums)
+    }
+
+    /// A bucket was under way.
+    fn has_come(&mut self, track: Track, bucket: usize, begun: Instant, arrived: Option<Instant>) {
+        let arrived = arrived.unwrap_or_else(Instant::now);
+        self.under_way.push((begun, arrived.max(begun)));
+        self.sent.note(track, &format!("bucket {bucket}"), begun, arrived);
     }
 }
 
@@ -193,6 +220,10 @@ impl Division for MeshDivision {
         self.overlap
     }
 
+    fn note(&self, what: &str, begin: Instant, end: Instant) {
+        self.sent.note(Track::Work, what, begin, end);
+    }
+
     fn begin(&mut self) {
         self.stale.fill(true);
     }
@@ -212,7 +243,7 @@ impl Division for MeshDivision {
         }
         let adding = ranks.sums.start_reduce_scatter_v(SUMS, &values, &parts.counts, Reduction::Sum)?;
         self.sent.count(&*ranks.sums, self.ranks_per_node, |member| parts.counts[member]);
-        self.adding.push_back((bucket, adding));
+        self.adding.push_back(Flight::new(bucket, adding));
         Ok(after)
     }
 
@@ -229,12 +260,14 @@ impl Division for MeshDivision {
         for (bucket, sums) in std::mem::take(&mut self.added) {
             paste(self, bucket, self.member(bucket), &sums, buffers);
         }
-        while let Some((bucket, gathering)) = self.gathering.pop_front() {
-            let parts = self.sent.waiting(|| gathering.wait_parts())?;
+        while let Some(Flight { bucket, begun, values }) = self.gathering.pop_front() {
+            let (parts, arrived) = self.sent.waiting(|| values.wait_timed())?;
+            self.has_come(Track::Values, bucket, begun, arrived);
             for (member, sums) in parts.iter().enumerate() {
                 paste(self, bucket, member, sums, buffers);
             }
         }
+        self.sent.was_busy(covered(std::mem::take(&mut self.under_way)));
         Ok(())
     }
 
@@ -257,20 +290,18 @@ impl Division for MeshDivision {
         }
         let travels = |&bucket: &usize| self.ranks(bucket).values.size() > 1;
         let travelling: Vec<usize> = (0..self.buckets.len()).filter(travels).collect();
-        let mut under_way = VecDeque::new();
+        let (mut flights, begun) = (VecDeque::new(), Instant::now());
         for &bucket in &travelling {
-            if under_way.len() == WINDOW {
-                under_way.pop_front().map_or(Ok(()), |first| self.put_params(first, params))?;
+            if flights.len() == WINDOW {
+                flights.pop_front().map_or(Ok(()), |first| self.put_params(first, params))?;
             }
-            under_way.push_back((bucket, self.start_params(bucket, params)?));
+            flights.push_back(Flight::new(bucket, self.start_params(bucket, params)?));
         }
-        under_way.into_iter().try_for_each(|one| self.put_params(one, params))?;
+        flights.into_iter().try_for_each(|one| self.put_params(one, params))?;
+        self.sent.was_busy(begun.elapsed());
         Ok(travelling.into_iter().flat_map(|bucket| self.buckets[bucket].iter().copied()).collect())
     }
 }
-
-/// A bucket whose parameters are under way.
-type UnderWay = (usize, Gathering<f32>);
 
 impl MeshDivision {
     /// Sends what this rank has updated of a bucket.
@@ -289,9 +320,11 @@ impl MeshDivision {
     }
 
     /// Writes what the others have updated of a bucket.
-    fn put_params(&self, (bucket, gathering): UnderWay, params: &[(String, Var)]) -> Result<()> {
+    fn put_params(&self, flight: Flight<Gathering<f32>>, params: &[(String, Var)]) -> Result<()> {
+        let Flight { bucket, begun, values } = flight;
         let (parts, own) = (&self.parts[bucket], self.member(bucket));
-        let others = self.sent.waiting(|| gathering.wait_parts())?;
+        let (others, arrived) = self.sent.waiting(|| values.wait_timed())?;
+        self.sent.note(Track::Values, &format!("bucket {bucket}"), begun, arrived.unwrap_or_else(Instant::now));
         for (member, values) in others.iter().enumerate().filter(|(member, _)| *member != own) {
             let mut rest = values.as_slice();
             for (&param, ranges) in self.buckets[bucket].iter().zip(&parts.ranges[member]) {

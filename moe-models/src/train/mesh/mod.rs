@@ -8,6 +8,7 @@ use super::division::Division;
 use super::model::grad_group;
 use super::optimizer::Units;
 use super::ranks::{Passes, Ranks, Traffic};
+use super::timeline::{Timeline, Track};
 use crate::params::ParamTable;
 use crate::{Error, Result};
 use division::MeshDivision;
@@ -88,6 +89,10 @@ impl GroupRanks {
     }
 }
 
+fn nanoseconds(time: Duration) -> u64 {
+    u64::try_from(time.as_nanos()).unwrap_or(u64::MAX)
+}
+
 /// The ranks of a run, seen from one of them.
 #[derive(Debug)]
 pub struct MeshRanks {
@@ -103,7 +108,10 @@ pub struct MeshRanks {
 #[derive(Debug, Default)]
 struct Sent {
     bytes: [AtomicU64; 2],
-    nanoseconds: AtomicU64,
+    /// Time in which any were under way, and in which this rank waited for them, nanoseconds.
+    busy: AtomicU64,
+    waited: AtomicU64,
+    timeline: Option<Arc<Timeline>>,
 }
 
 impl Sent {
@@ -120,15 +128,26 @@ impl Sent {
     fn waiting<T>(&self, work: impl FnOnce() -> T) -> T {
         let begun = Instant::now();
         let result = work();
-        let waited = u64::try_from(begun.elapsed().as_nanos()).unwrap_or(u64::MAX);
-        self.nanoseconds.fetch_add(waited, Ordering::Relaxed);
+        self.waited.fetch_add(nanoseconds(begun.elapsed()), Ordering::Relaxed);
+        self.note(Track::Work, "wait for gradients", begun, Instant::now());
         result
     }
 
-    fn read(&self) -> ([u64; 2], f64) {
-        let nanoseconds = self.nanoseconds.load(Ordering::Relaxed);
+    fn was_busy(&self, time: Duration) {
+        self.busy.fetch_add(nanoseconds(time), Ordering::Relaxed);
+    }
+
+    fn note(&self, track: Track, what: &str, begin: Instant, end: Instant) {
+        if let Some(timeline) = &self.timeline {
+            timeline.add(track, what, begin, end);
+        }
+    }
+
+    /// Bytes by level, and the seconds of `busy` and `waited`.
+    fn read(&self) -> ([u64; 2], [f64; 2]) {
+        let seconds = |time: &AtomicU64| Duration::from_nanos(time.load(Ordering::Relaxed)).as_secs_f64();
         let bytes = self.bytes.each_ref().map(|bytes| bytes.load(Ordering::Relaxed));
-        (bytes, Duration::from_nanos(nanoseconds).as_secs_f64())
+        (bytes, [seconds(&self.busy), seconds(&self.waited)])
     }
 }
 
@@ -165,6 +184,12 @@ impl MeshRanks {
         let mesh = Arc::new(Mesh::new(world, dims, nodes, ExchangeConfig::default())?);
         let groups = vec![GroupRanks::new(None, &**mesh.data())?];
         Ok(Self { mesh, groups, config, meeting: false, sent: Arc::default() })
+    }
+
+    /// The same, whose steps are drawn in a timeline.
+    #[must_use]
+    pub fn with_timeline(self, timeline: Arc<Timeline>) -> Self {
+        Self { sent: Arc::new(Sent { timeline: Some(timeline), ..Sent::default() }), ..self }
     }
 
     /// The mesh.
@@ -204,12 +229,13 @@ impl Ranks for MeshRanks {
         }
         let rows = self.mesh.sent();
         let seconds = [rows.intra_node_wait, rows.inter_node_wait].map(|wait| wait.as_secs_f64());
-        let (gradient_bytes, gradient_seconds) = self.sent.read();
+        let (gradient_bytes, [gradient_seconds, gradient_wait_seconds]) = self.sent.read();
         Some(Traffic {
             all_to_all_bytes: [rows.intra_node_bytes, rows.inter_node_bytes],
             all_to_all_seconds: seconds,
             gradient_bytes,
             gradient_seconds,
+            gradient_wait_seconds,
         })
     }
 

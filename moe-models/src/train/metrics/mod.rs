@@ -31,7 +31,10 @@ pub const MOE_A2A_BYTES: &str = "moe/a2a_bytes";
 pub const MOE_A2A_SECONDS: &str = "moe/a2a_seconds";
 /// Tag of the bytes of gradients and parameters sent since the last record, over all ranks; as [`MOE_A2A_BYTES`].
 pub const GRADIENT_BYTES: &str = "train/gradient_bytes";
-/// Tag of the time in which steps waited for them, seconds, of the rank that waited most.
+/// Tag of the time in which any of them were under way since the last record, seconds, of the rank where it was longest.
+pub const GRADIENT_SECONDS: &str = "train/gradient_seconds";
+/// Tag of the time in which steps waited for them, seconds, of the rank that waited most: the rest was hidden behind the backward
+/// pass.
 pub const GRADIENT_WAIT_SECONDS: &str = "train/gradient_wait_seconds";
 /// Tag of the validation loss, nats per token over all sources.
 pub const VALID_LOSS: &str = "valid/loss";
@@ -67,7 +70,8 @@ impl Record {
             self.push(format!("{MOE_A2A_SECONDS}/{name}"), traffic.all_to_all_seconds[level]);
             self.push(format!("{GRADIENT_BYTES}/{name}"), traffic.gradient_bytes[level] as f64);
         }
-        self.push(GRADIENT_WAIT_SECONDS, traffic.gradient_seconds);
+        self.push(GRADIENT_SECONDS, traffic.gradient_seconds);
+        self.push(GRADIENT_WAIT_SECONDS, traffic.gradient_wait_seconds);
     }
 
     /// Adds imbalance (max / mean), drop rate and tokens per expert of each MoE layer.

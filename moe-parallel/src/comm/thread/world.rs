@@ -181,7 +181,7 @@ impl State {
         let arrives = (now + lateness).max(*last);
         *last = arrives;
         if arrives <= now {
-            self.inbox.entry(route).or_default().insert(sequence, parcel);
+            self.inbox.entry(route).or_default().insert(sequence, parcel.arriving());
             self.ranks[route.0].runnable = true;
         } else {
             self.sent += 1;
@@ -194,7 +194,7 @@ impl State {
         while let Some(entry) = self.transit.first_entry().filter(|entry| entry.key().0 <= now) {
             let (route, parcel) = entry.remove();
             let sequence = parcel.stamp().map_or(0, |stamp| stamp.sequence);
-            self.inbox.entry(route).or_default().insert(sequence, parcel);
+            self.inbox.entry(route).or_default().insert(sequence, parcel.arriving());
             self.ranks[route.0].runnable = true;
         }
     }
