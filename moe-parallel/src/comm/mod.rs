@@ -9,6 +9,8 @@
 mod agreement;
 mod collectives;
 mod element;
+#[cfg(feature = "mpi")]
+mod engine;
 mod fault;
 #[cfg(feature = "mpi")]
 pub mod mpi;
