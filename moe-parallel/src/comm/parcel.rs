@@ -61,13 +61,11 @@ impl Parcel {
     }
 
     /// Header and payload, as they travel.
-    #[cfg(feature = "mpi")]
     pub(crate) fn into_bytes(self) -> Vec<u8> {
         self.0
     }
 
     /// A message that has arrived.
-    #[cfg(feature = "mpi")]
     pub(crate) fn from_bytes(bytes: Vec<u8>) -> Self {
         Self(bytes)
     }

@@ -72,6 +72,8 @@ pub(in crate::comm) trait Link: Debug + Send + Sized + 'static {
     const NAME: &'static str;
     /// Of a message.
     const MOST_BYTES: usize;
+    /// Looks before a thread that waits lets others run.
+    const SPINS: u32;
     /// [`Link::shrink`] goes on, after a time, without ranks that do not come. Otherwise it waits for all that live, so they
     /// have to have come before.
     const LEAVES_BEHIND: bool;

@@ -130,7 +130,7 @@ impl<L: Link> Engine<L> {
 
     /// Where one thread has the engine for itself, all ranks may be on it.
     fn pace(&self) -> Pace {
-        if self.owner.is_some() { Pace::awake() } else { Pace::new() }
+        if self.owner.is_some() { Pace::awake() } else { Pace::spinning(L::SPINS) }
     }
 
     fn ended() -> Error {

@@ -60,6 +60,14 @@ impl<L: Link> World<L> {
         Error::Engine(trouble.into_text())
     }
 
+    /// Is gone at once, as a process that is killed.
+    #[cfg(test)]
+    pub(in crate::comm) fn vanish(mut self) {
+        self.ended = true;
+        drop(self.engine.end());
+        self.pump.take().map_or(Ok(()), join::<L>).expect("the pump ends");
+    }
+
     fn end(&mut self) -> Result<()> {
         if std::mem::replace(&mut self.ended, true) {
             return Ok(());

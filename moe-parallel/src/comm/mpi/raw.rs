@@ -7,6 +7,7 @@
 
 use super::ulfm::{self, Ulfm};
 use crate::comm::engine::{Link, LinkResult as Result, Tag, Threads, Transfer, Trouble};
+use crate::comm::pace::Pace;
 use ::mpi::ffi;
 use std::ffi::{c_int, c_void};
 use std::mem::MaybeUninit;
@@ -90,6 +91,7 @@ impl Link for MpiLink {
 
     const NAME: &'static str = "MPI";
     const MOST_BYTES: usize = MOST_BYTES;
+    const SPINS: u32 = Pace::SPINS;
     const LEAVES_BEHIND: bool = false;
 
     fn rank(&self) -> usize {
