@@ -1,7 +1,8 @@
 //! One mixture-of-experts model over many ranks: layouts, communicators, all-to-alls, a dispatcher, tensor slicing.
 //!
-//! Ranks are threads of this process ([`comm::thread`], the reference), processes of an MPI job (feature `mpi`) or GPUs that
-//! exchange over NCCL (feature `nccl`). Layers come from `moe-core` and know nothing of it.
+//! Ranks are threads of this process ([`comm::thread`], the reference), processes that reach each other over TCP
+//! ([`comm::tcp`]), processes of an MPI job (feature `mpi`) or GPUs that exchange over NCCL (feature `nccl`). Layers come from
+//! `moe-core` and know nothing of it.
 //!
 //! ```
 //! use moe_parallel::comm::{Reduction, thread::ThreadWorld};

@@ -1,7 +1,39 @@
 //! What tests of any engine share.
 
+use crate::comm::tcp::{TcpConfig, TcpWorld};
 use crate::comm::{Collectives, Communicator, Phase, Reduction, Site};
 use half::bf16;
+use std::net::{Ipv4Addr, TcpListener};
+use std::sync::{Arc, Mutex, PoisonError};
+use std::time::Duration;
+
+/// Runs `body` on every rank of a job over TCP whose ranks are threads of this process; the results in rank order. Rank 0
+/// listens at a port that the system chooses.
+///
+/// # Panics
+/// If the ranks do not come together within `timeout`, which is that of every operation too; if a rank panics, after all have
+/// ended.
+pub fn run_over_tcp<T: Send>(
+    size: usize,
+    timeout: Duration,
+    body: impl Fn(TcpWorld, Arc<dyn Communicator>) -> T + Sync,
+) -> Vec<T> {
+    let listener = TcpListener::bind((Ipv4Addr::LOCALHOST, 0)).expect("a port of this machine");
+    let master = listener.local_addr().expect("its number").to_string();
+    let listener = Mutex::new(Some(listener));
+    let rank = &|rank| {
+        let config = TcpConfig { rank, size, master: master.clone(), job: "test".into(), timeout, listen: None };
+        let taken = || listener.lock().unwrap_or_else(PoisonError::into_inner).take();
+        let started = TcpWorld::start_with(&config, || taken().ok_or_else(|| "rank 0 is started once".into()));
+        let (world, comm) = started.expect("the ranks come together");
+        body(world, comm)
+    };
+    std::thread::scope(|scope| {
+        let threads: Vec<_> = (0..size).map(|r| scope.spawn(move || rank(r))).collect();
+        let ended: Vec<_> = threads.into_iter().map(std::thread::ScopedJoinHandle::join).collect();
+        ended.into_iter().map(|result| result.unwrap_or_else(|panic| std::panic::resume_unwind(panic))).collect()
+    })
+}
 
 /// Holds an engine to the contract of [`Collectives`]: call it on every rank of a world.
 ///

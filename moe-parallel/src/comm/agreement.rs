@@ -55,7 +55,6 @@ impl Agreement {
     }
 
     /// Whether that rank has voted.
-    #[cfg(feature = "mpi")]
     pub(super) fn has_voted(&self, rank: usize) -> bool {
         self.votes[rank].is_some()
     }

@@ -1,27 +1,26 @@
 //! [`Communicator`]: a group of ranks that exchange messages under a deadline; [`Collectives`]: what is built from that.
 //!
 //! Everything is made of one primitive, [`Communicator::start`]: some messages out, some in, each with the [`Stamp`] of the
-//! operation it belongs to. An engine (threads, MPI, NCCL) implements that and knows no collective; the collectives know no
+//! operation it belongs to. An engine (threads, TCP, MPI, NCCL) implements that and knows no collective; the collectives know no
 //! engine. Reductions are an exchange of parts and a local sum in rank order, so their results depend neither on arrival nor
 //! on the engine.
 
-#[cfg(any(test, feature = "mpi"))]
 mod agreement;
 mod collectives;
 mod element;
+mod engine;
 mod fault;
 #[cfg(feature = "mpi")]
 pub mod mpi;
 #[cfg(feature = "nccl")]
 pub mod nccl;
-#[cfg(any(feature = "mpi", feature = "nccl"))]
 mod pace;
 mod parcel;
 mod stamp;
+pub mod tcp;
 #[cfg(test)]
 mod tests;
 pub mod thread;
-#[cfg(any(test, feature = "mpi"))]
 mod wire;
 
 pub use collectives::{AllReducing, Broadcasting, Collectives, Gathering, ReduceScattering, Reduction};

@@ -6,30 +6,36 @@ use std::time::Duration;
 #[derive(Debug)]
 pub(super) struct Pace {
     turns: u32,
+    spins: u32,
     sleeps: bool,
 }
 
 impl Pace {
-    const SPINS: u32 = 50;
+    /// Looks of a fraction of a microsecond that are cheaper than to let others run.
+    pub(super) const SPINS: u32 = 50;
     const YIELDS: u32 = 500;
     const SHORTEST: Duration = Duration::from_micros(20);
     const LONGEST: Duration = Duration::from_millis(1);
 
     /// Of a wait that begins.
     pub(super) fn new() -> Self {
-        Self { turns: 0, sleeps: true }
+        Self::spinning(Self::SPINS)
+    }
+
+    /// Of a wait that begins, in which this often nobody else gets the core.
+    pub(super) fn spinning(spins: u32) -> Self {
+        Self { turns: 0, spins, sleeps: true }
     }
 
     /// Of a wait in which the thread must not sleep, for others run on it too.
-    #[cfg(feature = "mpi")]
     pub(super) fn awake() -> Self {
-        Self { turns: 0, sleeps: false }
+        Self { turns: 0, spins: Self::SPINS, sleeps: false }
     }
 
     /// Between two looks.
     pub(super) fn rest(&mut self) {
         self.turns = self.turns.saturating_add(1);
-        if self.turns < Self::SPINS {
+        if self.turns < self.spins {
             std::hint::spin_loop();
         } else if self.turns < Self::YIELDS || !self.sleeps {
             std::thread::yield_now();

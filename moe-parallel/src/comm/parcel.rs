@@ -74,13 +74,11 @@ impl Parcel {
     }
 
     /// Header and payload, as they travel.
-    #[cfg(feature = "mpi")]
     pub(crate) fn into_bytes(self) -> Vec<u8> {
         self.bytes
     }
 
     /// A message that has arrived.
-    #[cfg(feature = "mpi")]
     pub(crate) fn from_bytes(bytes: Vec<u8>) -> Self {
         Self { bytes, arrived: None }.arriving()
     }

@@ -1,4 +1,4 @@
-//! A [`Fault`] as bytes, so that the rank which finds it can tell the others.
+//! A [`Fault`] as bytes, so that the rank which finds it can tell the others; a [`Reader`] of bytes that may be anything.
 
 use super::{Cause, Fault, Stamp};
 use std::time::Duration;
@@ -76,21 +76,28 @@ pub(super) fn decode(bytes: &[u8]) -> Option<Fault> {
 }
 
 /// Bytes that are not yet read.
-struct Reader<'a>(&'a [u8]);
+pub(super) struct Reader<'a>(pub(super) &'a [u8]);
 
-impl Reader<'_> {
-    fn array<const N: usize>(&mut self) -> Option<[u8; N]> {
+impl<'a> Reader<'a> {
+    pub(super) fn array<const N: usize>(&mut self) -> Option<[u8; N]> {
         let (head, rest) = self.0.split_first_chunk()?;
         self.0 = rest;
         Some(*head)
     }
 
-    fn byte(&mut self) -> Option<u8> {
+    pub(super) fn byte(&mut self) -> Option<u8> {
         self.array().map(|[byte]| byte)
     }
 
-    fn number(&mut self) -> Option<usize> {
+    pub(super) fn number(&mut self) -> Option<usize> {
         self.array().map(u64::from_le_bytes)?.try_into().ok()
+    }
+
+    /// As many bytes.
+    pub(super) fn slice(&mut self, len: usize) -> Option<&'a [u8]> {
+        let (head, rest) = self.0.split_at_checked(len)?;
+        self.0 = rest;
+        Some(head)
     }
 
     fn stamp(&mut self) -> Option<Stamp> {

@@ -2,3 +2,4 @@
 
 mod layer;
 mod modes;
+mod tcp;

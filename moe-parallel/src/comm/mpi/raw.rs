@@ -1,78 +1,25 @@
 //! The few calls of MPI the engine makes, with their return codes checked. All of this crate's `unsafe` for MPI is here and in
 //! [`ulfm`](super::ulfm).
 //!
-//! Nothing here blocks but [`Link::start`], [`Link::shrink`] and [`Link::finalize`]. A buffer belongs to its [`Transfer`] until MPI is done with
-//! it; one that is dropped before is leaked, for MPI may still write to it.
+//! Nothing here blocks but [`MpiLink::start`], [`Link::shrink`] and [`Link::finalize`]. A buffer belongs to its [`MpiTransfer`]
+//! until MPI is done with it; one that is dropped before is leaked, for MPI may still write to it.
 #![allow(unsafe_code)]
 
 use super::ulfm::{self, Ulfm};
+use crate::comm::engine::{Link, LinkResult as Result, Tag, Threads, Transfer, Trouble};
+use crate::comm::pace::Pace;
 use ::mpi::ffi;
 use std::ffi::{c_int, c_void};
 use std::mem::MaybeUninit;
 use std::ptr;
-
-/// The result of calls of MPI.
-pub(super) type Result<T> = std::result::Result<T, Trouble>;
-
-/// What a call of MPI has come to.
-#[derive(Debug)]
-pub(super) enum Trouble {
-    /// A process it has to do with has died: only an MPI with fault tolerance says so.
-    Death,
-    /// Anything else; the text names the call.
-    Other(String),
-}
-
-impl Trouble {
-    /// For a call in which no process matters.
-    pub(super) fn into_text(self) -> String {
-        match self {
-            Self::Death => "a process has died".into(),
-            Self::Other(text) => text,
-        }
-    }
-}
-
-impl From<String> for Trouble {
-    fn from(text: String) -> Self {
-        Self::Other(text)
-    }
-}
+use std::time::Duration;
 
 /// MPI counts in this type.
-pub(super) const MOST_BYTES: usize = c_int::MAX as usize;
-
-/// What a message is.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(super) enum Tag {
-    /// Part of an operation.
-    Parcel = 1,
-    /// A fault that its sender knows of.
-    Vote = 2,
-    /// The last message of its sender.
-    Goodbye = 3,
-}
-
-impl Tag {
-    fn of(tag: c_int) -> Result<Self> {
-        [Self::Parcel, Self::Vote, Self::Goodbye]
-            .into_iter()
-            .find(|&known| known as c_int == tag)
-            .ok_or_else(|| format!("a message with the unknown tag {tag} has come").into())
-    }
-}
-
-/// Which threads of this process call MPI.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(super) enum Threads {
-    /// The one that starts it: the engine sees to that.
-    One,
-    /// Any, one at a time.
-    Any,
-}
+const MOST_BYTES: usize = c_int::MAX as usize;
 
 /// A communicator of MPI's that is ours alone.
-pub(super) struct Link {
+#[derive(Debug)]
+pub(super) struct MpiLink {
     comm: ffi::MPI_Comm,
     rank: usize,
     /// The ranks they had when the job was started.
@@ -82,13 +29,13 @@ pub(super) struct Link {
     ulfm: Option<Ulfm>,
 }
 
-// SAFETY: MPI runs at thread level SERIALIZED at least (`Link::start` checks): any thread may call it, one at a time. `Link`
-// and `Transfer` are used under the engine's mutex only, which with `Threads::One` no other thread takes.
-unsafe impl Send for Link {}
-// SAFETY: as for `Link`.
-unsafe impl Send for Transfer {}
+// SAFETY: MPI runs at thread level SERIALIZED at least (`MpiLink::start` checks): any thread may call it, one at a time.
+// `MpiLink` and `MpiTransfer` are used under the engine's mutex only, which with `Threads::One` no other thread takes.
+unsafe impl Send for MpiLink {}
+// SAFETY: as for `MpiLink`.
+unsafe impl Send for MpiTransfer {}
 
-impl Link {
+impl MpiLink {
     /// Starts MPI and waits, without a deadline, for all processes of the job.
     pub(super) fn start(threads: Threads) -> Result<Self> {
         let mut started = 0;
@@ -137,52 +84,28 @@ impl Link {
             ulfm: Ulfm::find(),
         })
     }
+}
 
-    /// Ranks that have died, if this MPI can tell; it goes on then with the others.
-    pub(super) fn acknowledge_dead(&self) -> Result<Vec<usize>> {
-        let Some(ulfm) = &self.ulfm else { return Ok(Vec::new()) };
-        let dead = ulfm.acknowledge(self.comm)?;
-        let dead = ranks_in(&dead, &group_of(self.comm)?)?;
-        Ok(dead.into_iter().flatten().collect())
-    }
+impl Link for MpiLink {
+    type Transfer = MpiTransfer;
 
-    /// Whether [`Link::shrink`] is possible.
-    pub(super) fn can_shrink(&self) -> bool {
-        self.ulfm.is_some()
-    }
+    const NAME: &'static str = "MPI";
+    const MOST_BYTES: usize = MOST_BYTES;
+    const SPINS: u32 = Pace::SPINS;
+    const LEAVES_BEHIND: bool = false;
 
-    /// The communicator of the ranks that live, which all call this and are waited for without a deadline. What is under way
-    /// on this one stays unfinished.
-    pub(super) fn shrink(self) -> Result<Self> {
-        let ulfm = self.ulfm.as_ref().ok_or_else(|| String::from("this MPI has no fault tolerance"))?;
-        let comm = ulfm.shrink(self.comm)?;
-        let before = ranks_in(&group_of(comm)?, &group_of(self.comm)?)?;
-        let origin = |rank: Option<usize>| rank.and_then(|rank| self.origins.get(rank)).copied();
-        let origins: Option<Vec<usize>> = before.into_iter().map(origin).collect();
-        let origins = origins.ok_or_else(|| String::from("MPIX_Comm_shrink has added a rank"))?;
-        Self::of(comm, Some(origins))
-    }
-
-    /// This process among all.
-    pub(super) fn rank(&self) -> usize {
+    fn rank(&self) -> usize {
         self.rank
     }
 
-    /// Number of processes.
-    pub(super) fn size(&self) -> usize {
-        self.origins.len()
-    }
-
-    /// The ranks that these had when the job was started.
-    pub(super) fn origins(&self) -> &[usize] {
+    fn origins(&self) -> &[usize] {
         &self.origins
     }
 
-    /// Begins to send.
-    pub(super) fn send(&self, peer: usize, tag: Tag, buffer: Vec<u8>) -> Result<Transfer> {
+    fn send(&mut self, peer: usize, tag: Tag, buffer: Vec<u8>) -> Result<MpiTransfer> {
         let (bytes, peer) = (count(buffer.len())?, count(peer)?);
-        let mut transfer = Transfer { request: null_request(), buffer, arriving: None, done: false };
-        // SAFETY: the buffer has `bytes` bytes and lives, unmoved, until the request is done: `Transfer` sees to that.
+        let mut transfer = MpiTransfer { request: null_request(), buffer, arriving: None, done: false };
+        // SAFETY: the buffer has `bytes` bytes and lives, unmoved, until the request is done: `MpiTransfer` sees to that.
         check("MPI_Isend", unsafe {
             let (data, kind) = (transfer.buffer.as_ptr().cast::<c_void>(), ffi::RSMPI_UINT8_T);
             ffi::MPI_Isend(data, bytes, kind, peer, tag as c_int, self.comm, &mut transfer.request)
@@ -190,8 +113,7 @@ impl Link {
         Ok(transfer)
     }
 
-    /// Begins to receive a message that has come, if one has; with it, its sender and what it is.
-    pub(super) fn receive(&self) -> Result<Option<(usize, Tag, Transfer)>> {
+    fn receive(&mut self) -> Result<Option<(usize, Tag, MpiTransfer)>> {
         // 1. Is there any?
         let (mut flag, mut status) = (0, MaybeUninit::uninit());
         // SAFETY: the status is read only if the flag says that it was written.
@@ -205,7 +127,8 @@ impl Link {
         // SAFETY: the flag says that there is a message, so its status was written.
         let status = unsafe { status.assume_init() };
         let bytes = received(&status)?;
-        let tag = Tag::of(status.MPI_TAG)?;
+        let tag = Tag::of(status.MPI_TAG)
+            .ok_or_else(|| format!("a message with the unknown tag {} has come", status.MPI_TAG))?;
         let peer = usize::try_from(status.MPI_SOURCE)
             .ok()
             .filter(|&peer| peer < self.size())
@@ -213,7 +136,7 @@ impl Link {
 
         // 2. The very message that was found: nobody else receives on this communicator.
         let buffer = Vec::with_capacity(bytes);
-        let mut transfer = Transfer { request: null_request(), buffer, arriving: Some(bytes), done: false };
+        let mut transfer = MpiTransfer { request: null_request(), buffer, arriving: Some(bytes), done: false };
         // SAFETY: the buffer has room for `bytes` bytes and lives, unmoved, until the request is done.
         check("MPI_Irecv", unsafe {
             let (data, kind) = (transfer.buffer.as_mut_ptr().cast::<c_void>(), ffi::RSMPI_UINT8_T);
@@ -223,22 +146,45 @@ impl Link {
         Ok(Some((peer, tag, transfer)))
     }
 
+    fn acknowledge_dead(&mut self) -> Result<Vec<usize>> {
+        let Some(ulfm) = &self.ulfm else { return Ok(Vec::new()) };
+        let dead = ulfm.acknowledge(self.comm)?;
+        let dead = ranks_in(&dead, &group_of(self.comm)?)?;
+        Ok(dead.into_iter().flatten().collect())
+    }
+
+    fn cannot_shrink(&self) -> Option<&'static str> {
+        let why = "this MPI cannot go on without a rank; Open MPI 5 can, with --with-ft ulfm";
+        self.ulfm.is_none().then_some(why)
+    }
+
+    /// All ranks that live are waited for, without a deadline. What is under way stays unfinished.
+    fn shrink(self, _timeout: Duration) -> Result<Self> {
+        let ulfm = self.ulfm.as_ref().ok_or_else(|| String::from("this MPI has no fault tolerance"))?;
+        let comm = ulfm.shrink(self.comm)?;
+        let before = ranks_in(&group_of(comm)?, &group_of(self.comm)?)?;
+        let origin = |rank: Option<usize>| rank.and_then(|rank| self.origins.get(rank)).copied();
+        let origins: Option<Vec<usize>> = before.into_iter().map(origin).collect();
+        let origins = origins.ok_or_else(|| String::from("MPIX_Comm_shrink has added a rank"))?;
+        Self::of(comm, Some(origins))
+    }
+
     /// Ends MPI, and waits for all processes to do so. For the thread that has started it.
     ///
     /// Not where a process has died: Open MPI 5.0.11 waited for it without an end in 3 of 83 jobs.
-    pub(super) fn finalize(mut self) -> Result<()> {
+    fn finalize(mut self) -> Result<()> {
         if self.is_shrunken {
             return Ok(());
         }
         // SAFETY: nothing is under way on the communicator, and it is not used again.
         check("MPI_Comm_free", unsafe { ffi::MPI_Comm_free(&mut self.comm) })?;
-        // SAFETY: MPI is started, and `Link` was the only way to it.
+        // SAFETY: MPI is started, and `MpiLink` was the only way to it.
         check("MPI_Finalize", unsafe { ffi::MPI_Finalize() })
     }
 }
 
 /// A message under way, with its buffer, which is also kept (for ever) where MPI reports that it could not begin.
-pub(super) struct Transfer {
+pub(super) struct MpiTransfer {
     request: ffi::MPI_Request,
     buffer: Vec<u8>,
     /// Of one that is received: how many bytes it has, which are the buffer's once it is done.
@@ -246,9 +192,8 @@ pub(super) struct Transfer {
     done: bool,
 }
 
-impl Transfer {
-    /// Whether MPI is done with it.
-    pub(super) fn test(&mut self) -> Result<bool> {
+impl Transfer for MpiTransfer {
+    fn test(&mut self) -> Result<bool> {
         if self.done {
             return Ok(true);
         }
@@ -271,14 +216,13 @@ impl Transfer {
         Ok(true)
     }
 
-    /// The bytes of a message that is done.
-    pub(super) fn into_bytes(mut self) -> Vec<u8> {
+    fn into_bytes(mut self) -> Vec<u8> {
         debug_assert!(self.done, "the message is under way");
         std::mem::take(&mut self.buffer)
     }
 }
 
-impl Drop for Transfer {
+impl Drop for MpiTransfer {
     fn drop(&mut self) {
         if !self.done {
             std::mem::forget(std::mem::take(&mut self.buffer));

@@ -4,7 +4,8 @@
 //! ("User-Level Failure Mitigation", Bland et al. 2013; an extension to the standard.)
 #![allow(unsafe_code)]
 
-use super::raw::{Processes, Result, check};
+use super::raw::{Processes, check};
+use crate::comm::engine::LinkResult as Result;
 use ::mpi::ffi;
 use std::ffi::{CStr, c_int};
 use std::mem::MaybeUninit;
@@ -19,6 +20,7 @@ type ToComm = unsafe extern "C" fn(ffi::MPI_Comm, *mut ffi::MPI_Comm) -> c_int;
 type ToGroup = unsafe extern "C" fn(ffi::MPI_Comm, *mut ffi::MPI_Group) -> c_int;
 
 /// The calls of the extension that are used here.
+#[derive(Debug)]
 pub(super) struct Ulfm {
     failure_ack: OnComm,
     failure_get_acked: ToGroup,

@@ -1,9 +1,18 @@
 //! [`Engine`]: what is under way, what has come, and what is known of the other ranks; one per process, behind a mutex.
+//!
+//! All that ranks which are processes need and that does not depend on what carries their messages: deadlines, the thread that
+//! moves messages on while nobody waits, one fault for all, goodbyes. What carries them is a [`Link`]; [`World`] is the whole.
 
-use super::raw::{Link, MOST_BYTES, Tag, Threads, Transfer, Trouble};
-use crate::comm::agreement::{Agreement, GRACE};
-use crate::comm::pace::Pace;
-use crate::comm::{Cause, Fault, Kind, Parcel, Phase, Site, Stamp, wire};
+mod communicator;
+mod link;
+mod world;
+
+pub(super) use link::{Link, Result as LinkResult, Tag, Threads, Transfer, Trouble};
+pub(super) use world::World;
+
+use super::agreement::{Agreement, GRACE};
+use super::pace::Pace;
+use super::{Cause, Fault, Kind, Parcel, Phase, Site, Stamp, wire};
 use crate::{Error, Result};
 use std::collections::{BTreeMap, HashMap, VecDeque};
 use std::fmt;
@@ -12,30 +21,30 @@ use std::thread::ThreadId;
 use std::time::{Duration, Instant};
 
 /// What all communicators of a process share.
-pub(super) struct Engine {
-    pub(super) rank: usize,
-    pub(super) size: usize,
+pub(super) struct Engine<L: Link> {
+    rank: usize,
+    size: usize,
     /// Of every operation.
-    pub(super) timeout: Duration,
+    timeout: Duration,
     /// The only thread that may use this, where there is only one.
     owner: Option<ThreadId>,
     start: Instant,
-    state: Mutex<State>,
+    state: Mutex<State<L>>,
     /// Wakes the pump.
     wake: Condvar,
 }
 
 /// See [`Engine`].
-pub(super) struct State {
+struct State<L: Link> {
     rank: usize,
     /// None once the world has ended.
-    link: Option<Link>,
-    pub(super) peers: Vec<Peer>,
+    link: Option<L>,
+    peers: Vec<Peer<L::Transfer>>,
     agreement: Agreement,
     /// What this rank does.
     last: Stamp,
     /// Operations that have begun and are not waited for to their end.
-    pub(super) pending: usize,
+    pending: usize,
     /// Threads that poll: the pump rests meanwhile.
     polling: usize,
     pump: Pump,
@@ -52,21 +61,27 @@ enum Pump {
 }
 
 /// Another rank, or this one.
-#[derive(Default)]
-pub(super) struct Peer {
+struct Peer<T> {
     /// In the order of sending.
-    outgoing: VecDeque<Transfer>,
+    outgoing: VecDeque<T>,
     /// In the order of coming, which is the order they are taken in: a short message does not overtake a long one.
-    incoming: VecDeque<(Tag, Transfer)>,
+    incoming: VecDeque<(Tag, T)>,
     /// Messages by group and operation.
     inbox: HashMap<u64, BTreeMap<u64, Parcel>>,
     /// The operation it was last seen in.
-    pub(super) last: Option<Stamp>,
+    last: Option<Stamp>,
     /// It has said goodbye, after all its other messages, or is dead.
-    pub(super) left: bool,
+    left: bool,
 }
 
-impl Peer {
+impl<T> Default for Peer<T> {
+    fn default() -> Self {
+        let (outgoing, incoming) = (VecDeque::new(), VecDeque::new());
+        Self { outgoing, incoming, inbox: HashMap::new(), last: None, left: false }
+    }
+}
+
+impl<T> Peer<T> {
     /// It is dead: what is under way to it and from it never ends.
     fn die(&mut self) {
         self.left = true;
@@ -75,15 +90,15 @@ impl Peer {
     }
 }
 
-impl fmt::Debug for Engine {
+impl<L: Link> fmt::Debug for Engine<L> {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.debug_struct("Engine").field("rank", &self.rank).field("size", &self.size).finish_non_exhaustive()
     }
 }
 
-impl Engine {
+impl<L: Link> Engine<L> {
     /// For the thread that calls this where `threads` is one.
-    pub(super) fn new(link: Link, threads: Threads, timeout: Duration) -> Arc<Self> {
+    fn new(link: L, threads: Threads, timeout: Duration) -> Arc<Self> {
         let (rank, size) = (link.rank(), link.size());
         let nothing = Stamp { context: 0, sequence: 0, kind: Kind::Barrier, site: Site::new(Phase::Start) };
         let state = State {
@@ -96,33 +111,37 @@ impl Engine {
             polling: 0,
             pump: Pump::Looking,
         };
-        let owner = (threads == Threads::One).then(|| std::thread::current().id());
+        let owner = (threads != Threads::Any).then(|| std::thread::current().id());
         let start = Instant::now();
         Arc::new(Self { rank, size, timeout, owner, start, state: Mutex::new(state), wake: Condvar::new() })
     }
 
-    pub(super) fn now(&self) -> Duration {
+    fn now(&self) -> Duration {
         self.start.elapsed()
     }
 
     /// # Panics
     /// If another thread has this for itself.
-    pub(super) fn lock(&self) -> MutexGuard<'_, State> {
+    fn lock(&self) -> MutexGuard<'_, State<L>> {
         let allowed = self.owner.is_none_or(|owner| owner == std::thread::current().id());
-        assert!(allowed, "a single-threaded MPI world is for the thread that has started it");
+        assert!(allowed, "a single-threaded {} world is for the thread that has started it", L::NAME);
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     /// Where one thread has the engine for itself, all ranks may be on it.
     fn pace(&self) -> Pace {
-        if self.owner.is_some() { Pace::awake() } else { Pace::new() }
+        if self.owner.is_some() { Pace::awake() } else { Pace::spinning(L::SPINS) }
+    }
+
+    fn ended() -> Error {
+        Error::Engine(format!("the {} world of this process has ended", L::NAME))
     }
 
     /// Moves the engine on until `done` gives something, or all ranks know of a fault. Never longer than [`GRACE`] after there
     /// is a fault; without one `done` sees to the end.
-    pub(super) fn poll<T>(
+    fn poll<T>(
         &self,
-        mut done: impl FnMut(&mut State, Duration) -> std::result::Result<Option<T>, Fault>,
+        mut done: impl FnMut(&mut State<L>, Duration) -> std::result::Result<Option<T>, Fault>,
     ) -> Result<T> {
         let mut pace = self.pace();
         let mut polling = false;
@@ -136,7 +155,7 @@ impl Engine {
             let ends = match state.turn(now, &mut done) {
                 Turn::Done(value) => Some(Ok(value)),
                 Turn::Over(fault) => Some(Err(fault.into())),
-                Turn::Ended => Some(Err(Error::Engine("the MPI world of this process has ended".into()))),
+                Turn::Ended => Some(Err(Self::ended())),
                 Turn::Open => None,
             };
             if let Some(result) = ends {
@@ -150,16 +169,16 @@ impl Engine {
     }
 
     /// [`Engine::poll`] once; `None` if there is no end yet.
-    pub(super) fn poll_once(
+    fn poll_once(
         &self,
-        mut done: impl FnMut(&mut State, Duration) -> std::result::Result<Option<()>, Fault>,
+        mut done: impl FnMut(&mut State<L>, Duration) -> std::result::Result<Option<()>, Fault>,
     ) -> bool {
         let now = self.now();
         !matches!(self.lock().turn(now, &mut done), Turn::Open)
     }
 
     /// Begins an operation: sends its messages to ranks of the world.
-    pub(super) fn begin(&self, stamp: Stamp, sends: Vec<(usize, Parcel)>) -> Result<()> {
+    fn begin(&self, stamp: Stamp, sends: Vec<(usize, Parcel)>) -> Result<()> {
         let mut sends = Some(sends);
         self.poll(|state, _| {
             state.last = stamp;
@@ -174,7 +193,7 @@ impl Engine {
     }
 
     /// What ended this engine.
-    pub(super) fn fault(&self) -> Option<Fault> {
+    fn fault(&self) -> Option<Fault> {
         let now = self.now();
         let begun = {
             let mut state = self.lock();
@@ -187,12 +206,12 @@ impl Engine {
 
     /// Ends this engine with a fault found above it; the one that all ranks return. Once the world has ended that is only this
     /// rank's affair.
-    pub(super) fn fail(&self, fault: Fault) -> Fault {
+    fn fail(&self, fault: Fault) -> Fault {
         let told = self.poll::<()>(|_, _| Err(fault.clone())).err();
         told.and_then(|error| error.fault().cloned()).unwrap_or(fault)
     }
 
-    fn wake_pump(&self, state: &State) {
+    fn wake_pump(&self, state: &State<L>) {
         if state.pump == Pump::Parked && state.is_busy() {
             self.wake.notify_one();
         }
@@ -200,7 +219,7 @@ impl Engine {
 
     /// Moves the engine on while something is under way and nobody polls: messages go out while their sender computes, and a
     /// rank that computes hears of a fault. Ends with [`Engine::leave`].
-    pub(super) fn pump(&self) {
+    fn pump(&self) {
         const SHORT: Duration = Duration::from_micros(50);
         const LONG: Duration = Duration::from_micros(500);
         const LOOKS: u32 = 20;
@@ -230,8 +249,8 @@ impl Engine {
     }
 
     /// Says goodbye and waits for the others to do so, until the deadline; after a fault, or if this rank `abandons` the
-    /// others, for [`GRACE`] at most. What MPI may be ended with: nothing, if there was a fault.
-    pub(super) fn leave(&self, abandons: bool) -> Result<Option<Link>> {
+    /// others, for [`GRACE`] at most. What the link may be ended with: nothing, if there was a fault.
+    fn leave(&self, abandons: bool) -> Result<Option<L>> {
         // 1. All messages are out and all others have left.
         let deadline = self.now() + if abandons { GRACE } else { self.timeout };
         let mut said = false;
@@ -276,22 +295,24 @@ impl Engine {
     }
 
     /// The pump ends, and so does every communicator.
-    fn end(&self) -> Option<Link> {
+    fn end(&self) -> Option<L> {
         let mut state = self.lock();
         state.pump = Pump::Ending;
         self.wake.notify_all();
         state.link.take()
     }
 
-    /// After a fault: waits until every rank that lives has come here, until the deadline.
-    pub(super) fn meet_survivors(&self) -> Result<Option<Link>> {
+    /// After a fault: the link to shrink. Where that would wait for every rank that lives, they come together here first, until
+    /// the deadline.
+    fn meet_survivors(&self) -> Result<Option<L>> {
         let Some(fault) = self.fault() else {
             return Err(Error::Argument("there was no fault: a world is shrunk after one".into()));
         };
-        if !self.lock().link.as_ref().is_some_and(Link::can_shrink) {
-            return Err(Error::Engine(
-                "this MPI cannot go on without a rank; Open MPI 5 can, with --with-ft ulfm".into(),
-            ));
+        if let Some(why) = self.lock().link.as_ref().and_then(Link::cannot_shrink) {
+            return Err(Error::Engine(why.into()));
+        }
+        if L::LEAVES_BEHIND {
+            return Ok(self.end());
         }
         let (deadline, mut pace, mut said) = (self.now() + self.timeout, self.pace(), false);
         loop {
@@ -322,7 +343,7 @@ enum Turn<T> {
     Open,
 }
 
-impl State {
+impl<L: Link> State<L> {
     fn turn<T>(
         &mut self,
         now: Duration,
@@ -344,7 +365,7 @@ impl State {
     }
 
     /// A fault that this rank has found.
-    pub(super) fn fault(&self, cause: Cause) -> Fault {
+    fn fault(&self, cause: Cause) -> Fault {
         Fault { rank: self.rank, stamp: self.last, cause }
     }
 
@@ -360,14 +381,17 @@ impl State {
     /// Whether a message is on its way.
     fn is_moving(&self) -> bool {
         self.peers.iter().any(|peer| !peer.outgoing.is_empty() || !peer.incoming.is_empty())
+            || self.link.as_ref().is_some_and(Link::is_receiving)
     }
 
     fn send(&mut self, peer: usize, tag: Tag, bytes: Vec<u8>) -> std::result::Result<(), String> {
-        let Some(link) = &self.link else { return Ok(()) };
-        if bytes.len() > MOST_BYTES {
+        let Some(link) = &mut self.link else { return Ok(()) };
+        if bytes.len() > L::MOST_BYTES {
             let len = bytes.len();
             return Err(format!(
-                "a message of {len} bytes to rank {peer} is over MPI's {MOST_BYTES}; send it in parts"
+                "a message of {len} bytes to rank {peer} is over {}'s {}; send it in parts",
+                L::NAME,
+                L::MOST_BYTES
             ));
         }
         match link.send(peer, tag, bytes) {
@@ -413,14 +437,14 @@ impl State {
     fn try_progress(&mut self, now: Duration) -> std::result::Result<(), String> {
         // 1. What has come begins to be received.
         loop {
-            let Some(link) = &self.link else { return Ok(()) };
+            let Some(link) = &mut self.link else { return Ok(()) };
             match link.receive() {
                 Ok(Some((peer, tag, transfer))) => self.peers[peer].incoming.push_back((tag, transfer)),
                 Ok(None) => break,
                 Err(Trouble::Death) => {
                     let dead = link.acknowledge_dead().map_err(Trouble::into_text)?;
                     if dead.is_empty() {
-                        return Err("MPI reports a death, but of no process".into());
+                        return Err(format!("{} reports a death, but of no process", L::NAME));
                     }
                     dead.into_iter().for_each(|peer| self.bury(peer));
                 }
@@ -446,7 +470,7 @@ impl State {
     fn first_is_done(
         &mut self,
         peer: usize,
-        first: impl FnOnce(&mut Peer) -> Option<&mut Transfer>,
+        first: impl FnOnce(&mut Peer<L::Transfer>) -> Option<&mut L::Transfer>,
     ) -> std::result::Result<bool, String> {
         match first(&mut self.peers[peer]).map_or(Ok(false), Transfer::test) {
             Ok(done) => Ok(done),
@@ -485,12 +509,7 @@ impl State {
     }
 
     /// The message of a rank of the world in an operation, if it has come; an error if it never will, or is another's.
-    pub(super) fn message(
-        &mut self,
-        peer: usize,
-        stamp: Stamp,
-        expected: usize,
-    ) -> std::result::Result<Option<Parcel>, Cause> {
+    fn message(&mut self, peer: usize, stamp: Stamp, expected: usize) -> std::result::Result<Option<Parcel>, Cause> {
         let Some(queue) = self.peers[peer].inbox.get_mut(&stamp.context) else { return Ok(None) };
         let Some(parcel) = queue.remove(&stamp.sequence) else {
             // Messages of a pair arrive in order: if there is a later one, this one was never sent.
