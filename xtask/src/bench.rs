@@ -4,6 +4,7 @@ mod decode;
 mod kernels;
 mod parallel;
 mod peers;
+mod ranks;
 mod training;
 
 use crate::shell::{cargo, command, output, root};
@@ -15,7 +16,7 @@ pub(crate) struct Args {
     /// What to run.
     #[arg(value_enum, default_value = "layers")]
     what: What,
-    /// Only these parts. `parallel`: counts, hosts, simulated; `training`: small, base, large, growth.
+    /// Only these parts. `parallel`: counts, hosts, simulated; `ranks`: local, hosts; `training`: small, base, large, growth.
     #[arg(value_name = "PART")]
     parts: Vec<String>,
     #[command(flatten)]
@@ -52,6 +53,8 @@ enum What {
     Decode,
     /// All-to-alls over many ranks: counted, on emulated hosts, on a simulated cluster; `--help` has their settings.
     Parallel,
+    /// Whole training steps over ranks: on this machine's cores, and over emulated hosts (as root).
+    Ranks,
 }
 
 fn processor() -> String {
@@ -107,8 +110,8 @@ pub(crate) fn run(args: &Args) -> Result<()> {
     anyhow::ensure!(args.shapes.is_empty() || args.what == What::Kernels, "--shapes goes with `kernels`");
     let is_training = args.what == What::Training;
     anyhow::ensure!(is_training || !args.training.is_given(), "--steps and --peer-limit go with `training`");
-    let has_parts = is_training || args.what == What::Parallel;
-    anyhow::ensure!(has_parts || args.parts.is_empty(), "parts go with `parallel` and `training`");
+    let has_parts = is_training || matches!(args.what, What::Parallel | What::Ranks);
+    anyhow::ensure!(has_parts || args.parts.is_empty(), "parts go with `parallel`, `ranks` and `training`");
     let out = root().join(&args.out);
     std::fs::create_dir_all(&out)?;
     let (name, report) = match args.what {
@@ -140,6 +143,10 @@ pub(crate) fn run(args: &Args) -> Result<()> {
             comparison.draw(&out.join("kernels.svg"))?;
             std::fs::write(out.join("kernels.json"), comparison.json()?)?;
             ("kernels.txt", header()? + &comparison.text())
+        }
+        What::Ranks => {
+            anyhow::ensure!(args.peers.is_empty(), "--peers goes with `kernels` and `training`");
+            return ranks::run(&parts(args)?, &out);
         }
         What::Training => return training::run(&parts(args)?, &args.training, &args.peers, &out),
     };

@@ -1,9 +1,10 @@
 //! [`RunLock`]: one process at a time in a run's folder. Protects from accidents, not from programs that do not ask.
 
-use super::files::create_dir;
+use super::files::{create_dir, remove};
 use crate::{Error, Result};
-use std::fs::{File, TryLockError};
+use std::fs::{File, Metadata, TryLockError};
 use std::io::{Read, Write};
+use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 
 const LOCK_FILE: &str = "run.lock";
@@ -15,7 +16,7 @@ const LOCK_FILE: &str = "run.lock";
 #[derive(Debug)]
 pub struct RunLock {
     dir: PathBuf,
-    _file: File,
+    file: File,
 }
 
 impl RunLock {
@@ -34,7 +35,37 @@ impl RunLock {
             Err(TryLockError::Error(e)) => return Err(io(e)),
         }
         file.set_len(0).and_then(|()| writeln!(file, "{}", std::process::id())).map_err(io)?;
-        Ok(Self { dir: dir.to_owned(), _file: file })
+        Ok(Self { dir: dir.to_owned(), file })
+    }
+
+    /// As [`RunLock::acquire`], also from a process that holds the lock and was given up: one that answers no more, say. Should it
+    /// wake up, it finds that it has lost the folder ([`RunLock::check`]).
+    ///
+    /// # Errors
+    /// [`Error::Io`].
+    pub fn take_over(dir: &Path) -> Result<Self> {
+        match Self::acquire(dir) {
+            Err(Error::InUse { .. }) => {}
+            done => return done,
+        }
+        // The other's lock is on the file, not on its name.
+        remove(&dir.join(LOCK_FILE))?;
+        Self::acquire(dir)
+    }
+
+    /// Refuses to go on where another process has taken the folder over.
+    ///
+    /// # Errors
+    /// [`Error::InUse`] naming that process; [`Error::Io`].
+    pub fn check(&self) -> Result<()> {
+        let path = self.dir.join(LOCK_FILE);
+        let same = |there: &Metadata, ours: &Metadata| (there.dev(), there.ino()) == (ours.dev(), ours.ino());
+        let ours = self.file.metadata().map_err(|e| Error::io(&path, e))?;
+        match std::fs::metadata(&path) {
+            Ok(there) if same(&there, &ours) => Ok(()),
+            Ok(_) => Err(in_use(&self.dir, &mut File::open(&path).map_err(|e| Error::io(&path, e))?)),
+            Err(e) => Err(Error::io(&path, e)),
+        }
     }
 
     /// The folder.
@@ -81,5 +112,21 @@ mod tests {
         let _lock = RunLock::acquire(dir.path()).unwrap();
         let text = std::fs::read_to_string(dir.path().join(LOCK_FILE)).unwrap();
         assert_eq!(text, format!("{}\n", std::process::id()));
+    }
+
+    /// What was taken over is not written to by whoever had it before.
+    #[test]
+    fn a_folder_that_was_taken_over_is_lost_to_its_holder() {
+        let dir = tempfile::tempdir().unwrap();
+        let stuck = RunLock::acquire(dir.path()).unwrap();
+        stuck.check().unwrap();
+        let next = RunLock::take_over(dir.path()).unwrap();
+        next.check().unwrap();
+        let message = stuck.check().unwrap_err().to_string();
+        assert!(message.contains("in use") && message.contains(&std::process::id().to_string()), "{message}");
+        drop(stuck);
+        assert!(matches!(RunLock::acquire(dir.path()), Err(Error::InUse { .. })), "the new lock holds");
+        drop(next);
+        RunLock::take_over(dir.path()).unwrap().check().unwrap();
     }
 }

@@ -247,6 +247,12 @@ pub fn first_rank_first<T: Send>(ranks: &dyn Ranks, work: impl FnOnce() -> Resul
     all_well(ranks, Ok(result))
 }
 
+/// The largest of the ranks' numbers.
+pub(crate) fn most(ranks: &dyn Ranks, own: u64) -> Result<u64> {
+    let all = exchange(ranks, Ok(vec![own]))?;
+    Ok(all.iter().filter_map(|words| words.first().copied()).max().unwrap_or(own))
+}
+
 /// Whether this is so on any rank.
 pub(crate) fn any(ranks: &dyn Ranks, own: bool) -> Result<bool> {
     Ok(exchange(ranks, Ok(vec![u64::from(own)]))?.iter().any(|words| words.first() == Some(&1)))
@@ -313,6 +319,7 @@ mod tests {
         for (own, other, want) in [(false, 0, false), (true, 0, true), (false, 1, true)] {
             assert_eq!(any(&WithRankOne(vec![WELL, other]), own).unwrap(), want);
         }
+        assert_eq!([most(&WithRankOne(vec![WELL, 7]), 5).unwrap(), most(&OneRank, 5).unwrap()], [7, 5]);
         assert!(!any(&OneRank, false).unwrap() && any(&OneRank, true).unwrap());
     }
 }

@@ -39,6 +39,15 @@ pub fn lock_for(dir: &Path, ranks: &dyn Ranks) -> Result<Option<RunLock>> {
     all_well(ranks, lock)
 }
 
+/// As [`lock_for`], also from a rank that was given up.
+///
+/// # Errors
+/// As [`RunLock::take_over`], on every rank; and as [`Ranks`].
+pub fn take_over_for(dir: &Path, ranks: &dyn Ranks) -> Result<Option<RunLock>> {
+    let lock = if ranks.rank() == 0 { RunLock::take_over(dir).map(Some) } else { Ok(None) };
+    all_well(ranks, lock)
+}
+
 /// Of a run of one rank.
 impl From<RunLock> for RunFolder {
     fn from(lock: RunLock) -> Self {

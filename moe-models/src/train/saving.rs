@@ -3,6 +3,7 @@
 use super::checkpoint::{CheckpointStore, TrainerState};
 use super::division::Division;
 use super::export::write_tokenizer;
+use super::lock::RunLock;
 use super::model::{TrainModel, update_rules};
 use super::optimizer::{AdamW, Moments, OptimizerState, Owned, Unit, Units};
 use super::ranks::{OneRank, Ranks, all_well, exchange};
@@ -128,7 +129,8 @@ impl Saving {
         state: &TrainerState,
     ) -> Result<PathBuf> {
         let first = ranks.rank() == 0;
-        let begun = if first { store.begin(state.step).map(drop) } else { Ok(()) };
+        let ours = || contents.lock.map_or(Ok(()), RunLock::check);
+        let begun = if first { ours().and_then(|()| store.begin(state.step)).map(drop) } else { Ok(()) };
         all_well(ranks, begun)?;
         let saved = self.fill(ranks, division, store, contents, state);
         if saved.is_err() && first {
@@ -162,6 +164,7 @@ impl Saving {
             let read = |(rank, words): (usize, &Vec<u64>)| PartReport::from_words(rank, words);
             let reports = reports.iter().enumerate().map(read).collect::<Result<Vec<_>>>()?;
             let checks = finish(&dir, save, &reports, self.tensors())?;
+            contents.lock.map_or(Ok(()), RunLock::check)?;
             store.commit(state, checks).map(drop)
         };
         all_well(ranks, if first { end() } else { Ok(()) })
@@ -252,6 +255,8 @@ pub(super) struct Contents<'a, M> {
     /// Of what this rank owns.
     pub(super) moments: &'a [Moments],
     pub(super) tokenizer_json: &'a str,
+    /// On the rank that writes the folder of a run.
+    pub(super) lock: Option<&'a RunLock>,
 }
 
 impl<M> Clone for Contents<'_, M> {
@@ -283,7 +288,7 @@ pub fn save_whole<M: TrainModel>(
     state: &TrainerState,
 ) -> Result<PathBuf> {
     let division = super::division::Undivided(optimizer.owned().clone());
-    let contents = Contents { model, moments: optimizer.moments(), tokenizer_json };
+    let contents = Contents { model, moments: optimizer.moments(), tokenizer_json, lock: None };
     Saving::new(model, Placement::WHOLE)?.save(&OneRank, &division, store, contents, state)
 }
 

@@ -14,7 +14,7 @@ use super::model::{TokenBatch, TrainModel, TrainPass, update_rules};
 use super::non_finite::NonFinite;
 use super::observer::{Event, Observer};
 use super::optimizer::{AdamW, StepReport, Update};
-use super::ranks::{Ranks, Traffic, all_well, any};
+use super::ranks::{Ranks, Traffic, all_well, any, most};
 use super::run_folder::RunFolder;
 use super::saving::{Contents, Saving, verify_over};
 use super::step::{BatchSums, StepBuffers, accumulate_share};
@@ -100,7 +100,7 @@ pub struct Trainer<M> {
 #[derive(Debug)]
 struct Files {
     metrics: MetricsWriter,
-    _lock: RunLock,
+    lock: RunLock,
 }
 
 impl<M: TrainModel> Trainer<M> {
@@ -207,7 +207,7 @@ impl<M: TrainModel> Trainer<M> {
     ) -> Result<Self> {
         let Start { saving, division, optimizer, store, step, best } = start;
         let RunFolder { dir, ranks, lock } = folder;
-        let open = |lock: RunLock| Ok(Files { metrics: MetricsWriter::open(lock.dir(), step)?, _lock: lock });
+        let open = |lock: RunLock| Ok(Files { metrics: MetricsWriter::open(lock.dir(), step)?, lock });
         let files = lock.map(open).transpose();
         let parts = files.and_then(|files| Ok((files, StepBuffers::new(&model)?)));
         let (files, buffers) = all_well(&*ranks, parts)?;
@@ -333,7 +333,10 @@ impl<M: TrainModel> Trainer<M> {
             evaluation.push_to(&mut record);
         }
         if !record.values.is_empty() {
-            let written = self.files.as_mut().map_or(Ok(()), |files| files.metrics.write(&record));
+            let written = self
+                .files
+                .as_mut()
+                .map_or(Ok(()), |files| files.lock.check().and_then(|()| files.metrics.write(&record)));
             all_well(&*self.ranks, written)?;
         }
         if save {
@@ -422,6 +425,11 @@ impl<M: TrainModel> Trainer<M> {
     }
 
     fn push_traffic(&mut self, record: &mut Record) -> Result<()> {
+        let peak = memory::peak_bytes().map_or(0, |bytes| bytes as u64);
+        match most(&*self.ranks, peak)? {
+            0 => {}
+            peak => record.push(metrics::PEAK_MEMORY_BYTES, peak as f64),
+        }
         let Some(now) = self.ranks.traffic() else { return Ok(()) };
         let own = now.since(&std::mem::replace(&mut self.traffic, now));
         record.push_traffic(&Traffic::over(&*self.ranks, &own)?);
@@ -462,7 +470,8 @@ impl<M: TrainModel> Trainer<M> {
             files: Vec::new(),
         };
         let (moments, tokenizer_json) = (self.optimizer.moments(), self.tokenizer_json.as_str());
-        let contents = Contents { model: &self.model, moments, tokenizer_json };
+        let lock = self.files.as_ref().map(|files| &files.lock);
+        let contents = Contents { model: &self.model, moments, tokenizer_json, lock };
         let dir = self.saving.save(&*self.ranks, &*self.division, &self.store, contents, &state)?;
         self.saved_step = Some(self.step);
         observer.event(&Event::Saved { step: self.step, dir });

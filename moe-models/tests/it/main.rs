@@ -10,6 +10,7 @@ mod reshard;
 mod toy;
 mod train_checkpoint;
 mod train_cli;
+mod train_cli_ranks;
 mod train_evaluate;
 mod train_frozen;
 mod train_gpt;

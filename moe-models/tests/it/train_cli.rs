@@ -5,14 +5,14 @@ use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Output, Stdio};
 use std::time::{Duration, Instant};
 
-fn moe_train(dir: &Path, arguments: &[&str]) -> Command {
+pub(crate) fn moe_train(dir: &Path, arguments: &[&str]) -> Command {
     let mut command = Command::new(env!("CARGO_BIN_EXE_moe-train"));
     command.current_dir(dir).args(arguments);
     command
 }
 
 /// A model small enough for a debug build, on a text of numbers.
-const SMALL: [&str; 31] = [
+pub(crate) const SMALL: [&str; 31] = [
     "--data",
     "text.txt",
     "--preset",
@@ -46,7 +46,7 @@ const SMALL: [&str; 31] = [
     "--resume",
 ];
 
-fn folder() -> tempfile::TempDir {
+pub(crate) fn folder() -> tempfile::TempDir {
     let dir = tempfile::tempdir().unwrap();
     let text: String = (0..900).map(|i| format!("{} and {}, ", i * 37 % 91, i * i % 17)).collect();
     std::fs::write(dir.path().join("text.txt"), text).unwrap();
@@ -58,7 +58,7 @@ fn arguments<'a>(more: &[&'a str]) -> Vec<&'a str> {
 }
 
 #[track_caller]
-fn succeed(output: &Output) -> String {
+pub(crate) fn succeed(output: &Output) -> String {
     let text = String::from_utf8_lossy(&output.stderr).into_owned();
     assert!(output.status.success(), "{text}");
     text

@@ -164,6 +164,7 @@ fn a_run_writes_the_same_tags_to_both_files() {
             "train/load_balance_loss",
             "train/loss",
             "train/lr",
+            "train/peak_memory_bytes",
             "train/router_z_loss",
             "train/tokens_per_second",
             "valid/bits_per_byte",

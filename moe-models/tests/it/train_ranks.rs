@@ -196,7 +196,9 @@ fn a_rank_for_each_micro_batch_gives_the_bits_of_one_rank() {
             let text = String::from_utf8(bytes(run, "metrics.jsonl")).unwrap();
             let record = |line: &str| {
                 let mut record: serde_json::Value = serde_json::from_str(line).unwrap();
-                let of_ranks = |tag: &str| tag.starts_with("moe/a2a") || tag.starts_with("train/gradient_");
+                let of_ranks = |tag: &str| {
+                    ["moe/a2a", "train/gradient_", "train/peak_"].iter().any(|start| tag.starts_with(start))
+                };
                 record.as_object_mut().unwrap().retain(|tag, _| tag != "train/tokens_per_second" && !of_ranks(tag));
                 record
             };

@@ -1,6 +1,7 @@
 //! Command-line arguments, and how they override a [`TrainConfig`].
 
 use crate::model_args::ModelArgs;
+use crate::rank_args::RankArgs;
 use anyhow::{Result, bail};
 use candle_core::DType;
 use clap::{Parser, ValueEnum};
@@ -41,6 +42,8 @@ pub(crate) struct Args {
     valid_fraction: Option<f64>,
     #[command(flatten)]
     pub(crate) model: ModelArgs,
+    #[command(flatten)]
+    pub(crate) ranks: RankArgs,
     /// Settings file (.toml or .json) with the fields of the checkpoint's "config"; flags override it.
     #[arg(long, value_name = "FILE")]
     pub(crate) config: Option<PathBuf>,
@@ -111,6 +114,9 @@ pub(crate) struct Args {
     /// Steps between metrics records.
     #[arg(long)]
     log_interval: Option<u64>,
+    /// End after a step that is a multiple of this, saved, as Ctrl-C would: for jobs that have limited time.
+    #[arg(long, value_name = "STEPS", value_parser = clap::value_parser!(u64).range(1..))]
+    pub(crate) exit_interval: Option<u64>,
     /// Instead of training, print the loss of this model folder on the --valid text. Of the settings only --config,
     /// --data-cache (tokens are held in memory without it), --seq-length, --micro-batch-size, --eval-iters and
     /// --precision have a meaning then.
@@ -128,8 +134,10 @@ pub(crate) struct Args {
 }
 
 /// What `--evaluate` would ignore. `ModelArgs` is the group of all flags that describe a model.
-const TRAINING_ONLY: [&str; 23] = [
+const TRAINING_ONLY: [&str; 25] = [
+    "exit_interval",
     "ModelArgs",
+    "RankArgs",
     "data",
     "blend",
     "valid_fraction",

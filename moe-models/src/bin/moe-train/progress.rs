@@ -16,6 +16,8 @@ struct Preparing {
 }
 
 pub(crate) struct Progress {
+    /// Of a rank that prints nothing.
+    silent: bool,
     bar: Option<ProgressBar>,
     preparing: Option<Preparing>,
     terminal: bool,
@@ -30,6 +32,7 @@ impl Progress {
     pub(crate) fn new(log_interval: u64) -> Self {
         let terminal = std::io::stderr().is_terminal();
         Self {
+            silent: false,
             bar: None,
             preparing: None,
             terminal,
@@ -41,10 +44,22 @@ impl Progress {
         }
     }
 
+    /// Shows nothing: another rank shows the same.
+    pub(crate) fn silent() -> Self {
+        Self { silent: true, ..Self::new(1) }
+    }
+
     /// Leaves the bar as it is and ends its line.
     pub(crate) fn finish(&self) {
         if let Some(bar) = &self.bar {
             bar.abandon();
+        }
+    }
+
+    /// A line about the run.
+    pub(crate) fn say(&self, text: &str) {
+        if !self.silent {
+            self.line(text);
         }
     }
 
@@ -108,6 +123,9 @@ impl Progress {
 
 impl Observer for Progress {
     fn event(&mut self, event: &Event) {
+        if self.silent {
+            return;
+        }
         match event {
             Event::Preparing { what } => self.prepare(what),
             Event::Prepared { done, total } => self.prepared(*done, *total),

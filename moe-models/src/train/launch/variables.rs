@@ -174,6 +174,9 @@ fn master(
         text.trim().parse::<u16>().ok().filter(|&port| port > 0).ok_or_else(wrong)
     };
     let port = port.as_deref().map(number).transpose()?;
+    // torchrun's own store has the port it tells of.
+    let store = take("TORCHELASTIC_USE_AGENT_STORE").is_some_and(|used| used.eq_ignore_ascii_case("true"));
+    let port = if store { port.map(|port| port.checked_add(1).unwrap_or(port - 1)) } else { port };
     let host = match address {
         Some(address) => Some(address),
         None if launcher == Launcher::Slurm => {
@@ -262,6 +265,17 @@ mod tests {
         // A batch script outside of any step.
         let batch: Vec<_> = SLURM.into_iter().filter(|(n, _)| *n != "SLURM_STEP_ID").collect();
         assert_eq!(of(&batch).unwrap(), None);
+    }
+
+    /// torchrun listens at the port it names, so ranks meet at the next one.
+    #[test]
+    fn the_port_of_torchruns_store_is_left_alone() {
+        let with = |port: &'static str| {
+            let all: Vec<_> = TORCH.iter().map(|&(n, v)| if n == "MASTER_PORT" { (n, port) } else { (n, v) }).collect();
+            [all, vec![("TORCHELASTIC_USE_AGENT_STORE", "True")]].concat()
+        };
+        check(&with("29500"), Launcher::Torchrun, (3, 8), Some("10.0.0.7:29501"));
+        check(&with("65535"), Launcher::Torchrun, (3, 8), Some("10.0.0.7:65534"));
     }
 
     #[test]

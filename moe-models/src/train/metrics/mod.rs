@@ -24,6 +24,8 @@ pub const TRAIN_LR: &str = "train/lr";
 pub const TRAIN_GRAD_NORM: &str = "train/grad_norm";
 /// Tag of the training speed since the last record.
 pub const TRAIN_TOKENS_PER_SECOND: &str = "train/tokens_per_second";
+/// Tag of the most memory a process of the run has had, bytes: of the rank that has needed most.
+pub const PEAK_MEMORY_BYTES: &str = "train/peak_memory_bytes";
 /// Tag of the bytes of rows sent to experts and back since the last record, over all ranks; `/intra_node` or `/inter_node` is
 /// appended.
 pub const MOE_A2A_BYTES: &str = "moe/a2a_bytes";

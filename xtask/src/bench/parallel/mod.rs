@@ -52,6 +52,11 @@ impl Part {
     }
 }
 
+/// What emulated hosts lack on this machine.
+pub(super) fn missing_for_hosts() -> Vec<String> {
+    hosts::missing()
+}
+
 /// The programs of these that are not here, with the packages of Debian's that have them.
 fn missing_programs(programs: &[(&str, &str)]) -> Vec<String> {
     let missing = programs.iter().filter(|(program, _)| Command::new(program).arg("--version").output().is_err());

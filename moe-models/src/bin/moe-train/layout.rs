@@ -1,0 +1,87 @@
+//! Chooses the layout of a run's ranks, and tells what it costs.
+
+use crate::progress::Progress;
+use crate::rank_args::RankArgs;
+use crate::world::Seat;
+use anyhow::Result;
+use moe_models::Family;
+use moe_models::gpt::GptConfig;
+use moe_models::train::launch::{LayoutCost, LevelBytes, RankCost, RunSize, choose as choose_layout};
+use moe_models::train::{ReduceConfig, TrainConfig};
+use moe_parallel::{Collectives, ExchangeConfig, ParallelDims};
+
+/// How the ranks of a run are laid out.
+pub(crate) struct Chosen {
+    pub(crate) dims: ParallelDims,
+    pub(crate) reduce: ReduceConfig,
+    pub(crate) exchange: ExchangeConfig,
+}
+
+/// The layout for a model, printed with its price; none for one rank.
+pub(crate) fn choose(
+    args: &RankArgs,
+    seat: &Seat,
+    shape: &GptConfig,
+    config: &TrainConfig,
+    progress: &mut Progress,
+) -> Result<Option<Chosen>> {
+    let size = RunSize {
+        decoder: shape.decoder()?,
+        precision: config.precision,
+        seq_len: config.seq_len(),
+        micro_batch_size: config.micro_batch_size,
+        micro_batches: config.grad_accum(),
+    };
+    let world = seat.comm.as_ref().map_or(1, |comm| comm.size());
+    let reduce = args.reduce();
+    let layout = choose_layout(&size, world, seat.ranks_per_node, &args.request()?, reduce)?;
+    if world == 1 {
+        return Ok(None);
+    }
+    describe(&layout, world.div_ceil(seat.ranks_per_node)).iter().for_each(|line| progress.say(line));
+    let reduce = ReduceConfig { zero: layout.zero, ..reduce };
+    Ok(Some(Chosen { dims: layout.dims, reduce, exchange: args.exchange() }))
+}
+
+fn megabytes(bytes: usize) -> String {
+    format!("{:.1} MB", bytes as f64 / 1e6)
+}
+
+fn levels(bytes: LevelBytes) -> String {
+    format!("{} inside nodes, {} between", megabytes(bytes.intra_node), megabytes(bytes.inter_node))
+}
+
+/// What a layout is and costs, in lines.
+fn describe(layout: &LayoutCost, nodes: usize) -> Vec<String> {
+    let ParallelDims { dp, tp, ep, expert_slices, .. } = layout.dims;
+    let (ranks, zero) = (layout.ranks.len(), u8::from(layout.zero));
+    let mut lines = vec![format!(
+        "layout: {ranks} ranks on {nodes} node{}: dp {dp} x tp {tp}, ep {ep}, expert slices {expert_slices}, zero {zero}",
+        if nodes == 1 { "" } else { "s" }
+    )];
+    for (rank, cost) in layout.ranks.iter().enumerate() {
+        let RankCost { parameters, experts, memory, .. } = cost;
+        let experts: Vec<String> =
+            experts.iter().map(|(count, held)| format!("{}..{} of {count}", held.start, held.end)).collect();
+        let experts = if experts.is_empty() { "none".into() } else { experts.join(", ") };
+        lines.push(format!(
+            "  rank {rank}: {parameters} parameters, experts {experts}; {} of state (parameters {}, copies {}, gradients {}, \
+             moments {}), about {} with activations and messages",
+            megabytes(memory.state()),
+            megabytes(memory.parameters),
+            megabytes(memory.copies),
+            megabytes(memory.gradients),
+            megabytes(memory.moments),
+            megabytes(memory.total()),
+        ));
+    }
+    let traffic = layout.traffic();
+    for (what, bytes) in
+        [("gradients", traffic.gradients), ("rows to experts", traffic.rows), ("tensor slices", traffic.tensors)]
+    {
+        if bytes != LevelBytes::default() {
+            lines.push(format!("  sent a step for {what}: {}", levels(bytes)));
+        }
+    }
+    lines
+}

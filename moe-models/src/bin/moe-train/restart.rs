@@ -1,0 +1,78 @@
+//! Runs on the ranks that there are, and goes on with those that are left when one has died or got stuck.
+
+use crate::args::Args;
+use crate::run::{Begin, run as run_rank};
+use crate::signals::Signals;
+use crate::world::{Process, Seat, World};
+use anyhow::{Result, bail};
+use moe_models::Error;
+use moe_parallel::Collectives;
+use moe_parallel::comm::thread::ThreadWorld;
+
+pub(crate) fn run(args: &Args, signals: &Signals) -> Result<()> {
+    match World::start(&args.ranks)? {
+        World::One => {
+            args.ranks.check_one_rank()?;
+            run_rank(args, &Seat::ALONE, begin(args), signals)
+        }
+        World::Threads(ranks) => on_threads(args, ranks, signals),
+        World::Process(process) => as_process(args, process, signals),
+    }
+}
+
+fn begin(args: &Args) -> Begin {
+    if args.resume { Begin::Resume } else { Begin::New }
+}
+
+/// Threads of this process: they end together.
+fn on_threads(args: &Args, ranks: usize, signals: &Signals) -> Result<()> {
+    if args.ranks.max_restarts > 0 {
+        bail!("--max-restarts is for ranks that are processes: threads of one process end together");
+    }
+    eprintln!("ranks: {ranks} threads of this process");
+    let ranks_per_node = args.ranks.ranks_per_node.unwrap_or(ranks).max(1);
+    let results = ThreadWorld::new(ranks).with_timeout(args.ranks.timeout()?).run(|comm| {
+        let seat = Seat { comm: Some(comm), ranks_per_node, ranks_of_process: ranks };
+        run_rank(args, &seat, begin(args), signals)
+    });
+    // What another rank was told comes from the one that knows more.
+    let errors = results.into_iter().filter_map(Result::err);
+    let heard = |error: &anyhow::Error| matches!(error.downcast_ref(), Some(Error::OtherRank { .. }));
+    match errors.min_by_key(heard) {
+        Some(error) => Err(error),
+        None => Ok(()),
+    }
+}
+
+/// One of several processes.
+fn as_process(args: &Args, mut process: Process, signals: &Signals) -> Result<()> {
+    let (mut begin, mut restarts) = (begin(args), 0);
+    loop {
+        let first = process.comm.rank() == 0;
+        if first {
+            eprintln!("ranks: {}", process.found);
+        }
+        let error = match run_rank(args, &process.seat(), begin, signals) {
+            Ok(()) => return process.finish(),
+            Err(error) => error,
+        };
+        let fault = error
+            .downcast_ref::<Error>()
+            .and_then(Error::fault)
+            .or_else(|| error.downcast_ref::<moe_parallel::Error>().and_then(moe_parallel::Error::fault));
+        if fault.is_none() || restarts == args.ranks.max_restarts {
+            return Err(error);
+        }
+        restarts += 1;
+        let ranks = process.comm.size();
+        if first {
+            eprintln!("{error:#}\nrestart {restarts} of {} without the ranks that are gone", args.ranks.max_restarts);
+        }
+        process = match process.shrink() {
+            Ok(smaller) => smaller,
+            // Why it had to be comes first.
+            Err(why) => return Err(error.context(format!("the ranks that are left of {ranks} cannot go on: {why}"))),
+        };
+        begin = Begin::Restart;
+    }
+}

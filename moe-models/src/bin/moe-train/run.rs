@@ -1,0 +1,282 @@
+//! A run, seen from one of its ranks: prepares text, lays out the ranks, trains, exports.
+
+use crate::args::Args;
+use crate::layout;
+use crate::progress::Progress;
+use crate::signals::Signals;
+use crate::world::Seat;
+use anyhow::{Context, Result, ensure};
+use candle_core::Device;
+use moe_models::ReadFamily;
+use moe_models::gpt::{Gpt, GptConfig};
+use moe_models::hf::write_atomically;
+use moe_models::train::checkpoint::{CheckpointStore, TrainerState, read_state, verify};
+use moe_models::train::data::DataCache;
+use moe_models::train::shards::export;
+use moe_models::train::{
+    Corpus, Event, MeshRanks, Observer, OneRank, Outcome, Ranks, ReduceConfig, RunFolder, RunLock, RunText, Timeline,
+    TrainConfig, Trainer, first_rank_first, lock_for, take_over_for, tokenizer,
+};
+use moe_parallel::Mesh;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::sync::atomic::Ordering;
+use tokenizers::Tokenizer;
+
+/// How a run begins.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Begin {
+    New,
+    /// From the newest checkpoint, if there is one.
+    Resume,
+    /// As well, after ranks were given up.
+    Restart,
+}
+
+/// The run that `args` ask for, or what is left of it.
+pub(crate) fn run(args: &Args, seat: &Seat, begin: Begin, signals: &Signals) -> Result<()> {
+    // What ranks agree on before there is a model.
+    let crew: Box<dyn Ranks> = match &seat.comm {
+        None => Box::new(OneRank),
+        Some(comm) => Box::new(MeshRanks::data_parallel(Arc::clone(comm), ReduceConfig::default())?),
+    };
+    // Looking for a checkpoint clears what a crash left, so the folder must be ours by then.
+    let lock = match begin {
+        Begin::New => None,
+        Begin::Resume => lock_for(&args.out, &*crew)?,
+        Begin::Restart => take_over_for(&args.out, &*crew)?,
+    };
+    let resumes = begin != Begin::New;
+    let found = if resumes { first_rank_first(&*crew, || find_checkpoint(&args.out, lock.as_ref()))? } else { None };
+    let config = args.apply_to(base_config(args, found.as_ref())?);
+    args.check_all_used(&config)?;
+    let progress = if crew.rank() == 0 { Progress::new(config.log_interval) } else { Progress::silent() };
+    if resumes && found.is_none() {
+        progress.say(&format!("no checkpoint in {}; starting a new run", args.out.display()));
+    }
+    let timeline = args.ranks.trace.as_ref().map(|_| Arc::new(Timeline::default()));
+    let mut run = Run { args, seat, crew, progress, timeline };
+    let trainer = match found {
+        Some((folder, _)) => run.resumed(config, lock, &folder)?,
+        None => run.new_run(config, lock, resumes)?,
+    };
+    let budget = args.ranks.memory_budget.map(|of_rank| of_rank * seat.ranks_of_process);
+    let mut trainer = trainer.with_memory_budget(budget);
+    let outcome = signals.while_training(|stop| {
+        let mut observer = |event: &Event| {
+            run.progress.event(event);
+            if let (Event::Step { step, .. }, Some(interval)) = (event, args.exit_interval) {
+                stop.fetch_or(step.is_multiple_of(interval), Ordering::Relaxed);
+            }
+        };
+        trainer.run(stop, &mut observer)
+    })?;
+    run.progress.finish();
+    run.write_trace()?;
+    match outcome {
+        Outcome::Finished => run.export(&trainer),
+        Outcome::Stopped => {
+            run.progress.say(&format!("stopped after step {} and saved; continue with --resume", trainer.step()));
+            Ok(())
+        }
+    }
+}
+
+/// The checkpoint to resume, with its state. Without any, the run starts anew. Rank 0, which has the lock, looks first.
+fn find_checkpoint(out: &Path, lock: Option<&RunLock>) -> moe_models::Result<Option<(PathBuf, TrainerState)>> {
+    let store = match lock {
+        Some(lock) => CheckpointStore::open(lock.dir(), 1)?,
+        None => CheckpointStore::read_only(out, 1),
+    };
+    let Some(folder) = store.latest()? else { return Ok(None) };
+    let state = read_state(&folder)?;
+    if lock.is_some() {
+        verify(&folder, &state)?;
+    }
+    Ok(Some((folder, state)))
+}
+
+/// Settings before the command line: the file's, or else the saved run's, or else the defaults.
+pub(crate) fn base_config(args: &Args, checkpoint: Option<&(PathBuf, TrainerState)>) -> Result<TrainConfig> {
+    match (&args.config, checkpoint) {
+        (Some(path), _) => Ok(TrainConfig::from_file(path)?),
+        (None, Some((_, state))) => Ok(state.config.clone()),
+        (None, None) => Ok(TrainConfig::default()),
+    }
+}
+
+/// What a rank prepares its run with.
+struct Run<'a> {
+    args: &'a Args,
+    seat: &'a Seat,
+    crew: Box<dyn Ranks>,
+    progress: Progress,
+    timeline: Option<Arc<Timeline>>,
+}
+
+/// A rank's model, and the ranks it runs over.
+struct Laid {
+    model: Gpt,
+    ranks: Box<dyn Ranks>,
+}
+
+impl Run<'_> {
+    fn new_run(&mut self, config: TrainConfig, lock: Option<RunLock>, locked: bool) -> Result<Trainer<Gpt>> {
+        // Settings are checked before the text is read: a typing error should not cost a minute.
+        let args = self.args;
+        let mut shape = args.model.config(config.seq_length)?;
+        let config = config.resolved(shape.max_seq_len)?;
+        let lock = if locked { lock } else { lock_for(&args.out, &*self.crew)? };
+        let opened =
+            |lock: Option<&RunLock>| lock.map(|l| CheckpointStore::open(l.dir(), config.keep_last)).transpose();
+        first_rank_first(&*self.crew, || opened(lock.as_ref()).map(drop))?;
+        let text = self.text(&config)?;
+        let tokenizer = self.tokenizer(&text, shape.vocab_size)?;
+        args.model.fit_to(&mut shape, &tokenizer)?;
+        shape.validate()?;
+        let corpus = self.pack(text, &tokenizer, &shape, &config)?;
+        let layout = layout::choose(&args.ranks, self.seat, &shape, &config, &mut self.progress)?;
+        let seed = config.seed;
+        let laid = self.lay_out(layout, &config, |mesh| match mesh {
+            None => Ok(Gpt::new(shape.clone(), seed, &Device::Cpu)?),
+            Some(mesh) => Ok(Gpt::new_over(shape.clone(), seed, mesh)?),
+        })?;
+        self.describe(&shape, &corpus, &config)?;
+        let folder = RunFolder::locked(&args.out, laid.ranks, lock);
+        Ok(Trainer::new_in(laid.model, config, corpus, tokenizer::to_json(&tokenizer)?, folder)?)
+    }
+
+    fn resumed(&mut self, config: TrainConfig, lock: Option<RunLock>, folder: &Path) -> Result<Trainer<Gpt>> {
+        let args = self.args;
+        let saved = GptConfig::read_file(&folder.join("config.json"))?;
+        let config = config.resolved(saved.max_seq_len)?;
+        let tokenizer = tokenizer::load(&folder.join("tokenizer.json"))?;
+        args.model.check_tokenizer(&tokenizer)?;
+        if args.model.is_given() {
+            let mut asked = args.model.config(config.seq_length)?;
+            args.model.fit_to(&mut asked, &tokenizer)?;
+            ensure!(
+                asked == saved,
+                "the model asked for differs from the saved one; drop the model flags or start a new run\nasked: {asked:?}\nsaved: {saved:?}"
+            );
+        }
+        let text = self.text(&config)?;
+        let corpus = self.pack(text, &tokenizer, &saved, &config)?;
+        let layout = layout::choose(&args.ranks, self.seat, &saved, &config, &mut self.progress)?;
+        let laid = self.lay_out(layout, &config, |mesh| Ok(Gpt::load_checkpoint(folder, mesh)?))?;
+        self.describe(&saved, &corpus, &config)?;
+        self.progress.say(&format!("resuming from {}", folder.display()));
+        let run = RunFolder::locked(&args.out, laid.ranks, lock);
+        Ok(Trainer::resume_in(laid.model, config, corpus, tokenizer::to_json(&tokenizer)?, run, folder)?)
+    }
+
+    fn text(&mut self, config: &TrainConfig) -> Result<RunText> {
+        let progress = &mut self.progress;
+        Ok(first_rank_first(&*self.crew, || RunText::read(&config.data, &config.valid, progress))?)
+    }
+
+    /// Made or read by rank 0, which sends it to the others.
+    fn tokenizer(&mut self, text: &RunText, vocab_size: usize) -> Result<Tokenizer> {
+        let choice = self.args.model.tokenizer_choice(vocab_size);
+        let (first, progress) = (self.crew.rank() == 0, &mut self.progress);
+        let made = || if first { text.tokenizer(&choice, progress).map(Some) } else { Ok(None) };
+        let made = first_rank_first(&*self.crew, made)?;
+        let json = made.as_ref().map(tokenizer::to_json).transpose()?.unwrap_or_default();
+        let words = json.into_bytes().into_iter().map(u64::from).collect();
+        let all = self.crew.exchange(words)?;
+        match made {
+            Some(tokenizer) => Ok(tokenizer),
+            None => {
+                let bytes: Vec<u8> = all.first().into_iter().flatten().map(|&word| word as u8).collect();
+                Tokenizer::from_bytes(bytes).map_err(|e| anyhow::anyhow!("rank 0 has sent no tokenizer: {e}"))
+            }
+        }
+    }
+
+    /// In the run's folder, unless another is named: a run that is resumed finds its own tokens, and so do ranks after the first.
+    fn pack(
+        &mut self,
+        text: RunText,
+        tokenizer: &Tokenizer,
+        shape: &GptConfig,
+        config: &TrainConfig,
+    ) -> Result<Corpus> {
+        let folder = config.data_cache.as_ref().map_or_else(|| self.args.out.join("data-cache"), PathBuf::from);
+        let progress = &mut self.progress;
+        let pack = || text.pack(tokenizer, shape.vocab_size, &DataCache::Folder(folder), progress);
+        let (train, valid) = first_rank_first(&*self.crew, pack)?;
+        Ok(Corpus::new(train, valid, config)?)
+    }
+
+    /// Builds this rank's model, as the settings ask for, and the ranks it runs over.
+    fn lay_out(
+        &self,
+        layout: Option<layout::Chosen>,
+        config: &TrainConfig,
+        model: impl FnOnce(Option<Arc<Mesh>>) -> Result<Gpt>,
+    ) -> Result<Laid> {
+        let following = |model: Gpt| -> Result<Gpt> {
+            let model = model.with_precision(config.precision)?.with_recompute(config.recompute);
+            Ok(model.with_dropout(config.dropout())?)
+        };
+        let (Some(layout), Some(comm)) = (layout, &self.seat.comm) else {
+            return Ok(Laid { model: following(model(None)?)?, ranks: Box::new(OneRank) });
+        };
+        let layout::Chosen { dims, reduce, exchange } = layout;
+        let mesh = Arc::new(Mesh::new(Arc::clone(comm), dims, self.seat.ranks_per_node, exchange)?);
+        let model = following(model(Some(Arc::clone(&mesh)))?)?;
+        let mut ranks = MeshRanks::new(&mesh, model.table(), reduce)?;
+        if let Some(timeline) = &self.timeline {
+            ranks = ranks.with_timeline(Arc::clone(timeline));
+        }
+        Ok(Laid { model, ranks: Box::new(ranks) })
+    }
+
+    /// Prints what is about to be trained, and leaves the model's size and cost in `model_summary.json`.
+    fn describe(&self, shape: &GptConfig, corpus: &Corpus, config: &TrainConfig) -> Result<()> {
+        if self.crew.rank() != 0 {
+            return Ok(());
+        }
+        let count = shape.parameter_count();
+        self.progress.say(&format!("model: {} parameters, {} per token", count.total, count.active));
+        let summary = serde_json::json!({
+            "total_parameters": count.total,
+            "active_parameters": count.active,
+            "flops_per_token": shape.flops_per_token(),
+        });
+        let path = self.args.out.join("model_summary.json");
+        write_atomically(&path, |file| file.write_all(summary.to_string().as_bytes()))?;
+        for (source, share) in corpus.sampler.sources().iter().zip(corpus.sampler.shares()) {
+            let (name, tokens) = (&source.name, source.num_tokens());
+            self.progress.say(&format!("  {name}: {tokens} tokens, {:.1} % of the blend", share * 100.0));
+        }
+        let (steps, tokens) = (config.total_steps(), config.tokens_per_step());
+        self.progress.say(&format!("run: {steps} steps of {tokens} tokens, seed {}", config.seed));
+        Ok(())
+    }
+
+    fn write_trace(&self) -> Result<()> {
+        let (Some(dir), Some(timeline)) = (&self.args.ranks.trace, &self.timeline) else { return Ok(()) };
+        std::fs::create_dir_all(dir).with_context(|| format!("cannot make {}", dir.display()))?;
+        let rank = self.crew.rank();
+        Ok(timeline.write(&dir.join(format!("rank-{rank}.json")), rank)?)
+    }
+
+    fn export(&self, trainer: &Trainer<Gpt>) -> Result<()> {
+        let args = self.args;
+        self.progress.say(&format!("done after step {}: {}", trainer.step(), args.out.display()));
+        let Some(target) = &args.export else { return Ok(()) };
+        let checkpoint = if args.export_best {
+            trainer.best_checkpoint().context(
+                "no checkpoint has a finite validation loss, so none is the best; export the last by --resume without --export-best",
+            )?
+        } else {
+            trainer.last_checkpoint().context("nothing was trained, so there is nothing to export")?
+        };
+        if self.crew.rank() == 0 {
+            export(&checkpoint, target, args.export_dtype.into())?;
+        }
+        self.progress.say(&format!("exported to {}", target.display()));
+        Ok(())
+    }
+}

@@ -1,0 +1,147 @@
+//! Finds the ranks of a run: one, threads of this process, or processes that a launcher has started.
+
+use crate::rank_args::{EngineArg, RankArgs};
+use anyhow::{Context, Result, bail, ensure};
+use moe_models::train::launch::{Launched, Launcher, find};
+use moe_parallel::comm::Communicator;
+use moe_parallel::comm::tcp::{TcpConfig, TcpWorld};
+use std::sync::Arc;
+
+/// A rank's seat among the others.
+#[derive(Clone)]
+pub(crate) struct Seat {
+    /// None of a run of one rank.
+    pub(crate) comm: Option<Arc<dyn Communicator>>,
+    pub(crate) ranks_per_node: usize,
+    /// Ranks that share this process's memory.
+    pub(crate) ranks_of_process: usize,
+}
+
+impl Seat {
+    pub(crate) const ALONE: Self = Self { comm: None, ranks_per_node: 1, ranks_of_process: 1 };
+}
+
+/// What a run's ranks are.
+pub(crate) enum World {
+    /// This process alone.
+    One,
+    /// So many threads of this process.
+    Threads(usize),
+    /// One of several processes.
+    Process(Process),
+}
+
+/// One of several processes.
+pub(crate) struct Process {
+    engine: Engine,
+    pub(crate) comm: Arc<dyn Communicator>,
+    pub(crate) ranks_per_node: usize,
+    /// How it was found, for people.
+    pub(crate) found: String,
+}
+
+enum Engine {
+    Tcp(TcpWorld),
+    #[cfg(feature = "mpi")]
+    Mpi(moe_parallel::comm::mpi::MpiWorld),
+}
+
+impl World {
+    /// As the arguments and the environment say.
+    pub(crate) fn start(args: &RankArgs) -> Result<Self> {
+        if let Some(ranks) = args.ranks {
+            ensure!(ranks > 0, "--ranks must be at least 1");
+            ensure!(args.engine.is_none(), "--engine is for processes; --ranks makes threads of this one");
+            return Ok(if ranks == 1 { Self::One } else { Self::Threads(ranks) });
+        }
+        match find(|name| std::env::var(name).ok())? {
+            Some(launched) if launched.size > 1 => Ok(Self::Process(Process::start(args, &launched)?)),
+            _ => Ok(Self::One),
+        }
+    }
+}
+
+impl Process {
+    fn start(args: &RankArgs, launched: &Launched) -> Result<Self> {
+        let timeout = args.timeout()?;
+        let engine = match args.engine {
+            Some(engine) => engine,
+            None if launched.launcher == Launcher::OpenMpi && cfg!(feature = "mpi") => EngineArg::Mpi,
+            None => EngineArg::Tcp,
+        };
+        let (engine, comm) = match engine {
+            EngineArg::Tcp => {
+                let Some(master) = launched.master.clone() else {
+                    bail!(
+                        "{} has started {} processes on several machines, and nobody says where rank 0 is: set MASTER_ADDR and \
+                         MASTER_PORT",
+                        launched.launcher,
+                        launched.size
+                    );
+                };
+                let (rank, size, job) = (launched.rank, launched.size, launched.job.clone());
+                let config = TcpConfig { rank, size, master, timeout, job, listen: None };
+                let (world, comm) = TcpWorld::start(&config).context("the ranks did not come together")?;
+                (Engine::Tcp(world), comm)
+            }
+            EngineArg::Mpi => start_mpi(timeout, launched.size)?,
+        };
+        let ranks_per_node = args.ranks_per_node.or(launched.local_size).unwrap_or(launched.size).max(1);
+        let name = match &engine {
+            Engine::Tcp(_) => "TCP",
+            #[cfg(feature = "mpi")]
+            Engine::Mpi(_) => "MPI",
+        };
+        let found = format!("{} ({}) over {name}", launched.launcher, launched.read.join(", "));
+        Ok(Self { engine, comm, ranks_per_node, found })
+    }
+
+    pub(crate) fn seat(&self) -> Seat {
+        Seat { comm: Some(Arc::clone(&self.comm)), ranks_per_node: self.ranks_per_node, ranks_of_process: 1 }
+    }
+
+    /// Leaves when all do.
+    pub(crate) fn finish(self) -> Result<()> {
+        drop(self.comm);
+        match self.engine {
+            Engine::Tcp(world) => world.finish()?,
+            #[cfg(feature = "mpi")]
+            Engine::Mpi(world) => world.finish()?,
+        }
+        Ok(())
+    }
+
+    /// After a fault: the ranks that are left.
+    pub(crate) fn shrink(self) -> Result<Self> {
+        drop(self.comm);
+        let (engine, comm) = match self.engine {
+            Engine::Tcp(world) => {
+                let (world, comm) = world.shrink()?;
+                (Engine::Tcp(world), comm)
+            }
+            #[cfg(feature = "mpi")]
+            Engine::Mpi(world) => {
+                let (world, comm) = world.shrink()?;
+                (Engine::Mpi(world), comm)
+            }
+        };
+        Ok(Self { engine, comm, ..self })
+    }
+}
+
+#[cfg(feature = "mpi")]
+fn start_mpi(timeout: std::time::Duration, size: usize) -> Result<(Engine, Arc<dyn Communicator>)> {
+    use moe_parallel::Collectives;
+    let (world, comm) = moe_parallel::comm::mpi::MpiWorld::start(timeout)?;
+    ensure!(
+        comm.size() == size,
+        "MPI knows {} processes where the launcher says {size}: start them with mpirun, or with --engine tcp",
+        comm.size()
+    );
+    Ok((Engine::Mpi(world), comm))
+}
+
+#[cfg(not(feature = "mpi"))]
+fn start_mpi(_: std::time::Duration, _: usize) -> Result<(Engine, Arc<dyn Communicator>)> {
+    bail!("this moe-train was built without MPI: build it with --features mpi, or use --engine tcp")
+}
