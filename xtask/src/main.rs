@@ -4,6 +4,7 @@ mod bench;
 mod ci;
 mod golden;
 mod hosts;
+mod kill;
 mod mpi;
 mod plot;
 mod repro;
@@ -39,6 +40,8 @@ enum Task {
     Golden(golden::Args),
     /// Run the MPI engine under `mpirun`, with ranks that stop, die and diverge.
     Mpi(mpi::Args),
+    /// Kill and stop ranks of training runs at random moments, and see that each goes on.
+    Kill(kill::Args),
     /// Plot a run's losses from its `metrics.jsonl` as an SVG.
     Plot(plot::Args),
 }
@@ -60,6 +63,7 @@ fn run(task: Task) -> Result<()> {
         Task::Bench(args) => bench::run(&args),
         Task::Repro(args) => repro::run(&args),
         Task::Golden(args) => golden::run(&args),
+        Task::Kill(args) => kill::run(&args),
         Task::Mpi(args) => mpi::run(&args),
         Task::Plot(args) => plot::run(&args),
     }

@@ -117,7 +117,7 @@ fn wait_for(run: &Path, steps: usize) {
 fn processes_go_on_without_ranks_that_die_or_get_stuck() {
     let dir = folder();
     succeed(&moe_train(dir.path(), &arguments("one", &[])).output().unwrap());
-    let more = ["--comm-timeout", "4", "--max-restarts", "2"];
+    let more = ["--ep", "4", "--comm-timeout", "4", "--max-restarts", "2"];
     let mut job = Job::start(dir.path(), 4, &arguments("many", &more));
     let run = dir.path().join("many");
     wait_for(&run, 3);
@@ -127,7 +127,15 @@ fn processes_go_on_without_ranks_that_die_or_get_stuck() {
     job.succeed(dir.path(), &[0, 3]);
     assert_close(&losses(&run), &losses(&dir.path().join("one")));
     let log = std::fs::read_to_string(dir.path().join("rank-0.log")).unwrap();
-    for part in ["torchrun", "over TCP", "rank 2 has left", "restart 1 of 2", "layout: 3 ranks", "resuming from"] {
+    for part in [
+        "torchrun",
+        "over TCP",
+        "rank 2 has left",
+        "restart 1 of 2",
+        "another layout is chosen",
+        "layout: 3 ranks",
+        "resuming from",
+    ] {
         assert!(log.contains(part), "{part}:\n{log}");
     }
     // It wakes up, and is told that it was given up.

@@ -2,11 +2,12 @@
 
 use crate::progress::Progress;
 use crate::rank_args::RankArgs;
+use crate::run::Begin;
 use crate::world::Seat;
 use anyhow::Result;
 use moe_models::Family;
 use moe_models::gpt::GptConfig;
-use moe_models::train::launch::{LayoutCost, LevelBytes, RankCost, RunSize, choose as choose_layout};
+use moe_models::train::launch::{LayoutCost, LayoutRequest, LevelBytes, RankCost, RunSize, choose as choose_layout};
 use moe_models::train::{ReduceConfig, TrainConfig};
 use moe_parallel::{Collectives, ExchangeConfig, ParallelDims};
 
@@ -23,7 +24,8 @@ pub(crate) fn choose(
     seat: &Seat,
     shape: &GptConfig,
     config: &TrainConfig,
-    progress: &mut Progress,
+    begin: Begin,
+    progress: &Progress,
 ) -> Result<Option<Chosen>> {
     let size = RunSize {
         decoder: shape.decoder()?,
@@ -34,7 +36,18 @@ pub(crate) fn choose(
     };
     let world = seat.comm.as_ref().map_or(1, |comm| comm.size());
     let reduce = args.reduce();
-    let layout = choose_layout(&size, world, seat.ranks_per_node, &args.request()?, reduce)?;
+    let of = |request: &LayoutRequest| choose_layout(&size, world, seat.ranks_per_node, request, reduce);
+    let asked = args.request()?;
+    let layout = match of(&asked) {
+        // The numbers asked for were for more ranks.
+        Err(error) if begin == Begin::Restart => {
+            progress.say(&format!("{error}; another layout is chosen for the ranks that are left"));
+            let spread = LayoutRequest { dp: None, ep: None, ..asked };
+            let least = LayoutRequest { memory_budget: asked.memory_budget, ..LayoutRequest::default() };
+            of(&spread).or_else(|_| of(&least))?
+        }
+        layout => layout?,
+    };
     if world == 1 {
         return Ok(None);
     }

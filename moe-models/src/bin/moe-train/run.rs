@@ -55,7 +55,7 @@ pub(crate) fn run(args: &Args, seat: &Seat, begin: Begin, signals: &Signals) -> 
         progress.say(&format!("no checkpoint in {}; starting a new run", args.out.display()));
     }
     let timeline = args.ranks.trace.as_ref().map(|_| Arc::new(Timeline::default()));
-    let mut run = Run { args, seat, crew, progress, timeline };
+    let mut run = Run { args, seat, begin, crew, progress, timeline };
     let trainer = match found {
         Some((folder, _)) => run.resumed(config, lock, &folder)?,
         None => run.new_run(config, lock, resumes)?,
@@ -109,6 +109,7 @@ pub(crate) fn base_config(args: &Args, checkpoint: Option<&(PathBuf, TrainerStat
 struct Run<'a> {
     args: &'a Args,
     seat: &'a Seat,
+    begin: Begin,
     crew: Box<dyn Ranks>,
     progress: Progress,
     timeline: Option<Arc<Timeline>>,
@@ -135,7 +136,7 @@ impl Run<'_> {
         args.model.fit_to(&mut shape, &tokenizer)?;
         shape.validate()?;
         let corpus = self.pack(text, &tokenizer, &shape, &config)?;
-        let layout = layout::choose(&args.ranks, self.seat, &shape, &config, &mut self.progress)?;
+        let layout = layout::choose(&args.ranks, self.seat, &shape, &config, self.begin, &self.progress)?;
         let seed = config.seed;
         let laid = self.lay_out(layout, &config, |mesh| match mesh {
             None => Ok(Gpt::new(shape.clone(), seed, &Device::Cpu)?),
@@ -162,7 +163,7 @@ impl Run<'_> {
         }
         let text = self.text(&config)?;
         let corpus = self.pack(text, &tokenizer, &saved, &config)?;
-        let layout = layout::choose(&args.ranks, self.seat, &saved, &config, &mut self.progress)?;
+        let layout = layout::choose(&args.ranks, self.seat, &saved, &config, self.begin, &self.progress)?;
         let laid = self.lay_out(layout, &config, |mesh| Ok(Gpt::load_checkpoint(folder, mesh)?))?;
         self.describe(&saved, &corpus, &config)?;
         self.progress.say(&format!("resuming from {}", folder.display()));
