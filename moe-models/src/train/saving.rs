@@ -14,7 +14,7 @@ use crate::{Error, Result};
 use candle_core::{CpuStorage, DType, Storage, Var};
 use moe_core::{CounterRng, ParamSpec};
 use moe_parallel::dims::part;
-use moe_parallel::{Extent, Placement};
+use moe_parallel::{Extent, Phase, Placement};
 use std::collections::{BTreeSet, HashMap, HashSet};
 use std::ops::{Deref, Range};
 use std::path::{Path, PathBuf};
@@ -129,7 +129,7 @@ impl Saving {
     ) -> Result<PathBuf> {
         let first = ranks.rank() == 0;
         let begun = if first { store.begin(state.step).map(drop) } else { Ok(()) };
-        all_well(ranks, begun)?;
+        all_well(ranks, Phase::Save, begun)?;
         let saved = self.fill(ranks, division, store, contents, state);
         if saved.is_err() && first {
             store.abort(state.step);
@@ -157,14 +157,14 @@ impl Saving {
             }
             self.write(&dir, save, division, contents)?.to_words()
         };
-        let reports = exchange(ranks, own())?;
+        let reports = exchange(ranks, Phase::Save, own())?;
         let end = || {
             let read = |(rank, words): (usize, &Vec<u64>)| PartReport::from_words(rank, words);
             let reports = reports.iter().enumerate().map(read).collect::<Result<Vec<_>>>()?;
             let checks = finish(&dir, save, &reports, self.tensors())?;
             store.commit(state, checks).map(drop)
         };
-        all_well(ranks, if first { end() } else { Ok(()) })
+        all_well(ranks, Phase::Save, if first { end() } else { Ok(()) })
     }
 
     /// This rank's files.
@@ -268,7 +268,7 @@ impl<M> Copy for Contents<'_, M> {}
 /// As [`super::checkpoint::verify`], on every rank.
 pub(super) fn verify_over(ranks: &dyn Ranks, placement: Placement, folder: &Path, state: &TrainerState) -> Result<()> {
     let share = part(state.files.len(), placement.rank(), placement.dims().world_size());
-    all_well(ranks, state.files[share].iter().try_for_each(|file| file.verify(folder)))
+    all_well(ranks, Phase::Start, state.files[share].iter().try_for_each(|file| file.verify(folder)))
 }
 
 /// Writes a checkpoint of a run of one rank.

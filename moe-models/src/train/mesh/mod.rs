@@ -188,8 +188,8 @@ impl Ranks for MeshRanks {
         part(count, dims.dense(placement.rank()).dp_rank, dims.dp)
     }
 
-    fn exchange(&self, own: Vec<u64>) -> Result<Vec<Vec<u64>>> {
-        exchange(&**self.mesh.world(), UPDATE, &own)
+    fn exchange(&self, phase: Phase, own: Vec<u64>) -> Result<Vec<Vec<u64>>> {
+        exchange(&**self.mesh.world(), Site::new(phase), &own)
     }
 
     fn passes(&self, count: usize) -> Passes {
