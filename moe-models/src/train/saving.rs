@@ -115,7 +115,9 @@ impl Saving {
     }
 
     /// Writes a checkpoint of the state `state`, all ranks together, whose moments are `moments` on this one. Rank 0 gives the
-    /// folder its name once every part is on the disk; on an error nothing is left of it, and those before are untouched.
+    /// folder its name once every part is on the disk; on an error nothing is left of it, and those before are untouched. A fault
+    /// leaves what is written by then, since some ranks may write still: the folder has no name of its own, and is removed when
+    /// the store is opened next.
     ///
     /// # Errors
     /// [`Error::Io`] and the model's errors if something cannot be written on any rank; as [`Ranks`].
@@ -129,9 +131,9 @@ impl Saving {
     ) -> Result<PathBuf> {
         let first = ranks.rank() == 0;
         let begun = if first { store.begin(state.step).map(drop) } else { Ok(()) };
-        all_well(ranks, Phase::Save, begun)?;
-        let saved = self.fill(ranks, division, store, contents, state);
-        if saved.is_err() && first {
+        let saved =
+            all_well(ranks, Phase::Save, begun).and_then(|()| self.fill(ranks, division, store, contents, state));
+        if first && saved.as_ref().is_err_and(|error| error.fault().is_none()) {
             store.abort(state.step);
         }
         saved.map(|()| store.folder(state.step))
