@@ -130,7 +130,7 @@ pub trait Ranks: Debug + Send {
         None
     }
 
-    /// This rank has failed inside of a pass in which others may wait for it: tells them.
+    /// This rank has failed in its passes, and others may wait for it in theirs or between them: tells them.
     fn fail(&self, _why: &Error) {}
 
     /// How gradients and moments are divided; `groups` names the group of each parameter held here, those of one group being on

@@ -11,6 +11,7 @@ mod toy;
 mod train_checkpoint;
 mod train_cli;
 mod train_evaluate;
+mod train_failures;
 mod train_faults;
 mod train_frozen;
 mod train_gpt;

@@ -167,6 +167,11 @@ impl MeshRanks {
         Ok(Self { mesh, groups, config, meeting: false, sent: Arc::default() })
     }
 
+    /// Whether ranks wait for each other in their passes or between them: each has as many as every other.
+    fn in_step(&self) -> bool {
+        self.meeting || self.config.zero == Zero::Gradients
+    }
+
     /// The mesh.
     pub fn mesh(&self) -> &Arc<Mesh> {
         &self.mesh
@@ -194,8 +199,7 @@ impl Ranks for MeshRanks {
 
     fn passes(&self, count: usize) -> Passes {
         let most = count.div_ceil(self.mesh.placement().dims().dp);
-        let all = self.meeting || self.config.zero == Zero::Gradients;
-        Passes { rounds: if all { most } else { self.share(count).len() }, meeting: self.meeting }
+        Passes { rounds: if self.in_step() { most } else { self.share(count).len() }, meeting: self.meeting }
     }
 
     fn traffic(&self) -> Option<Traffic> {
@@ -214,7 +218,7 @@ impl Ranks for MeshRanks {
     }
 
     fn fail(&self, why: &Error) {
-        if self.meeting && why.fault().is_none() {
+        if self.in_step() && why.fault().is_none() {
             self.mesh.world().give_up(Site::new(Phase::Forward), why.to_string());
         }
     }
