@@ -7,6 +7,7 @@ use super::ranks::{OneRank, Passes, Ranks, exchange, unreadable};
 use super::step::no_panic;
 use crate::gpt::IGNORED;
 use crate::{Error, Result};
+use moe_parallel::Phase;
 use std::ops::Range;
 
 /// One source's part of an [`Evaluation`].
@@ -111,7 +112,7 @@ pub fn evaluate_over<M: TrainModel>(
     }
     let words = own.map(|own| share.zip(own).flat_map(|(i, loss)| [i as u64, loss.to_bits()]).collect());
     let mut losses = vec![None; batches.len()];
-    for (rank, words) in exchange(ranks, words)?.into_iter().enumerate() {
+    for (rank, words) in exchange(ranks, Phase::Update, words)?.into_iter().enumerate() {
         for pair in words.chunks(2) {
             let &[i, loss] = pair else { return Err(unreadable(rank)) };
             *losses.get_mut(i as usize).ok_or_else(|| unreadable(rank))? = Some(f64::from_bits(loss));

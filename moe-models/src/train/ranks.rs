@@ -20,7 +20,7 @@ use super::division::{Division, Undivided};
 use super::optimizer::{Owned, Units};
 use crate::{Error, Result};
 use moe_kernels::parallel;
-use moe_parallel::Placement;
+use moe_parallel::{Phase, Placement};
 use std::fmt::Debug;
 use std::ops::Range;
 use std::time::{Duration, Instant};
@@ -98,7 +98,7 @@ impl Traffic {
     /// Bytes of all ranks, and the longest times.
     pub(crate) fn over(ranks: &dyn Ranks, own: &Self) -> Result<Self> {
         let mut sum = Self::default();
-        for (rank, words) in exchange(ranks, Ok(own.words()))?.into_iter().enumerate() {
+        for (rank, words) in exchange(ranks, Phase::Update, Ok(own.words()))?.into_iter().enumerate() {
             let one = Self::read(rank, &words)?;
             for level in [0, 1] {
                 sum.all_to_all_bytes[level] += one.all_to_all_bytes[level];
@@ -127,8 +127,8 @@ pub trait Ranks: Debug + Send {
     /// its seed whatever rank computes it. A rank may have none.
     fn share(&self, count: usize) -> Range<usize>;
 
-    /// A short message to every rank; those of all ranks, in rank order.
-    fn exchange(&self, own: Vec<u64>) -> Result<Vec<Vec<u64>>>;
+    /// A short message to every rank; those of all ranks, in rank order. A fault names the `phase`.
+    fn exchange(&self, phase: Phase, own: Vec<u64>) -> Result<Vec<Vec<u64>>>;
 
     /// How its passes run, where there are `count` in all: training micro-batches or batches of an evaluation.
     fn passes(&self, count: usize) -> Passes {
@@ -140,7 +140,7 @@ pub trait Ranks: Debug + Send {
         None
     }
 
-    /// This rank has failed inside of a pass in which others may wait for it: tells them.
+    /// This rank has failed in its passes, and others may wait for it in theirs or between them: tells them.
     fn fail(&self, _why: &Error) {}
 
     /// How gradients and moments are divided; `groups` names the group of each parameter held here, those of one group being on
@@ -165,7 +165,7 @@ impl Ranks for OneRank {
         0..count
     }
 
-    fn exchange(&self, own: Vec<u64>) -> Result<Vec<Vec<u64>>> {
+    fn exchange(&self, _: Phase, own: Vec<u64>) -> Result<Vec<Vec<u64>>> {
         Ok(vec![own])
     }
 
@@ -179,17 +179,18 @@ const WELL: u64 = 0;
 const FAILED: u64 = 1;
 
 /// The messages of all ranks, in rank order. An error of any rank is one on all: its own there, [`Error::OtherRank`] elsewhere.
-pub(crate) fn exchange(ranks: &dyn Ranks, own: Result<Vec<u64>>) -> Result<Vec<Vec<u64>>> {
+pub(crate) fn exchange(ranks: &dyn Ranks, phase: Phase, own: Result<Vec<u64>>) -> Result<Vec<Vec<u64>>> {
     let error = match own {
         Ok(words) => {
             let message = [WELL].into_iter().chain(words).collect();
-            return ranks.exchange(message)?.into_iter().enumerate().map(|(rank, words)| read(rank, &words)).collect();
+            let messages = ranks.exchange(phase, message)?.into_iter().enumerate();
+            return messages.map(|(rank, words)| read(rank, &words)).collect();
         }
         Err(error) => error,
     };
     let text = error.to_string().into_bytes();
     // This rank knows what went wrong; whether the others could be told is of no matter to it.
-    ranks.exchange([FAILED].into_iter().chain(text.into_iter().map(u64::from)).collect()).ok();
+    ranks.exchange(phase, [FAILED].into_iter().chain(text.into_iter().map(u64::from)).collect()).ok();
     Err(error)
 }
 
@@ -210,10 +211,10 @@ pub(crate) fn unreadable(rank: usize) -> Error {
 }
 
 /// `own`, if every rank's is well.
-pub(crate) fn all_well<T>(ranks: &dyn Ranks, own: Result<T>) -> Result<T> {
+pub(crate) fn all_well<T>(ranks: &dyn Ranks, phase: Phase, own: Result<T>) -> Result<T> {
     match own {
-        Ok(value) => exchange(ranks, Ok(Vec::new())).map(|_| value),
-        Err(error) => exchange(ranks, Err(error)).map(|_| unreachable!("an error of this rank stays one")),
+        Ok(value) => exchange(ranks, phase, Ok(Vec::new())).map(|_| value),
+        Err(error) => exchange(ranks, phase, Err(error)).map(|_| unreachable!("an error of this rank stays one")),
     }
 }
 
@@ -226,9 +227,9 @@ pub fn first_rank_first<T: Send>(ranks: &dyn Ranks, work: impl FnOnce() -> Resul
     const INTERVAL: Duration = Duration::from_millis(500);
     const LOOK: Duration = Duration::from_millis(5);
     if ranks.rank() != 0 {
-        while any(ranks, false)? {}
-        all_well(ranks, Ok(()))?;
-        return all_well(ranks, work());
+        while any(ranks, Phase::Start, false)? {}
+        all_well(ranks, Phase::Start, Ok(()))?;
+        return all_well(ranks, Phase::Start, work());
     }
     let result = std::thread::scope(|scope| {
         let working = scope.spawn(work);
@@ -238,24 +239,24 @@ pub fn first_rank_first<T: Send>(ranks: &dyn Ranks, work: impl FnOnce() -> Resul
             while !working.is_finished() && begun.elapsed() < INTERVAL {
                 std::thread::sleep(LOOK);
             }
-            told = any(ranks, !working.is_finished());
+            told = any(ranks, Phase::Start, !working.is_finished());
         }
         let result = working.join().unwrap_or_else(|panic| std::panic::resume_unwind(panic));
         told.and(result)
     });
-    let result = all_well(ranks, result)?;
-    all_well(ranks, Ok(result))
+    let result = all_well(ranks, Phase::Start, result)?;
+    all_well(ranks, Phase::Start, Ok(result))
 }
 
 /// The largest of the ranks' numbers.
 pub(crate) fn most(ranks: &dyn Ranks, own: u64) -> Result<u64> {
-    let all = exchange(ranks, Ok(vec![own]))?;
+    let all = exchange(ranks, Phase::Update, Ok(vec![own]))?;
     Ok(all.iter().filter_map(|words| words.first().copied()).max().unwrap_or(own))
 }
 
 /// Whether this is so on any rank.
-pub(crate) fn any(ranks: &dyn Ranks, own: bool) -> Result<bool> {
-    Ok(exchange(ranks, Ok(vec![u64::from(own)]))?.iter().any(|words| words.first() == Some(&1)))
+pub(crate) fn any(ranks: &dyn Ranks, phase: Phase, own: bool) -> Result<bool> {
+    Ok(exchange(ranks, phase, Ok(vec![u64::from(own)]))?.iter().any(|words| words.first() == Some(&1)))
 }
 
 #[cfg(test)]
@@ -276,7 +277,7 @@ mod tests {
         fn share(&self, count: usize) -> Range<usize> {
             0..count
         }
-        fn exchange(&self, own: Vec<u64>) -> Result<Vec<Vec<u64>>> {
+        fn exchange(&self, _: Phase, own: Vec<u64>) -> Result<Vec<Vec<u64>>> {
             Ok(vec![own, self.0.clone()])
         }
         fn division(&self, units: Units, groups: &[String]) -> Result<Box<dyn Division>> {
@@ -287,14 +288,14 @@ mod tests {
     #[test]
     fn errors_of_any_rank_are_errors_here() {
         let text: Vec<u64> = [FAILED].into_iter().chain("disk full".bytes().map(u64::from)).collect();
-        let message = all_well(&WithRankOne(text), Ok(())).unwrap_err().to_string();
+        let message = all_well(&WithRankOne(text), Phase::Start, Ok(())).unwrap_err().to_string();
         assert_eq!(message, "rank 1: disk full");
-        assert!(all_well(&WithRankOne(vec![]), Ok(())).unwrap_err().to_string().contains("rank 1"));
+        assert!(all_well(&WithRankOne(vec![]), Phase::Start, Ok(())).unwrap_err().to_string().contains("rank 1"));
         let own = || Err::<(), _>(Error::Argument("mine".into()));
         for ranks in [&WithRankOne(vec![WELL]) as &dyn Ranks, &WithRankOne(vec![FAILED]), &OneRank] {
-            assert!(matches!(all_well(ranks, own()), Err(Error::Argument(text)) if text == "mine"));
+            assert!(matches!(all_well(ranks, Phase::Start, own()), Err(Error::Argument(text)) if text == "mine"));
         }
-        assert_eq!(all_well(&WithRankOne(vec![WELL]), Ok(7)).unwrap(), 7);
+        assert_eq!(all_well(&WithRankOne(vec![WELL]), Phase::Start, Ok(7)).unwrap(), 7);
     }
 
     /// Bytes are summed, times are the longest.
@@ -317,9 +318,9 @@ mod tests {
     #[test]
     fn one_rank_that_stops_stops_all() {
         for (own, other, want) in [(false, 0, false), (true, 0, true), (false, 1, true)] {
-            assert_eq!(any(&WithRankOne(vec![WELL, other]), own).unwrap(), want);
+            assert_eq!(any(&WithRankOne(vec![WELL, other]), Phase::Update, own).unwrap(), want);
         }
         assert_eq!([most(&WithRankOne(vec![WELL, 7]), 5).unwrap(), most(&OneRank, 5).unwrap()], [7, 5]);
-        assert!(!any(&OneRank, false).unwrap() && any(&OneRank, true).unwrap());
+        assert!(!any(&OneRank, Phase::Update, false).unwrap() && any(&OneRank, Phase::Update, true).unwrap());
     }
 }

@@ -3,6 +3,7 @@
 use super::lock::RunLock;
 use super::ranks::{OneRank, Ranks, all_well};
 use crate::Result;
+use moe_parallel::Phase;
 use std::path::{Path, PathBuf};
 
 /// The folder of a run, seen from one of its ranks.
@@ -36,7 +37,7 @@ impl RunFolder {
 /// As [`RunFolder::shared`].
 pub fn lock_for(dir: &Path, ranks: &dyn Ranks) -> Result<Option<RunLock>> {
     let lock = if ranks.rank() == 0 { RunLock::acquire(dir).map(Some) } else { Ok(None) };
-    all_well(ranks, lock)
+    all_well(ranks, Phase::Start, lock)
 }
 
 /// As [`lock_for`], also from a rank that was given up.
@@ -45,7 +46,7 @@ pub fn lock_for(dir: &Path, ranks: &dyn Ranks) -> Result<Option<RunLock>> {
 /// As [`RunLock::take_over`], on every rank; and as [`Ranks`].
 pub fn take_over_for(dir: &Path, ranks: &dyn Ranks) -> Result<Option<RunLock>> {
     let lock = if ranks.rank() == 0 { RunLock::take_over(dir).map(Some) } else { Ok(None) };
-    all_well(ranks, lock)
+    all_well(ranks, Phase::Start, lock)
 }
 
 /// Of a run of one rank.

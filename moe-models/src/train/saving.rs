@@ -15,7 +15,7 @@ use crate::{Error, Result};
 use candle_core::{CpuStorage, DType, Storage, Var};
 use moe_core::{CounterRng, ParamSpec};
 use moe_parallel::dims::part;
-use moe_parallel::{Extent, Placement};
+use moe_parallel::{Extent, Phase, Placement};
 use std::collections::{BTreeSet, HashMap, HashSet};
 use std::ops::{Deref, Range};
 use std::path::{Path, PathBuf};
@@ -116,7 +116,9 @@ impl Saving {
     }
 
     /// Writes a checkpoint of the state `state`, all ranks together, whose moments are `moments` on this one. Rank 0 gives the
-    /// folder its name once every part is on the disk; on an error nothing is left of it, and those before are untouched.
+    /// folder its name once every part is on the disk; on an error nothing is left of it, and those before are untouched. A fault
+    /// leaves what is written by then, since some ranks may write still: the folder has no name of its own, and is removed when
+    /// the store is opened next.
     ///
     /// # Errors
     /// [`Error::Io`] and the model's errors if something cannot be written on any rank; as [`Ranks`].
@@ -131,9 +133,11 @@ impl Saving {
         let first = ranks.rank() == 0;
         let ours = || contents.lock.map_or(Ok(()), RunLock::check);
         let begun = if first { ours().and_then(|()| store.begin(state.step)).map(drop) } else { Ok(()) };
-        all_well(ranks, begun)?;
+        all_well(ranks, Phase::Save, begun)?;
         let saved = self.fill(ranks, division, store, contents, state);
-        if saved.is_err() && first {
+        // What another process has taken over is its own.
+        let ours = |error: &Error| error.fault().is_none() && !matches!(error, Error::InUse { .. });
+        if first && saved.as_ref().is_err_and(ours) {
             store.abort(state.step);
         }
         saved.map(|()| store.folder(state.step))
@@ -159,7 +163,7 @@ impl Saving {
             }
             self.write(&dir, save, division, contents)?.to_words()
         };
-        let reports = exchange(ranks, own())?;
+        let reports = exchange(ranks, Phase::Save, own())?;
         let end = || {
             let read = |(rank, words): (usize, &Vec<u64>)| PartReport::from_words(rank, words);
             let reports = reports.iter().enumerate().map(read).collect::<Result<Vec<_>>>()?;
@@ -167,7 +171,7 @@ impl Saving {
             contents.lock.map_or(Ok(()), RunLock::check)?;
             store.commit(state, checks).map(drop)
         };
-        all_well(ranks, if first { end() } else { Ok(()) })
+        all_well(ranks, Phase::Save, if first { end() } else { Ok(()) })
     }
 
     /// This rank's files.
@@ -273,7 +277,7 @@ impl<M> Copy for Contents<'_, M> {}
 /// As [`super::checkpoint::verify`], on every rank.
 pub(super) fn verify_over(ranks: &dyn Ranks, placement: Placement, folder: &Path, state: &TrainerState) -> Result<()> {
     let share = part(state.files.len(), placement.rank(), placement.dims().world_size());
-    all_well(ranks, state.files[share].iter().try_for_each(|file| file.verify(folder)))
+    all_well(ranks, Phase::Start, state.files[share].iter().try_for_each(|file| file.verify(folder)))
 }
 
 /// Writes a checkpoint of a run of one rank.

@@ -10,6 +10,7 @@ use crate::{Error, Result};
 use moe_core::ExpertLoad;
 use moe_core::tape::{GradBuffers, Gradients, Tape};
 use moe_kernels::copies::{WeightCopies, with_copies};
+use moe_parallel::Phase;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::Arc;
 use std::time::Instant;
@@ -208,7 +209,8 @@ impl BatchSums {
         if let Err(error) = &own {
             ranks.fail(error);
         }
-        let messages = exchange(ranks, own.map(|losses| losses.iter().flat_map(MicroBatchLoss::words).collect()))?;
+        let messages =
+            exchange(ranks, Phase::Update, own.map(|losses| losses.iter().flat_map(MicroBatchLoss::words).collect()))?;
         let mut all = Vec::new();
         for (rank, words) in messages.into_iter().enumerate() {
             let mut words = words.into_iter().peekable();

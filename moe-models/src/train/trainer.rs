@@ -20,6 +20,7 @@ use super::saving::{Contents, Saving, verify_over};
 use super::step::{BatchSums, StepBuffers, accumulate_share};
 use crate::{Error, Result};
 use moe_core::CounterRng;
+use moe_parallel::Phase;
 use std::ops::Range;
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -143,7 +144,7 @@ impl<M: TrainModel> Trainer<M> {
             let optimizer = AdamW::new(config.adamw(), division.owned().clone(), update_rules(&model))?;
             Ok(Start { saving, division, optimizer, store, step: 0, best: None })
         };
-        let start = all_well(&*folder.ranks, prepare())?;
+        let start = all_well(&*folder.ranks, Phase::Start, prepare())?;
         Self::assemble(model, config, corpus, tokenizer_json, folder, start)
     }
 
@@ -180,8 +181,9 @@ impl<M: TrainModel> Trainer<M> {
     ) -> Result<Self> {
         let run = run.into();
         // Opening clears what a crash left, so nobody reads before.
-        let store = all_well(&*run.ranks, check_model(&model, &config).and_then(|()| open_store(&run, &config)))?;
-        let state = all_well(&*run.ranks, read_state(folder))?;
+        let store =
+            all_well(&*run.ranks, Phase::Start, check_model(&model, &config).and_then(|()| open_store(&run, &config)))?;
+        let state = all_well(&*run.ranks, Phase::Start, read_state(folder))?;
         verify_over(&*run.ranks, run.ranks.placement(), folder, &state)?;
         let prepare = || {
             config.check_continues(&state.config)?;
@@ -193,7 +195,7 @@ impl<M: TrainModel> Trainer<M> {
             Ok(Start { saving, division, optimizer, store, step: state.step, best: state.best })
         };
         let start = prepare();
-        let start = all_well(&*run.ranks, start)?;
+        let start = all_well(&*run.ranks, Phase::Start, start)?;
         Self::assemble(model, config, corpus, tokenizer_json, run, start)
     }
 
@@ -210,7 +212,7 @@ impl<M: TrainModel> Trainer<M> {
         let open = |lock: RunLock| Ok(Files { metrics: MetricsWriter::open(lock.dir(), step)?, lock });
         let files = lock.map(open).transpose();
         let parts = files.and_then(|files| Ok((files, StepBuffers::new(&model)?)));
-        let (files, buffers) = all_well(&*ranks, parts)?;
+        let (files, buffers) = all_well(&*ranks, Phase::Start, parts)?;
         let saved_step = (step > 0).then_some(step);
         let speed = (Duration::ZERO, 0);
         Ok(Self {
@@ -296,10 +298,10 @@ impl<M: TrainModel> Trainer<M> {
         let total_steps = self.config.total_steps();
         let tokens_per_step = self.config.tokens_per_step();
         observer.event(&Event::Started { step: self.step, total_steps, tokens_per_step });
-        while self.step < total_steps && !any(&*self.ranks, stop.load(Ordering::Relaxed))? {
+        while self.step < total_steps && !any(&*self.ranks, Phase::Update, stop.load(Ordering::Relaxed))? {
             self.one_step(total_steps, observer)?;
             if let Some(budget) = self.memory_budget {
-                all_well(&*self.ranks, memory::check(budget))?;
+                all_well(&*self.ranks, Phase::Update, memory::check(budget))?;
             }
         }
         if self.saved_step != Some(self.step) && self.step > 0 {
@@ -337,7 +339,7 @@ impl<M: TrainModel> Trainer<M> {
                 .files
                 .as_mut()
                 .map_or(Ok(()), |files| files.lock.check().and_then(|()| files.metrics.write(&record)));
-            all_well(&*self.ranks, written)?;
+            all_well(&*self.ranks, Phase::Update, written)?;
         }
         if save {
             self.save(evaluation.map(|e| e.loss()), observer)?;

@@ -12,6 +12,8 @@ mod train_checkpoint;
 mod train_cli;
 mod train_cli_ranks;
 mod train_evaluate;
+mod train_failures;
+mod train_faults;
 mod train_frozen;
 mod train_gpt;
 mod train_mesh;

@@ -3,13 +3,14 @@
 use candle_core::{DType, Device};
 use moe_core::CounterRng;
 use moe_models::gpt::{Gpt, GptConfig};
-use moe_models::train::data::{Documents, Packer};
+use moe_models::train::data::{Documents, PackedSource, Packer};
 use moe_models::train::export::export;
 use moe_models::train::optimizer::{AdamW, Owned, Units, UpdateRule};
 use moe_models::train::tokenizer::{to_json, train_bpe};
 use moe_models::train::{Corpus, Event, Outcome, Silent, TrainConfig, Trainer};
 use moe_models::{DropoutConfig, Pass, Precision, Recompute, TokenBatch};
 use std::path::Path;
+use std::sync::OnceLock;
 use std::sync::atomic::{AtomicBool, Ordering};
 
 /// A PR-MoE with two experts, then four; jitter and random token selection draw from the pass's seed.
@@ -39,11 +40,15 @@ pub(crate) fn config() -> TrainConfig {
 }
 
 pub(crate) fn corpus(config: &TrainConfig) -> (Corpus, String) {
-    let text: String = (0..600).map(|i| format!("{} and {}, ", i * 37 % 91, i * i % 17)).collect();
-    let documents = Documents { name: "numbers".into(), weight: None, texts: vec![text] };
-    let tokenizer = train_bpe(std::slice::from_ref(&documents), 262).unwrap();
-    let packed = Packer::new(&tokenizer, 0, 262).unwrap().pack(&documents).unwrap();
-    (Corpus::new(vec![packed], Vec::new(), config).unwrap(), to_json(&tokenizer).unwrap())
+    static PACKED: OnceLock<(PackedSource, String)> = OnceLock::new();
+    let (packed, tokenizer) = PACKED.get_or_init(|| {
+        let text: String = (0..600).map(|i| format!("{} and {}, ", i * 37 % 91, i * i % 17)).collect();
+        let documents = Documents { name: "numbers".into(), weight: None, texts: vec![text] };
+        let tokenizer = train_bpe(std::slice::from_ref(&documents), 262).unwrap();
+        let packed = Packer::new(&tokenizer, 0, 262).unwrap().pack(&documents).unwrap();
+        (packed, to_json(&tokenizer).unwrap())
+    });
+    (Corpus::new(vec![packed.clone()], Vec::new(), config).unwrap(), tokenizer.clone())
 }
 
 fn new_model(shape: GptConfig, config: &TrainConfig) -> Gpt {

@@ -85,9 +85,9 @@ fn alone(count: usize) -> End {
 
 fn over(layout: Layout, count: usize) -> End {
     let ends = ThreadWorld::new(layout.dims.world_size()).run(|comm| {
-        let mesh = layout.mesh(&comm);
+        let mesh = layout.mesh(&comm).unwrap();
         let model = Gpt::new_over(shape(), 5, mesh.clone()).unwrap();
-        let ranks = layout.ranks(&mesh, model.table());
+        let ranks = layout.ranks(&mesh, model.table()).unwrap();
         (steps(&model, &*ranks, count), model)
     });
     let (sums, models): (Vec<_>, Vec<_>) = ends.into_iter().unzip();

@@ -35,12 +35,12 @@ impl Layout {
         Self::new(ParallelDims::new(ranks, 1, 1, 1), zero)
     }
 
-    pub(crate) fn mesh(&self, comm: &Arc<dyn Communicator>) -> Arc<Mesh> {
-        Arc::new(Mesh::new(Arc::clone(comm), self.dims, 2, ExchangeConfig::default()).unwrap())
+    pub(crate) fn mesh(&self, comm: &Arc<dyn Communicator>) -> Result<Arc<Mesh>> {
+        Ok(Arc::new(Mesh::new(Arc::clone(comm), self.dims, 2, ExchangeConfig::default())?))
     }
 
-    pub(crate) fn ranks(&self, mesh: &Arc<Mesh>, table: &ParamTable) -> Box<dyn Ranks> {
-        Box::new(MeshRanks::new(mesh, table, self.reduce).unwrap())
+    pub(crate) fn ranks(&self, mesh: &Arc<Mesh>, table: &ParamTable) -> Result<Box<dyn Ranks>> {
+        Ok(Box::new(MeshRanks::new(mesh, table, self.reduce)?))
     }
 }
 
@@ -138,9 +138,9 @@ fn run(case: &Case, model: Gpt, folder: RunFolder, resume: Option<&Path>, stop_a
 /// The same end on every rank.
 fn over(case: &Case, out: &Path, layout: Layout, resume: Option<&Path>, stop_after: u64) -> End {
     let end = |comm: Arc<dyn Communicator>| {
-        let mesh = layout.mesh(&comm);
+        let mesh = layout.mesh(&comm).unwrap();
         let model = case.model_over(&mesh, resume);
-        let folder = RunFolder::shared(out, layout.ranks(&mesh, model.table())).unwrap();
+        let folder = RunFolder::shared(out, layout.ranks(&mesh, model.table()).unwrap()).unwrap();
         run(case, model, folder, resume, stop_after, comm.rank() + 1 == comm.size())
     };
     let (mut ends, models): (Vec<End>, Vec<Gpt>) =

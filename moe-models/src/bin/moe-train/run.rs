@@ -17,7 +17,7 @@ use moe_models::train::{
     Corpus, Event, MeshRanks, Observer, OneRank, Outcome, Ranks, ReduceConfig, RunFolder, RunLock, RunText, Timeline,
     TrainConfig, Trainer, first_rank_first, lock_for, take_over_for, tokenizer,
 };
-use moe_parallel::Mesh;
+use moe_parallel::{Mesh, Phase};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
@@ -184,7 +184,7 @@ impl Run<'_> {
         let made = first_rank_first(&*self.crew, made)?;
         let json = made.as_ref().map(tokenizer::to_json).transpose()?.unwrap_or_default();
         let words = json.into_bytes().into_iter().map(u64::from).collect();
-        let all = self.crew.exchange(words)?;
+        let all = self.crew.exchange(Phase::Start, words)?;
         match made {
             Some(tokenizer) => Ok(tokenizer),
             None => {

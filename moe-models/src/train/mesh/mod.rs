@@ -192,6 +192,11 @@ impl MeshRanks {
         Self { sent: Arc::new(Sent { timeline: Some(timeline), ..Sent::default() }), ..self }
     }
 
+    /// Whether ranks wait for each other in their passes or between them: each has as many as every other.
+    fn in_step(&self) -> bool {
+        self.meeting || self.config.zero == Zero::Gradients
+    }
+
     /// The mesh.
     pub fn mesh(&self) -> &Arc<Mesh> {
         &self.mesh
@@ -213,14 +218,13 @@ impl Ranks for MeshRanks {
         part(count, dims.dense(placement.rank()).dp_rank, dims.dp)
     }
 
-    fn exchange(&self, own: Vec<u64>) -> Result<Vec<Vec<u64>>> {
-        exchange(&**self.mesh.world(), UPDATE, &own)
+    fn exchange(&self, phase: Phase, own: Vec<u64>) -> Result<Vec<Vec<u64>>> {
+        exchange(&**self.mesh.world(), Site::new(phase), &own)
     }
 
     fn passes(&self, count: usize) -> Passes {
         let most = count.div_ceil(self.mesh.placement().dims().dp);
-        let all = self.meeting || self.config.zero == Zero::Gradients;
-        Passes { rounds: if all { most } else { self.share(count).len() }, meeting: self.meeting }
+        Passes { rounds: if self.in_step() { most } else { self.share(count).len() }, meeting: self.meeting }
     }
 
     fn traffic(&self) -> Option<Traffic> {
@@ -240,7 +244,7 @@ impl Ranks for MeshRanks {
     }
 
     fn fail(&self, why: &Error) {
-        if self.meeting && why.fault().is_none() {
+        if self.in_step() && why.fault().is_none() {
             self.mesh.world().give_up(Site::new(Phase::Forward), why.to_string());
         }
     }

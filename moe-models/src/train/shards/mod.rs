@@ -18,7 +18,7 @@
 //! all ranks   write_part                 their files, flushed to the disk; a PartReport of them
 //! rank 0      finish                     the reports of all ranks: whether they make up the model; the index
 //! rank 0      CheckpointStore::commit    trainer_state.json last of all, then the folder's own name
-//!             CheckpointStore::abort     instead, where any rank failed
+//!             CheckpointStore::abort     instead, where any rank failed and all are done with writing
 //! ```
 //!
 //! Which of the ranks that hold the same part writes it is planned by each alone ([`WritePlan`]). A [`Reader`] checks all that can
