@@ -26,7 +26,8 @@ pub struct LayoutRequest {
 const NEAREST: usize = 4;
 
 /// The layout of `world_size` ranks, `ranks_per_node` to a node: as `request` says, and where it says nothing the one that sends
-/// the fewest bytes between nodes, then inside of them, then divides the least; of those whose memory fits.
+/// the fewest bytes between nodes, then has the least work on a rank, then sends the fewest inside of nodes, then divides the
+/// least; of those whose memory fits.
 ///
 /// # Errors
 /// [`Error::Config`] if there is none, with the reason and the nearest there are.
@@ -77,9 +78,9 @@ fn candidates(world_size: usize) -> Vec<(ParallelDims, Zero)> {
     all
 }
 
-fn order(layout: &LayoutCost) -> (usize, usize, Zero, usize, usize) {
+fn order(layout: &LayoutCost) -> (usize, usize, usize, Zero) {
     let traffic = layout.traffic().total();
-    (traffic.inter_node, traffic.intra_node, layout.zero, layout.dims.tp, layout.dims.ep)
+    (traffic.inter_node, layout.most_work(), traffic.intra_node, layout.zero)
 }
 
 impl LayoutRequest {

@@ -98,6 +98,9 @@ pub struct RankCost {
     pub parameters: usize,
     /// For each number of experts that layers have: those held here.
     pub experts: Vec<(usize, Range<usize>)>,
+    /// Multiplications with weights in the forward passes of a step, for an even load. Ranks of one tensor group all have the same
+    /// rows, so that experts there work on them as often.
+    pub work: usize,
     /// Memory.
     pub memory: MemoryBytes,
     /// Messages.
@@ -144,6 +147,11 @@ impl LayoutCost {
         };
         let ranks = (0..dims.world_size()).map(rank).collect::<Result<_>>()?;
         Ok(Self { dims, zero: reduce.zero, ranks })
+    }
+
+    /// Work of the rank that has most, for which the others wait.
+    pub fn most_work(&self) -> usize {
+        self.ranks.iter().map(|rank| rank.work).max().unwrap_or(0)
     }
 
     /// Memory of the rank that needs most.
@@ -196,7 +204,27 @@ impl At<'_> {
         let experts = counts.into_iter().map(|count| (count, self.placement.experts(count))).collect();
         let traffic =
             Traffic { gradients: self.gradients(groups.values()), rows: self.rows(), tensors: self.tensors() };
-        RankCost { parameters, experts, memory, traffic }
+        RankCost { parameters, experts, work: self.work(table), memory, traffic }
+    }
+
+    /// Of a token, each dense matrix that is held, and one of a stack for each choice: an even load is as much as all tokens here.
+    fn work(&self, table: &ParamTable) -> usize {
+        let of_token = |spec: &ParamSpec| {
+            let mut shape = self.placement.local_shape(spec);
+            if spec.is_stacked() {
+                shape.remove(0);
+            }
+            if shape.len() < 2 { 0 } else { shape.iter().product() }
+        };
+        let choices = |spec: &ParamSpec| if spec.is_stacked() { self.most_choices() } else { 1 };
+        let of_token: usize = table.specs().iter().map(|spec| choices(spec) * of_token(spec)).sum();
+        self.passes() * self.tokens() * of_token
+    }
+
+    /// Experts of a token in a layer, at most.
+    fn most_choices(&self) -> usize {
+        let layers = self.size.decoder.layers.iter().filter_map(|layer| layer.feed_forward.moe());
+        layers.map(|moe| moe.router.top_k()).max().unwrap_or(1)
     }
 
     fn gradient_group(&self, spec: &ParamSpec) -> Vec<usize> {

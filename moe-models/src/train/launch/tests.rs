@@ -102,16 +102,22 @@ fn what_is_asked_for_is_kept_and_the_rest_chosen() {
     let ep2 = LayoutRequest { ep: Some(2), tp: Some(1), zero: Some(Zero::Gradients), ..LayoutRequest::default() };
     assert_eq!(chosen(4, 4, ep2), (ParallelDims::new(4, 1, 2, 1), Zero::Gradients));
     let (dims, zero) = chosen(4, 2, LayoutRequest::default());
-    let best = cost(dims, 2, zero).traffic().total();
+    let of = |layout: &LayoutCost| {
+        let traffic = layout.traffic().total();
+        (traffic.inter_node, layout.most_work(), traffic.intra_node)
+    };
+    let best = of(&cost(dims, 2, zero));
     for tp in [1, 2, 4] {
         for ep in [1, 2, 4] {
             let request = LayoutRequest { tp: Some(tp), ep: Some(ep), ..LayoutRequest::default() };
             if let Ok(other) = choose(&size(), 4, 2, &request, reduce(Zero::Off)) {
-                let other = other.traffic().total();
-                assert!((best.inter_node, best.intra_node) <= (other.inter_node, other.intra_node), "{tp} {ep}");
+                assert!(best <= of(&other), "{tp} {ep}");
             }
         }
     }
+    // On one node ranks share the work: none does what another does too.
+    let (dims, _) = chosen(4, 4, LayoutRequest { ep: Some(1), ..LayoutRequest::default() });
+    assert_eq!((dims.dp, dims.tp), (4, 1));
     assert_eq!(chosen(1, 1, LayoutRequest::default()), (ParallelDims::SINGLE, Zero::Off));
 }
 
