@@ -189,8 +189,21 @@ fn check(seed: u64) {
     assert!(!stops || job.told.iter().any(woken), "{:?}", job.told);
 }
 
+/// The same before the ranks have come together, perhaps: the others end, well or not.
+fn check_start(seed: u64) {
+    let mut rng = moe_core::CounterRng::new(seed, 1);
+    let (victim, moment) = (rng.next_u64() as usize % RANKS, Duration::from_micros(rng.next_u64() % 60_000));
+    println!("seed {seed}: rank {victim} is killed {moment:?} after it was started");
+    let mut job = Job::start();
+    std::thread::sleep(moment);
+    job.signal(victim, "KILL");
+    while job.next().is_some() {}
+    let ended = |rank: usize| job.told.iter().any(|(teller, what, _)| *teller == rank && what == "ends");
+    assert!((0..RANKS).all(|rank| rank == victim || ended(rank)), "{:?}", job.told);
+}
+
 /// Several jobs at a time: a stopped rank is waited for.
-fn check_all(seeds: std::ops::Range<u64>) {
+fn check_all(seeds: std::ops::Range<u64>, check: fn(u64)) {
     const LANES: u64 = 3;
     std::thread::scope(|scope| {
         for lane in 0..LANES {
@@ -202,11 +215,17 @@ fn check_all(seeds: std::ops::Range<u64>) {
 
 #[test]
 fn a_process_that_is_killed_or_stopped_is_gone_on_without() {
-    check_all(0..10);
+    check_all(0..10, check);
+}
+
+#[test]
+fn a_process_that_is_killed_at_the_start_hangs_no_other() {
+    check_all(0..6, check_start);
 }
 
 #[test]
 #[ignore = "takes minutes"]
 fn a_hundred_processes_are_killed_or_stopped() {
-    check_all(1000..1100);
+    check_all(1000..1100, check);
+    check_all(1000..1050, check_start);
 }

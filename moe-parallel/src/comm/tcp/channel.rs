@@ -292,9 +292,9 @@ impl Channel {
 
     /// Drops what waits to be written, but for a frame of which a part is.
     pub(super) fn drop_unwritten(&mut self) {
-        let begun = self.outgoing.pop_front().filter(|first| first.written > 0);
-        self.outgoing.clear();
-        self.outgoing.extend(begun);
+        let begun = usize::from(self.outgoing.front().is_some_and(|first| first.written > 0));
+        self.written.fetch_add((self.outgoing.len() - begun) as u64, Ordering::Relaxed);
+        self.outgoing.truncate(begun);
     }
 
     fn drop_first(&mut self) {

@@ -21,8 +21,9 @@ const IDLE_LOOKS: u32 = 64;
 /// All ranks are looked at this often for each of them, those that are not idle whenever there is a look: one takes about a
 /// tenth of that.
 const ALL_EVERY: Duration = Duration::from_micros(3);
-/// The short messages are looked for this seldom, counted in looks at all ranks.
-const CONTROL_EVERY: u32 = 16;
+/// Short messages are looked for this often; so a rank that was not running for a while hears what the others have found before
+/// it finds something itself.
+const CONTROL_EVERY: Duration = Duration::from_millis(1);
 
 /// The connections of a rank with all others.
 #[derive(Debug)]
@@ -36,9 +37,7 @@ pub(super) struct TcpLink {
     peers: Vec<Option<Peer>>,
     /// Whole messages.
     arrived: VecDeque<(usize, Tag, Vec<u8>)>,
-    /// At all ranks: the last, and how many.
-    last_look: Option<Instant>,
-    looks: u32,
+    last_look: LastLook,
     /// All that has come was looked for since the engine last moved on.
     looked: bool,
 }
@@ -53,6 +52,13 @@ pub(super) struct Peer {
     /// Looks since something went to it or came from it.
     idle: u32,
     state: State,
+}
+
+/// When all ranks were last looked at, and when for short messages too.
+#[derive(Debug, Default)]
+struct LastLook {
+    all: Option<Instant>,
+    control: Option<Instant>,
 }
 
 /// What a look is at.
@@ -105,8 +111,15 @@ impl Peer {
 impl TcpLink {
     pub(super) fn new(rank: usize, peers: Vec<Option<Peer>>) -> Result<Self, Trouble> {
         let origins = (0..peers.len()).collect();
-        let link =
-            Self { rank, origins, epoch: 0, peers, arrived: VecDeque::new(), last_look: None, looks: 0, looked: false };
+        let link = Self {
+            rank,
+            origins,
+            epoch: 0,
+            peers,
+            arrived: VecDeque::new(),
+            last_look: LastLook::default(),
+            looked: false,
+        };
         link.with_early()
     }
 
@@ -122,13 +135,16 @@ impl TcpLink {
     /// What is due to be looked at.
     fn next_look(&mut self) -> Look {
         let now = Instant::now();
-        let interval = ALL_EVERY * self.peers.len() as u32;
-        if self.last_look.is_some_and(|last| now - last < interval) {
-            return Look::Busy;
+        let is_due = |last: Option<Instant>, every| last.is_none_or(|last| now - last >= every);
+        if is_due(self.last_look.control, CONTROL_EVERY) {
+            self.last_look = LastLook { all: Some(now), control: Some(now) };
+            Look::Control
+        } else if is_due(self.last_look.all, ALL_EVERY * self.peers.len() as u32) {
+            self.last_look.all = Some(now);
+            Look::All
+        } else {
+            Look::Busy
         }
-        self.last_look = Some(now);
-        self.looks = self.looks.wrapping_add(1);
-        if self.looks.is_multiple_of(CONTROL_EVERY) { Look::Control } else { Look::All }
     }
 
     /// Moves on what can be on all connections.
@@ -273,8 +289,7 @@ impl Link for TcpLink {
             epoch: self.epoch + 1,
             peers,
             arrived: VecDeque::new(),
-            last_look: None,
-            looks: 0,
+            last_look: LastLook::default(),
             looked: false,
         };
         smaller.with_early()

@@ -25,6 +25,7 @@ mod door;
 mod hello;
 mod link;
 mod meeting;
+mod mesh;
 mod rendezvous;
 #[cfg(test)]
 mod tests;

@@ -1,39 +1,20 @@
 //! How the processes of a job find each other, from the address of rank 0 on.
 //!
 //! Rank 0 waits for all others and tells each where all are, and the job's cookie. Then each connects to those of lower rank,
-//! and is connected to by those of higher; the connection with rank 0 stays. What is not of this job, whatever it sends or does
-//! not send, is dropped or turned away. A process of this job that cannot be right ends it, with the reason on both sides.
+//! and is connected to by those of higher; the connection with rank 0 stays (`mesh.rs`). What is not of this job, whatever it
+//! sends or does not send, is dropped or turned away. A process of this job that cannot be right ends it, with the reason on both
+//! sides.
 
 use super::TcpConfig;
 use super::channel::{Channel, Frame, Kind};
 use super::door::{Door, Visitor, refuse};
 use super::hello::{Cookie, Guest, Hello, Purpose, Refusal, Table, VERSION};
-use super::link::{MOST_BYTES, MOST_CONTROL_BYTES, Peer};
+use super::link::{MOST_CONTROL_BYTES, Peer};
+use super::mesh::{Half, Mesh, Result, Time, dial_at, hello};
 use crate::comm::pace::Pace;
 use std::collections::VecDeque;
-use std::fmt::Display;
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr, TcpListener, TcpStream, ToSocketAddrs};
 use std::time::{Duration, Instant};
-
-/// Errors are texts, which name what to change.
-type Result<T> = std::result::Result<T, String>;
-
-/// Since the start.
-#[derive(Clone, Copy)]
-struct Time {
-    start: Instant,
-    timeout: Duration,
-}
-
-impl Time {
-    fn left(self) -> Duration {
-        self.timeout.saturating_sub(self.start.elapsed())
-    }
-
-    fn is_over(self) -> bool {
-        self.left().is_zero()
-    }
-}
 
 /// The connections of this process with all others, by rank; rank 0 has its listener from `open`.
 pub(super) fn connect(config: &TcpConfig, open: impl FnOnce() -> Result<TcpListener>) -> Result<Vec<Option<Peer>>> {
@@ -78,12 +59,6 @@ fn resolve(master: &str) -> Result<Vec<SocketAddr>> {
     found.map_err(|error| {
         format!("`master` {master:?} has no address: {error}; it is the host of rank 0 and a port, host:port")
     })
-}
-
-fn hello(config: &TcpConfig, purpose: Purpose, cookie: Cookie, listens: SocketAddr) -> Frame {
-    let guest = Guest { purpose, rank: config.rank, size: config.size, cookie, listens };
-    let hello = Hello { version: VERSION, job: config.job.clone(), guest: Some(guest) };
-    Frame { kind: Kind::Hello, epoch: 0, bytes: hello.encode() }
 }
 
 /// Rank 0, to which all others come.
@@ -134,17 +109,21 @@ impl<'a> Host<'a> {
 
     fn wait(&mut self) -> Result<()> {
         let mut pace = Pace::new();
-        while self.places.iter().skip(1).any(Option::is_none) {
-            if self.time.is_over() {
-                return Err(self.missing());
-            }
+        loop {
+            let is_over = self.time.is_over();
             for visitor in self.door.look() {
                 self.receive(visitor)?;
             }
-            pace.rest();
             self.forget_gone();
+            let missing: Vec<_> = (1..self.places.len()).filter(|&rank| self.places[rank].is_none()).collect();
+            if missing.is_empty() {
+                return Ok(());
+            }
+            if is_over {
+                return Err(self.are_missing(&missing));
+            }
+            pace.rest();
         }
-        Ok(())
     }
 
     /// Those that have gone again may come again.
@@ -158,8 +137,7 @@ impl<'a> Host<'a> {
         }
     }
 
-    fn missing(&self) -> String {
-        let missing: Vec<_> = (1..self.places.len()).filter(|&rank| self.places[rank].is_none()).collect();
+    fn are_missing(&self, missing: &[usize]) -> String {
         let (master, seconds) = (&self.config.master, self.time.timeout.as_secs_f64());
         format!(
             "ranks {missing:?} of {} have not come to rank 0 at {master} within {seconds:.1} s; their errors say why, if they were started",
@@ -302,12 +280,6 @@ fn dial(config: &TcpConfig, time: Time) -> Result<TcpStream> {
     Err(last)
 }
 
-fn dial_at(address: SocketAddr, within: Duration) -> Result<TcpStream> {
-    // No time at all is refused.
-    TcpStream::connect_timeout(&address, within.max(Duration::from_millis(1)))
-        .map_err(|error| format!("cannot connect to {address}: {error}"))
-}
-
 /// A rank that knows where all are.
 struct Connecting<'a> {
     config: &'a TcpConfig,
@@ -341,150 +313,4 @@ impl Connecting<'_> {
             Err(why) => Err(mesh.fail(why)),
         }
     }
-}
-
-/// The connections with another rank, as far as there are any.
-#[derive(Default)]
-struct Half {
-    control: Option<Channel>,
-    data: Option<Channel>,
-    /// What came over the first.
-    frames: VecDeque<Frame>,
-}
-
-impl Half {
-    fn set(&mut self, purpose: Purpose, channel: Channel) {
-        match purpose {
-            Purpose::Data => self.data = Some(channel),
-            Purpose::Control | Purpose::Join => self.control = Some(channel.widened(MOST_CONTROL_BYTES, 0)),
-        }
-    }
-
-    fn has(&self, purpose: Purpose) -> bool {
-        match purpose {
-            Purpose::Data => self.data.is_some(),
-            Purpose::Control | Purpose::Join => self.control.is_some(),
-        }
-    }
-
-    fn into_peer(self) -> Option<Peer> {
-        Some(Peer::new(self.data?, self.control?, self.frames))
-    }
-}
-
-/// A job whose ranks know of each other and connect.
-struct Mesh<'a> {
-    config: &'a TcpConfig,
-    cookie: Cookie,
-    door: Door,
-    halves: Vec<Half>,
-    /// Connections whose other end has not answered yet.
-    asked: Vec<(usize, Purpose, Channel)>,
-    time: Time,
-}
-
-impl Mesh<'_> {
-    /// Connects to a rank.
-    fn ask(&mut self, rank: usize, purpose: Purpose, address: SocketAddr) -> Result<()> {
-        let failed = |why: &dyn Display| {
-            format!(
-                "rank {} and rank {rank} at {address}: {why}; ranks must reach each other at any port",
-                self.config.rank
-            )
-        };
-        let stream = dial_at(address, self.time.left()).map_err(|why| failed(&why))?;
-        // Parcels may follow the answer.
-        let most = if purpose == Purpose::Data { MOST_BYTES } else { MOST_CONTROL_BYTES };
-        let mut channel = Channel::over(stream, most).map_err(|error| failed(&error))?;
-        channel.send(hello(self.config, purpose, self.cookie, address));
-        self.asked.push((rank, purpose, channel));
-        Ok(())
-    }
-
-    /// Waits until all connections are there.
-    fn complete(mut self) -> Result<Vec<Option<Peer>>> {
-        let mut pace = Pace::new();
-        while !self.missing().is_empty() {
-            if let Err(why) = self.look() {
-                return Err(self.fail(why));
-            }
-            pace.rest();
-        }
-        Ok(self.halves.into_iter().map(Half::into_peer).collect())
-    }
-
-    /// Ranks with which a connection is missing.
-    fn missing(&self) -> Vec<usize> {
-        let is_whole = |rank: usize| self.halves[rank].has(Purpose::Control) && self.halves[rank].has(Purpose::Data);
-        (0..self.halves.len()).filter(|&rank| rank != self.config.rank && !is_whole(rank)).collect()
-    }
-
-    fn look(&mut self) -> Result<()> {
-        if self.time.is_over() {
-            let (rank, missing) = (self.config.rank, self.missing());
-            let seconds = self.time.timeout.as_secs_f64();
-            return Err(format!("rank {rank} is not connected with ranks {missing:?} within {seconds:.1} s"));
-        }
-        for visitor in self.door.look() {
-            self.admit(visitor);
-        }
-        self.hear_answers()?;
-        self.halves.iter_mut().enumerate().try_for_each(|(rank, half)| watch(rank, half))
-    }
-
-    /// Takes a connection of a higher rank; all others are dropped.
-    fn admit(&mut self, mut visitor: Visitor) {
-        let ours = visitor.hello.guest.filter(|_| visitor.hello.job == self.config.job);
-        let Some(Guest { purpose, rank, cookie, .. }) = ours else { return };
-        if purpose == Purpose::Join {
-            refuse(&mut visitor.channel, true, &format!("all ranks have come; is rank {rank} started twice?"));
-        } else if cookie == self.cookie && rank > self.config.rank && rank < self.halves.len() {
-            let half = &mut self.halves[rank];
-            if !half.has(purpose) {
-                visitor.channel.send(Frame { kind: Kind::Accepted, epoch: 0, bytes: Vec::new() });
-                half.frames.append(&mut visitor.frames);
-                half.set(purpose, visitor.channel);
-            }
-        }
-    }
-
-    /// Keeps the connections that were accepted.
-    fn hear_answers(&mut self) -> Result<()> {
-        for (rank, purpose, mut channel) in std::mem::take(&mut self.asked) {
-            let mut frames = VecDeque::new();
-            channel.flush();
-            channel.read(&mut frames).map_err(|what| format!("rank {rank}: {what}"))?;
-            match frames.pop_front() {
-                Some(Frame { kind: Kind::Accepted, .. }) => {
-                    self.halves[rank].frames.append(&mut frames);
-                    self.halves[rank].set(purpose, channel);
-                }
-                Some(_) => {
-                    return Err(format!("rank {rank} does not accept a connection of rank {}", self.config.rank));
-                }
-                None if channel.has_ended() => return Err(format!("rank {rank} has ended while the ranks connected")),
-                None => self.asked.push((rank, purpose, channel)),
-            }
-        }
-        Ok(())
-    }
-
-    /// Tells all others, as far as there are connections, why there will be no job.
-    fn fail(mut self, why: String) -> String {
-        let controls = self.halves.iter_mut().filter_map(|half| half.control.as_mut());
-        controls.for_each(|control| refuse(control, true, &why));
-        why
-    }
-}
-
-/// An error if a rank is gone, or says that there will be no job.
-fn watch(rank: usize, half: &mut Half) -> Result<()> {
-    let Some(control) = &mut half.control else { return Ok(()) };
-    control.flush();
-    control.read(&mut half.frames).map_err(|what| format!("rank {rank}: {what}"))?;
-    let refused = half.frames.iter().find(|frame| frame.kind == Kind::Refused);
-    if let Some(Refusal { why, .. }) = refused.and_then(|frame| Refusal::decode(&frame.bytes)) {
-        return Err(format!("rank {rank} says: {why}"));
-    }
-    if control.has_ended() { Err(format!("rank {rank} has ended while the ranks connected")) } else { Ok(()) }
 }
