@@ -33,7 +33,7 @@ pub(crate) struct RankArgs {
     #[arg(long, value_name = "N")]
     expert_slices: Option<usize>,
     /// What is divided over replicas: 0 nothing, 1 moments, 2 gradients too (ZeRO). Whatever of these is not given is chosen: the
-    /// layout that sends the fewest bytes between nodes, of those that fit in memory.
+    /// layout that sends the fewest bytes between nodes, then has the least work on a rank, of those that fit in memory.
     #[arg(long, value_name = "STAGE", value_parser = clap::value_parser!(u8).range(0..=2))]
     zero: Option<u8>,
     /// Most memory of a rank, such as 6GB or 800MB: a layout that needs more is refused before the run starts, and a run that
