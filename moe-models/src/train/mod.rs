@@ -40,7 +40,7 @@ pub use model::TrainModel;
 pub use non_finite::{NonFinite, NonFiniteLoss};
 pub use observer::{Event, Observer, Silent};
 pub use prepare::{RunText, TokenizerChoice};
-pub use ranks::{OneRank, Passes, Ranks, Traffic, first_rank_first};
+pub use ranks::{DividedParam, OneRank, Passes, Ranks, Traffic, first_rank_first};
 pub use run_folder::{RunFolder, lock_for, take_over_for};
 pub use saving::Saving;
 pub use timeline::Timeline;

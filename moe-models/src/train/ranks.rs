@@ -143,9 +143,18 @@ pub trait Ranks: Debug + Send {
     /// This rank has failed in its passes, and others may wait for it in theirs or between them: tells them.
     fn fail(&self, _why: &Error) {}
 
-    /// How gradients and moments are divided; `groups` names the group of each parameter held here, those of one group being on
-    /// the same ranks. A plan: nothing is exchanged.
-    fn division(&self, units: Units, groups: &[String]) -> Result<Box<dyn Division>>;
+    /// How gradients and moments of `params` are divided, which all ranks have in this order, each its part of them. A plan: nothing
+    /// is exchanged.
+    fn division(&self, units: Units, params: &[DividedParam]) -> Result<Box<dyn Division>>;
+}
+
+/// A parameter whose gradient and moments may be divided.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct DividedParam {
+    /// As on every rank.
+    pub name: String,
+    /// Parameters of one group are on the same ranks ([`super::TrainModel::grad_group`]).
+    pub group: String,
 }
 
 /// A run of one rank.
@@ -169,7 +178,7 @@ impl Ranks for OneRank {
         Ok(vec![own])
     }
 
-    fn division(&self, units: Units, _: &[String]) -> Result<Box<dyn Division>> {
+    fn division(&self, units: Units, _: &[DividedParam]) -> Result<Box<dyn Division>> {
         Ok(Box::new(Undivided(Owned::everything(units))))
     }
 }
@@ -280,8 +289,8 @@ mod tests {
         fn exchange(&self, _: Phase, own: Vec<u64>) -> Result<Vec<Vec<u64>>> {
             Ok(vec![own, self.0.clone()])
         }
-        fn division(&self, units: Units, groups: &[String]) -> Result<Box<dyn Division>> {
-            OneRank.division(units, groups)
+        fn division(&self, units: Units, params: &[DividedParam]) -> Result<Box<dyn Division>> {
+            OneRank.division(units, params)
         }
     }
 

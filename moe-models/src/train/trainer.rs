@@ -14,7 +14,7 @@ use super::model::{TokenBatch, TrainModel, TrainPass, update_rules};
 use super::non_finite::NonFinite;
 use super::observer::{Event, Observer};
 use super::optimizer::{AdamW, StepReport, Update};
-use super::ranks::{Ranks, Traffic, all_well, any, most};
+use super::ranks::{DividedParam, Ranks, Traffic, all_well, any, most};
 use super::run_folder::RunFolder;
 use super::saving::{Contents, Saving, verify_over};
 use super::step::{BatchSums, StepBuffers, accumulate_share};
@@ -501,8 +501,9 @@ fn open_store(folder: &RunFolder, config: &TrainConfig) -> Result<CheckpointStor
 
 /// This rank's part of gradients, moments and updates.
 fn division<M: TrainModel>(model: &M, saving: &Saving, ranks: &dyn Ranks) -> Result<Box<dyn Division>> {
-    let groups: Vec<String> = model.params().iter().map(|(name, _)| model.grad_group(name)).collect();
-    ranks.division(saving.units()?, &groups)
+    let param = |name: &String| DividedParam { name: name.clone(), group: model.grad_group(name) };
+    let params: Vec<_> = model.params().iter().map(|(name, _)| param(name)).collect();
+    ranks.division(saving.units()?, &params)
 }
 
 /// Settings are recorded in checkpoints, so one that the model does not follow would tell a lie about the run.

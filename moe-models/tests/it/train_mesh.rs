@@ -7,7 +7,7 @@ use candle_core::Device;
 use moe_models::gpt::Gpt;
 use moe_models::train::optimizer::{AdamW, Update, UpdateRule};
 use moe_models::train::step::{BatchSums, StepBuffers, accumulate_share};
-use moe_models::train::{OneRank, Ranks, Saving, TrainConfig, TrainModel, Zero};
+use moe_models::train::{DividedParam, OneRank, Ranks, Saving, TrainConfig, TrainModel, Zero};
 use moe_models::{TokenBatch, TrainPass};
 use moe_parallel::ParallelDims;
 use moe_parallel::comm::thread::ThreadWorld;
@@ -46,9 +46,10 @@ fn batches(config: &TrainConfig, count: usize, step: usize) -> (Vec<TokenBatch>,
 /// What one rank does of the steps.
 fn steps(model: &Gpt, ranks: &dyn Ranks, count: usize) -> (Vec<f64>, Vec<f64>) {
     let config = config();
-    let groups: Vec<String> = TrainModel::params(model).iter().map(|(name, _)| model.grad_group(name)).collect();
+    let param = |name: &String| DividedParam { name: name.clone(), group: model.grad_group(name) };
+    let params: Vec<_> = TrainModel::params(model).iter().map(|(name, _)| param(name)).collect();
     let mut division =
-        ranks.division(Saving::new(model, model.placement()).unwrap().units().unwrap(), &groups).unwrap();
+        ranks.division(Saving::new(model, model.placement()).unwrap().units().unwrap(), &params).unwrap();
     let rules: Vec<UpdateRule> =
         TrainModel::params(model).iter().map(|(name, var)| model.update_rule(name, var.dims())).collect();
     // Without a large epsilon a gradient that is zero but for rounding moves by a whole step.

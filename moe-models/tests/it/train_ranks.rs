@@ -26,8 +26,8 @@ pub(crate) struct Layout {
 
 impl Layout {
     pub(crate) fn new(dims: ParallelDims, zero: Zero) -> Self {
-        // Buckets of a few parameters each, some of them in chunks of several ranks.
-        Self { dims, reduce: ReduceConfig { zero, bucket_elements: 700, overlap: true } }
+        // Buckets of a few parameters each, some of them in chunks of several ranks; most have to wait for others.
+        Self { dims, reduce: ReduceConfig { zero, bucket_elements: 700, most_under_way: 1500, overlap: true } }
     }
 
     /// Whole models, each with micro-batches of its own.
@@ -404,6 +404,7 @@ fn what_goes_wrong_on_one_rank_is_decided_on_by_all() {
     let own = &panicked[1].0;
     assert!(own.contains("micro-batch 1") && own.contains("out of bounds"), "{own}");
     for rank in [0, 2] {
-        assert_eq!(panicked[rank].0, format!("rank 1: {own}"));
+        let told = &panicked[rank].0;
+        assert!(told.contains("rank 1") && told.contains(own), "{told}");
     }
 }

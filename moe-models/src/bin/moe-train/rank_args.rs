@@ -128,6 +128,7 @@ impl RankArgs {
         let elements = self.bucket_size.map(|bytes| (bytes / size_of::<f32>()).max(1));
         ReduceConfig {
             bucket_elements: elements.unwrap_or(default.bucket_elements),
+            most_under_way: 2 * elements.unwrap_or(default.bucket_elements),
             overlap: !self.no_overlap,
             ..default
         }

@@ -36,7 +36,7 @@ pub struct MemoryBytes {
     pub gradients: usize,
     /// Moments, f32.
     pub moments: usize,
-    /// Messages of gradients or parameters under way.
+    /// Messages of gradients or parameters under way, at most.
     pub messages: usize,
     /// What a pass keeps for its backward pass: an estimate.
     pub activations: usize,
@@ -194,7 +194,12 @@ impl At<'_> {
             copies: if self.size.precision == Precision::Bf16 { BF16 * matrices } else { 0 },
             gradients: F32 * if self.reduce.zero == Zero::Gradients { owned + 2 * bucket } else { parameters },
             moments: 2 * F32 * if self.reduce.zero == Zero::Off { parameters } else { owned },
-            messages: if travels { 2 * F32 * bucket } else { 0 },
+            // One bucket being cut, others on their way out and in; of sums to all, those that have come as well.
+            messages: if travels {
+                F32 * (bucket + 3 * bucket.max(self.reduce.most_under_way.min(parameters)))
+            } else {
+                0
+            },
             activations: self.activations(),
         };
         let mut counts: Vec<usize> =

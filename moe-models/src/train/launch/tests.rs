@@ -18,7 +18,7 @@ fn size() -> RunSize {
 }
 
 fn reduce(zero: Zero) -> ReduceConfig {
-    ReduceConfig { zero, bucket_elements: 1000, overlap: true }
+    ReduceConfig { zero, bucket_elements: 1000, most_under_way: 2000, overlap: true }
 }
 
 fn cost(dims: ParallelDims, ranks_per_node: usize, zero: Zero) -> LayoutCost {

@@ -15,16 +15,17 @@ pub(super) struct Bucket {
     pub(super) params: Vec<usize>,
 }
 
-/// Cuts parameters, whose groups are `groups`, into buckets of about `limit` elements: those whose gradients are complete early in
-/// a backward pass come first, which are the last of the model.
-pub(super) fn buckets(units: &Units, groups: &[usize], limit: usize) -> Vec<Bucket> {
+/// Cuts parameters of these `sizes`, whose groups are `groups`, into buckets of about `limit` elements: those whose gradients are
+/// complete early in a backward pass come first, which are the last of the model. Ranks that wait for each other's buckets need
+/// the same, in the same order: the sizes are not those of one rank.
+pub(super) fn buckets(sizes: &[usize], groups: &[usize], limit: usize) -> Vec<Bucket> {
     let count = groups.iter().max().map_or(0, |most| most + 1);
     let mut open = vec![(Vec::new(), 0); count];
     let mut done: Vec<Vec<usize>> = Vec::new();
     for param in (0..groups.len()).rev() {
         let (params, elements) = &mut open[groups[param]];
         params.push(param);
-        *elements += units.elements(param);
+        *elements += sizes[param];
         if *elements >= limit {
             *elements = 0;
             done.push(std::mem::take(params));
@@ -76,15 +77,15 @@ mod tests {
 
     #[test]
     fn buckets_are_cut_from_the_back_and_keep_groups_apart() {
-        let units = units(&[100, 5, 5, 50, 7, 1, 60, 2]);
+        let sizes = [100, 5, 5, 50, 7, 1, 60, 2];
         let groups = [0, 0, 1, 1, 0, 0, 1, 0];
-        let cut = buckets(&units, &groups, 10);
+        let cut = buckets(&sizes, &groups, 10);
         let params: Vec<_> = cut.iter().map(|bucket| (bucket.group, bucket.params.as_slice())).collect();
         let want: [(usize, &[usize]); 5] = [(1, &[6]), (0, &[4, 5, 7]), (1, &[3]), (1, &[2]), (0, &[0, 1])];
         assert_eq!(params, want);
         // One for each group if nothing is too large.
-        assert_eq!(buckets(&units, &groups, 1000).len(), 2);
-        assert!(buckets(&units, &groups[..0], 10).is_empty());
+        assert_eq!(buckets(&sizes, &groups, 1000).len(), 2);
+        assert!(buckets(&sizes, &groups[..0], 10).is_empty());
     }
 
     /// The members of a group together own every element once, and what each owns is what the others think.
@@ -92,7 +93,7 @@ mod tests {
     fn members_own_everything_once() {
         let sizes = [100_000, 5, 300_001, 50, 17_000];
         let units = units(&sizes);
-        let cut = buckets(&units, &[0, 0, 1, 0, 1], 200_000);
+        let cut = buckets(&sizes, &[0, 0, 1, 0, 1], 200_000);
         for members in [1, 2, 3, 5] {
             let all: Vec<_> = (0..members).map(|m| owned(units.clone(), &cut, |_| (m, members)).unwrap()).collect();
             for (param, &size) in sizes.iter().enumerate() {

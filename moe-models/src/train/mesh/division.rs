@@ -5,6 +5,7 @@ use super::buckets::{Bucket, buckets, owned};
 use super::{GroupRanks, MeshRanks, Sent, UPDATE, Zero, exchange};
 use crate::train::division::Division;
 use crate::train::optimizer::{ChunkSum, Grads, Owned, Units, with_values};
+use crate::train::ranks::DividedParam;
 use crate::train::timeline::{Track, covered};
 use crate::{Error, Result};
 use candle_core::Var;
@@ -79,6 +80,7 @@ pub(super) struct MeshDivision {
     sent: Arc<Sent>,
     zero: Zero,
     overlap: bool,
+    most_under_way: usize,
     /// What the optimizer updates.
     owned: Owned,
     buckets: Vec<Vec<usize>>,
@@ -88,6 +90,8 @@ pub(super) struct MeshDivision {
     adding: VecDeque<Flight<ReduceScattering<f32>>>,
     /// Buckets whose sums are under way to all.
     gathering: VecDeque<Flight<Gathering<f32>>>,
+    /// Sums of what is owned of buckets, which are to go to all as soon as there is room for more messages.
+    held_back: VecDeque<(usize, Vec<f32>)>,
     /// When buckets were under way in this step.
     under_way: Vec<(Instant, Instant)>,
     /// Where only moments are divided: sums of what is owned of buckets, until they are written where gradients are kept.
@@ -98,20 +102,25 @@ pub(super) struct MeshDivision {
 }
 
 impl MeshDivision {
-    pub(super) fn new(ranks: &MeshRanks, units: Units, names: &[String]) -> Result<Self> {
-        let number = |name: &String| {
+    pub(super) fn new(ranks: &MeshRanks, units: Units, params: &[DividedParam]) -> Result<Self> {
+        let number = |DividedParam { group: name, .. }: &DividedParam| {
             let known = ranks.groups.iter().position(|group| group.name.as_ref().is_none_or(|own| own == name));
             known.ok_or_else(|| Error::Argument(format!("no parameter of the mesh's model is in the group {name}")))
         };
-        let numbers = names.iter().map(number).collect::<Result<Vec<_>>>()?;
-        let list = buckets(&units, &numbers, ranks.config.bucket_elements);
+        let numbers = params.iter().map(number).collect::<Result<Vec<_>>>()?;
+        // Whole models are of one size everywhere.
+        let size = |(index, param): (usize, &DividedParam)| {
+            ranks.sizes.get(&param.name).copied().unwrap_or_else(|| units.elements(index))
+        };
+        let sizes: Vec<usize> = params.iter().enumerate().map(size).collect();
+        let list = buckets(&sizes, &numbers, ranks.config.bucket_elements);
         let size = |group: usize| ranks.groups[group].sums.size();
         let parts: Vec<_> = list.iter().map(|bucket| Parts::new(&units, bucket, size(bucket.group))).collect();
         let zero = ranks.config.zero;
         let member = |group: usize| (ranks.groups[group].sums.rank(), size(group));
         let divided = owned(units.clone(), &list, member)?;
         let sums = if zero == Zero::Gradients {
-            (0..names.len()).map(|param| vec![0.0; divided.elements(param)]).collect()
+            (0..params.len()).map(|param| vec![0.0; divided.elements(param)]).collect()
         } else {
             Vec::new()
         };
@@ -122,6 +131,7 @@ impl MeshDivision {
             sent: Arc::clone(&ranks.sent),
             zero,
             overlap: ranks.config.overlap,
+            most_under_way: ranks.config.most_under_way,
             owned: if zero == Zero::Off { Owned::everything(units) } else { divided },
             group_of: list.iter().map(|bucket| bucket.group).collect(),
             stale: vec![true; list.len()],
@@ -129,6 +139,7 @@ impl MeshDivision {
             parts,
             adding: VecDeque::new(),
             gathering: VecDeque::new(),
+            held_back: VecDeque::new(),
             under_way: Vec::new(),
             added: Vec::new(),
             sums,
@@ -147,13 +158,36 @@ impl MeshDivision {
     fn take_sums(&mut self, bucket: usize, sums: Vec<f32>) -> Result<()> {
         match self.zero {
             Zero::Off => {
-                let (parts, ranks) = (&self.parts[bucket], self.ranks(bucket));
-                let gathering = ranks.values.start_all_gather_v(SUMS, &sums, &parts.counts)?;
-                self.sent.count(&*ranks.values, self.ranks_per_node, |_| sums.len());
-                self.gathering.push_back(Flight::new(bucket, gathering));
+                self.held_back.push_back((bucket, sums));
+                self.gather_more()?;
             }
             Zero::Moments => self.added.push((bucket, sums)),
             Zero::Gradients => self.accumulate(bucket, &sums),
+        }
+        Ok(())
+    }
+
+    fn elements(&self, bucket: usize) -> usize {
+        self.parts[bucket].counts.iter().sum()
+    }
+
+    /// Whether a bucket may go on its way beside others of so many elements.
+    fn has_room(&self, others: impl Iterator<Item = usize>, bucket: usize) -> bool {
+        let others: usize = others.map(|bucket| self.elements(bucket)).sum();
+        others == 0 || others + self.elements(bucket) <= self.most_under_way
+    }
+
+    /// Sends sums to all, in the order of their buckets, as long as there is room.
+    fn gather_more(&mut self) -> Result<()> {
+        while let Some(&(bucket, _)) = self.held_back.front() {
+            if !self.has_room(self.gathering.iter().map(|flight| flight.bucket), bucket) {
+                return Ok(());
+            }
+            let Some((bucket, sums)) = self.held_back.pop_front() else { return Ok(()) };
+            let (parts, ranks) = (&self.parts[bucket], self.ranks(bucket));
+            let gathering = ranks.values.start_all_gather_v(SUMS, &sums, &parts.counts)?;
+            self.sent.count(&*ranks.values, self.ranks_per_node, |_| sums.len());
+            self.gathering.push_back(Flight::new(bucket, gathering));
         }
         Ok(())
     }
@@ -241,6 +275,11 @@ impl Division for MeshDivision {
             self.accumulate(bucket, &values);
             return Ok(after);
         }
+        // Whoever is behind never waits for what is sent here only now, so this ends.
+        while !self.has_room(self.adding.iter().map(|flight| flight.bucket), bucket) {
+            self.take_next()?;
+        }
+        let (ranks, parts) = (self.ranks(bucket), &self.parts[bucket]);
         let adding = ranks.sums.start_reduce_scatter_v(SUMS, &values, &parts.counts, Reduction::Sum)?;
         self.sent.count(&*ranks.sums, self.ranks_per_node, |member| parts.counts[member]);
         self.adding.push_back(Flight::new(bucket, adding));
@@ -266,6 +305,7 @@ impl Division for MeshDivision {
             for (member, sums) in parts.iter().enumerate() {
                 paste(self, bucket, member, sums, buffers);
             }
+            self.gather_more()?;
         }
         self.sent.was_busy(covered(std::mem::take(&mut self.under_way)));
         Ok(())

@@ -7,14 +7,16 @@ mod division;
 use super::division::Division;
 use super::model::grad_group;
 use super::optimizer::Units;
-use super::ranks::{Passes, Ranks, Traffic};
+use super::ranks::{DividedParam, Passes, Ranks, Traffic};
 use super::timeline::{Timeline, Track};
 use crate::params::ParamTable;
 use crate::{Error, Result};
 use division::MeshDivision;
+use moe_core::ParamSpec;
 use moe_parallel::dims::part;
 use moe_parallel::{Collectives, Communicator, ExchangeConfig, Mesh, ParallelDims, Phase, Placement, Site};
 use serde::{Deserialize, Serialize};
+use std::collections::HashMap;
 use std::ops::Range;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
@@ -60,14 +62,17 @@ pub struct ReduceConfig {
     pub zero: Zero,
     /// Gradients that travel together, about so many elements.
     pub bucket_elements: usize,
+    /// Most elements of buckets under way at a time, each way, but for one bucket that alone has more: their messages are in memory
+    /// beside the gradients.
+    pub most_under_way: usize,
     /// Whether they travel while the backward pass still runs.
     pub overlap: bool,
 }
 
 impl Default for ReduceConfig {
-    /// 4 Mi elements, overlapped.
+    /// 4 Mi elements, two such buckets under way, overlapped.
     fn default() -> Self {
-        Self { zero: Zero::Off, bucket_elements: 4 << 20, overlap: true }
+        Self { zero: Zero::Off, bucket_elements: 4 << 20, most_under_way: 8 << 20, overlap: true }
     }
 }
 
@@ -101,6 +106,8 @@ pub struct MeshRanks {
     config: ReduceConfig,
     /// Whether passes exchange rows or parts of products.
     meeting: bool,
+    /// Of each parameter, the elements of the rank that holds most of it: so all ranks make the same buckets.
+    sizes: HashMap<String, usize>,
     sent: Arc<Sent>,
 }
 
@@ -171,7 +178,12 @@ impl MeshRanks {
             }
             groups.push(GroupRanks::new(Some(name), &*mesh.gradient_group(spec)?)?);
         }
-        Ok(Self { mesh: Arc::clone(mesh), groups, config, meeting, sent: Arc::default() })
+        let placements = (0..dims.world_size()).map(|rank| Placement::new(dims, rank));
+        let placements = placements.collect::<moe_parallel::Result<Vec<_>>>()?;
+        let held = |spec: &ParamSpec, at: &Placement| at.local_shape(spec).iter().product::<usize>();
+        let most = |spec: &ParamSpec| placements.iter().map(|at| held(spec, at)).max().unwrap_or(0);
+        let sizes = table.specs().iter().map(|spec| (spec.name.clone(), most(spec))).collect();
+        Ok(Self { mesh: Arc::clone(mesh), groups, config, meeting, sizes, sent: Arc::default() })
     }
 
     /// Of whole models of any kind, each with micro-batches of its own. Called by all ranks.
@@ -183,18 +195,13 @@ impl MeshRanks {
         let nodes = world.size();
         let mesh = Arc::new(Mesh::new(world, dims, nodes, ExchangeConfig::default())?);
         let groups = vec![GroupRanks::new(None, &**mesh.data())?];
-        Ok(Self { mesh, groups, config, meeting: false, sent: Arc::default() })
+        Ok(Self { mesh, groups, config, meeting: false, sizes: HashMap::new(), sent: Arc::default() })
     }
 
     /// The same, whose steps are drawn in a timeline.
     #[must_use]
     pub fn with_timeline(self, timeline: Arc<Timeline>) -> Self {
         Self { sent: Arc::new(Sent { timeline: Some(timeline), ..Sent::default() }), ..self }
-    }
-
-    /// Whether ranks wait for each other in their passes or between them: each has as many as every other.
-    fn in_step(&self) -> bool {
-        self.meeting || self.config.zero == Zero::Gradients
     }
 
     /// The mesh.
@@ -224,7 +231,9 @@ impl Ranks for MeshRanks {
 
     fn passes(&self, count: usize) -> Passes {
         let most = count.div_ceil(self.mesh.placement().dims().dp);
-        Passes { rounds: if self.in_step() { most } else { self.share(count).len() }, meeting: self.meeting }
+        // Ranks wait for each other in their passes or between them: each has as many as every other.
+        let in_step = self.meeting || self.config.zero == Zero::Gradients;
+        Passes { rounds: if in_step { most } else { self.share(count).len() }, meeting: self.meeting }
     }
 
     fn traffic(&self) -> Option<Traffic> {
@@ -244,13 +253,13 @@ impl Ranks for MeshRanks {
     }
 
     fn fail(&self, why: &Error) {
-        if self.in_step() && why.fault().is_none() {
+        if self.mesh.world().size() > 1 && why.fault().is_none() {
             self.mesh.world().give_up(Site::new(Phase::Forward), why.to_string());
         }
     }
 
-    fn division(&self, units: Units, groups: &[String]) -> Result<Box<dyn Division>> {
-        Ok(Box::new(MeshDivision::new(self, units, groups)?))
+    fn division(&self, units: Units, params: &[DividedParam]) -> Result<Box<dyn Division>> {
+        Ok(Box::new(MeshDivision::new(self, units, params)?))
     }
 }
 
