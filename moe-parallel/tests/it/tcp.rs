@@ -13,7 +13,7 @@ use std::time::{Duration, Instant};
 
 const RANKS: usize = 4;
 /// Of every operation.
-const TIMEOUT: Duration = Duration::from_secs(1);
+const TIMEOUT: Duration = Duration::from_millis(1500);
 /// After this a job is a hang.
 const HARD_LIMIT: Duration = Duration::from_secs(30);
 const SITE: Site = Site::layer(Phase::Forward, 2);
