@@ -48,14 +48,14 @@ const STEPS: u64 = 14;
 const WARM_UP: u64 = 4;
 const TOKENS: u64 = 16 * 256;
 
-/// The same model and global batch for all: two layers of 8 experts beside a residual network, 8 micro-batches of 2 x 256 tokens.
+/// The same model and global batch for all: three layers of 8 experts beside a residual network, 8 micro-batches of 2 x 256 tokens.
 fn arguments(out: &Path, cache: &Path) -> Vec<String> {
     let tokens = (STEPS * TOKENS).to_string();
     let mut all: Vec<String> = [
         "--preset",
         "tiny-pr-moe",
         "--num-experts",
-        "8,8",
+        "8,8,8",
         "--seq-length",
         "256",
         "--micro-batch-size",
