@@ -113,6 +113,7 @@ const ZERO: [Zero; 3] = [Zero::Off, Zero::Moments, Zero::Gradients];
 fn layouts() -> Vec<ParallelDims> {
     [
         (4, 1, 1, 1),
+        (2, 1, 2, 1),
         (4, 1, 4, 1),
         (4, 1, 2, 1),
         (2, 2, 2, 1),
@@ -129,7 +130,7 @@ fn layouts() -> Vec<ParallelDims> {
 /// Where sums have the order of one rank they have its bits; elsewhere they differ by rounding.
 #[test]
 fn steps_of_every_layout_are_those_of_one_rank() {
-    for count in [1, 4, 5] {
+    for count in [1, 2, 4, 5] {
         let want = alone(count);
         for dims in layouts() {
             for zero in ZERO {

@@ -58,7 +58,7 @@ struct End {
     outcome: Outcome,
     weights: BTreeMap<String, Vec<f32>>,
     steps: Vec<(u64, u64, u64)>,
-    valid: Vec<u64>,
+    valid: Vec<(u64, u64)>,
 }
 
 /// What a rank holds, where it belongs in the whole tensors; what several hold must be the same.
@@ -128,7 +128,7 @@ fn run(case: &Case, model: Gpt, folder: RunFolder, resume: Option<&Path>, stop_a
             steps.push((*step, loss.to_bits(), grad_norm.to_bits()));
             stop.store(stops && *step == stop_after, Ordering::Relaxed);
         }
-        Event::Validated { loss, .. } => valid.push(loss.to_bits()),
+        Event::Validated { step, loss, .. } => valid.push((*step, loss.to_bits())),
         _ => {}
     };
     let outcome = trainer.run(&stop, &mut observer).unwrap();
@@ -266,7 +266,15 @@ fn a_run_goes_on_in_any_layout() {
         let close = |got: &f64, want: &f64| (got - want).abs() < 1e-5 * want.abs();
         assert!(close(loss, want_loss) && close(norm, want_norm), "step {step}: {got:?} {want:?}");
     }
-    assert_eq!(valid.is_empty(), one.valid.is_empty());
+    valid.extend(end.valid);
+    let mut compared = 0;
+    for (step, loss) in &valid {
+        let Some((_, want)) = one.valid.iter().find(|(at, _)| at == step) else { continue };
+        let (loss, want) = (f64::from_bits(*loss), f64::from_bits(*want));
+        assert!((loss - want).abs() < 1e-5 * want, "step {step}: validation {loss}, want {want}");
+        compared += 1;
+    }
+    assert!(compared >= 3, "{valid:?} {:?}", one.valid);
     for (name, got) in &end.weights {
         let want = &one.weights[name];
         let largest = want.iter().fold(1e-3f32, |most, v| most.max(v.abs()));
