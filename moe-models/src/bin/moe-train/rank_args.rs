@@ -59,8 +59,9 @@ pub(crate) struct RankArgs {
     #[arg(long, value_name = "DIR")]
     pub(crate) trace: Option<PathBuf>,
     /// Seconds after which a rank that does not answer ends the run.
-    #[arg(long, value_name = "SECONDS", default_value = "600")]
-    comm_timeout: f64,
+    /// [default: 600]
+    #[arg(long, value_name = "SECONDS")]
+    comm_timeout: Option<f64>,
     /// How often a run whose rank has died or got stuck goes on from its newest checkpoint with the ranks that are left, in a
     /// layout that is possible for them.
     #[arg(long, value_name = "N", default_value = "0")]
@@ -91,6 +92,9 @@ enum CoordinationArg {
     Tokens,
 }
 
+/// Seconds.
+const COMM_TIMEOUT: f64 = 600.0;
+
 /// `800MB`, `1.5GiB`, `4096`.
 fn bytes(text: &str) -> Result<usize, String> {
     let text = text.trim();
@@ -114,8 +118,9 @@ fn bytes(text: &str) -> Result<usize, String> {
 impl RankArgs {
     pub(crate) fn request(&self) -> Result<LayoutRequest> {
         let zero = self.zero.map(Zero::try_from).transpose().map_err(anyhow::Error::msg)?;
-        let Self { dp, tp, ep, expert_slices, memory_budget, .. } = *self;
-        for (name, value) in [("--dp", dp), ("--tp", tp), ("--ep", ep), ("--expert-slices", expert_slices)] {
+        let Self { dp, tp, ep, expert_slices, memory_budget, ranks_per_node, .. } = *self;
+        let numbers = [("--dp", dp), ("--tp", tp), ("--ep", ep), ("--expert-slices", expert_slices)];
+        for (name, value) in numbers.into_iter().chain([("--ranks-per-node", ranks_per_node)]) {
             if value == Some(0) {
                 bail!("{name} must be at least 1");
             }
@@ -152,9 +157,10 @@ impl RankArgs {
     }
 
     pub(crate) fn timeout(&self) -> Result<Duration> {
-        match Duration::try_from_secs_f64(self.comm_timeout) {
+        let seconds = self.comm_timeout.unwrap_or(COMM_TIMEOUT);
+        match Duration::try_from_secs_f64(seconds) {
             Ok(timeout) if !timeout.is_zero() => Ok(timeout),
-            _ => bail!("--comm-timeout must be a number of seconds above 0, got {}", self.comm_timeout),
+            _ => bail!("--comm-timeout must be a number of seconds above 0, got {seconds}"),
         }
     }
 
@@ -169,6 +175,10 @@ impl RankArgs {
             ("--engine", self.engine.is_some()),
             ("--route", self.route.is_some()),
             ("--coordination", self.coordination.is_some()),
+            ("--ranks-per-node", above_one(self.ranks_per_node)),
+            ("--bucket-size", self.bucket_size.is_some()),
+            ("--no-overlap", self.no_overlap),
+            ("--comm-timeout", self.comm_timeout.is_some()),
             ("--trace", self.trace.is_some()),
             ("--max-restarts", self.max_restarts > 0),
         ];

@@ -154,9 +154,10 @@ fn too_large(world_size: usize, request: &LayoutRequest, asked: &[&LayoutCost]) 
     let budget = request.memory_budget.unwrap_or(0);
     let gb = |bytes: usize| bytes as f64 / 1e9;
     Error::Config(format!(
-        "{} on {world_size} ranks does not fit the memory budget of {:.2} GB a rank: the smallest, {} with zero {}, needs {:.2} \
+        "{} on {world_size} rank{} does not fit the memory budget of {:.2} GB a rank: the smallest, {} with zero {}, needs {:.2} \
          GB; raise the budget, start more ranks, or make micro-batches smaller",
         request.text(),
+        if world_size == 1 { "" } else { "s" },
         gb(budget),
         named(&smallest.copied().into_iter().collect::<Vec<_>>()),
         u8::from(zero),

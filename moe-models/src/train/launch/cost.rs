@@ -72,7 +72,7 @@ impl AddAssign for LevelBytes {
 
 /// What one rank sends in a step.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
-pub struct Traffic {
+pub struct TrafficBytes {
     /// Gradients, and sums or parameters on their way back.
     pub gradients: LevelBytes,
     /// Rows to experts and back, in both passes, for an even load.
@@ -81,7 +81,7 @@ pub struct Traffic {
     pub tensors: LevelBytes,
 }
 
-impl Traffic {
+impl TrafficBytes {
     /// All of it.
     pub fn total(&self) -> LevelBytes {
         let mut total = self.gradients;
@@ -104,7 +104,7 @@ pub struct RankCost {
     /// Memory.
     pub memory: MemoryBytes,
     /// Messages.
-    pub traffic: Traffic,
+    pub traffic: TrafficBytes,
 }
 
 /// A layout with its price.
@@ -160,8 +160,8 @@ impl LayoutCost {
     }
 
     /// What all ranks send in a step.
-    pub fn traffic(&self) -> Traffic {
-        self.ranks.iter().fold(Traffic::default(), |mut sum, rank| {
+    pub fn traffic(&self) -> TrafficBytes {
+        self.ranks.iter().fold(TrafficBytes::default(), |mut sum, rank| {
             sum.gradients += rank.traffic.gradients;
             sum.rows += rank.traffic.rows;
             sum.tensors += rank.traffic.tensors;
@@ -208,7 +208,7 @@ impl At<'_> {
         counts.dedup();
         let experts = counts.into_iter().map(|count| (count, self.placement.experts(count))).collect();
         let traffic =
-            Traffic { gradients: self.gradients(groups.values()), rows: self.rows(), tensors: self.tensors() };
+            TrafficBytes { gradients: self.gradients(groups.values()), rows: self.rows(), tensors: self.tensors() };
         RankCost { parameters, experts, work: self.work(table), memory, traffic }
     }
 

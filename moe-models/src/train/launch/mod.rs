@@ -8,5 +8,5 @@ mod tests;
 mod variables;
 
 pub use choose::{LayoutRequest, choose};
-pub use cost::{LayoutCost, LevelBytes, MemoryBytes, RankCost, RunSize, Traffic};
+pub use cost::{LayoutCost, LevelBytes, MemoryBytes, RankCost, RunSize, TrafficBytes};
 pub use variables::{Launched, Launcher, find};
