@@ -1,7 +1,7 @@
 //! [`Saving`]: what each rank of a run writes of a checkpoint, and reads of one: of any layout, by boxes of whole tensors.
 
 use super::checkpoint::{CheckpointStore, TrainerState};
-use super::division::Division;
+use super::division::{Division, Undivided};
 use super::export::write_tokenizer;
 use super::lock::RunLock;
 use super::model::{TrainModel, update_rules};
@@ -91,9 +91,10 @@ impl Saving {
     /// What this rank writes of the moments of each trained parameter. Where ranks that hold the same part divide them, each
     /// writes its own; of parts that several such groups hold, the group of the first rank that holds it.
     fn moment_writes(&self, division: &dyn Division) -> Result<Vec<Vec<Range<usize>>>> {
+        let divided = (0..self.trained.len()).any(|param| division.divides(param).is_some());
         let dims = self.placement.dims();
         let mut first_holder: HashMap<String, usize> = HashMap::new();
-        for rank in (0..dims.world_size()).rev() {
+        for rank in (0..dims.world_size()).rev().filter(|_| divided) {
             let placement = Placement::new(dims, rank)?;
             for &spec in &self.trained {
                 first_holder.extend(placement.extents(&self.specs[spec]).into_iter().map(|e| (e.key(), rank)));
@@ -115,42 +116,28 @@ impl Saving {
         Ok(self.trained.iter().enumerate().map(of).collect())
     }
 
-    /// Writes a checkpoint of the state `state`, all ranks together, whose moments are `moments` on this one. Rank 0 gives the
-    /// folder its name once every part is on the disk; on an error nothing is left of it, and those before are untouched. A fault
-    /// leaves what is written by then, since some ranks may write still: the folder has no name of its own, and is removed when
-    /// the store is opened next.
+    /// Writes a checkpoint, all ranks together. Rank 0 gives the folder its name once every part is on the disk; on an error nothing
+    /// is left of it, and those before are untouched. A fault leaves what is written by then, since some ranks may write still: the
+    /// folder has no name of its own, and is removed when the store is opened next.
     ///
     /// # Errors
     /// [`Error::Io`] and the model's errors if something cannot be written on any rank; as [`Ranks`].
-    pub(super) fn save<M: TrainModel>(
-        &self,
-        ranks: &dyn Ranks,
-        division: &dyn Division,
-        store: &CheckpointStore,
-        contents: Contents<'_, M>,
-        state: &TrainerState,
-    ) -> Result<PathBuf> {
+    pub(super) fn save<M: TrainModel>(&self, saved: &Saved<'_, M>) -> Result<PathBuf> {
+        let Saved { ranks, store, state, .. } = *saved;
         let first = ranks.rank() == 0;
-        let ours = || contents.lock.map_or(Ok(()), RunLock::check);
-        let begun = if first { ours().and_then(|()| store.begin(state.step)).map(drop) } else { Ok(()) };
-        all_well(ranks, Phase::Save, begun)?;
-        let saved = self.fill(ranks, division, store, contents, state);
+        let begin = || saved.check_lock().and_then(|()| store.begin(state.step)).map(drop);
+        all_well(ranks, Phase::Save, if first { begin() } else { Ok(()) })?;
+        let filled = self.fill(saved);
         // What another process has taken over is its own.
         let ours = |error: &Error| error.fault().is_none() && !matches!(error, Error::InUse { .. });
-        if first && saved.as_ref().is_err_and(ours) {
+        if first && filled.as_ref().is_err_and(ours) {
             store.abort(state.step);
         }
-        saved.map(|()| store.folder(state.step))
+        filled.map(|()| store.folder(state.step))
     }
 
-    fn fill<M: TrainModel>(
-        &self,
-        ranks: &dyn Ranks,
-        division: &dyn Division,
-        store: &CheckpointStore,
-        contents: Contents<'_, M>,
-        state: &TrainerState,
-    ) -> Result<()> {
+    fn fill<M: TrainModel>(&self, saved: &Saved<'_, M>) -> Result<()> {
+        let Saved { ranks, store, state, model, .. } = *saved;
         let (first, dir) = (ranks.rank() == 0, store.unfinished(state.step));
         let dims = self.placement.dims();
         let numbers = [dims.dp, dims.tp, dims.ep, dims.expert_slices].map(|n| n as u64);
@@ -158,31 +145,25 @@ impl Saving {
         let save = Save { step: state.step, id };
         let own = || {
             if first {
-                contents.model.save_config(&dir, DType::F32)?;
-                write_tokenizer(contents.model.max_seq_len(), contents.tokenizer_json, &dir)?;
+                model.save_config(&dir, DType::F32)?;
+                write_tokenizer(model.max_seq_len(), saved.tokenizer_json, &dir)?;
             }
-            self.write(&dir, save, division, contents)?.to_words()
+            self.write(&dir, save, saved)?.to_words()
         };
         let reports = exchange(ranks, Phase::Save, own())?;
         let end = || {
             let read = |(rank, words): (usize, &Vec<u64>)| PartReport::from_words(rank, words);
             let reports = reports.iter().enumerate().map(read).collect::<Result<Vec<_>>>()?;
             let checks = finish(&dir, save, &reports, self.tensors())?;
-            contents.lock.map_or(Ok(()), RunLock::check)?;
+            saved.check_lock()?;
             store.commit(state, checks).map(drop)
         };
         all_well(ranks, Phase::Save, if first { end() } else { Ok(()) })
     }
 
     /// This rank's files.
-    fn write<M: TrainModel>(
-        &self,
-        dir: &Path,
-        save: Save,
-        division: &dyn Division,
-        contents: Contents<'_, M>,
-    ) -> Result<PartReport> {
-        let Contents { model, moments, .. } = contents;
+    fn write<M: TrainModel>(&self, dir: &Path, save: Save, saved: &Saved<'_, M>) -> Result<PartReport> {
+        let Saved { model, division, moments, .. } = *saved;
         let memory = model.weights().iter().map(|(_, var)| Memory::of(var)).collect::<Result<Vec<_>>>()?;
         let weights: Vec<WeightsPart<'_>> = (0..self.specs.len())
             .map(|i| WeightsPart { extents: &self.extents[i], values: memory[i].values(), writes: &self.writes[i] })
@@ -252,30 +233,33 @@ impl<'a> Memory<'a> {
     }
 }
 
-/// What of a run's end a rank saves besides the state.
+/// What a rank saves, and with whom.
 #[derive(Debug)]
-pub(super) struct Contents<'a, M> {
+pub(super) struct Saved<'a, M> {
+    pub(super) ranks: &'a dyn Ranks,
+    pub(super) store: &'a CheckpointStore,
+    /// On the rank that writes the folder of a run.
+    pub(super) lock: Option<&'a RunLock>,
     pub(super) model: &'a M,
+    pub(super) division: &'a dyn Division,
     /// Of what this rank owns.
     pub(super) moments: &'a [Moments],
     pub(super) tokenizer_json: &'a str,
-    /// On the rank that writes the folder of a run.
-    pub(super) lock: Option<&'a RunLock>,
+    pub(super) state: &'a TrainerState,
 }
 
-impl<M> Clone for Contents<'_, M> {
-    fn clone(&self) -> Self {
-        *self
+impl<M> Saved<'_, M> {
+    fn check_lock(&self) -> Result<()> {
+        self.lock.map_or(Ok(()), RunLock::check)
     }
 }
-
-impl<M> Copy for Contents<'_, M> {}
 
 /// Compares this rank's share of a checkpoint's files with the sizes and checksums in its state; all ranks together compare all.
 ///
 /// # Errors
 /// As [`super::checkpoint::verify`], on every rank.
-pub(super) fn verify_over(ranks: &dyn Ranks, placement: Placement, folder: &Path, state: &TrainerState) -> Result<()> {
+pub(super) fn verify_over(ranks: &dyn Ranks, folder: &Path, state: &TrainerState) -> Result<()> {
+    let placement = ranks.placement();
     let share = part(state.files.len(), placement.rank(), placement.dims().world_size());
     all_well(ranks, Phase::Start, state.files[share].iter().try_for_each(|file| file.verify(folder)))
 }
@@ -291,9 +275,9 @@ pub fn save_whole<M: TrainModel>(
     tokenizer_json: &str,
     state: &TrainerState,
 ) -> Result<PathBuf> {
-    let division = super::division::Undivided(optimizer.owned().clone());
-    let contents = Contents { model, moments: optimizer.moments(), tokenizer_json, lock: None };
-    Saving::new(model, Placement::WHOLE)?.save(&OneRank, &division, store, contents, state)
+    let (division, moments) = (&Undivided(optimizer.owned().clone()), optimizer.moments());
+    let saved = Saved { ranks: &OneRank, store, lock: None, model, division, moments, tokenizer_json, state };
+    Saving::new(model, Placement::WHOLE)?.save(&saved)
 }
 
 /// The optimizer of a run of one rank, from a checkpoint of any layout.

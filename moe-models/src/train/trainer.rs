@@ -16,7 +16,7 @@ use super::observer::{Event, Observer};
 use super::optimizer::{AdamW, StepReport, Update};
 use super::ranks::{DividedParam, Ranks, Traffic, all_well, any, most};
 use super::run_folder::RunFolder;
-use super::saving::{Contents, Saving, verify_over};
+use super::saving::{Saved, Saving, verify_over};
 use super::step::{BatchSums, StepBuffers, accumulate_share};
 use crate::{Error, Result};
 use moe_core::CounterRng;
@@ -184,7 +184,7 @@ impl<M: TrainModel> Trainer<M> {
         let store =
             all_well(&*run.ranks, Phase::Start, check_model(&model, &config).and_then(|()| open_store(&run, &config)))?;
         let state = all_well(&*run.ranks, Phase::Start, read_state(folder))?;
-        verify_over(&*run.ranks, run.ranks.placement(), folder, &state)?;
+        verify_over(&*run.ranks, folder, &state)?;
         let prepare = || {
             config.check_continues(&state.config)?;
             check_same_data(&corpus, &state)?;
@@ -471,10 +471,16 @@ impl<M: TrainModel> Trainer<M> {
             config: self.config.clone(),
             files: Vec::new(),
         };
-        let (moments, tokenizer_json) = (self.optimizer.moments(), self.tokenizer_json.as_str());
-        let lock = self.files.as_ref().map(|files| &files.lock);
-        let contents = Contents { model: &self.model, moments, tokenizer_json, lock };
-        let dir = self.saving.save(&*self.ranks, &*self.division, &self.store, contents, &state)?;
+        let dir = self.saving.save(&Saved {
+            ranks: &*self.ranks,
+            store: &self.store,
+            lock: self.files.as_ref().map(|files| &files.lock),
+            model: &self.model,
+            division: &*self.division,
+            moments: self.optimizer.moments(),
+            tokenizer_json: &self.tokenizer_json,
+            state: &state,
+        })?;
         self.saved_step = Some(self.step);
         observer.event(&Event::Saved { step: self.step, dir });
         Ok(())

@@ -179,11 +179,14 @@ impl MeshDivision {
 
     /// Sends sums to all, in the order of their buckets, as long as there is room.
     fn gather_more(&mut self) -> Result<()> {
-        while let Some(&(bucket, _)) = self.held_back.front() {
-            if !self.has_room(self.gathering.iter().map(|flight| flight.bucket), bucket) {
-                return Ok(());
+        let has_room = |division: &Self, bucket: usize| {
+            division.has_room(division.gathering.iter().map(|flight| flight.bucket), bucket)
+        };
+        while let Some((bucket, sums)) = self.held_back.pop_front() {
+            if !has_room(self, bucket) {
+                self.held_back.push_front((bucket, sums));
+                break;
             }
-            let Some((bucket, sums)) = self.held_back.pop_front() else { return Ok(()) };
             let (parts, ranks) = (&self.parts[bucket], self.ranks(bucket));
             let gathering = ranks.values.start_all_gather_v(SUMS, &sums, &parts.counts)?;
             self.sent.count(&*ranks.values, self.ranks_per_node, |_| sums.len());
@@ -264,15 +267,9 @@ impl Division for MeshDivision {
 
     fn start(&mut self, bucket: usize, sums: &[&[f32]]) -> Result<After> {
         self.advance()?;
-        let (ranks, parts) = (self.ranks(bucket), &self.parts[bucket]);
         let after = if self.zero == Zero::Gradients { After::Release } else { After::Keep };
-        if ranks.sums.size() == 1 && after == After::Keep {
-            return Ok(after);
-        }
-        let mut values = Vec::with_capacity(parts.counts.iter().sum());
-        (0..parts.counts.len()).for_each(|member| parts.cut(member, sums, &mut values));
-        if ranks.sums.size() == 1 {
-            self.accumulate(bucket, &values);
+        let alone = self.ranks(bucket).sums.size() == 1;
+        if alone && after == After::Keep {
             return Ok(after);
         }
         // Whoever is behind never waits for what is sent here only now, so this ends.
@@ -280,6 +277,12 @@ impl Division for MeshDivision {
             self.take_next()?;
         }
         let (ranks, parts) = (self.ranks(bucket), &self.parts[bucket]);
+        let mut values = Vec::with_capacity(self.elements(bucket));
+        (0..parts.counts.len()).for_each(|member| parts.cut(member, sums, &mut values));
+        if alone {
+            self.accumulate(bucket, &values);
+            return Ok(after);
+        }
         let adding = ranks.sums.start_reduce_scatter_v(SUMS, &values, &parts.counts, Reduction::Sum)?;
         self.sent.count(&*ranks.sums, self.ranks_per_node, |member| parts.counts[member]);
         self.adding.push_back(Flight::new(bucket, adding));
