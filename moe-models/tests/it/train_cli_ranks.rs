@@ -34,14 +34,14 @@ fn assert_close(got: &BTreeMap<u64, f64>, want: &BTreeMap<u64, f64>) {
     }
 }
 
-/// Started on four threads, resumed on two with tensor slicing, ended and exported by one.
+/// Started on four threads, resumed with tensor slicing and coordinated rows, ended and exported by one.
 #[test]
 fn threads_of_any_layout_make_one_run() {
     let dir = folder();
     succeed(&moe_train(dir.path(), &arguments("one", &["--export", "one-model"])).output().unwrap());
     let stations: [&[&str]; 3] = [
         &["--ranks", "4", "--ep", "4", "--exit-interval", "4"],
-        &["--ranks", "2", "--tp", "2", "--exit-interval", "8"],
+        &["--ranks", "4", "--tp", "2", "--ep", "2", "--coordination", "tokens", "--exit-interval", "8"],
         &["--export", "many-model"],
     ];
     let mut said = Vec::new();
@@ -52,7 +52,7 @@ fn threads_of_any_layout_make_one_run() {
     for part in ["4 threads", "dp 4 x tp 1, ep 4", "rank 3:", "experts 1..2 of 2, 3..4 of 4"] {
         assert!(said[0].contains(part), "{part}: {}", said[0]);
     }
-    assert!(said[1].contains("dp 1 x tp 2") && said[1].contains("resuming from"), "{}", said[1]);
+    assert!(said[1].contains("dp 2 x tp 2, ep 2") && said[1].contains("resuming from"), "{}", said[1]);
     for file in ["config.json", "tokenizer.json"] {
         let of = |model: &str| std::fs::read(dir.path().join(model).join(file)).unwrap();
         assert_eq!(of("one-model"), of("many-model"), "{file}");
@@ -190,4 +190,7 @@ fn impossible_layouts_are_refused_by_name() {
     refused(&["--tp", "2"], &["--tp has no effect on one rank"]);
     refused(&["--ranks", "2", "--max-restarts", "1"], &["--max-restarts", "processes"]);
     refused(&["--ranks", "2", "--comm-timeout", "0"], &["--comm-timeout"]);
+    refused(&["--no-overlap"], &["--no-overlap has no effect on one rank"]);
+    refused(&["--ranks", "2", "--ranks-per-node", "0"], &["--ranks-per-node must be at least 1"]);
+    refused(&["--ranks", "2", "--ep", "2", "--coordination", "tokens"], &["--coordination", "without tensor groups"]);
 }

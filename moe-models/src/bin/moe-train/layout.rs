@@ -51,6 +51,9 @@ pub(crate) fn choose(
     if world == 1 {
         return Ok(None);
     }
+    if begin != Begin::Restart {
+        args.check_layout(&layout.dims)?;
+    }
     describe(&layout, world.div_ceil(seat.ranks_per_node)).iter().for_each(|line| progress.say(line));
     let reduce = ReduceConfig { zero: layout.zero, ..reduce };
     Ok(Some(Chosen { dims: layout.dims, reduce, exchange: args.exchange() }))

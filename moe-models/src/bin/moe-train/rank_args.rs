@@ -5,7 +5,8 @@ use clap::{Args, ValueEnum};
 use moe_models::train::launch::LayoutRequest;
 use moe_models::train::{ReduceConfig, Zero};
 use moe_parallel::all_to_all::Route;
-use moe_parallel::{Coordination, ExchangeConfig};
+use moe_parallel::dims::ExpertOrder;
+use moe_parallel::{Coordination, ExchangeConfig, ParallelDims};
 use std::path::PathBuf;
 use std::time::Duration;
 
@@ -125,7 +126,12 @@ impl RankArgs {
                 bail!("{name} must be at least 1");
             }
         }
-        Ok(LayoutRequest { dp, tp, ep, expert_slices, zero, memory_budget })
+        let expert_order = match self.coordination {
+            Some(CoordinationArg::Destination) => Some(ExpertOrder::Consecutive),
+            Some(CoordinationArg::Tokens) => Some(ExpertOrder::WithinTensor),
+            Some(CoordinationArg::None) | None => None,
+        };
+        Ok(LayoutRequest { dp, tp, ep, expert_slices, expert_order, zero, memory_budget })
     }
 
     pub(crate) fn reduce(&self) -> ReduceConfig {
@@ -154,6 +160,14 @@ impl RankArgs {
                 Some(CoordinationArg::Tokens) => Coordination::ByTokens,
             },
         }
+    }
+
+    /// Refuses what would have no effect in this layout.
+    pub(crate) fn check_layout(&self, dims: &ParallelDims) -> Result<()> {
+        if dims.tp == 1 && self.coordination.is_some() {
+            bail!("--coordination has no effect without tensor groups: add --tp, or drop --coordination");
+        }
+        Ok(())
     }
 
     pub(crate) fn timeout(&self) -> Result<Duration> {

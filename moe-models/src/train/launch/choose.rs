@@ -4,6 +4,7 @@ use super::cost::{LayoutCost, RunSize};
 use crate::train::mesh::{ReduceConfig, Zero};
 use crate::{Error, Result};
 use moe_parallel::ParallelDims;
+use moe_parallel::dims::ExpertOrder;
 
 /// What was asked for; the rest is chosen.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
@@ -16,6 +17,8 @@ pub struct LayoutRequest {
     pub ep: Option<usize>,
     /// Ranks that share the matrices of an expert; 1 unless more are asked for.
     pub expert_slices: Option<usize>,
+    /// Which ranks make an expert group; what goes with `tp` and `ep` if nothing is asked for.
+    pub expert_order: Option<ExpertOrder>,
     /// What is divided.
     pub zero: Option<Zero>,
     /// Most memory of a rank, bytes.
@@ -48,7 +51,7 @@ pub fn choose(
             dims.validate(world_size)?;
         }
     }
-    let all = candidates(world_size);
+    let all = candidates(world_size, request.expert_order);
     let possible: Vec<LayoutCost> = all.iter().filter_map(|&(dims, zero)| of(dims, zero).ok()).collect();
     let asked: Vec<&LayoutCost> = possible.iter().filter(|layout| request.allows(layout)).collect();
     if asked.is_empty() {
@@ -62,13 +65,14 @@ pub fn choose(
 }
 
 /// All layouts of so many ranks.
-fn candidates(world_size: usize) -> Vec<(ParallelDims, Zero)> {
+fn candidates(world_size: usize, order: Option<ExpertOrder>) -> Vec<(ParallelDims, Zero)> {
     let divisors: Vec<usize> = (1..=world_size).filter(|d| world_size.is_multiple_of(*d)).collect();
     let mut all = Vec::new();
     for &tp in &divisors {
         for &ep in &divisors {
             for &slices in &divisors {
                 let dims = ParallelDims::new(world_size / tp, tp, ep, slices);
+                let dims = dims.with_expert_order(order.unwrap_or(dims.expert_order));
                 if dims.validate(world_size).is_ok() {
                     all.extend([Zero::Off, Zero::Moments, Zero::Gradients].map(|zero| (dims, zero)));
                 }
