@@ -58,7 +58,7 @@ pub struct Traffic {
     pub gradient_bytes: [u64; 2],
     /// Time in which any of them were under way, seconds.
     pub gradient_seconds: f64,
-    /// Time of it in which steps waited for them: what the backward pass has not hidden, seconds.
+    /// Time of it in which steps waited for them alone, seconds.
     pub gradient_wait_seconds: f64,
 }
 

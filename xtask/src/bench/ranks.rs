@@ -1,5 +1,5 @@
 //! `cargo xtask bench ranks`: whole training steps over ranks: what more ranks cost on the same cores, what hierarchical
-//! all-to-alls gain between hosts, and how much of adding up gradients the backward pass hides.
+//! all-to-alls gain between hosts, and how long steps wait for gradients that travel during the backward pass or after it.
 
 use super::{header, keep};
 use crate::hosts::{Hosts, Link};
@@ -107,17 +107,16 @@ fn measure(out: &Path) -> Result<Measured> {
 }
 
 const COLUMNS: &str = "                                                        rows, MB         gradients, MB    wait for  gradients  wait for
-ranks  layout                       step, ms  tokens/s   inside  between   inside  between   rows, ms   busy, ms   them, ms  hidden   loss
+ranks  layout                       step, ms  tokens/s   inside  between   inside  between   rows, ms   busy, ms   them, ms   loss
 ";
 
 fn row(text: &mut String, ranks: usize, layout: &str, m: &Measured) {
     let [a, b, c, d] = m.megabytes;
     let [rows, busy, wait] = m.milliseconds;
-    let hidden = if busy > 0.0 { format!("{:.0}%", 100.0 * (1.0 - wait / busy).max(0.0)) } else { "-".into() };
     // Writing to a string cannot fail.
     let _ = writeln!(
         text,
-        "{ranks:>5}  {layout:<27} {:>9.1} {:>9.0} {a:>8.1} {b:>8.1} {c:>8.1} {d:>8.1} {rows:>10.1} {busy:>10.1} {wait:>10.1} {hidden:>7} {:>6.3}",
+        "{ranks:>5}  {layout:<27} {:>9.1} {:>9.0} {a:>8.1} {b:>8.1} {c:>8.1} {d:>8.1} {rows:>10.1} {busy:>10.1} {wait:>10.1} {:>6.3}",
         m.step_ms, m.tokens_per_second, m.loss
     );
 }
@@ -203,9 +202,9 @@ fn hosts(out: &Path) -> Result<()> {
         (&["--dp", "8", "--ep", "8", "--route", "flat"], "dp 8, ep 8, flat"),
         (&["--dp", "8", "--ep", "8", "--route", "hierarchical"], "dp 8, ep 8, hierarchical"),
         (&["--dp", "8", "--ep", "2"], "dp 8, ep 2 inside hosts"),
-        (&["--dp", "8", "--ep", "1", "--no-overlap"], "dp 8, no overlap"),
-        (&["--dp", "8", "--ep", "1"], "dp 8, overlap"),
-        (&["--dp", "8", "--ep", "1", "--zero", "1"], "dp 8, overlap, zero 1"),
+        (&["--dp", "8", "--ep", "1", "--bucket-size", "1MB", "--no-overlap"], "dp 8, no overlap"),
+        (&["--dp", "8", "--ep", "1", "--bucket-size", "1MB"], "dp 8, overlap"),
+        (&["--dp", "8", "--ep", "1", "--bucket-size", "1MB", "--zero", "1"], "dp 8, overlap, zero 1"),
     ];
     let mut trace = None;
     for gbits in [1.0, 10.0] {
@@ -255,7 +254,10 @@ fn draw(trace: &Path, out: &Path) -> Result<()> {
     let area = SVGBackend::new(out, (1100, 330)).into_drawing_area();
     area.fill(&WHITE)?;
     let mut chart = ChartBuilder::on(&area)
-        .caption("one step of rank 0: buckets of gradients travel while the backward pass runs", ("sans-serif", 18))
+        .caption(
+            "one step of rank 0: forward (blue), backward (green), waiting for gradients (red); buckets under way",
+            ("sans-serif", 18),
+        )
         .margin(12)
         .x_label_area_size(36)
         .y_label_area_size(150)

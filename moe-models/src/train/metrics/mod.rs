@@ -35,8 +35,8 @@ pub const MOE_A2A_SECONDS: &str = "moe/a2a_seconds";
 pub const GRADIENT_BYTES: &str = "train/gradient_bytes";
 /// Tag of the time in which any of them were under way since the last record, seconds, of the rank where it was longest.
 pub const GRADIENT_SECONDS: &str = "train/gradient_seconds";
-/// Tag of the time in which steps waited for them, seconds, of the rank that waited most: the rest was hidden behind the backward
-/// pass.
+/// Tag of the time in which steps waited for them alone, seconds, of the rank that waited most. For the rest of the time ranks were
+/// in their backward passes, or waited for the losses of slower ones.
 pub const GRADIENT_WAIT_SECONDS: &str = "train/gradient_wait_seconds";
 /// Tag of the validation loss, nats per token over all sources.
 pub const VALID_LOSS: &str = "valid/loss";
