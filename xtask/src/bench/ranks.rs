@@ -46,22 +46,31 @@ struct Measured {
 /// Steps of a run, and how many of them come before the measured ones.
 const STEPS: u64 = 14;
 const WARM_UP: u64 = 4;
-const TOKENS: u64 = 16 * 256;
+const SEQ_LENGTH: u64 = 256;
+const MICRO_BATCHES: u64 = 8;
+/// Sequences of a micro-batch, and where communication is to hide behind work.
+const SEQUENCES: u64 = 2;
+const MORE_SEQUENCES: u64 = 8;
 
-/// The same model and global batch for all: three layers of 8 experts beside a residual network, 8 micro-batches of 2 x 256 tokens.
-fn arguments(out: &Path, cache: &Path) -> Vec<String> {
-    let tokens = (STEPS * TOKENS).to_string();
+const fn tokens_of_a_step(sequences: u64) -> u64 {
+    MICRO_BATCHES * sequences * SEQ_LENGTH
+}
+
+/// The same model and global batch for all: three layers of 8 experts beside a residual network, 8 micro-batches.
+fn arguments(sequences: u64, out: &Path, cache: &Path) -> Vec<String> {
+    let tokens = (STEPS * tokens_of_a_step(sequences)).to_string();
+    let (micro, global) = (sequences.to_string(), (MICRO_BATCHES * sequences).to_string());
     let mut all: Vec<String> = [
         "--preset",
         "tiny-pr-moe",
         "--num-experts",
         "8,8,8",
         "--seq-length",
-        "256",
+        &SEQ_LENGTH.to_string(),
         "--micro-batch-size",
-        "2",
+        &micro,
         "--global-batch-size",
-        "16",
+        &global,
         "--train-tokens",
         &tokens,
         "--log-interval",
@@ -82,7 +91,7 @@ fn arguments(out: &Path, cache: &Path) -> Vec<String> {
 }
 
 /// The numbers in a run's `metrics.jsonl`.
-fn measure(out: &Path) -> Result<Measured> {
+fn measure(sequences: u64, out: &Path) -> Result<Measured> {
     let path = out.join("metrics.jsonl");
     let text = std::fs::read_to_string(&path).with_context(|| format!("cannot read {}", path.display()))?;
     let records = text.lines().map(serde_json::from_str).collect::<Result<Vec<Value>, _>>()?;
@@ -98,7 +107,7 @@ fn measure(out: &Path) -> Result<Measured> {
     let ([a, b], [c, d]) = (levels("moe/a2a_bytes"), levels("train/gradient_bytes"));
     let rows: f64 = levels("moe/a2a_seconds").iter().sum();
     Ok(Measured {
-        step_ms: 1e3 * TOKENS as f64 / speed,
+        step_ms: 1e3 * tokens_of_a_step(sequences) as f64 / speed,
         tokens_per_second: speed,
         megabytes: [a, b, c, d].map(|bytes| bytes / 1e6),
         milliseconds: [rows, median("train/gradient_seconds"), median("train/gradient_wait_seconds")].map(|s| 1e3 * s),
@@ -138,10 +147,10 @@ impl Place {
     }
 
     /// Arguments of the next run, and where it writes.
-    fn next(&mut self) -> (Vec<String>, PathBuf) {
+    fn next(&mut self, sequences: u64) -> (Vec<String>, PathBuf) {
         self.runs += 1;
         let out = self.folder.join(format!("run-{}", self.runs));
-        (arguments(&out, &self.folder.join("data-cache")), out)
+        (arguments(sequences, &out, &self.folder.join("data-cache")), out)
     }
 }
 
@@ -168,19 +177,25 @@ fn local(out: &Path) -> Result<()> {
         (8, &["--dp", "8", "--ep", "8"], "dp 8, ep 8"),
     ];
     for (ranks, layout, name) in layouts {
-        let (arguments, folder) = place.next();
+        let (arguments, folder) = place.next(SEQUENCES);
         let mut command = Command::new(program());
         command.args(arguments).args(["--ranks", &ranks.to_string()]).args(layout);
         output(&mut command)?;
-        row(&mut text, ranks, name, &measure(&folder)?);
+        row(&mut text, ranks, name, &measure(SEQUENCES, &folder)?);
     }
     keep(&out.join("ranks-local.txt"), &text)
 }
 
-/// How hosts are joined in all rows: 100 us one way.
+/// How hosts are joined in all rows but those without a network to wait for: 100 us one way.
 const DELAY: Duration = Duration::from_micros(100);
 const HOSTS: usize = 4;
 const RANKS_PER_HOST: usize = 2;
+
+/// A network of so many Gbit/s; none stands for one that costs no time.
+fn link(gbits: Option<f64>) -> Link {
+    let delay = if gbits.is_some() { DELAY } else { Duration::ZERO };
+    Link { delay, bits_per_second: gbits.map_or(1e15, |gbits| gbits * 1e9), packet: Duration::ZERO }
+}
 
 /// Ranks on emulated hosts, at several speeds of the network between them.
 fn hosts(out: &Path) -> Result<()> {
@@ -195,40 +210,79 @@ fn hosts(out: &Path) -> Result<()> {
     let _ = writeln!(
         text,
         "{HOSTS} hosts of {RANKS_PER_HOST} ranks under Open MPI, all on this machine's cores; the network between hosts is emulated: {} us one \
-         way.\nA step is 8 micro-batches of 2 x 256 tokens; medians of 10 steps after 4.",
-        DELAY.as_micros()
+         way.\nMedians of {} steps after {WARM_UP}.",
+        DELAY.as_micros(),
+        STEPS - WARM_UP
     );
-    let rows: [(&[&str], &str); 6] = [
+    routes(&mut text, &mut place)?;
+    overlap(&mut text, &mut place, out)?;
+    keep(&out.join("ranks-hosts.txt"), &text)
+}
+
+/// One run over all hosts, and the folder of its traces.
+fn run_on_hosts(place: &mut Place, link: Link, sequences: u64, layout: &[&str]) -> Result<(Measured, PathBuf)> {
+    let hosts = Hosts::new(HOSTS, link, &root().join("target/hosts"))?;
+    let (arguments, folder) = place.next(sequences);
+    let traces = folder.join("trace");
+    let mut mpirun = hosts.mpirun(RANKS_PER_HOST)?;
+    mpirun.arg(program()).args(arguments).args(layout).arg("--trace").arg(&traces);
+    hosts.output(&mut mpirun)?;
+    Ok((measure(sequences, &folder)?, traces))
+}
+
+/// Experts within hosts and over them, by both routes.
+fn routes(text: &mut String, place: &mut Place) -> Result<()> {
+    let rows: [(&[&str], &str); 3] = [
         (&["--dp", "8", "--ep", "8", "--route", "flat"], "dp 8, ep 8, flat"),
         (&["--dp", "8", "--ep", "8", "--route", "hierarchical"], "dp 8, ep 8, hierarchical"),
         (&["--dp", "8", "--ep", "2"], "dp 8, ep 2 inside hosts"),
-        (&["--dp", "8", "--ep", "1", "--bucket-size", "1MB", "--no-overlap"], "dp 8, no overlap"),
-        (&["--dp", "8", "--ep", "1", "--bucket-size", "1MB"], "dp 8, overlap"),
-        (&["--dp", "8", "--ep", "1", "--bucket-size", "1MB", "--zero", "1"], "dp 8, overlap, zero 1"),
     ];
-    let mut trace = None;
     for gbits in [1.0, 10.0] {
-        let _ = writeln!(text, "\n{gbits} Gbit/s a host, out and in\n{COLUMNS}");
-        text.truncate(text.trim_end().len());
-        text.push('\n');
-        let link = Link { delay: DELAY, bits_per_second: gbits * 1e9, packet: Duration::ZERO };
+        let _ = write!(
+            text,
+            "\n{gbits} Gbit/s a host, out and in; {MICRO_BATCHES} micro-batches of {SEQUENCES} x {SEQ_LENGTH} tokens\n{COLUMNS}"
+        );
         for (layout, name) in rows {
-            let hosts = Hosts::new(HOSTS, link, &root().join("target/hosts"))?;
-            let (arguments, folder) = place.next();
-            let traces = folder.join("trace");
-            let mut mpirun = hosts.mpirun(RANKS_PER_HOST)?;
-            mpirun.arg(program()).args(arguments).args(layout).arg("--trace").arg(&traces);
-            hosts.output(&mut mpirun)?;
-            row(&mut text, HOSTS * RANKS_PER_HOST, name, &measure(&folder)?);
-            if gbits == 1.0 && name == "dp 8, overlap" {
-                trace = Some(traces.join("rank-0.json"));
-            }
+            let (measured, _) = run_on_hosts(place, link(Some(gbits)), SEQUENCES, layout)?;
+            row(text, HOSTS * RANKS_PER_HOST, name, &measured);
         }
     }
-    if let Some(trace) = trace {
-        draw(&trace, &out.join("ranks-overlap.svg"))?;
+    Ok(())
+}
+
+/// What of the time that gradients need between hosts is seen in a step. A step over a network that costs no time has the same work,
+/// the copies and the waiting for each other: what a step is longer over a real one is the time that nothing hides.
+fn overlap(text: &mut String, place: &mut Place, out: &Path) -> Result<()> {
+    const ALL: [&str; 6] = ["--dp", "8", "--ep", "1", "--bucket-size", "1MB"];
+    const AFTER: [&str; 7] = ["--dp", "8", "--ep", "1", "--bucket-size", "1MB", "--no-overlap"];
+    let ranks = HOSTS * RANKS_PER_HOST;
+    let _ = write!(
+        text,
+        "\nGradients of all parameters over all ranks; {MICRO_BATCHES} micro-batches of {MORE_SEQUENCES} x {SEQ_LENGTH} tokens\n{COLUMNS}"
+    );
+    let mut steps = Vec::new();
+    for (gbits, at) in [(None, "no network"), (Some(1.0), "1 Gbit/s"), (Some(10.0), "10 Gbit/s")] {
+        let (after, _) = run_on_hosts(place, link(gbits), MORE_SEQUENCES, &AFTER)?;
+        row(text, ranks, &format!("after it, {at}"), &after);
+        let (during, traces) = run_on_hosts(place, link(gbits), MORE_SEQUENCES, &ALL)?;
+        row(text, ranks, &format!("during it, {at}"), &during);
+        if gbits == Some(1.0) {
+            draw(&traces.join("rank-0.json"), &out.join("ranks-overlap.svg"))?;
+        }
+        steps.push((at, after.step_ms, during.step_ms));
     }
-    keep(&out.join("ranks-hosts.txt"), &text)
+    let [(_, _, free), others @ ..] = steps.as_slice() else { return Ok(()) };
+    *text += "\nHidden: of what the network adds to a step when gradients travel after the backward pass, the share that is gone when they\n\
+              travel during it.\n";
+    for (at, after, during) in others {
+        let (added, left) = (after - free, during - free);
+        let _ = writeln!(
+            text,
+            "{at:>10}: {added:.0} ms added after it, {left:.0} ms during it: {:.0}% hidden",
+            1e2 * (1.0 - left / added)
+        );
+    }
+    Ok(())
 }
 
 /// A span of a trace, milliseconds.
