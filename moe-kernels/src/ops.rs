@@ -5,13 +5,14 @@ use crate::expert_mlp::{BorrowedMlp, experts};
 use crate::gate::BorrowedGate;
 use crate::packed::PackedMatrices;
 use crate::{
-    Error, Precision, Result, activation, add_norm, attention, cross_entropy, dropout, embedding, grouped_linear,
-    layer_norm, mlp, parallel, permute, rms_norm, rotary, select, sums,
+    Error, Precision, Result, activation, add_norm, attention, cross_entropy, distillation, dropout, embedding,
+    grouped_linear, layer_norm, mlp, parallel, permute, rms_norm, rotary, select, sums,
 };
 use candle_core::{Device, Tensor};
 use moe_core::ops::{
-    AttentionShape, Choices, DecoderOps, Dropout, HeadDropout, KvShape, LossOps, MoeOps, PagedKv, PagedSequence,
-    Positions, RotaryLayout, RotaryTable, VocabularyPart, WeightOps, experts_stepwise, mlp_stepwise, whole_experts,
+    AttentionShape, Choices, DecoderOps, Distillation, DistilledLoss, Dropout, HeadDropout, KvShape, LossOps, MoeOps,
+    PagedKv, PagedSequence, Positions, RotaryLayout, RotaryTable, SoftTargets, StudentOutput, VocabularyPart,
+    WeightOps, experts_stepwise, mlp_stepwise, whole_experts,
 };
 use moe_core::tape;
 use moe_core::{Activation, DispatchTable, DroplessConfig, MlpWeights, Ops, Weight, WeightSource, WeightUse};
@@ -326,6 +327,15 @@ impl LossOps for KernelOps {
             Some(packed) => linear_cross_entropy_part_packed(hidden, &packed.matrices()[0], targets, part)?,
             None => linear_cross_entropy_part(hidden, weight.tensor()?, targets, part, self.precision)?,
         })
+    }
+
+    fn linear_distillation(
+        &self,
+        student: StudentOutput<'_>,
+        soft: SoftTargets<'_>,
+        how: Distillation,
+    ) -> moe_core::Result<DistilledLoss> {
+        Ok(distillation::linear_distillation(student, soft, how, self.precision)?)
     }
 }
 

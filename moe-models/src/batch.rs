@@ -78,17 +78,19 @@ pub struct LossParts {
     pub load_balance: f64,
     /// Router z-losses, summed over layers.
     pub router_z: f64,
+    /// Divergence of a student from its teacher.
+    pub kd: f64,
 }
 
 impl LossParts {
-    /// What is added to the language model's loss.
+    /// What the router adds.
     pub fn aux(&self) -> f64 {
         self.load_balance + self.router_z
     }
 
     /// All of it.
     pub fn total(&self) -> f64 {
-        self.lm + self.aux()
+        self.lm + self.aux() + self.kd
     }
 
     /// Adds those of another batch.
@@ -105,10 +107,11 @@ impl LossParts {
     }
 
     fn each_mut(&mut self, other: &Self, change: impl Fn(&mut f64, f64)) {
-        let Self { lm, load_balance, router_z } = self;
+        let Self { lm, load_balance, router_z, kd } = self;
         change(lm, other.lm);
         change(load_balance, other.load_balance);
         change(router_z, other.router_z);
+        change(kd, other.kd);
     }
 }
 

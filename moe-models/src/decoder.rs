@@ -65,6 +65,10 @@ impl Backend<'_> {
 /// The output of one MoE layer, with the layer's index.
 type LayerOutput = (usize, MoeOutput);
 
+fn scalar(t: &Tensor) -> Result<f64> {
+    Ok(t.to_dtype(DType::F64)?.to_scalar()?)
+}
+
 /// A decoder-only language model over one set of weights.
 #[derive(Debug)]
 pub struct Decoder {
@@ -218,11 +222,26 @@ impl Decoder {
     /// # Source
     /// Megatron-DeepSpeed `pretrain_gpt.py`: LM loss plus coefficient times the sum over layers of the load-balance loss.
     pub fn loss(&self, batch: &TokenBatch, pass: Pass) -> Result<LossOutput> {
+        self.loss_by(batch, pass, |hidden| {
+            let loss = self.head.loss(hidden, &batch.target_ids)?;
+            Ok((loss.clone(), LossParts { lm: scalar(&loss)?, ..LossParts::default() }))
+        })
+    }
+
+    /// The training loss of a batch whose part beside the routers' is `of_hidden`: a scalar with its graph from
+    /// [`Decoder::hidden`], and what it is made of.
+    ///
+    /// # Errors
+    /// As [`Decoder::loss`]; those of `of_hidden`.
+    pub fn loss_by(
+        &self,
+        batch: &TokenBatch,
+        pass: Pass,
+        of_hidden: impl FnOnce(&Tensor) -> Result<(Tensor, LossParts)>,
+    ) -> Result<LossOutput> {
         batch.check()?;
         let (hidden, outputs) = self.hidden(&batch.input_ids, batch.seq_len, pass)?;
-        let scalar = |t: &Tensor| -> Result<f64> { Ok(t.to_dtype(DType::F64)?.to_scalar()?) };
-        let mut loss = self.head.loss(&hidden, &batch.target_ids)?;
-        let mut parts = LossParts { lm: scalar(&loss)?, ..LossParts::default() };
+        let (mut loss, mut parts) = of_hidden(&hidden)?;
         for (layer, output) in &outputs {
             let Some(moe) = self.config.layers[*layer].feed_forward.moe() else { continue };
             let losses = &output.losses;

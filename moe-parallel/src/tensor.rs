@@ -15,9 +15,9 @@ use crate::dims::part;
 use crate::exchanged::{by_dtype, exchanged, with_values};
 use candle_core::{Device, Tensor, WithDType};
 use moe_core::ops::{
-    AttentionShape, Choices, DecoderOps, Dropout, HeadDropout, KvShape, LossOps, MoeOps, PagedKv, PagedSequence,
-    PartStatistics, Positions, RotaryLayout, RotaryTable, VocabularyPart, VocabularyParts, WeightOps, mlp_stepwise,
-    parts_per_expert,
+    AttentionShape, Choices, DecoderOps, Distillation, DistilledLoss, Dropout, HeadDropout, KvShape, LossOps, MoeOps,
+    PagedKv, PagedSequence, PartStatistics, Positions, RotaryLayout, RotaryTable, SoftTargets, StudentOutput,
+    VocabularyPart, VocabularyParts, WeightOps, mlp_stepwise, parts_per_expert,
 };
 use moe_core::{
     Activation, DispatchTable, DroplessConfig, MlpWeights, Ops, PackedWeight, SplitKind, Weight, WeightSource,
@@ -463,5 +463,43 @@ impl LossOps for RankOps {
         part: &VocabularyPart,
     ) -> moe_core::Result<Tensor> {
         self.inner.linear_cross_entropy_part(hidden, weight, targets, part)
+    }
+
+    fn linear_distillation(
+        &self,
+        student: StudentOutput<'_>,
+        soft: SoftTargets<'_>,
+        how: Distillation,
+    ) -> moe_core::Result<DistilledLoss> {
+        let Some(SplitWeight { split: Split::Vocabulary { held, size }, part }) = split_of(student.weight) else {
+            return self.inner.linear_distillation(student, soft, how);
+        };
+        let soft = match soft {
+            SoftTargets::Layer { hidden, weight } => {
+                SoftTargets::Layer { hidden, weight: same_part(weight, held, *size)? }
+            }
+            named @ SoftTargets::TopK { .. } => named,
+        };
+        let parts = Arc::new(VocabularyRanks { comm: Arc::clone(&self.tensor), site: self.site });
+        let of = VocabularyPart { held: held.clone(), size: *size, parts };
+        // Before the ranks meet: a sum over them in the backward pass is not begun for what does not fit.
+        StudentOutput { weight: part, part: Some(&of), ..student }.check(&soft)?;
+        let hidden = copy_to_group(&self.tensor, self.site, student.hidden)?;
+        let student = StudentOutput { hidden: &hidden, weight: part, part: Some(&of), ..student };
+        self.inner.linear_distillation(student, soft, how)
+    }
+}
+
+/// The part of a teacher's output layer whose entries are those of the student's.
+fn same_part<'a>(weight: &'a Weight, held: &Range<usize>, size: usize) -> moe_core::Result<&'a Weight> {
+    match split_of(weight) {
+        Some(SplitWeight { split: Split::Vocabulary { held: of, size: all }, part }) if of == held && *all == size => {
+            Ok(part)
+        }
+        _ => Err(moe_core::Error::Input(format!(
+            "the student's output layer has entries {}..{} of {size} on this rank, and the teacher's is not split so; spread the \
+             teacher over the same ranks",
+            held.start, held.end
+        ))),
     }
 }

@@ -1,6 +1,6 @@
 //! [`LossOps`]: the loss of a language model.
 
-use super::{VocabularyPart, WeightOps};
+use super::{Distillation, DistilledLoss, SoftTargets, StudentOutput, VocabularyPart, WeightOps};
 use crate::{Error, Result, Weight};
 use candle_core::Tensor;
 
@@ -37,6 +37,25 @@ pub trait LossOps: WeightOps {
         targets: &[u32],
         part: &VocabularyPart,
     ) -> Result<Tensor>;
+
+    /// The cross-entropy of a student plus its divergence from what a teacher says, `KL(teacher || student)`, both means over the
+    /// counted targets. The teacher gets no gradient.
+    ///
+    /// Where the student's output layer is a part of one, so is the teacher's, of the same entries, and all is as in
+    /// [`LossOps::linear_cross_entropy_part`].
+    ///
+    /// # Errors
+    /// If the sizes differ, a target or an entry is outside the vocabulary, or `how` is not valid; what the parts return.
+    ///
+    /// # Source
+    /// Paper section 4.2, equation 1 (`L + alpha L_KD`); the temperature as in Megatron-DeepSpeed's `calculate_mos_loss`. Differs:
+    /// the divergence is masked like the cross-entropy.
+    fn linear_distillation(
+        &self,
+        student: StudentOutput<'_>,
+        soft: SoftTargets<'_>,
+        how: Distillation,
+    ) -> Result<DistilledLoss>;
 }
 
 /// Refuses targets that do not fit.

@@ -4,6 +4,7 @@ use super::gradients::{Gradients, Watch};
 use crate::{Error, Result};
 use candle_core::{TensorId, Var};
 use std::collections::HashMap;
+use std::fmt;
 
 /// One registered parameter's gradient.
 #[derive(Debug, Clone)]
@@ -105,16 +106,72 @@ impl GradBuffers {
         Gradients::new(self, None)
     }
 
-    /// The same for the last pass of a sum, with `complete` told of each of `groups` of parameters as soon as nothing more will
-    /// arrive for it: group by group in their order, the number of the group and the sum of each of its parameters in theirs.
-    /// Groups whose parameters arrive early in the backward pass come first. [`Gradients::finish`] tells of the rest.
+    /// The same for the last pass of a sum, with `watcher` told of each of `groups` of parameters as soon as nothing more will
+    /// arrive for it, group by group in their order. Groups whose parameters arrive early in the backward pass come first.
+    /// [`Gradients::finish`] tells of the rest.
     ///
     /// That nothing more will arrive is known from the passes before; whatever arrives against it is an error. So the first
     /// pass of all tells of everything at its end.
-    pub fn watched<'a>(&'a mut self, groups: &'a [Vec<usize>], complete: Complete<'a>) -> Gradients<'a> {
-        Gradients::new(self, Some(Watch::new(groups, complete)))
+    pub fn watched<'a>(&'a mut self, groups: &'a [Vec<usize>], watcher: &'a mut dyn Watcher) -> Gradients<'a> {
+        Gradients::new(self, Some(Watch::new(groups, watcher)))
     }
 }
 
-/// Is told of a group of parameters whose gradients are complete.
-pub type Complete<'a> = &'a mut dyn FnMut(usize, &[&[f32]]) -> Result<After>;
+/// Is told how far a backward pass has come.
+pub trait Watcher {
+    /// The gradients of group `group` are complete.
+    ///
+    /// # Errors
+    /// The pass ends with them.
+    fn complete(&mut self, group: usize, complete: &mut CompleteGrads<'_>) -> Result<After>;
+
+    /// Something has arrived, perhaps not the last for any group: time to see to what was begun.
+    ///
+    /// # Errors
+    /// The pass ends with them.
+    fn arrived(&mut self, complete: &mut CompleteGrads<'_>) -> Result<()> {
+        let _ = complete;
+        Ok(())
+    }
+}
+
+/// The gradients to which a backward pass adds nothing more: of the groups that its watcher was told of.
+pub struct CompleteGrads<'a> {
+    pub(super) slots: &'a mut [Slot],
+    pub(super) groups: &'a [Vec<usize>],
+}
+
+impl fmt::Debug for CompleteGrads<'_> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("CompleteGrads").field("groups", &self.groups.len()).finish_non_exhaustive()
+    }
+}
+
+impl CompleteGrads<'_> {
+    fn check(&self, group: usize) -> Result<&[usize]> {
+        let told = self.groups.len();
+        let of = self.groups.get(group).map(Vec::as_slice);
+        of.ok_or_else(|| Error::Input(format!("group {group} of parameters is not complete; {told} are")))
+    }
+
+    /// The sum of each parameter of a group, in the group's order; empty if it is released.
+    ///
+    /// # Errors
+    /// [`Error::Input`] for a group that is not complete.
+    pub fn sums(&self, group: usize) -> Result<Vec<&[f32]>> {
+        Ok(self.check(group)?.iter().map(|&index| self.slots[index].values.as_slice()).collect())
+    }
+
+    /// The sum of parameter `member` of a group, to be changed.
+    ///
+    /// # Errors
+    /// [`Error::Input`] for a group that is not complete or has no such parameter.
+    pub fn sum_mut(&mut self, group: usize, member: usize) -> Result<&mut [f32]> {
+        let members = self.check(group)?;
+        let Some(&index) = members.get(member) else {
+            let count = members.len();
+            return Err(Error::Input(format!("group {group} has {count} parameters, and no parameter {member}")));
+        };
+        Ok(&mut self.slots[index].values)
+    }
+}

@@ -1,7 +1,7 @@
 //! [`Gradients`]: where a backward pass brings gradients to: registered parameters' buffers, or a tensor for everything else.
 
 use super::Edge;
-use super::buffers::{After, Complete, GradBuffers, Slot};
+use super::buffers::{After, CompleteGrads, GradBuffers, Slot, Watcher};
 use crate::ops::host;
 use crate::{Error, Result};
 use candle_core::{CpuStorage, CustomOp1, DType, Layout, Shape, Storage, Tensor, TensorId};
@@ -51,7 +51,7 @@ impl GradSlice {
 /// Who is told of complete gradients, and how far that has come.
 pub(super) struct Watch<'a> {
     groups: &'a [Vec<usize>],
-    complete: Complete<'a>,
+    watcher: &'a mut dyn Watcher,
     /// Parameters of each group that are not complete.
     waiting: Vec<usize>,
     /// The first group that was not told of.
@@ -59,8 +59,8 @@ pub(super) struct Watch<'a> {
 }
 
 impl<'a> Watch<'a> {
-    pub(super) fn new(groups: &'a [Vec<usize>], complete: Complete<'a>) -> Self {
-        Self { groups, complete, waiting: groups.iter().map(Vec::len).collect(), next: 0 }
+    pub(super) fn new(groups: &'a [Vec<usize>], watcher: &'a mut dyn Watcher) -> Self {
+        Self { groups, watcher, waiting: groups.iter().map(Vec::len).collect(), next: 0 }
     }
 }
 
@@ -163,16 +163,17 @@ impl<'a> Gradients<'a> {
     fn arrive(&mut self, index: usize) -> Result<()> {
         self.arrived[index] += 1;
         let Some(watch) = &mut self.watch else { return Ok(()) };
-        if self.arrived[index] != self.buffers.slots[index].arrivals {
-            return Ok(());
+        let slots = &mut self.buffers.slots;
+        if self.arrived[index] == slots[index].arrivals {
+            if let Some(group) = watch.groups.iter().position(|group| group.contains(&index)) {
+                self.closed[index] = true;
+                watch.waiting[group] -= 1;
+            }
+            while watch.waiting.get(watch.next) == Some(&0) {
+                watch.tell(slots)?;
+            }
         }
-        let Some(group) = watch.groups.iter().position(|group| group.contains(&index)) else { return Ok(()) };
-        self.closed[index] = true;
-        watch.waiting[group] -= 1;
-        while watch.waiting.get(watch.next) == Some(&0) {
-            watch.tell(&mut self.buffers.slots)?;
-        }
-        Ok(())
+        watch.watcher.arrived(&mut CompleteGrads { slots, groups: &watch.groups[..watch.next] })
     }
 
     /// Ends the pass: tells of the groups that were not told of yet.
@@ -247,13 +248,13 @@ impl<'a> Gradients<'a> {
 impl Watch<'_> {
     /// Of the next group.
     fn tell(&mut self, slots: &mut [Slot]) -> Result<()> {
-        let group = &self.groups[self.next];
+        let number = self.next;
+        self.next += 1;
+        let (group, groups) = (&self.groups[number], &self.groups[..self.next]);
         group.iter().for_each(|&index| slots[index].settle());
-        let values: Vec<&[f32]> = group.iter().map(|&index| slots[index].values.as_slice()).collect();
-        if (self.complete)(self.next, &values)? == After::Release {
+        if self.watcher.complete(number, &mut CompleteGrads { slots, groups })? == After::Release {
             group.iter().for_each(|&index| slots[index].release());
         }
-        self.next += 1;
         Ok(())
     }
 }

@@ -17,7 +17,7 @@ mod recompute;
 #[cfg(test)]
 mod tests;
 
-pub use buffers::{After, Complete, GradBuffers};
+pub use buffers::{After, CompleteGrads, GradBuffers, Watcher};
 pub use gradients::{GradSlice, Gradients};
 pub use recompute::recomputed;
 

@@ -226,11 +226,17 @@ fn complete_groups_are_told_of_while_the_pass_goes_on() {
         log.borrow_mut().clear();
         told.clear();
         let (loss, tape) = Tape::record(|| loss(twice));
-        let mut complete = |group: usize, sums: &[&[f32]]| {
+        let mut complete = Told(|group: usize, complete: &mut CompleteGrads<'_>| {
             log.borrow_mut().push(format!("group {group}"));
+            let sums = complete.sums(group)?;
             told.push(sums.iter().map(|sum| sum.to_vec()).collect::<Vec<_>>());
+            // What was told of is there to be changed, and nothing else.
+            let (first, len) = (sums[0].to_vec(), sums.len());
+            complete.sum_mut(group, 0)?.copy_from_slice(&first);
+            let refused = [complete.sum_mut(group + 1, 0).is_err(), complete.sum_mut(group, len).is_err()];
+            assert_eq!((refused, complete.sums(group + 1).is_err()), ([true; 2], true));
             Ok(after)
-        };
+        });
         let mut into = buffers.watched(&groups, &mut complete);
         tape.backward_of(&loss?, &mut into)?;
         into.finish()?;
@@ -257,9 +263,18 @@ fn complete_groups_are_told_of_while_the_pass_goes_on() {
     // Without any pass everything is zero.
     let mut zeros = GradBuffers::new([("a", &vars[0])]).unwrap();
     zeros.begin();
-    let mut complete = |_: usize, sums: &[&[f32]]| {
-        assert_eq!(sums, [[0.0; 8]]);
+    let mut complete = Told(|group: usize, complete: &mut CompleteGrads<'_>| {
+        assert_eq!(complete.sums(group)?, [[0.0; 8]]);
         Ok(After::Keep)
-    };
+    });
     zeros.watched(&[vec![0]], &mut complete).finish().unwrap();
+}
+
+/// A closure as a watcher.
+struct Told<F>(F);
+
+impl<F: FnMut(usize, &mut CompleteGrads<'_>) -> Result<After>> Watcher for Told<F> {
+    fn complete(&mut self, group: usize, complete: &mut CompleteGrads<'_>) -> Result<After> {
+        self.0(group, complete)
+    }
 }

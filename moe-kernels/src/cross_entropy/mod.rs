@@ -14,17 +14,15 @@ mod tests;
 pub use moe_core::ops::IGNORED;
 
 use crate::attention::row_max;
-use crate::buffer::with_scratch_f32;
-use crate::custom::{self, Input, SliceOp, Target, with_inputs};
-use crate::gemm::{Group, Operand, PackedWeights, Start, Weights, gemm, gemm_new};
-use crate::parallel::SharedMut;
+use crate::custom::{self, with_inputs};
+use crate::gemm::PackedWeights;
+use crate::output_loss::{Computed, Gradients, OutputLayer, for_rows, packed_both_ways, scale_by};
 use crate::select::vectorize;
-use crate::{Error, Isa, Precision, Result, parallel, select};
+use crate::{Isa, Precision, Result, select};
 use candle_core::Tensor;
 use moe_core::ops::host::{self, Real};
 use moe_core::ops::{PartStatistics, VocabularyPart, check_targets};
 use moe_core::tape;
-use std::sync::{Mutex, PoisonError};
 
 /// Mean over the counted targets of `-log softmax(hidden weight^T)[target]`, in nats.
 ///
@@ -87,11 +85,6 @@ pub fn linear_cross_entropy_part_packed(
     LinearCrossEntropy::new(targets, weight.precision(), Some(part)).of_packed(hidden, weight)
 }
 
-/// Tokens whose logits exist at a time.
-const BLOCK: usize = 384;
-/// Rows per task of the softmax.
-const TASK_ROWS: usize = 16;
-
 /// How a loss is computed.
 struct LinearCrossEntropy<'a> {
     targets: &'a [u32],
@@ -102,18 +95,6 @@ struct LinearCrossEntropy<'a> {
     part: Option<&'a VocabularyPart>,
 }
 
-/// The sizes of one call.
-#[derive(Clone, Copy)]
-struct Sizes {
-    tokens: usize,
-    width: usize,
-    /// Entries that are here.
-    vocab: usize,
-}
-
-/// The loss, and the gradients of hidden and weight for an upstream gradient of 1 if they are wanted.
-type Loss = (f32, Option<[Vec<f32>; 2]>);
-
 impl<'a> LinearCrossEntropy<'a> {
     fn new(targets: &'a [u32], precision: Precision, part: Option<&'a VocabularyPart>) -> Self {
         Self { targets, precision, isa: select::current(), wants_gradients: false, part }
@@ -123,19 +104,18 @@ impl<'a> LinearCrossEntropy<'a> {
     fn of_tensors(self, hidden: &Tensor, weight: &Tensor) -> Result<Tensor> {
         let own = Self { wants_gradients: tape::tracks(&[hidden, weight]), ..self };
         let (loss, gradients) = with_inputs(NAME, &[hidden, weight], |inputs| {
-            let (hidden, weight) = (inputs[0], inputs[1]);
-            let sizes = Sizes { tokens: hidden.rows(), width: hidden.width(), vocab: weight.rows() };
-            own.loss(hidden.values, weight.values, sizes)
+            let [hidden, weight] = [inputs[0], inputs[1]];
+            let sizes = [weight.rows(), weight.width()];
+            let (forward, backward) =
+                packed_both_ways(own.isa, own.precision, weight.values, sizes, own.wants_gradients);
+            own.loss(hidden.values, &forward, backward.as_ref())
         })??;
-        custom::apply(Computed { loss, gradients: Mutex::new(gradients), isa: own.isa }, &[hidden, weight])
+        custom::apply(Computed::new(NAME, loss, gradients, own.isa), &[hidden, weight])
     }
 
     /// Without gradients.
     fn of_packed(&self, hidden: &Tensor, weight: &PackedWeights) -> Result<Tensor> {
-        let [vocab, width] = weight.shape();
-        let sizes = Sizes { tokens: self.targets.len(), width, vocab };
-        let (loss, _) =
-            with_inputs(NAME, &[hidden], |inputs| self.loss_packed(inputs[0].values, weight, None, sizes))??;
+        let (loss, _) = with_inputs(NAME, &[hidden], |inputs| self.loss(inputs[0].values, weight, None))??;
         Ok(Tensor::new(loss, hidden.device())?)
     }
 
@@ -148,62 +128,20 @@ impl<'a> LinearCrossEntropy<'a> {
         self.part.map_or(Some(target as usize), |part| part.local(target))
     }
 
-    fn loss(&self, hidden: &[f32], weight: &[f32], sizes: Sizes) -> Result<Loss> {
-        let Sizes { width, vocab, .. } = sizes;
-        let pack = |operand| PackedWeights::new(self.isa, self.precision, &operand);
-        let forward_weight = pack(Operand::rows(weight, vocab, width, width));
-        let backward_weight = self.wants_gradients.then(|| pack(Operand::columns(weight, width, vocab, width)));
-        self.loss_packed(hidden, &forward_weight, backward_weight.as_ref(), sizes)
-    }
-
-    /// The same with the weight packed for the forward pass, and transposed for the backward pass if gradients are wanted.
-    fn loss_packed(
+    /// With the weight packed for the forward pass, and transposed for the backward pass if gradients are wanted.
+    fn loss(
         &self,
         hidden: &[f32],
-        forward_weight: &PackedWeights,
-        backward_weight: Option<&PackedWeights>,
-        sizes: Sizes,
-    ) -> Result<Loss> {
-        let Sizes { tokens, width, vocab } = sizes;
-        let mut gradients = self.wants_gradients.then(|| [vec![0.0; hidden.len()], Vec::new()]);
-        let mut losses = vec![0.0; tokens];
-        with_scratch_f32(BLOCK.min(tokens) * vocab, |scratch| -> Result<()> {
-            for start in (0..tokens).step_by(BLOCK) {
-                let rows = BLOCK.min(tokens - start);
-                let logits = &mut scratch[..rows * vocab];
-                let block = &hidden[start * width..][..rows * width];
-                self.product(Operand::rows(block, rows, width, width), forward_weight, Start::Zero, logits);
-                self.softmax(logits, vocab, start, &mut losses[start..start + rows])?;
-                if let (Some([d_hidden, d_weight]), Some(packed)) = (&mut gradients, backward_weight) {
-                    let logits = &*logits;
-                    let into = &mut d_hidden[start * width..][..rows * width];
-                    self.product(Operand::rows(logits, rows, vocab, vocab), packed, Start::Zero, into);
-                    let by_word = Group {
-                        a: Operand::columns(logits, vocab, rows, vocab),
-                        b: Operand::columns(block, width, rows, width).into(),
-                        start: if start == 0 { Start::Zero } else { Start::Output },
-                        out_offset: 0,
-                        out_stride: width,
-                    };
-                    // A vocabulary's worth of zeros would be written on one thread while the others wait.
-                    if start == 0 {
-                        *d_weight = gemm_new(self.isa, self.precision, &[by_word], vocab * width);
-                    } else {
-                        gemm(self.isa, self.precision, &[by_word], d_weight);
-                    }
-                }
-            }
-            Ok(())
+        forward: &PackedWeights,
+        backward: Option<&PackedWeights>,
+    ) -> Result<(f32, Gradients)> {
+        let [vocab, _] = forward.shape();
+        let mut losses = vec![0.0; self.targets.len()];
+        let layer = OutputLayer { isa: self.isa, precision: self.precision, hidden, forward, backward };
+        let gradients = layer.each_block(losses.len(), |tokens, logits| {
+            self.softmax(logits, vocab, tokens.start, &mut losses[tokens])
         })?;
-        if let Some([_, d_weight]) = &mut gradients {
-            d_weight.resize(vocab * width, 0.0); // nothing has been written without tokens
-        }
         Ok(((losses.iter().sum::<f64>() / self.counted() as f64) as f32, gradients))
-    }
-
-    fn product(&self, a: Operand<'_>, b: &PackedWeights, start: Start<'_>, out: &mut [f32]) {
-        let group = Group { a, b: Weights::Packed(b), start, out_offset: 0, out_stride: b.shape()[0] };
-        gemm(self.isa, self.precision, &[group], out);
     }
 
     /// The loss of each row of logits, which become the gradient of the mean loss if it is wanted.
@@ -258,37 +196,6 @@ impl<'a> LinearCrossEntropy<'a> {
     }
 }
 
-/// Calls `body` with each row of logits and what is kept of it.
-fn for_rows<T: Send>(
-    logits: &mut [f32],
-    vocab: usize,
-    kept: &mut [T],
-    body: impl Fn(usize, &mut [f32], &mut T) + Sync,
-) {
-    let rows = kept.len();
-    let (logits, kept) = (SharedMut::new(logits), SharedMut::new(kept));
-    parallel::for_each_if(rows * vocab, 1 << 15, rows.div_ceil(TASK_ROWS), |task| {
-        for row in task * TASK_ROWS..((task + 1) * TASK_ROWS).min(rows) {
-            // SAFETY: each row belongs to one task.
-            let (logits, kept) = unsafe { (logits.slice(row * vocab, vocab), one(kept, row)) };
-            body(row, logits, kept);
-        }
-    });
-}
-
-/// # Safety
-/// As [`SharedMut::slice`].
-unsafe fn one<'a, T>(values: SharedMut<T>, index: usize) -> &'a mut T {
-    // SAFETY: passed on from the caller.
-    unsafe { &mut values.slice(index, 1)[0] }
-}
-
-fn scale_by(isa: Isa, values: &mut [f32], factor: f32) {
-    vectorize!(isa, (values: &mut [f32], factor: f32) {
-        values.iter_mut().for_each(|value| *value *= factor);
-    });
-}
-
 /// Replaces a row by the exponentials of its distances from its maximum; returns the maximum and their sum.
 #[inline(always)]
 fn exponentials(row: &mut [f32]) -> (f32, f32) {
@@ -298,42 +205,3 @@ fn exponentials(row: &mut [f32]) -> (f32, f32) {
 }
 
 const NAME: &str = "linear_cross_entropy";
-
-/// A loss with its gradients, computed before it becomes an operation: an exchange between parts may fail.
-struct Computed {
-    loss: f32,
-    /// Until the backward pass.
-    gradients: Mutex<Option<[Vec<f32>; 2]>>,
-    isa: Isa,
-}
-
-impl SliceOp for Computed {
-    fn name(&self) -> &'static str {
-        NAME
-    }
-
-    fn needs_inputs(&self) -> bool {
-        false
-    }
-
-    fn forward(&self, _: &[Input<'_>]) -> (Vec<f32>, Vec<usize>) {
-        (vec![self.loss], Vec::new())
-    }
-
-    fn backward(&self, _: &[Input<'_>], _: &[f32], grad: &[f32], to: &mut [Target]) -> Result<()> {
-        let kept = self.gradients.lock().unwrap_or_else(PoisonError::into_inner).take();
-        let Some(mut gradients) = kept else {
-            return Err(Error::Argument(
-                "linear_cross_entropy can be differentiated once; compute the loss again".into(),
-            ));
-        };
-        let upstream = grad[0];
-        if upstream != 1.0 {
-            for values in &mut gradients {
-                scale_by(self.isa, values, upstream);
-            }
-        }
-        to.iter_mut().zip(gradients).for_each(|(to, gradient)| to.bring(|| gradient));
-        Ok(())
-    }
-}

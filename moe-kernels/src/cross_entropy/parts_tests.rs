@@ -2,54 +2,13 @@
 //! in f64.
 
 use super::*;
+use crate::gemm::Operand;
+use crate::output_loss::on_parts::on_parts;
 use candle_core::{DType, Device, Var};
 use moe_core::ops::{CandleOps, LossOps, VocabularyParts};
 use moe_core::testing::{assert_close, random, values};
 use std::ops::Range;
-use std::sync::{Arc, Barrier};
-
-/// Where the parts of one vocabulary meet.
-#[derive(Debug)]
-struct Meeting {
-    said: Vec<Mutex<Vec<PartStatistics>>>,
-    barrier: Barrier,
-}
-
-#[derive(Debug)]
-struct Member(Arc<Meeting>, usize);
-
-impl VocabularyParts for Member {
-    fn gather(&self, own: &[PartStatistics]) -> moe_core::Result<Vec<Vec<PartStatistics>>> {
-        let Self(meeting, index) = self;
-        *meeting.said[*index].lock().unwrap() = own.to_vec();
-        meeting.barrier.wait();
-        let all = meeting.said.iter().map(|said| said.lock().unwrap().clone()).collect();
-        meeting.barrier.wait();
-        Ok(all)
-    }
-}
-
-/// What `work` gives on each of the parts of these sizes.
-fn on_parts<R: Send>(sizes: &[usize], work: impl Fn(VocabularyPart) -> R + Sync) -> Vec<R> {
-    let said = sizes.iter().map(|_| Mutex::default()).collect();
-    let meeting = Arc::new(Meeting { said, barrier: Barrier::new(sizes.len()) });
-    let mut start = 0;
-    let parts: Vec<VocabularyPart> = sizes
-        .iter()
-        .enumerate()
-        .map(|(index, size)| {
-            let held = start..start + size;
-            start = held.end;
-            let parts = Arc::new(Member(Arc::clone(&meeting), index));
-            VocabularyPart { held, size: sizes.iter().sum(), parts }
-        })
-        .collect();
-    std::thread::scope(|scope| {
-        let work = &work;
-        let running: Vec<_> = parts.into_iter().map(|part| scope.spawn(move || work(part))).collect();
-        running.into_iter().map(|thread| thread.join().unwrap()).collect()
-    })
-}
+use std::sync::Arc;
 
 struct Case {
     tokens: usize,
@@ -103,8 +62,9 @@ fn run(case: &Case, isa: Isa, precision: Precision, part: Option<&VocabularyPart
     let held = part.map_or(0..case.vocab(), |part| part.held.clone());
     let weight = flat(&weight)[held.start * case.width..held.end * case.width].to_vec();
     let op = LinearCrossEntropy { isa, wants_gradients: true, ..LinearCrossEntropy::new(&targets, precision, part) };
-    let sizes = Sizes { tokens: case.tokens, width: case.width, vocab: held.len() };
-    let (loss, gradients) = op.loss(&flat(&hidden), &weight, sizes).unwrap();
+    let (forward, backward) =
+        packed_both_ways(op.isa, op.precision, &weight, [held.len(), case.width], op.wants_gradients);
+    let (loss, gradients) = op.loss(&flat(&hidden), &forward, backward.as_ref()).unwrap();
     (loss, gradients.unwrap())
 }
 

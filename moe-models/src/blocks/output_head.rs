@@ -3,6 +3,7 @@
 use crate::Result;
 use candle_core::Tensor;
 use candle_nn::VarBuilder;
+use moe_core::ops::{Distillation, DistilledLoss, SoftTargets, StudentOutput};
 use moe_core::{Ops, ParamSpec, Weight, WeightSource, WeightUse};
 use std::sync::Arc;
 
@@ -42,5 +43,25 @@ impl OutputHead {
     /// If the sizes differ or a target is outside the vocabulary.
     pub fn loss(&self, hidden: &Tensor, targets: &[u32]) -> Result<Tensor> {
         Ok(self.ops.linear_cross_entropy(hidden, &self.weight, targets)?)
+    }
+
+    /// What a teacher's output layer says of `hidden`, which has no gradient: for [`OutputHead::distillation`].
+    pub fn soft_targets<'a>(&'a self, hidden: &'a Tensor) -> SoftTargets<'a> {
+        SoftTargets::Layer { hidden, weight: &self.weight }
+    }
+
+    /// Mean cross-entropy plus the divergence from a teacher, nats per counted token; no logits are ever whole in memory.
+    ///
+    /// # Errors
+    /// If the sizes differ, or a target or an entry is outside the vocabulary.
+    pub fn distillation(
+        &self,
+        hidden: &Tensor,
+        targets: &[u32],
+        soft: SoftTargets<'_>,
+        how: Distillation,
+    ) -> Result<DistilledLoss> {
+        let student = StudentOutput { hidden, weight: &self.weight, targets, part: None };
+        Ok(self.ops.linear_distillation(student, soft, how)?)
     }
 }

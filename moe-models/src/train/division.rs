@@ -3,7 +3,7 @@
 use super::optimizer::{ChunkSum, Grads, Owned};
 use crate::Result;
 use candle_core::Var;
-use moe_core::tape::{After, GradBuffers};
+use moe_core::tape::{After, CompleteGrads, GradBuffers};
 use std::fmt::Debug;
 use std::time::Instant;
 
@@ -44,9 +44,14 @@ pub trait Division: Debug + Send {
     /// A step begins.
     fn begin(&mut self) {}
 
-    /// A bucket is complete on this rank, `sums` of its parameters: adding up over the ranks begins. A rank brings the sums over
-    /// its own micro-batches, of which no value may count one twice.
-    fn start(&mut self, bucket: usize, sums: &[&[f32]]) -> Result<After>;
+    /// A bucket is complete on this rank: adding up over the ranks begins. A rank brings the sums over its own micro-batches, of
+    /// which no value may count one twice.
+    fn start(&mut self, bucket: usize, complete: &mut CompleteGrads<'_>) -> Result<After>;
+
+    /// Time to go on with what was begun, between two parts of a backward pass.
+    fn advance(&mut self, _complete: &mut CompleteGrads<'_>) -> Result<()> {
+        Ok(())
+    }
 
     /// Ends what was begun in a pass: all buckets.
     fn finish(&mut self, buffers: &mut GradBuffers) -> Result<()>;
@@ -77,7 +82,7 @@ impl Division for Undivided {
         &self.0
     }
 
-    fn start(&mut self, _: usize, _: &[&[f32]]) -> Result<After> {
+    fn start(&mut self, _: usize, _: &mut CompleteGrads<'_>) -> Result<After> {
         Ok(After::Keep)
     }
 

@@ -89,7 +89,7 @@ mod tests {
         let loss = NonFiniteLoss {
             micro_batch: 2,
             loss: f64::NAN,
-            parts: LossParts { lm: 1.5, load_balance: f64::NAN, router_z: 0.0 },
+            parts: LossParts { lm: 1.5, load_balance: f64::NAN, router_z: 0.0, kd: 0.0 },
         };
         assert_eq!(
             NonFinite { loss: Some(loss), ..found }.to_string(),

@@ -8,7 +8,7 @@ use super::optimizer::{Owned, Units};
 use super::ranks::{Passes, Ranks, exchange, unreadable};
 use crate::{Error, Result};
 use moe_core::ExpertLoad;
-use moe_core::tape::{GradBuffers, Gradients, Tape};
+use moe_core::tape::{After, CompleteGrads, GradBuffers, Gradients, Tape, Watcher};
 use moe_kernels::copies::{WeightCopies, with_copies};
 use moe_parallel::Phase;
 use std::panic::{AssertUnwindSafe, catch_unwind};
@@ -126,8 +126,8 @@ pub fn accumulate_share<M: TrainModel>(
     for round in 0..rounds {
         let last = round + 1 == rounds;
         let (adds, overlaps) = (last || every_pass, division.overlaps());
-        let mut complete = |bucket: usize, sums: &[&[f32]]| Ok(division.start(bucket, sums)?);
-        let mut into = if adds && overlaps { grads.watched(&buckets, &mut complete) } else { grads.gradients() };
+        let mut adding = Adding(division);
+        let mut into = if adds && overlaps { grads.watched(&buckets, &mut adding) } else { grads.gradients() };
         let own = batches.get(round).zip(passes.get(round).copied());
         let begun = Instant::now();
         let loss = match own {
@@ -141,8 +141,7 @@ pub fn accumulate_share<M: TrainModel>(
         into.finish()?;
         let ended = Instant::now();
         if adds && !overlaps {
-            let mut complete = |bucket: usize, sums: &[&[f32]]| Ok(division.start(bucket, sums)?);
-            grads.watched(&buckets, &mut complete).finish()?;
+            grads.watched(&buckets, &mut Adding(division)).finish()?;
         }
         if let Some((loss, turned)) = loss {
             division.note("forward", begun, turned);
@@ -157,6 +156,19 @@ pub fn accumulate_share<M: TrainModel>(
         grads.finish();
     }
     Ok(losses)
+}
+
+/// Adds up what a backward pass completes.
+struct Adding<'a>(&'a mut dyn Division);
+
+impl Watcher for Adding<'_> {
+    fn complete(&mut self, group: usize, complete: &mut CompleteGrads<'_>) -> moe_core::Result<After> {
+        Ok(self.0.start(group, complete)?)
+    }
+
+    fn arrived(&mut self, complete: &mut CompleteGrads<'_>) -> moe_core::Result<()> {
+        Ok(self.0.advance(complete)?)
+    }
 }
 
 /// A pass without tokens, for a rank that only takes part in those of others.
@@ -231,9 +243,9 @@ impl BatchSums {
 impl MicroBatchLoss {
     /// As a part of a message.
     fn words(&self) -> Vec<u64> {
-        let LossParts { lm, load_balance, router_z } = self.parts;
+        let LossParts { lm, load_balance, router_z, kd } = self.parts;
         let mut words = vec![self.micro_batch as u64];
-        words.extend([self.loss, lm, load_balance, router_z].map(f64::to_bits));
+        words.extend([self.loss, lm, load_balance, router_z, kd].map(f64::to_bits));
         words.push(self.layers.len() as u64);
         for LayerLoad { layer, load } in &self.layers {
             words.extend([*layer as u64, u64::from(load.dropped), load.tokens_per_expert.len() as u64]);
@@ -246,7 +258,7 @@ impl MicroBatchLoss {
     fn read(words: &mut impl Iterator<Item = u64>) -> Option<Self> {
         let micro_batch = words.next()? as usize;
         let mut float = || words.next().map(f64::from_bits);
-        let (loss, lm, load_balance, router_z) = (float()?, float()?, float()?, float()?);
+        let (loss, lm, load_balance, router_z, kd) = (float()?, float()?, float()?, float()?, float()?);
         let mut layers = Vec::new();
         for _ in 0..words.next()? {
             let (layer, dropped, experts) = (words.next()? as usize, words.next()? as u32, words.next()?);
@@ -254,7 +266,7 @@ impl MicroBatchLoss {
             let load = ExpertLoad { tokens_per_expert: tokens.collect::<Option<_>>()?, dropped };
             layers.push(LayerLoad { layer, load });
         }
-        Some(Self { micro_batch, loss, parts: LossParts { lm, load_balance, router_z }, layers })
+        Some(Self { micro_batch, loss, parts: LossParts { lm, load_balance, router_z, kd }, layers })
     }
 }
 
@@ -278,7 +290,7 @@ mod tests {
             layer,
             load: ExpertLoad { tokens_per_expert, dropped: layer as u32 },
         };
-        let parts = LossParts { lm: loss * 0.9, load_balance: 0.1, router_z: -0.0 };
+        let parts = LossParts { lm: loss * 0.9, load_balance: 0.1, router_z: -0.0, kd: loss * 0.05 };
         MicroBatchLoss { micro_batch, loss, parts, layers: vec![layer(1, vec![3, 0, 5]), layer(4, vec![])] }
     }
 

@@ -419,6 +419,10 @@ impl<M: TrainModel> Trainer<M> {
         record.push(metrics::TRAIN_AUX_LOSS, sums.parts.aux());
         record.push(metrics::TRAIN_LOAD_BALANCE_LOSS, sums.parts.load_balance);
         record.push(metrics::TRAIN_ROUTER_Z_LOSS, sums.parts.router_z);
+        // Of students alone, while they follow their teacher.
+        if sums.parts.kd != 0.0 {
+            record.push(metrics::TRAIN_KD_LOSS, sums.parts.kd);
+        }
         record.push(metrics::TRAIN_LR, lr);
         record.push(metrics::TRAIN_GRAD_NORM, grad_norm);
         let tokens = (steps * self.config.tokens_per_step()) as f64;

@@ -16,8 +16,10 @@ use std::time::Duration;
 pub(super) enum Part {
     /// 1 to 8 ranks that are threads of one process.
     Local,
-    /// 8 ranks on 4 emulated hosts; as root.
+    /// 8 ranks on 4 emulated hosts: the routes of rows; as root.
     Hosts,
+    /// The same: what of the gradients' way hides behind the backward pass; as root.
+    Overlap,
 }
 
 /// Runs these parts; all of them if none is named.
@@ -27,7 +29,14 @@ pub(super) fn run(parts: &[Part], out: &Path) -> Result<()> {
         local(out)?;
     }
     if wanted(Part::Hosts) {
-        hosts(out)?;
+        let (mut text, mut place) = on_hosts(Cluster::WIDE)?;
+        routes(&mut text, &mut place)?;
+        keep(&out.join("ranks-hosts.txt"), &text)?;
+    }
+    if wanted(Part::Overlap) {
+        let (mut text, mut place) = on_hosts(Cluster::PAIR)?;
+        overlap(&mut text, &mut place, out)?;
+        keep(&out.join("ranks-overlap.txt"), &text)?;
     }
     Ok(())
 }
@@ -47,19 +56,36 @@ struct Measured {
 const STEPS: u64 = 14;
 const WARM_UP: u64 = 4;
 const SEQ_LENGTH: u64 = 256;
-const MICRO_BATCHES: u64 = 8;
-/// Sequences of a micro-batch, and where communication is to hide behind work.
-const SEQUENCES: u64 = 2;
-const MORE_SEQUENCES: u64 = 8;
 
-const fn tokens_of_a_step(sequences: u64) -> u64 {
-    MICRO_BATCHES * sequences * SEQ_LENGTH
+/// What a step computes.
+#[derive(Clone, Copy)]
+struct Batch {
+    micro_batches: u64,
+    /// Of a micro-batch.
+    sequences: u64,
 }
 
-/// The same model and global batch for all: three layers of 8 experts beside a residual network, 8 micro-batches.
-fn arguments(sequences: u64, out: &Path, cache: &Path) -> Vec<String> {
-    let tokens = (STEPS * tokens_of_a_step(sequences)).to_string();
-    let (micro, global) = (sequences.to_string(), (MICRO_BATCHES * sequences).to_string());
+impl Batch {
+    /// Enough for 8 ranks.
+    const EIGHT: Self = Self { micro_batches: 8, sequences: 2 };
+    /// One pass for each of 2 ranks.
+    const TWO: Self = Self { micro_batches: 2, sequences: 8 };
+
+    const fn tokens(self) -> u64 {
+        self.micro_batches * self.sequences * SEQ_LENGTH
+    }
+}
+
+impl std::fmt::Display for Batch {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        write!(f, "{} micro-batches of {} x {SEQ_LENGTH} tokens", self.micro_batches, self.sequences)
+    }
+}
+
+/// The same model for all: three layers of 8 experts beside a residual network.
+fn arguments(batch: Batch, out: &Path, cache: &Path) -> Vec<String> {
+    let tokens = (STEPS * batch.tokens()).to_string();
+    let (micro, global) = (batch.sequences.to_string(), (batch.micro_batches * batch.sequences).to_string());
     let mut all: Vec<String> = [
         "--preset",
         "tiny-pr-moe",
@@ -91,7 +117,7 @@ fn arguments(sequences: u64, out: &Path, cache: &Path) -> Vec<String> {
 }
 
 /// The numbers in a run's `metrics.jsonl`.
-fn measure(sequences: u64, out: &Path) -> Result<Measured> {
+fn measure(batch: Batch, out: &Path) -> Result<Measured> {
     let path = out.join("metrics.jsonl");
     let text = std::fs::read_to_string(&path).with_context(|| format!("cannot read {}", path.display()))?;
     let records = text.lines().map(serde_json::from_str).collect::<Result<Vec<Value>, _>>()?;
@@ -107,7 +133,7 @@ fn measure(sequences: u64, out: &Path) -> Result<Measured> {
     let ([a, b], [c, d]) = (levels("moe/a2a_bytes"), levels("train/gradient_bytes"));
     let rows: f64 = levels("moe/a2a_seconds").iter().sum();
     Ok(Measured {
-        step_ms: 1e3 * tokens_of_a_step(sequences) as f64 / speed,
+        step_ms: 1e3 * batch.tokens() as f64 / speed,
         tokens_per_second: speed,
         megabytes: [a, b, c, d].map(|bytes| bytes / 1e6),
         milliseconds: [rows, median("train/gradient_seconds"), median("train/gradient_wait_seconds")].map(|s| 1e3 * s),
@@ -147,10 +173,10 @@ impl Place {
     }
 
     /// Arguments of the next run, and where it writes.
-    fn next(&mut self, sequences: u64) -> (Vec<String>, PathBuf) {
+    fn next(&mut self, batch: Batch) -> (Vec<String>, PathBuf) {
         self.runs += 1;
         let out = self.folder.join(format!("run-{}", self.runs));
-        (arguments(sequences, &out, &self.folder.join("data-cache")), out)
+        (arguments(batch, &out, &self.folder.join("data-cache")), out)
     }
 }
 
@@ -177,19 +203,37 @@ fn local(out: &Path) -> Result<()> {
         (8, &["--dp", "8", "--ep", "8"], "dp 8, ep 8"),
     ];
     for (ranks, layout, name) in layouts {
-        let (arguments, folder) = place.next(SEQUENCES);
+        let (arguments, folder) = place.next(Batch::EIGHT);
         let mut command = Command::new(program());
         command.args(arguments).args(["--ranks", &ranks.to_string()]).args(layout);
         output(&mut command)?;
-        row(&mut text, ranks, name, &measure(SEQUENCES, &folder)?);
+        row(&mut text, ranks, name, &measure(Batch::EIGHT, &folder)?);
     }
     keep(&out.join("ranks-local.txt"), &text)
 }
 
 /// How hosts are joined in all rows but those without a network to wait for: 100 us one way.
 const DELAY: Duration = Duration::from_micros(100);
-const HOSTS: usize = 4;
-const RANKS_PER_HOST: usize = 2;
+
+/// Ranks on emulated hosts.
+#[derive(Clone, Copy)]
+struct Cluster {
+    hosts: usize,
+    ranks_per_host: usize,
+    /// Of each rank.
+    threads: usize,
+}
+
+impl Cluster {
+    /// More ranks than cores: what they send is what counts.
+    const WIDE: Self = Self { hosts: 4, ranks_per_host: 2, threads: 2 };
+    /// A core for each rank, or nothing could be computed while a message is under way.
+    const PAIR: Self = Self { hosts: 2, ranks_per_host: 1, threads: 1 };
+
+    const fn ranks(self) -> usize {
+        self.hosts * self.ranks_per_host
+    }
+}
 
 /// A network of so many Gbit/s; none stands for one that costs no time.
 fn link(gbits: Option<f64>) -> Link {
@@ -197,37 +241,42 @@ fn link(gbits: Option<f64>) -> Link {
     Link { delay, bits_per_second: gbits.map_or(1e15, |gbits| gbits * 1e9), packet: Duration::ZERO }
 }
 
-/// Ranks on emulated hosts, at several speeds of the network between them.
-fn hosts(out: &Path) -> Result<()> {
+/// Makes ready for ranks on emulated hosts: the head of a table, and where its runs go.
+fn on_hosts(cluster: Cluster) -> Result<(String, Place)> {
     let missing = super::parallel::missing_for_hosts();
     if !missing.is_empty() {
         bail!("emulated hosts need {}", missing.join("; "));
     }
     let features = ["--features", "moe-models/mpi"];
     shell::run(cargo(&["build", "--release", "--package", "moe-models", "--bin", "moe-train"]).args(features))?;
-    let mut place = Place::new()?;
     let mut text = header()?;
+    let Cluster { hosts, ranks_per_host, threads } = cluster;
     let _ = writeln!(
         text,
-        "{HOSTS} hosts of {RANKS_PER_HOST} ranks under Open MPI, all on this machine's cores; the network between hosts is emulated: {} us one \
-         way.\nMedians of {} steps after {WARM_UP}.",
+        "{hosts} hosts of {ranks_per_host} rank(s) of {threads} thread(s) under Open MPI, all on this machine's cores; the network between \
+         hosts is emulated:\n{} us one way. Medians of {} steps after {WARM_UP}.",
         DELAY.as_micros(),
         STEPS - WARM_UP
     );
-    routes(&mut text, &mut place)?;
-    overlap(&mut text, &mut place, out)?;
-    keep(&out.join("ranks-hosts.txt"), &text)
+    Ok((text, Place::new()?))
 }
 
 /// One run over all hosts, and the folder of its traces.
-fn run_on_hosts(place: &mut Place, link: Link, sequences: u64, layout: &[&str]) -> Result<(Measured, PathBuf)> {
-    let hosts = Hosts::new(HOSTS, link, &root().join("target/hosts"))?;
-    let (arguments, folder) = place.next(sequences);
+fn run_on_hosts(
+    place: &mut Place,
+    cluster: Cluster,
+    link: Link,
+    batch: Batch,
+    layout: &[&str],
+) -> Result<(Measured, PathBuf)> {
+    let hosts = Hosts::new(cluster.hosts, link, &root().join("target/hosts"))?;
+    let (arguments, folder) = place.next(batch);
     let traces = folder.join("trace");
-    let mut mpirun = hosts.mpirun(RANKS_PER_HOST)?;
+    let mut mpirun = hosts.mpirun(cluster.ranks_per_host)?;
+    mpirun.args(["-x", &format!("RAYON_NUM_THREADS={}", cluster.threads)]);
     mpirun.arg(program()).args(arguments).args(layout).arg("--trace").arg(&traces);
     hosts.output(&mut mpirun)?;
-    Ok((measure(sequences, &folder)?, traces))
+    Ok((measure(batch, &folder)?, traces))
 }
 
 /// Experts within hosts and over them, by both routes.
@@ -238,13 +287,10 @@ fn routes(text: &mut String, place: &mut Place) -> Result<()> {
         (&["--dp", "8", "--ep", "2"], "dp 8, ep 2 inside hosts"),
     ];
     for gbits in [1.0, 10.0] {
-        let _ = write!(
-            text,
-            "\n{gbits} Gbit/s a host, out and in; {MICRO_BATCHES} micro-batches of {SEQUENCES} x {SEQ_LENGTH} tokens\n{COLUMNS}"
-        );
+        let _ = write!(text, "\n{gbits} Gbit/s a host, out and in; {}\n{COLUMNS}", Batch::EIGHT);
         for (layout, name) in rows {
-            let (measured, _) = run_on_hosts(place, link(Some(gbits)), SEQUENCES, layout)?;
-            row(text, HOSTS * RANKS_PER_HOST, name, &measured);
+            let (measured, _) = run_on_hosts(place, Cluster::WIDE, link(Some(gbits)), Batch::EIGHT, layout)?;
+            row(text, Cluster::WIDE.ranks(), name, &measured);
         }
     }
     Ok(())
@@ -253,19 +299,19 @@ fn routes(text: &mut String, place: &mut Place) -> Result<()> {
 /// What of the time that gradients need between hosts is seen in a step. A step over a network that costs no time has the same work,
 /// the copies and the waiting for each other: what a step is longer over a real one is the time that nothing hides.
 fn overlap(text: &mut String, place: &mut Place, out: &Path) -> Result<()> {
-    const ALL: [&str; 6] = ["--dp", "8", "--ep", "1", "--bucket-size", "1MB"];
-    const AFTER: [&str; 7] = ["--dp", "8", "--ep", "1", "--bucket-size", "1MB", "--no-overlap"];
-    let ranks = HOSTS * RANKS_PER_HOST;
+    const DURING: [&str; 6] = ["--dp", "2", "--ep", "1", "--bucket-size", "1MB"];
+    const AFTER: [&str; 7] = ["--dp", "2", "--ep", "1", "--bucket-size", "1MB", "--no-overlap"];
+    let (cluster, batch) = (Cluster::PAIR, Batch::TWO);
     let _ = write!(
         text,
-        "\nGradients of all parameters over all ranks; {MICRO_BATCHES} micro-batches of {MORE_SEQUENCES} x {SEQ_LENGTH} tokens\n{COLUMNS}"
+        "\nGradients of all parameters over all ranks, after the backward pass and during it; {batch}\n{COLUMNS}"
     );
     let mut steps = Vec::new();
     for (gbits, at) in [(None, "no network"), (Some(1.0), "1 Gbit/s"), (Some(10.0), "10 Gbit/s")] {
-        let (after, _) = run_on_hosts(place, link(gbits), MORE_SEQUENCES, &AFTER)?;
-        row(text, ranks, &format!("after it, {at}"), &after);
-        let (during, traces) = run_on_hosts(place, link(gbits), MORE_SEQUENCES, &ALL)?;
-        row(text, ranks, &format!("during it, {at}"), &during);
+        let (after, _) = run_on_hosts(place, cluster, link(gbits), batch, &AFTER)?;
+        row(text, cluster.ranks(), &format!("after it, {at}"), &after);
+        let (during, traces) = run_on_hosts(place, cluster, link(gbits), batch, &DURING)?;
+        row(text, cluster.ranks(), &format!("during it, {at}"), &during);
         if gbits == Some(1.0) {
             draw(&traces.join("rank-0.json"), &out.join("ranks-overlap.svg"))?;
         }

@@ -2,8 +2,8 @@
 
 use super::CandleOps;
 use crate::ops::{
-    AttentionShape, DecoderOps, Dropout, HeadDropout, IGNORED, KvShape, LossOps, PagedKv, PagedSequence, Positions,
-    RotaryLayout, RotaryTable,
+    AttentionShape, DecoderOps, Distillation, Dropout, HeadDropout, IGNORED, KvShape, LossOps, PagedKv, PagedSequence,
+    Positions, RotaryLayout, RotaryTable, SoftTargets, StudentOutput,
 };
 use crate::testing::{assert_close, check_gradients, random, random_var, values};
 use candle_core::{DType, Tensor};
@@ -129,4 +129,86 @@ fn embedding_by_central_differences() {
     let rows = |ids: &[u32]| CandleOps.embedding(&table.as_tensor().clone().into(), ids);
     check_gradients(&[("table", &table)], || square(rows(&[4, 0, 4])));
     assert!(rows(&[0, 5]).unwrap_err().to_string().contains("id 5"));
+}
+
+/// The definition in plain loops: mean over the counted targets of cross-entropy and `T^2 KL`.
+fn distilled_by_hand(student: &[f64], teacher: &[f64], targets: &[u32], vocab: usize, t: f64) -> [f64; 2] {
+    let probs = |row: &[f64], t: f64| -> Vec<f64> {
+        let sum: f64 = row.iter().map(|z| (z / t).exp()).sum();
+        row.iter().map(|z| (z / t).exp() / sum).collect()
+    };
+    let (mut sums, mut counted) = ([0.0; 2], 0.0);
+    for (token, &target) in targets.iter().enumerate().filter(|(_, target)| **target != IGNORED) {
+        let [z, of] = [student, teacher].map(|all| &all[token * vocab..][..vocab]);
+        let (p, q) = (probs(of, t), probs(z, t));
+        sums[0] -= probs(z, 1.0)[target as usize].ln();
+        sums[1] += t * t * p.iter().zip(&q).map(|(p, q)| p * (p / q).ln()).sum::<f64>();
+        counted += 1.0;
+    }
+    sums.map(|sum| sum / counted)
+}
+
+#[test]
+fn the_distilled_loss_by_hand_and_by_central_differences() {
+    let vocab = 7;
+    let (x, w) = (random_var(1, &[4, 3], 1.0, DType::F64), random_var(2, &[vocab, 3], 1.0, DType::F64));
+    let (hidden, weight) = (random(3, &[4, 5], 1.0, DType::F64), random(4, &[vocab, 5], 1.0, DType::F64));
+    let targets = [3, 0, IGNORED, 6];
+    let logits = |x: &Tensor, w: &Tensor| values(&x.matmul(&w.t().unwrap()).unwrap());
+    for (alpha, temperature) in [(1.0, 1.0), (0.5, 2.0), (0.0, 3.0)] {
+        let how = Distillation { weight: alpha, temperature };
+        let run = |soft: SoftTargets<'_>| {
+            let weight = w.as_tensor().clone().into();
+            let student = StudentOutput { hidden: &x, weight: &weight, targets: &targets, part: None };
+            CandleOps.linear_distillation(student, soft, how).unwrap()
+        };
+        let of_teacher = weight.clone().into();
+        let layer = SoftTargets::Layer { hidden: &hidden, weight: &of_teacher };
+        let teacher = logits(&hidden, &weight);
+        let [lm, kl] = distilled_by_hand(&logits(&x, &w), &teacher, &targets, vocab, temperature);
+        let got = run(layer);
+        let total = got.loss.to_scalar::<f64>().unwrap();
+        for (got, want) in [(got.cross_entropy, lm), (got.kd, alpha * kl), (total, lm + alpha * kl)] {
+            assert!((got - want).abs() < 1e-12, "{got} {want}");
+        }
+        check_gradients(&[("hidden", &x), ("weight", &w)], || run(layer).loss);
+
+        // All entries by name are the whole distribution; fewer say less.
+        let whole: Vec<f32> = (0..4 * vocab)
+            .map(|at| {
+                let row = &teacher[at / vocab * vocab..][..vocab];
+                let sum: f64 = row.iter().map(|z| (z / temperature).exp()).sum();
+                ((row[at % vocab] / temperature).exp() / sum) as f32
+            })
+            .collect();
+        let ids: Vec<u32> = (0..4 * vocab as u32).map(|i| i % vocab as u32).collect();
+        let all = run(SoftTargets::TopK { k: vocab, ids: &ids, probs: &whole });
+        assert!((all.kd - got.kd).abs() < 1e-6, "{} {}", all.kd, got.kd);
+        let ids: Vec<u32> = (0..8).map(|i| i % 2 * 3).collect();
+        let probs: Vec<f32> = (0..8).map(|i| whole[i / 2 * vocab + ids[i] as usize]).collect();
+        let few = SoftTargets::TopK { k: 2, ids: &ids, probs: &probs };
+        assert!(run(few).kd <= got.kd && (alpha == 0.0 || run(few).kd < got.kd));
+        check_gradients(&[("hidden", &x), ("weight", &w)], || run(few).loss);
+    }
+}
+
+#[test]
+fn distillation_refuses_what_does_not_fit() {
+    let [x, w, hidden] = [[4, 3], [7, 3], [4, 5]].map(|dims| random(1, &dims, 1.0, DType::F64));
+    let (weight, of_teacher, other) = (w.clone().into(), random(2, &[7, 5], 1.0, DType::F64).into(), w.into());
+    let student = StudentOutput { hidden: &x, weight: &weight, targets: &[1; 4], part: None };
+    let refused =
+        |soft: SoftTargets<'_>, how| CandleOps.linear_distillation(student, soft, how).unwrap_err().to_string();
+    let layer = SoftTargets::Layer { hidden: &hidden, weight: &of_teacher };
+    let how = Distillation::default();
+    for (soft, how, part) in [
+        (layer, Distillation { weight: -1.0, ..how }, "weight of the divergence"),
+        (layer, Distillation { temperature: 0.0, ..how }, "temperature must be above 0"),
+        (SoftTargets::Layer { hidden: &hidden, weight: &other }, how, "the teacher of 4 tokens"),
+        (SoftTargets::TopK { k: 2, ids: &[1; 8], probs: &[0.1; 7] }, how, "as many ids"),
+        (SoftTargets::TopK { k: 0, ids: &[], probs: &[] }, how, "at least one"),
+        (SoftTargets::TopK { k: 1, ids: &[7; 4], probs: &[0.1; 4] }, how, "entry 7"),
+    ] {
+        assert!(refused(soft, how).contains(part), "{}", refused(soft, how));
+    }
 }

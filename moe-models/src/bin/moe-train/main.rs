@@ -1,54 +1,23 @@
-//! `moe-train`: trains a model of the paper's GPT family on text files. Reads arguments and shows progress; everything
-//! else is `moe_models::train`.
+//! `moe-train`: trains a model of the paper's GPT family on text files. Reads arguments; everything else is
+//! `moe_models::cli::train`.
 
 mod allocator;
-mod args;
-mod evaluate;
-mod layout;
-mod model_args;
-mod progress;
-mod rank_args;
-mod restart;
-mod run;
-mod signals;
-mod world;
 
-use anyhow::Result;
-use args::Args;
 use clap::Parser;
-use moe_kernels::select;
-use moe_models::train::export;
-use progress::Progress;
-use signals::Signals;
+use moe_models::cli::train::{self, EXIT_STATUS, Plain, TrainArgs};
 use std::process::ExitCode;
+
+/// Train a dense, MoE, Pyramid, Residual or PR-MoE language model on text.
+///
+/// Without any argument it trains `tiny-pr-moe` on a small excerpt that is part of the program.
+#[derive(Debug, Parser)]
+#[command(version, about, after_help = EXIT_STATUS)]
+struct Args {
+    #[command(flatten)]
+    train: TrainArgs,
+}
 
 fn main() -> ExitCode {
     allocator::keep_freed_memory();
-    match choose_kernels().and_then(|()| run(&Args::parse())) {
-        Ok(()) => ExitCode::SUCCESS,
-        Err(error) => {
-            eprintln!("error: {error:#}");
-            ExitCode::FAILURE
-        }
-    }
-}
-
-/// Forces the kernels that the environment names, if it names any.
-fn choose_kernels() -> Result<()> {
-    match std::env::var(select::ENV) {
-        Ok(name) => Ok(select::force(name.parse()?)?),
-        Err(_) => Ok(()),
-    }
-}
-
-fn run(args: &Args) -> Result<()> {
-    if let Some(folder) = &args.evaluate {
-        let config = args.apply_to(run::base_config(args, None)?);
-        return evaluate::evaluate_folder(folder, &config, &mut Progress::new(config.log_interval));
-    }
-    if let Some(target) = &args.export {
-        export::check_target(target)?;
-    }
-    let signals = Signals::listen()?;
-    restart::run(args, &signals)
+    train::main(&Args::parse().train, || Ok(Plain))
 }

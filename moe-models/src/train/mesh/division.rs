@@ -9,7 +9,7 @@ use crate::train::ranks::DividedParam;
 use crate::train::timeline::{Track, covered};
 use crate::{Error, Result};
 use candle_core::Var;
-use moe_core::tape::{After, GradBuffers};
+use moe_core::tape::{After, CompleteGrads, GradBuffers};
 use moe_parallel::comm::{Gathering, ReduceScattering, Reduction};
 use moe_parallel::{Collectives, Communicator, Phase, Site};
 use std::collections::VecDeque;
@@ -68,6 +68,32 @@ struct Flight<T> {
 impl<T> Flight<T> {
     fn new(bucket: usize, values: T) -> Self {
         Self { bucket, begun: Instant::now(), values }
+    }
+}
+
+/// A parameter, and where it is in its bucket.
+#[derive(Debug, Clone, Copy)]
+struct Place {
+    bucket: usize,
+    number: usize,
+    param: usize,
+}
+
+/// Where the sums of gradients are written.
+trait Sums {
+    fn of(&mut self, place: Place) -> Result<&mut [f32]>;
+}
+
+impl Sums for GradBuffers {
+    fn of(&mut self, place: Place) -> Result<&mut [f32]> {
+        Ok(self.of_mut(place.param))
+    }
+}
+
+/// During a backward pass: of buckets that are complete on this rank.
+impl Sums for CompleteGrads<'_> {
+    fn of(&mut self, place: Place) -> Result<&mut [f32]> {
+        Ok(self.sum_mut(place.bucket, place.number)?)
     }
 }
 
@@ -212,12 +238,39 @@ impl MeshDivision {
         }
     }
 
-    /// Takes the sums that have come, bucket by bucket in their order.
-    fn advance(&mut self) -> Result<()> {
+    /// Takes what has come, bucket by bucket in their order.
+    fn take_all(&mut self, complete: &mut CompleteGrads<'_>) -> Result<()> {
         while self.adding.front_mut().is_some_and(|flight| flight.values.test()) {
             self.take_next()?;
         }
+        while self.gathering.front_mut().is_some_and(|flight| flight.values.test()) {
+            self.put_next(complete)?;
+        }
         Ok(())
+    }
+
+    /// Writes the sums of the next bucket that are under way to all: they are in memory once then, and others may follow.
+    fn put_next<S: Sums>(&mut self, sums: &mut S) -> Result<()> {
+        let Some(Flight { bucket, begun, values }) = self.gathering.pop_front() else { return Ok(()) };
+        let (parts, arrived) = self.sent.waiting(|| values.wait_timed())?;
+        self.has_come(Track::Values, bucket, begun, arrived);
+        for (member, own) in parts.iter().enumerate() {
+            self.put(bucket, member, own, sums)?;
+        }
+        self.gather_more()
+    }
+
+    /// Writes what a member owns of a bucket.
+    fn put<S: Sums>(&self, bucket: usize, member: usize, own: &[f32], sums: &mut S) -> Result<()> {
+        let mut written = Ok(());
+        self.parts[bucket].each(member, own, |number, range, values| {
+            let param = self.buckets[bucket][number];
+            match sums.of(Place { bucket, number, param }) {
+                Ok(sum) => sum[range.clone()].copy_from_slice(values),
+                Err(error) => written = Err(error),
+            }
+        });
+        written
     }
 
     fn take_next(&mut self) -> Result<()> {
@@ -265,8 +318,12 @@ impl Division for MeshDivision {
         self.stale.fill(true);
     }
 
-    fn start(&mut self, bucket: usize, sums: &[&[f32]]) -> Result<After> {
-        self.advance()?;
+    fn advance(&mut self, complete: &mut CompleteGrads<'_>) -> Result<()> {
+        self.take_all(complete)
+    }
+
+    fn start(&mut self, bucket: usize, complete: &mut CompleteGrads<'_>) -> Result<After> {
+        self.take_all(complete)?;
         let after = if self.zero == Zero::Gradients { After::Release } else { After::Keep };
         let alone = self.ranks(bucket).sums.size() == 1;
         if alone && after == After::Keep {
@@ -278,7 +335,8 @@ impl Division for MeshDivision {
         }
         let (ranks, parts) = (self.ranks(bucket), &self.parts[bucket]);
         let mut values = Vec::with_capacity(self.elements(bucket));
-        (0..parts.counts.len()).for_each(|member| parts.cut(member, sums, &mut values));
+        let sums = complete.sums(bucket)?;
+        (0..parts.counts.len()).for_each(|member| parts.cut(member, &sums, &mut values));
         if alone {
             self.accumulate(bucket, &values);
             return Ok(after);
@@ -293,22 +351,11 @@ impl Division for MeshDivision {
         while !self.adding.is_empty() {
             self.take_next()?;
         }
-        let paste = |division: &Self, bucket: usize, member: usize, own: &[f32], buffers: &mut GradBuffers| {
-            division.parts[bucket].each(member, own, |number, range, values| {
-                let param = division.buckets[bucket][number];
-                buffers.of_mut(param)[range.clone()].copy_from_slice(values);
-            });
-        };
         for (bucket, sums) in std::mem::take(&mut self.added) {
-            paste(self, bucket, self.member(bucket), &sums, buffers);
+            self.put(bucket, self.member(bucket), &sums, buffers)?;
         }
-        while let Some(Flight { bucket, begun, values }) = self.gathering.pop_front() {
-            let (parts, arrived) = self.sent.waiting(|| values.wait_timed())?;
-            self.has_come(Track::Values, bucket, begun, arrived);
-            for (member, sums) in parts.iter().enumerate() {
-                paste(self, bucket, member, sums, buffers);
-            }
-            self.gather_more()?;
+        while !self.gathering.is_empty() {
+            self.put_next(buffers)?;
         }
         self.sent.was_busy(covered(std::mem::take(&mut self.under_way)));
         Ok(())

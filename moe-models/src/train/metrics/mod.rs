@@ -18,6 +18,8 @@ pub const TRAIN_AUX_LOSS: &str = "train/aux_loss";
 pub const TRAIN_LOAD_BALANCE_LOSS: &str = "train/load_balance_loss";
 /// Tag of their router z-loss part.
 pub const TRAIN_ROUTER_Z_LOSS: &str = "train/router_z_loss";
+/// Tag of a student's scaled divergence from its teacher, while it follows it.
+pub const TRAIN_KD_LOSS: &str = "train/kd_loss";
 /// Tag of the learning rate.
 pub const TRAIN_LR: &str = "train/lr";
 /// Tag of the global gradient norm before clipping.

@@ -163,8 +163,9 @@ impl<L: Link> Engine<L> {
                 self.wake_pump(&state);
                 return result;
             }
+            let moving = state.is_moving();
             drop(state);
-            pace.rest();
+            if moving { pace.rest_while_moving() } else { pace.rest() }
         }
     }
 

@@ -1,9 +1,9 @@
 //! Arguments about ranks: who they are, how they are laid out, and how they exchange.
 
+use crate::train::launch::LayoutRequest;
+use crate::train::{ReduceConfig, Zero};
 use anyhow::{Result, bail};
 use clap::{Args, ValueEnum};
-use moe_models::train::launch::LayoutRequest;
-use moe_models::train::{ReduceConfig, Zero};
 use moe_parallel::all_to_all::Route;
 use moe_parallel::dims::ExpertOrder;
 use moe_parallel::{Coordination, ExchangeConfig, ParallelDims};

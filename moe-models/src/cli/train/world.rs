@@ -1,8 +1,8 @@
 //! Finds the ranks of a run: one, threads of this process, or processes that a launcher has started.
 
-use crate::rank_args::{EngineArg, RankArgs};
+use super::rank_args::{EngineArg, RankArgs};
+use crate::train::launch::{Launched, Launcher, find};
 use anyhow::{Context, Result, bail, ensure};
-use moe_models::train::launch::{Launched, Launcher, find};
 use moe_parallel::comm::Communicator;
 use moe_parallel::comm::tcp::{TcpConfig, TcpWorld};
 use std::sync::Arc;

@@ -1,13 +1,13 @@
 //! `moe-train --evaluate DIR`: the loss of a model folder on text, source by source. Trains nothing, and writes nothing
 //! but a cache of tokens where it is given one.
 
-use crate::progress::Progress;
+use super::progress::Progress;
+use crate::gpt::Gpt;
+use crate::train::data::{DataCache, ValidSource};
+use crate::train::evaluate::evaluate;
+use crate::train::{RunText, TrainConfig, tokenizer};
 use anyhow::{Result, ensure};
 use candle_core::Device;
-use moe_models::gpt::Gpt;
-use moe_models::train::data::{DataCache, ValidSource};
-use moe_models::train::evaluate::evaluate;
-use moe_models::train::{RunText, TrainConfig, tokenizer};
 use std::path::Path;
 
 /// Prints a line per source of `config.valid`, evaluated in windows as long as the model allows, and one for all.

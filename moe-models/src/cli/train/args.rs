@@ -1,16 +1,17 @@
 //! Command-line arguments, and how they override a [`TrainConfig`].
 
-use crate::model_args::ModelArgs;
-use crate::rank_args::RankArgs;
+use super::model_args::ModelArgs;
+use super::rank_args::RankArgs;
+use crate::Recompute;
+use crate::cli::PrecisionArg;
+use crate::train::{Blend, TrainConfig};
 use anyhow::{Result, bail};
 use candle_core::DType;
-use clap::{Parser, ValueEnum};
-use moe_models::Recompute;
-use moe_models::cli::PrecisionArg;
-use moe_models::train::{Blend, TrainConfig};
+use clap::ValueEnum;
 use std::path::PathBuf;
 
-const EXIT_STATUS: &str = "\
+/// What programs that train end with, for their help.
+pub const EXIT_STATUS: &str = "\
 Exit status:
   0    done, or stopped by Ctrl-C or SIGTERM after saving the run; --resume continues it
   1    an error, told in the last line
@@ -18,12 +19,9 @@ Exit status:
   130  ended at once, with what was saved before: by a signal while no step was under way, as while text is prepared,
        or by a second signal";
 
-/// Train a dense, MoE, Pyramid, Residual or PR-MoE language model on text.
-///
-/// Without any argument it trains `tiny-pr-moe` on a small excerpt that is part of the program.
-#[derive(Debug, Parser)]
-#[command(version, about, after_help = EXIT_STATUS)]
-pub(crate) struct Args {
+/// What every program that trains can be told.
+#[derive(Debug, clap::Args)]
+pub struct TrainArgs {
     /// Training text: a .txt or .jsonl file (also .xz) or a folder of them, with an optional weight. Repeatable.
     #[arg(long, value_name = "PATH[=WEIGHT]")]
     data: Vec<String>,
@@ -208,7 +206,7 @@ fn set<T: Copy>(target: &mut T, given: Option<T>) {
     }
 }
 
-impl Args {
+impl TrainArgs {
     /// Refuses flags that would have no effect with the settings `config`, which already hold the flags. A held-out
     /// fraction beside validation text is told of only: recipes carry one for whatever text they are given.
     pub(crate) fn check_all_used(&self, config: &TrainConfig) -> Result<()> {

@@ -1,4 +1,7 @@
-//! Words that the command lines of several programs share.
+//! What command-line programs share: words of their arguments, and programs that train. Alone in this crate it prints and reads
+//! the environment.
+
+pub mod train;
 
 use crate::Precision;
 

@@ -1,14 +1,14 @@
 //! Chooses the layout of a run's ranks, and tells what it costs.
 
-use crate::progress::Progress;
-use crate::rank_args::RankArgs;
-use crate::run::Begin;
-use crate::world::Seat;
+use super::progress::Progress;
+use super::rank_args::RankArgs;
+use super::run::Begin;
+use super::world::Seat;
+use crate::Family;
+use crate::gpt::GptConfig;
+use crate::train::launch::{LayoutCost, LayoutRequest, LevelBytes, RankCost, RunSize, choose as choose_layout};
+use crate::train::{ReduceConfig, TrainConfig};
 use anyhow::Result;
-use moe_models::Family;
-use moe_models::gpt::GptConfig;
-use moe_models::train::launch::{LayoutCost, LayoutRequest, LevelBytes, RankCost, RunSize, choose as choose_layout};
-use moe_models::train::{ReduceConfig, TrainConfig};
 use moe_parallel::{Collectives, ExchangeConfig, ParallelDims};
 
 /// How the ranks of a run are laid out.

@@ -1,7 +1,7 @@
 //! Shows a run: a bar on a terminal, plain lines elsewhere.
 
+use crate::train::{Event, Observer};
 use indicatif::{ProgressBar, ProgressStyle};
-use moe_models::train::{Event, Observer};
 use std::io::IsTerminal;
 use std::time::{Duration, Instant};
 
@@ -140,7 +140,6 @@ impl Observer for Progress {
                 self.line(&format!("step {step}: valid loss {loss:.4}, {bits_per_byte:.4} bits per byte{parts}"));
             }
             Event::Saved { step, dir } => self.line(&format!("step {step}: saved {}", dir.display())),
-            _ => {}
         }
     }
 }

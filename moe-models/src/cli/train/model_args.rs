@@ -1,17 +1,18 @@
 //! Which model to train: a preset or a `config.json`, with the overrides that matter, mapped to a [`GptConfig`].
 
+use crate::ReadFamily;
+use crate::gpt::{GptConfig, GptMoeConfig};
+use crate::train::{TokenizerChoice, tokenizer};
 use anyhow::{Context, Result, ensure};
 use clap::{Args, ValueEnum};
-use moe_models::ReadFamily;
-use moe_models::gpt::{GptConfig, GptMoeConfig};
-use moe_models::train::{TokenizerChoice, tokenizer};
 use std::path::PathBuf;
 use tokenizers::Tokenizer;
 
 const DEFAULT_PRESET: &str = "tiny-pr-moe";
 
+/// Which model: a preset or a `config.json`, with overrides.
 #[derive(Debug, Args)]
-pub(crate) struct ModelArgs {
+pub struct ModelArgs {
     /// A model by name: tiny-dense, tiny-moe, tiny-pyramid-moe, tiny-residual-moe, tiny-pr-moe or one of the paper's.
     #[arg(long, value_name = "NAME", conflicts_with = "model_config")]
     preset: Option<String>,
@@ -76,7 +77,7 @@ enum MlpType {
 
 impl ModelArgs {
     /// Whether any flag says something about the model's shape.
-    pub(crate) fn is_given(&self) -> bool {
+    pub fn is_given(&self) -> bool {
         let sizes = [self.hidden_size, self.ffn_hidden_size, self.num_layers, self.num_heads, self.topk];
         let more = [self.expert_interval, self.max_position_embeddings, self.moe_min_capacity];
         let numbers =
@@ -90,7 +91,7 @@ impl ModelArgs {
     }
 
     /// The model asked for; its vocabulary is still to be fitted to the tokenizer.
-    pub(crate) fn config(&self, seq_length: Option<usize>) -> Result<GptConfig> {
+    pub fn config(&self, seq_length: Option<usize>) -> Result<GptConfig> {
         let mut config = self.base()?;
         self.override_sizes(&mut config, seq_length);
         self.override_experts(&mut config)?;
@@ -158,7 +159,7 @@ impl ModelArgs {
     }
 
     /// Where the tokenizer comes from, for a model of `vocab_size`.
-    pub(crate) fn tokenizer_choice(&self, vocab_size: usize) -> TokenizerChoice {
+    pub fn tokenizer_choice(&self, vocab_size: usize) -> TokenizerChoice {
         match &self.tokenizer {
             Some(path) => TokenizerChoice::File(path.clone()),
             None => TokenizerChoice::Train { vocab_size: self.vocab_size.unwrap_or(vocab_size) },

@@ -1,31 +1,32 @@
 //! Runs on the ranks that there are, and goes on with those that are left when one has died or got stuck.
 
-use crate::args::Args;
-use crate::run::{Begin, run as run_rank};
-use crate::signals::Signals;
-use crate::world::{Process, Seat, World};
+use super::args::TrainArgs;
+use super::recipe::Recipe;
+use super::run::{Begin, run as run_rank};
+use super::signals::Signals;
+use super::world::{Process, Seat, World};
+use crate::Error;
 use anyhow::{Result, bail};
-use moe_models::Error;
 use moe_parallel::Collectives;
 use moe_parallel::comm::thread::ThreadWorld;
 
-pub(crate) fn run(args: &Args, signals: &Signals) -> Result<()> {
+pub(crate) fn run<R: Recipe>(args: &TrainArgs, recipe: &R, signals: &Signals) -> Result<()> {
     match World::start(&args.ranks)? {
         World::One => {
             args.ranks.check_one_rank()?;
-            run_rank(args, &Seat::ALONE, begin(args), signals)
+            run_rank(args, recipe, &Seat::ALONE, begin(args), signals)
         }
-        World::Threads(ranks) => on_threads(args, ranks, signals),
-        World::Process(process) => as_process(args, process, signals),
+        World::Threads(ranks) => on_threads(args, recipe, ranks, signals),
+        World::Process(process) => as_process(args, recipe, process, signals),
     }
 }
 
-fn begin(args: &Args) -> Begin {
+fn begin(args: &TrainArgs) -> Begin {
     if args.resume { Begin::Resume } else { Begin::New }
 }
 
 /// Threads of this process: they end together.
-fn on_threads(args: &Args, ranks: usize, signals: &Signals) -> Result<()> {
+fn on_threads<R: Recipe>(args: &TrainArgs, recipe: &R, ranks: usize, signals: &Signals) -> Result<()> {
     if args.ranks.max_restarts > 0 {
         bail!("--max-restarts is for ranks that are processes: threads of one process end together");
     }
@@ -33,7 +34,7 @@ fn on_threads(args: &Args, ranks: usize, signals: &Signals) -> Result<()> {
     let ranks_per_node = args.ranks.ranks_per_node.unwrap_or(ranks).max(1);
     let results = ThreadWorld::new(ranks).with_timeout(args.ranks.timeout()?).run(|comm| {
         let seat = Seat { comm: Some(comm), ranks_per_node, ranks_of_process: ranks };
-        run_rank(args, &seat, begin(args), signals)
+        run_rank(args, recipe, &seat, begin(args), signals)
     });
     // What another rank was told comes from the one that knows more.
     let errors = results.into_iter().filter_map(Result::err);
@@ -45,14 +46,14 @@ fn on_threads(args: &Args, ranks: usize, signals: &Signals) -> Result<()> {
 }
 
 /// One of several processes.
-fn as_process(args: &Args, mut process: Process, signals: &Signals) -> Result<()> {
+fn as_process<R: Recipe>(args: &TrainArgs, recipe: &R, mut process: Process, signals: &Signals) -> Result<()> {
     let (mut begin, mut restarts) = (begin(args), 0);
     loop {
         let first = process.comm.rank() == 0;
         if first {
             eprintln!("ranks: {}", process.found);
         }
-        let error = match run_rank(args, &process.seat(), begin, signals) {
+        let error = match run_rank(args, recipe, &process.seat(), begin, signals) {
             Ok(()) => return process.finish(),
             Err(error) => error,
         };

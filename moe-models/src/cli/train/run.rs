@@ -1,22 +1,24 @@
 //! A run, seen from one of its ranks: prepares text, lays out the ranks, trains, exports.
 
-use crate::args::Args;
-use crate::layout;
-use crate::progress::Progress;
-use crate::signals::Signals;
-use crate::world::Seat;
-use anyhow::{Context, Result, ensure};
-use candle_core::Device;
-use moe_models::ReadFamily;
-use moe_models::gpt::{Gpt, GptConfig};
-use moe_models::hf::write_atomically;
-use moe_models::train::checkpoint::{CheckpointStore, TrainerState, read_state, verify};
-use moe_models::train::data::DataCache;
-use moe_models::train::shards::export;
-use moe_models::train::{
+use super::args::TrainArgs;
+use super::layout;
+use super::progress::Progress;
+use super::recipe::Recipe;
+use super::signals::Signals;
+use super::world::Seat;
+use crate::Error;
+use crate::ReadFamily;
+use crate::gpt::{Gpt, GptConfig};
+use crate::hf::write_atomically;
+use crate::train::checkpoint::{CheckpointStore, TrainerState, read_state, verify};
+use crate::train::data::DataCache;
+use crate::train::ranks::all_well;
+use crate::train::shards::export;
+use crate::train::{
     Corpus, Event, MeshRanks, Observer, OneRank, Outcome, Ranks, ReduceConfig, RunFolder, RunLock, RunText, Timeline,
     TrainConfig, Trainer, first_rank_first, lock_for, take_over_for, tokenizer,
 };
+use anyhow::{Context, Result, ensure};
 use moe_parallel::{Mesh, Phase};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
@@ -34,7 +36,7 @@ pub(crate) enum Begin {
 }
 
 /// The run that `args` ask for, or what is left of it.
-pub(crate) fn run(args: &Args, seat: &Seat, begin: Begin, signals: &Signals) -> Result<()> {
+pub(crate) fn run<R: Recipe>(args: &TrainArgs, recipe: &R, seat: &Seat, begin: Begin, signals: &Signals) -> Result<()> {
     // What ranks agree on before there is a model.
     let crew: Box<dyn Ranks> = match &seat.comm {
         None => Box::new(OneRank),
@@ -55,7 +57,7 @@ pub(crate) fn run(args: &Args, seat: &Seat, begin: Begin, signals: &Signals) -> 
         progress.say(&format!("no checkpoint in {}; starting a new run", args.out.display()));
     }
     let timeline = args.ranks.trace.as_ref().map(|_| Arc::new(Timeline::default()));
-    let mut run = Run { args, seat, begin, crew, progress, timeline };
+    let mut run = Run { args, recipe, seat, begin, crew, progress, timeline };
     let trainer = match found {
         Some((folder, _)) => run.resumed(config, lock, &folder)?,
         None => run.new_run(config, lock, resumes)?,
@@ -83,7 +85,7 @@ pub(crate) fn run(args: &Args, seat: &Seat, begin: Begin, signals: &Signals) -> 
 }
 
 /// The checkpoint to resume, with its state. Without any, the run starts anew. Rank 0, which has the lock, looks first.
-fn find_checkpoint(out: &Path, lock: Option<&RunLock>) -> moe_models::Result<Option<(PathBuf, TrainerState)>> {
+fn find_checkpoint(out: &Path, lock: Option<&RunLock>) -> crate::Result<Option<(PathBuf, TrainerState)>> {
     let store = match lock {
         Some(lock) => CheckpointStore::open(lock.dir(), 1)?,
         None => CheckpointStore::read_only(out, 1),
@@ -97,7 +99,7 @@ fn find_checkpoint(out: &Path, lock: Option<&RunLock>) -> moe_models::Result<Opt
 }
 
 /// Settings before the command line: the file's, or else the saved run's, or else the defaults.
-pub(crate) fn base_config(args: &Args, checkpoint: Option<&(PathBuf, TrainerState)>) -> Result<TrainConfig> {
+pub(crate) fn base_config(args: &TrainArgs, checkpoint: Option<&(PathBuf, TrainerState)>) -> Result<TrainConfig> {
     match (&args.config, checkpoint) {
         (Some(path), _) => Ok(TrainConfig::from_file(path)?),
         (None, Some((_, state))) => Ok(state.config.clone()),
@@ -106,8 +108,9 @@ pub(crate) fn base_config(args: &Args, checkpoint: Option<&(PathBuf, TrainerStat
 }
 
 /// What a rank prepares its run with.
-struct Run<'a> {
-    args: &'a Args,
+struct Run<'a, R> {
+    args: &'a TrainArgs,
+    recipe: &'a R,
     seat: &'a Seat,
     begin: Begin,
     crew: Box<dyn Ranks>,
@@ -116,21 +119,22 @@ struct Run<'a> {
 }
 
 /// A rank's model, and the ranks it runs over.
-struct Laid {
-    model: Gpt,
+struct Laid<M> {
+    model: M,
     ranks: Box<dyn Ranks>,
 }
 
-impl Run<'_> {
-    fn new_run(&mut self, config: TrainConfig, lock: Option<RunLock>, locked: bool) -> Result<Trainer<Gpt>> {
+impl<R: Recipe> Run<'_, R> {
+    fn new_run(&mut self, config: TrainConfig, lock: Option<RunLock>, locked: bool) -> Result<Trainer<R::Model>> {
         // Settings are checked before the text is read: a typing error should not cost a minute.
         let args = self.args;
-        let mut shape = args.model.config(config.seq_length)?;
+        let mut shape = self.recipe.shape(&args.model, config.seq_length)?;
         let config = config.resolved(shape.max_seq_len)?;
         let lock = if locked { lock } else { lock_for(&args.out, &*self.crew)? };
         let opened =
             |lock: Option<&RunLock>| lock.map(|l| CheckpointStore::open(l.dir(), config.keep_last)).transpose();
         first_rank_first(&*self.crew, || opened(lock.as_ref()).map(drop))?;
+        self.enter(lock.as_ref(), false)?;
         let text = self.text(&config)?;
         let tokenizer = self.tokenizer(&text, shape.vocab_size)?;
         args.model.fit_to(&mut shape, &tokenizer)?;
@@ -138,29 +142,27 @@ impl Run<'_> {
         let corpus = self.pack(text, &tokenizer, &shape, &config)?;
         let layout = layout::choose(&args.ranks, self.seat, &shape, &config, self.begin, &self.progress)?;
         let seed = config.seed;
-        let laid = self.lay_out(layout, &config, |mesh| match mesh {
-            None => Ok(Gpt::new(shape.clone(), seed, &Device::Cpu)?),
-            Some(mesh) => Ok(Gpt::new_over(shape.clone(), seed, mesh)?),
-        })?;
+        let laid = self.lay_out(layout, &config, |mesh| self.recipe.initial(&shape, seed, mesh))?;
         self.describe(&shape, &corpus, &config)?;
         let folder = RunFolder::locked(&args.out, laid.ranks, lock);
         Ok(Trainer::new_in(laid.model, config, corpus, tokenizer::to_json(&tokenizer)?, folder)?)
     }
 
-    fn resumed(&mut self, config: TrainConfig, lock: Option<RunLock>, folder: &Path) -> Result<Trainer<Gpt>> {
+    fn resumed(&mut self, config: TrainConfig, lock: Option<RunLock>, folder: &Path) -> Result<Trainer<R::Model>> {
         let args = self.args;
         let saved = GptConfig::read_file(&folder.join("config.json"))?;
         let config = config.resolved(saved.max_seq_len)?;
         let tokenizer = tokenizer::load(&folder.join("tokenizer.json"))?;
         args.model.check_tokenizer(&tokenizer)?;
         if args.model.is_given() {
-            let mut asked = args.model.config(config.seq_length)?;
+            let mut asked = self.recipe.shape(&args.model, config.seq_length)?;
             args.model.fit_to(&mut asked, &tokenizer)?;
             ensure!(
                 asked == saved,
                 "the model asked for differs from the saved one; drop the model flags or start a new run\nasked: {asked:?}\nsaved: {saved:?}"
             );
         }
+        self.enter(lock.as_ref(), true)?;
         let text = self.text(&config)?;
         let corpus = self.pack(text, &tokenizer, &saved, &config)?;
         let layout = layout::choose(&args.ranks, self.seat, &saved, &config, self.begin, &self.progress)?;
@@ -171,6 +173,12 @@ impl Run<'_> {
         Ok(Trainer::resume_in(laid.model, config, corpus, tokenizer::to_json(&tokenizer)?, run, folder)?)
     }
 
+    /// The rank that writes sees to it that the folder is one of this recipe's.
+    fn enter(&self, lock: Option<&RunLock>, resumed: bool) -> Result<()> {
+        let entered = lock.map_or(Ok(()), |_| self.recipe.enter(&self.args.out, resumed));
+        Ok(all_well(&*self.crew, Phase::Start, entered.map_err(|e| Error::Config(format!("{e:#}"))))?)
+    }
+
     fn text(&mut self, config: &TrainConfig) -> Result<RunText> {
         let progress = &mut self.progress;
         Ok(first_rank_first(&*self.crew, || RunText::read(&config.data, &config.valid, progress))?)
@@ -178,7 +186,7 @@ impl Run<'_> {
 
     /// Made or read by rank 0, which sends it to the others.
     fn tokenizer(&mut self, text: &RunText, vocab_size: usize) -> Result<Tokenizer> {
-        let choice = self.args.model.tokenizer_choice(vocab_size);
+        let choice = self.recipe.tokenizer(&self.args.model, vocab_size)?;
         let (first, progress) = (self.crew.rank() == 0, &mut self.progress);
         let made = || if first { text.tokenizer(&choice, progress).map(Some) } else { Ok(None) };
         let made = first_rank_first(&*self.crew, made)?;
@@ -215,13 +223,14 @@ impl Run<'_> {
         layout: Option<layout::Chosen>,
         config: &TrainConfig,
         model: impl FnOnce(Option<Arc<Mesh>>) -> Result<Gpt>,
-    ) -> Result<Laid> {
+    ) -> Result<Laid<R::Model>> {
         let following = |model: Gpt| -> Result<Gpt> {
             let model = model.with_precision(config.precision)?.with_recompute(config.recompute);
             Ok(model.with_dropout(config.dropout())?)
         };
         let (Some(layout), Some(comm)) = (layout, &self.seat.comm) else {
-            return Ok(Laid { model: following(model(None)?)?, ranks: Box::new(OneRank) });
+            let model = self.recipe.complete(following(model(None)?)?, config, None)?;
+            return Ok(Laid { model, ranks: Box::new(OneRank) });
         };
         let layout::Chosen { dims, reduce, exchange } = layout;
         let mesh = Arc::new(Mesh::new(Arc::clone(comm), dims, self.seat.ranks_per_node, exchange)?);
@@ -230,6 +239,7 @@ impl Run<'_> {
         if let Some(timeline) = &self.timeline {
             ranks = ranks.with_timeline(Arc::clone(timeline));
         }
+        let model = self.recipe.complete(model, config, Some(mesh))?;
         Ok(Laid { model, ranks: Box::new(ranks) })
     }
 
@@ -253,6 +263,7 @@ impl Run<'_> {
         }
         let (steps, tokens) = (config.total_steps(), config.tokens_per_step());
         self.progress.say(&format!("run: {steps} steps of {tokens} tokens, seed {}", config.seed));
+        self.recipe.describe(config).iter().for_each(|line| self.progress.say(line));
         Ok(())
     }
 
@@ -263,7 +274,7 @@ impl Run<'_> {
         Ok(timeline.write(&dir.join(format!("rank-{rank}.json")), rank)?)
     }
 
-    fn export(&self, trainer: &Trainer<Gpt>) -> Result<()> {
+    fn export(&self, trainer: &Trainer<R::Model>) -> Result<()> {
         let args = self.args;
         self.progress.say(&format!("done after step {}: {}", trainer.step(), args.out.display()));
         let Some(target) = &args.export else { return Ok(()) };

@@ -1,0 +1,55 @@
+//! Command-line programs that train: arguments, ranks, progress, signals and restarts. What is trained is a [`Recipe`]'s matter.
+
+mod args;
+mod evaluate;
+mod layout;
+mod model_args;
+mod progress;
+mod rank_args;
+mod recipe;
+mod restart;
+mod run;
+mod signals;
+mod world;
+
+pub use args::{EXIT_STATUS, TrainArgs};
+pub use model_args::ModelArgs;
+pub use recipe::{Plain, Recipe};
+
+use crate::train::export;
+use anyhow::Result;
+use moe_kernels::select;
+use progress::Progress;
+use signals::Signals;
+use std::process::ExitCode;
+
+/// Runs a program whose `recipe` is made once the kernels are chosen; an error is told on stderr.
+pub fn main<R: Recipe>(args: &TrainArgs, recipe: impl FnOnce() -> Result<R>) -> ExitCode {
+    match choose_kernels().and_then(|()| run(args, &recipe()?)) {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => {
+            eprintln!("error: {error:#}");
+            ExitCode::FAILURE
+        }
+    }
+}
+
+/// Forces the kernels that the environment names, if it names any.
+fn choose_kernels() -> Result<()> {
+    match std::env::var(select::ENV) {
+        Ok(name) => Ok(select::force(name.parse()?)?),
+        Err(_) => Ok(()),
+    }
+}
+
+fn run<R: Recipe>(args: &TrainArgs, recipe: &R) -> Result<()> {
+    if let Some(folder) = &args.evaluate {
+        let config = args.apply_to(run::base_config(args, None)?);
+        return evaluate::evaluate_folder(folder, &config, &mut Progress::new(config.log_interval));
+    }
+    if let Some(target) = &args.export {
+        export::check_target(target)?;
+    }
+    let signals = Signals::listen()?;
+    restart::run(args, recipe, &signals)
+}
