@@ -3,6 +3,14 @@
 //!
 //! Nothing here trains by itself: students are trained by [`moe_models::train::Trainer`].
 
+pub mod distill;
 mod error;
+pub mod schedule;
+pub mod student;
+pub mod teacher;
 
+pub use distill::Student;
 pub use error::{Error, Result};
+pub use schedule::KdSchedule;
+pub use student::{KeptLayers, StudentPlan};
+pub use teacher::Teacher;

@@ -116,8 +116,12 @@ impl<F: Family> Model<F> {
         blueprint.of_source(|table, placement| ParamSource::initial(table, seed, placement))
     }
 
-    /// A model on the CPU, or one rank's part of it, whose parameters `value` gives.
-    pub(crate) fn of_parts(
+    /// A model on the CPU, or one rank's part of it, whose parameters `value` gives: of each a rank's part, f32. With a mesh, called
+    /// by all its ranks.
+    ///
+    /// # Errors
+    /// As [`Model::new_over`]; those of `value`.
+    pub fn of_parts(
         family: F,
         mesh: Option<Arc<Mesh>>,
         value: impl Fn(&ParamSpec, Placement) -> Result<Tensor>,
@@ -333,6 +337,21 @@ impl Decoder {
         let family = <Box<dyn Family>>::read_file(&dir.join("config.json"))?;
         let checkpoint = Checkpoint::open(dir, family.names())?;
         Self::from_checkpoint(&family, checkpoint, precision)
+    }
+
+    /// One rank's part of a Hugging Face folder's model, of which only this part is read, packed as it is read. Called by all ranks
+    /// of `mesh`, as are passes.
+    ///
+    /// # Errors
+    /// As [`Decoder::load`], and [`Decoder::over`].
+    pub fn load_over(dir: &Path, precision: Precision, mesh: &Mesh) -> Result<Self> {
+        let family = <Box<dyn Family>>::read_file(&dir.join("config.json"))?;
+        let checkpoint = Checkpoint::open(dir, family.names())?;
+        let config = family.decoder()?;
+        let table = Arc::new(config.params());
+        checkpoint.check(&table)?;
+        let source = ParamSource::checkpoint(table, Arc::new(checkpoint), mesh.placement());
+        Self::over(config, source.builder(&Device::Cpu), Arc::new(KernelOps::packing(precision)), mesh)
     }
 
     /// The same from the contents of `config.json` and `model.safetensors`.

@@ -109,7 +109,10 @@ impl ParamSource {
     }
 
     /// A rank's part of a parameter. Of a stack only the experts held here are made or read.
-    pub(crate) fn part(&self, spec: &ParamSpec, device: &Device) -> Result<Tensor> {
+    ///
+    /// # Errors
+    /// If there is no such parameter, or its values cannot be read.
+    pub fn part(&self, spec: &ParamSpec, device: &Device) -> Result<Tensor> {
         if !spec.is_stacked() {
             return self.fetch(&spec.name, device);
         }

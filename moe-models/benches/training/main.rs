@@ -5,8 +5,6 @@
 //! `--json`; words choose parts and rows, `--steps N` how many steps count. Reads no data: tokens are random, so nothing
 //! is learned. `cargo xtask bench training` keeps the output and sets peers beside it.
 
-#[path = "../../src/bin/moe-train/allocator.rs"]
-mod allocator;
 mod ceilings;
 mod growth;
 mod measure;
@@ -19,7 +17,12 @@ mod table;
 use anyhow::Result;
 use models::{BATCH, SEQ_LEN};
 use moe_kernels::{machine, select};
+use moe_models::cli::allocator;
 use options::Options;
+
+/// That of `moe-train`.
+#[global_allocator]
+static ALLOCATOR: mimalloc::MiMalloc = mimalloc::MiMalloc;
 
 fn print_head(steps: usize) {
     println!("machine: {}; kernels: {}", machine::name(), select::current());

@@ -1,6 +1,7 @@
 //! What command-line programs share: words of their arguments, and programs that train. Alone in this crate it prints and reads
 //! the environment.
 
+pub mod allocator;
 pub mod train;
 
 use crate::Precision;

@@ -322,11 +322,13 @@ fn overlap(text: &mut String, place: &mut Place, out: &Path) -> Result<()> {
               travel during it.\n";
     for (at, after, during) in others {
         let (added, left) = (after - free, during - free);
-        let _ = writeln!(
-            text,
-            "{at:>10}: {added:.0} ms added after it, {left:.0} ms during it: {:.0}% hidden",
-            1e2 * (1.0 - left / added)
-        );
+        // Less than a tenth of a step is what steps differ by.
+        let share = if added > 0.1 * free {
+            format!("{:.0}% hidden", 1e2 * (1.0 - left / added))
+        } else {
+            "too little to tell".into()
+        };
+        let _ = writeln!(text, "{at:>10}: {added:.0} ms added after it, {left:.0} ms during it: {share}");
     }
     Ok(())
 }

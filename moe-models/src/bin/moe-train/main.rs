@@ -1,11 +1,13 @@
 //! `moe-train`: trains a model of the paper's GPT family on text files. Reads arguments; everything else is
 //! `moe_models::cli::train`.
 
-mod allocator;
-
 use clap::Parser;
+use moe_models::cli::allocator;
 use moe_models::cli::train::{self, EXIT_STATUS, Plain, TrainArgs};
 use std::process::ExitCode;
+
+#[global_allocator]
+static ALLOCATOR: mimalloc::MiMalloc = mimalloc::MiMalloc;
 
 /// Train a dense, MoE, Pyramid, Residual or PR-MoE language model on text.
 ///

@@ -38,8 +38,9 @@ pub struct TrainArgs {
     /// Fraction of each training source held out when there is no --valid.
     #[arg(long)]
     valid_fraction: Option<f64>,
+    /// The model.
     #[command(flatten)]
-    pub(crate) model: ModelArgs,
+    pub model: ModelArgs,
     #[command(flatten)]
     pub(crate) ranks: RankArgs,
     /// Settings file (.toml or .json) with the fields of the checkpoint's "config"; flags override it.
@@ -47,10 +48,10 @@ pub struct TrainArgs {
     pub(crate) config: Option<PathBuf>,
     /// Folder for checkpoints and metrics.
     #[arg(long, value_name = "DIR", default_value = "runs/moe-train")]
-    pub(crate) out: PathBuf,
+    pub out: PathBuf,
     /// Continue from the newest checkpoint in --out, if there is one.
     #[arg(long)]
-    pub(crate) resume: bool,
+    pub resume: bool,
     /// Tokens to train on.
     #[arg(long)]
     train_tokens: Option<u64>,

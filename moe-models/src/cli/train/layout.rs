@@ -4,10 +4,10 @@ use super::progress::Progress;
 use super::rank_args::RankArgs;
 use super::run::Begin;
 use super::world::Seat;
-use crate::Family;
 use crate::gpt::GptConfig;
 use crate::train::launch::{LayoutCost, LayoutRequest, LevelBytes, RankCost, RunSize, choose as choose_layout};
 use crate::train::{ReduceConfig, TrainConfig};
+use crate::{DecoderConfig, Family};
 use anyhow::Result;
 use moe_parallel::{Collectives, ExchangeConfig, ParallelDims};
 
@@ -18,25 +18,29 @@ pub(crate) struct Chosen {
     pub(crate) exchange: ExchangeConfig,
 }
 
-/// The layout for a model, printed with its price; none for one rank.
-pub(crate) fn choose(
-    args: &RankArgs,
-    seat: &Seat,
-    shape: &GptConfig,
-    config: &TrainConfig,
-    begin: Begin,
-    progress: &Progress,
-) -> Result<Option<Chosen>> {
-    let size = RunSize {
+/// What a run's ranks have to hold and do; `beside` are models for inference alone.
+pub(crate) fn run_size(shape: &GptConfig, beside: Vec<DecoderConfig>, config: &TrainConfig) -> Result<RunSize> {
+    Ok(RunSize {
         decoder: shape.decoder()?,
+        beside,
         precision: config.precision,
         seq_len: config.seq_len(),
         micro_batch_size: config.micro_batch_size,
         micro_batches: config.grad_accum(),
-    };
+    })
+}
+
+/// The layout for a model, printed with its price; none for one rank.
+pub(crate) fn choose(
+    args: &RankArgs,
+    seat: &Seat,
+    size: &RunSize,
+    begin: Begin,
+    progress: &Progress,
+) -> Result<Option<Chosen>> {
     let world = seat.comm.as_ref().map_or(1, |comm| comm.size());
     let reduce = args.reduce();
-    let of = |request: &LayoutRequest| choose_layout(&size, world, seat.ranks_per_node, request, reduce);
+    let of = |request: &LayoutRequest| choose_layout(size, world, seat.ranks_per_node, request, reduce);
     let asked = args.request()?;
     let layout = match of(&asked) {
         // The numbers asked for were for more ranks.
@@ -82,12 +86,13 @@ fn describe(layout: &LayoutCost, nodes: usize) -> Vec<String> {
         let experts = if experts.is_empty() { "none".into() } else { experts.join(", ") };
         lines.push(format!(
             "  rank {rank}: {parameters} parameters, experts {experts}; {} of state (parameters {}, copies {}, gradients {}, \
-             moments {}), about {} with activations and messages",
+             moments {}{}), about {} with activations and messages",
             megabytes(memory.state()),
             megabytes(memory.parameters),
             megabytes(memory.copies),
             megabytes(memory.gradients),
             megabytes(memory.moments),
+            if memory.beside > 0 { format!(", teacher {}", megabytes(memory.beside)) } else { String::new() },
             megabytes(memory.total()),
         ));
     }

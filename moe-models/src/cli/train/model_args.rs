@@ -158,6 +158,11 @@ impl ModelArgs {
         self.mlp_type.is_some() || numbers.iter().any(Option::is_some) || sizes.iter().any(Option::is_some)
     }
 
+    /// Whether any flag says something about the tokenizer.
+    pub fn asks_for_tokenizer(&self) -> bool {
+        self.tokenizer.is_some() || self.vocab_size.is_some()
+    }
+
     /// Where the tokenizer comes from, for a model of `vocab_size`.
     pub fn tokenizer_choice(&self, vocab_size: usize) -> TokenizerChoice {
         match &self.tokenizer {

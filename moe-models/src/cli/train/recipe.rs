@@ -8,6 +8,7 @@ use candle_core::Device;
 use moe_parallel::Mesh;
 use std::path::Path;
 use std::sync::Arc;
+use tokenizers::Tokenizer;
 
 /// How a run's model comes to be, and what is trained with it. One value serves all ranks of a process.
 pub trait Recipe: Sync {
@@ -20,6 +21,14 @@ pub trait Recipe: Sync {
     /// If the arguments describe no model.
     fn shape(&self, args: &ModelArgs, seq_length: Option<usize>) -> Result<GptConfig> {
         args.config(seq_length)
+    }
+
+    /// Fits the model asked for to the tokenizer.
+    ///
+    /// # Errors
+    /// If the tokenizer has entries that the model has not.
+    fn fit(&self, args: &ModelArgs, shape: &mut GptConfig, tokenizer: &Tokenizer) -> Result<()> {
+        args.fit_to(shape, tokenizer)
     }
 
     /// Where the tokenizer of a model of `vocab_size` comes from.
@@ -53,7 +62,7 @@ pub trait Recipe: Sync {
     /// If what the recipe needs beside the model cannot be had.
     fn complete(&self, model: Gpt, config: &TrainConfig, mesh: Option<Arc<Mesh>>) -> Result<Self::Model>;
 
-    /// Models that a rank holds beside the one that is trained.
+    /// Models that ranks hold beside the one that is trained, for inference alone.
     fn beside(&self) -> Vec<GptConfig> {
         Vec::new()
     }

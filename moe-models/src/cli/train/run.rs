@@ -7,7 +7,6 @@ use super::recipe::Recipe;
 use super::signals::Signals;
 use super::world::Seat;
 use crate::Error;
-use crate::ReadFamily;
 use crate::gpt::{Gpt, GptConfig};
 use crate::hf::write_atomically;
 use crate::train::checkpoint::{CheckpointStore, TrainerState, read_state, verify};
@@ -18,6 +17,7 @@ use crate::train::{
     Corpus, Event, MeshRanks, Observer, OneRank, Outcome, Ranks, ReduceConfig, RunFolder, RunLock, RunText, Timeline,
     TrainConfig, Trainer, first_rank_first, lock_for, take_over_for, tokenizer,
 };
+use crate::{Family, ReadFamily};
 use anyhow::{Context, Result, ensure};
 use moe_parallel::{Mesh, Phase};
 use std::path::{Path, PathBuf};
@@ -137,10 +137,10 @@ impl<R: Recipe> Run<'_, R> {
         self.enter(lock.as_ref(), false)?;
         let text = self.text(&config)?;
         let tokenizer = self.tokenizer(&text, shape.vocab_size)?;
-        args.model.fit_to(&mut shape, &tokenizer)?;
+        self.recipe.fit(&args.model, &mut shape, &tokenizer)?;
         shape.validate()?;
         let corpus = self.pack(text, &tokenizer, &shape, &config)?;
-        let layout = layout::choose(&args.ranks, self.seat, &shape, &config, self.begin, &self.progress)?;
+        let layout = self.layout(&shape, &config)?;
         let seed = config.seed;
         let laid = self.lay_out(layout, &config, |mesh| self.recipe.initial(&shape, seed, mesh))?;
         self.describe(&shape, &corpus, &config)?;
@@ -156,7 +156,7 @@ impl<R: Recipe> Run<'_, R> {
         args.model.check_tokenizer(&tokenizer)?;
         if args.model.is_given() {
             let mut asked = self.recipe.shape(&args.model, config.seq_length)?;
-            args.model.fit_to(&mut asked, &tokenizer)?;
+            self.recipe.fit(&args.model, &mut asked, &tokenizer)?;
             ensure!(
                 asked == saved,
                 "the model asked for differs from the saved one; drop the model flags or start a new run\nasked: {asked:?}\nsaved: {saved:?}"
@@ -165,7 +165,7 @@ impl<R: Recipe> Run<'_, R> {
         self.enter(lock.as_ref(), true)?;
         let text = self.text(&config)?;
         let corpus = self.pack(text, &tokenizer, &saved, &config)?;
-        let layout = layout::choose(&args.ranks, self.seat, &saved, &config, self.begin, &self.progress)?;
+        let layout = self.layout(&saved, &config)?;
         let laid = self.lay_out(layout, &config, |mesh| Ok(Gpt::load_checkpoint(folder, mesh)?))?;
         self.describe(&saved, &corpus, &config)?;
         self.progress.say(&format!("resuming from {}", folder.display()));
@@ -215,6 +215,12 @@ impl<R: Recipe> Run<'_, R> {
         let pack = || text.pack(tokenizer, shape.vocab_size, &DataCache::Folder(folder), progress);
         let (train, valid) = first_rank_first(&*self.crew, pack)?;
         Ok(Corpus::new(train, valid, config)?)
+    }
+
+    fn layout(&self, shape: &GptConfig, config: &TrainConfig) -> Result<Option<layout::Chosen>> {
+        let beside = self.recipe.beside().iter().map(Family::decoder).collect::<crate::Result<_>>()?;
+        let size = layout::run_size(shape, beside, config)?;
+        layout::choose(&self.args.ranks, self.seat, &size, self.begin, &self.progress)
     }
 
     /// Builds this rank's model, as the settings ask for, and the ranks it runs over.

@@ -15,6 +15,8 @@ use std::ops::{AddAssign, Range};
 pub struct RunSize {
     /// The model.
     pub decoder: DecoderConfig,
+    /// Models held beside it for inference alone, packed.
+    pub beside: Vec<DecoderConfig>,
     /// What its products read.
     pub precision: Precision,
     /// Tokens per sequence.
@@ -36,6 +38,8 @@ pub struct MemoryBytes {
     pub gradients: usize,
     /// Moments, f32.
     pub moments: usize,
+    /// Models held beside the one that is trained.
+    pub beside: usize,
     /// Messages of gradients or parameters under way, at most.
     pub messages: usize,
     /// What a pass keeps for its backward pass: an estimate.
@@ -50,7 +54,7 @@ impl MemoryBytes {
 
     /// What stays from step to step.
     pub fn state(&self) -> usize {
-        self.parameters + self.copies + self.gradients + self.moments
+        self.parameters + self.copies + self.gradients + self.moments + self.beside
     }
 }
 
@@ -140,7 +144,9 @@ impl LayoutCost {
         let table = size.decoder.params();
         let rank = |rank: usize| {
             let placement = Placement::new(dims, rank)?;
-            for (index, layer) in size.decoder.layers.iter().enumerate() {
+            let layers =
+                [&size.decoder].into_iter().chain(&size.beside).flat_map(|decoder| decoder.layers.iter().enumerate());
+            for (index, layer) in layers {
                 layer.on_rank(&placement).map_err(|e| Error::Config(format!("layer {index}: {e}")))?;
             }
             Ok(At { size, placement, ranks_per_node, reduce }.cost(&table))
@@ -193,6 +199,7 @@ impl At<'_> {
             parameters: F32 * parameters,
             copies: if self.size.precision == Precision::Bf16 { BF16 * matrices } else { 0 },
             gradients: F32 * if self.reduce.zero == Zero::Gradients { owned + 2 * bucket } else { parameters },
+            beside: self.size.beside.iter().map(|decoder| self.packed(&decoder.params())).sum(),
             moments: 2 * F32 * if self.reduce.zero == Zero::Off { parameters } else { owned },
             // One bucket being cut, others on their way out and in; of sums to all, those that have come as well.
             messages: if travels {
@@ -210,6 +217,16 @@ impl At<'_> {
         let traffic =
             TrafficBytes { gradients: self.gradients(groups.values()), rows: self.rows(), tensors: self.tensors() };
         RankCost { parameters, experts, work: self.work(table), memory, traffic }
+    }
+
+    /// Bytes of a model for inference alone.
+    fn packed(&self, table: &ParamTable) -> usize {
+        let bytes = |spec: &ParamSpec| {
+            let is_matrix = spec.shape.len() - usize::from(spec.is_stacked()) > 1;
+            let of_one = if is_matrix && self.size.precision == Precision::Bf16 { BF16 } else { F32 };
+            of_one * self.placement.local_shape(spec).iter().product::<usize>()
+        };
+        table.specs().iter().map(bytes).sum()
     }
 
     /// Of a token, each dense matrix that is held, and one of a stack for each choice: an even load is as much as all tokens here.

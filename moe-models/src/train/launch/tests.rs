@@ -14,7 +14,14 @@ fn size() -> RunSize {
     config.num_layers = 6;
     config.moe.as_mut().unwrap().num_experts = vec![4, 4, 8];
     let decoder = config.decoder().unwrap();
-    RunSize { decoder, precision: Precision::Bf16, seq_len: 16, micro_batch_size: 2, micro_batches: 12 }
+    RunSize {
+        decoder,
+        beside: Vec::new(),
+        precision: Precision::Bf16,
+        seq_len: 16,
+        micro_batch_size: 2,
+        micro_batches: 12,
+    }
 }
 
 fn reduce(zero: Zero) -> ReduceConfig {

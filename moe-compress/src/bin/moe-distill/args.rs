@@ -1,0 +1,173 @@
+//! Arguments about teacher and student, and the record of them in the run's folder.
+
+use anyhow::{Context, Result, bail, ensure};
+use clap::{Args, ValueEnum};
+use moe_compress::{KdSchedule, KeptLayers};
+use moe_core::ops::Distillation;
+use moe_models::hf::write_atomically;
+use serde::{Deserialize, Serialize};
+use std::path::{Path, PathBuf};
+
+/// Where a run's settings are recorded, beside its checkpoints.
+const RECORD: &str = "distillation.json";
+
+/// A run that is resumed has its own settings: those that are given again must be the same.
+#[derive(Debug, Args)]
+#[command(next_help_heading = "Teacher and student")]
+pub(crate) struct DistillArgs {
+    /// Model folder to learn from. The student has its vocabulary and tokenizer.
+    #[arg(long, value_name = "DIR", alias = "load-teacher")]
+    pub(crate) teacher: PathBuf,
+    /// Share of the teacher's layers that the student does without [default: 0.125]. Flags that describe a model say what the
+    /// student is instead.
+    #[arg(long, value_name = "SHARE", conflicts_with = "ModelArgs")]
+    drop_depth: Option<f64>,
+    /// Which layers are kept, of dense ones and of those with experts each [default: evenly].
+    #[arg(long, value_enum, conflicts_with = "ModelArgs")]
+    keep_layers: Option<KeptArg>,
+    /// Where the student's weights come from [default: scratch].
+    #[arg(long, value_enum)]
+    init: Option<InitArg>,
+    /// How long the student follows the teacher: for the first part of training (the paper's Mixture-of-Students), all of it, or
+    /// not at all [default: staged].
+    #[arg(long, value_enum)]
+    kd: Option<KdArg>,
+    /// Share of the training tokens after which a staged student learns from text alone [default: 0.7].
+    #[arg(long, value_name = "SHARE")]
+    kd_stop: Option<f64>,
+    /// What the divergence from the teacher counts beside the cross-entropy [default: 1].
+    #[arg(long, value_name = "ALPHA", alias = "kd-beta-ce")]
+    kd_weight: Option<f64>,
+    /// What logits are divided by before they are compared [default: 1].
+    #[arg(long, value_name = "T")]
+    kd_temp: Option<f64>,
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+enum KeptArg {
+    /// Evenly spaced, the first and the last among them.
+    Evenly,
+    /// The first ones.
+    First,
+    /// The last ones.
+    Last,
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+enum InitArg {
+    /// Drawn anew, as the paper's.
+    Scratch,
+    /// The teacher's, of the layers that are kept.
+    Teacher,
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+enum KdArg {
+    Staged,
+    Full,
+    None,
+}
+
+/// What a run was started with.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub(crate) struct Settings {
+    /// Over the teacher's configuration and weights.
+    pub(crate) teacher: String,
+    /// `None`: the model flags said what the student is.
+    pub(crate) drop_depth: Option<f64>,
+    pub(crate) keep_layers: KeptLayers,
+    pub(crate) from_teacher: bool,
+    pub(crate) schedule: KdSchedule,
+    pub(crate) weight: f64,
+    pub(crate) temperature: f64,
+}
+
+impl Settings {
+    pub(crate) fn how(&self) -> Distillation {
+        Distillation { weight: self.weight, temperature: self.temperature }
+    }
+
+    /// Those of the run in `out`, if it has any.
+    pub(crate) fn read(out: &Path) -> Result<Option<Self>> {
+        let path = out.join(RECORD);
+        match std::fs::read(&path) {
+            Ok(json) => {
+                Ok(Some(serde_json::from_slice(&json).with_context(|| format!("{} is damaged", path.display()))?))
+            }
+            Err(error) if error.kind() == std::io::ErrorKind::NotFound => Ok(None),
+            Err(error) => Err(error).with_context(|| format!("cannot read {}", path.display())),
+        }
+    }
+
+    pub(crate) fn write(&self, out: &Path) -> Result<()> {
+        let json = serde_json::to_string_pretty(self)?;
+        Ok(write_atomically(&out.join(RECORD), |file| file.write_all(json.as_bytes()))?)
+    }
+
+    /// Refuses to go on with a run that was started with others.
+    pub(crate) fn check_continues(&self, out: &Path) -> Result<()> {
+        let Some(saved) = Self::read(out)? else {
+            bail!("{} holds a run that has no teacher ({RECORD} is missing); resume it with moe-train", out.display());
+        };
+        ensure!(
+            saved == *self,
+            "the run in {} was started with another teacher or other settings; give the same, or start a new run\nasked: {self:?}\nsaved: {saved:?}",
+            out.display()
+        );
+        Ok(())
+    }
+}
+
+impl DistillArgs {
+    /// The settings asked for, or else those of the run that is resumed, or else the defaults. `given` says whether model flags
+    /// describe the student.
+    pub(crate) fn settings(&self, fingerprint: &str, given: bool, resumed: Option<&Settings>) -> Result<Settings> {
+        let base = resumed.cloned().unwrap_or_else(|| Settings {
+            teacher: fingerprint.to_owned(),
+            drop_depth: (!given).then_some(0.125),
+            keep_layers: KeptLayers::Evenly,
+            from_teacher: false,
+            schedule: KdSchedule::STAGED,
+            weight: Distillation::default().weight,
+            temperature: Distillation::default().temperature,
+        });
+        let settings = Settings {
+            teacher: fingerprint.to_owned(),
+            drop_depth: if given { None } else { self.drop_depth.or(base.drop_depth) },
+            keep_layers: self.keep_layers.map_or(base.keep_layers, |kept| match kept {
+                KeptArg::Evenly => KeptLayers::Evenly,
+                KeptArg::First => KeptLayers::First,
+                KeptArg::Last => KeptLayers::Last,
+            }),
+            from_teacher: self.init.map_or(base.from_teacher, |init| init == InitArg::Teacher),
+            schedule: self.schedule(base.schedule)?,
+            weight: self.kd_weight.unwrap_or(base.weight),
+            temperature: self.kd_temp.unwrap_or(base.temperature),
+        };
+        settings.schedule.validate()?;
+        settings.how().validate()?;
+        let unused = [("--kd-weight", self.kd_weight.is_some()), ("--kd-temp", self.kd_temp.is_some())];
+        if let (KdSchedule::None, Some((flag, _))) = (settings.schedule, unused.iter().find(|(_, given)| *given)) {
+            bail!("{flag} has no effect on a student that does not follow its teacher; drop it, or --kd none");
+        }
+        Ok(settings)
+    }
+
+    fn schedule(&self, base: KdSchedule) -> Result<KdSchedule> {
+        let stop = |default: f64| self.kd_stop.unwrap_or(default);
+        let KdSchedule::Staged { stop: default } = KdSchedule::STAGED else { bail!("no share of training is set") };
+        match (self.kd, base) {
+            (Some(KdArg::Full | KdArg::None), _) | (None, KdSchedule::Full | KdSchedule::None)
+                if self.kd_stop.is_some() =>
+            {
+                bail!("--kd-stop is the end of the staged schedule; give --kd staged, or drop --kd-stop")
+            }
+            (Some(KdArg::Full), _) => Ok(KdSchedule::Full),
+            (Some(KdArg::None), _) => Ok(KdSchedule::None),
+            (Some(KdArg::Staged), _) => Ok(KdSchedule::Staged { stop: stop(default) }),
+            (None, KdSchedule::Staged { stop: of_run }) => Ok(KdSchedule::Staged { stop: stop(of_run) }),
+            (None, other) => Ok(other),
+        }
+    }
+}

@@ -1,0 +1,120 @@
+//! [`Distilling`]: what `moe-distill` adds to a training run.
+
+use crate::args::{DistillArgs, Settings};
+use anyhow::{Result, bail, ensure};
+use moe_compress::distill::Following;
+use moe_compress::teacher::TeacherFolder;
+use moe_compress::{KdSchedule, Student, StudentPlan};
+use moe_core::ParamSpec;
+use moe_models::cli::train::{ModelArgs, Plain, Recipe, TrainArgs};
+use moe_models::gpt::{Gpt, GptConfig};
+use moe_models::train::{TokenizerChoice, TrainConfig, tokenizer};
+use moe_parallel::Mesh;
+use std::path::Path;
+use std::sync::Arc;
+use tokenizers::Tokenizer;
+
+pub(crate) struct Distilling {
+    teacher: TeacherFolder,
+    settings: Settings,
+}
+
+impl Distilling {
+    /// As the arguments say, and the run that they resume.
+    pub(crate) fn new(args: &DistillArgs, train: &TrainArgs) -> Result<Self> {
+        let teacher = TeacherFolder::open(&args.teacher)?;
+        let resumed = if train.resume { Settings::read(&train.out)? } else { None };
+        let settings = args.settings(teacher.fingerprint(), train.model.is_given(), resumed.as_ref())?;
+        Ok(Self { teacher, settings })
+    }
+
+    /// The student that is the teacher without some of its layers.
+    fn plan(&self) -> Result<StudentPlan> {
+        match self.settings.drop_depth {
+            Some(share) => Ok(StudentPlan::new(self.teacher.config(), share, self.settings.keep_layers)?),
+            None => bail!(
+                "--init teacher is for a student that keeps layers of its teacher; drop the flags that describe a model"
+            ),
+        }
+    }
+}
+
+impl Recipe for Distilling {
+    type Model = Student<GptConfig>;
+
+    fn shape(&self, args: &ModelArgs, seq_length: Option<usize>) -> Result<GptConfig> {
+        let teacher = self.teacher.config();
+        let shape = match self.settings.drop_depth {
+            None => args.config(seq_length)?,
+            Some(_) => self.plan()?.config,
+        };
+        Ok(GptConfig { vocab_size: teacher.vocab_size, eos_token_id: teacher.eos_token_id, ..shape })
+    }
+
+    /// The vocabulary is the teacher's.
+    fn fit(&self, _: &ModelArgs, shape: &mut GptConfig, tokenizer: &Tokenizer) -> Result<()> {
+        Ok(tokenizer::check_fits(tokenizer, shape.vocab_size)?)
+    }
+
+    fn tokenizer(&self, args: &ModelArgs, _: usize) -> Result<TokenizerChoice> {
+        ensure!(!args.asks_for_tokenizer(), "a student has its teacher's tokenizer; drop --tokenizer and --vocab-size");
+        Ok(TokenizerChoice::File(self.teacher.dir().join("tokenizer.json")))
+    }
+
+    fn initial(&self, shape: &GptConfig, seed: u64, mesh: Option<Arc<Mesh>>) -> Result<Gpt> {
+        if !self.settings.from_teacher {
+            return Plain.initial(shape, seed, mesh);
+        }
+        let plan = self.plan()?;
+        let placement = mesh.as_ref().map_or(moe_parallel::Placement::WHOLE, |mesh| mesh.placement());
+        let values = self.teacher.values(placement)?;
+        let of_teacher = |spec: &ParamSpec, _| {
+            let name = plan.name_in_teacher(&spec.name).ok_or_else(|| {
+                moe_models::Error::Config(format!("the teacher has no parameter for the student's {}", spec.name))
+            })?;
+            values(&ParamSpec { name, ..spec.clone() })
+        };
+        Ok(Gpt::of_parts(shape.clone(), mesh, of_teacher)?)
+    }
+
+    fn enter(&self, out: &Path, resumed: bool) -> Result<()> {
+        if resumed { self.settings.check_continues(out) } else { self.settings.write(out) }
+    }
+
+    fn complete(&self, model: Gpt, config: &TrainConfig, mesh: Option<Arc<Mesh>>) -> Result<Self::Model> {
+        let teacher = self.teacher.load(config.precision, mesh.as_deref())?;
+        let (how, schedule) = (self.settings.how(), self.settings.schedule);
+        Ok(Student::new(model, Following { teacher, how, schedule, train_tokens: config.train_tokens })?)
+    }
+
+    fn beside(&self) -> Vec<GptConfig> {
+        vec![self.teacher.config().clone()]
+    }
+
+    fn describe(&self, config: &TrainConfig) -> Vec<String> {
+        let Settings { schedule, weight, temperature, from_teacher, .. } = &self.settings;
+        let count = self.teacher.config().parameter_count();
+        let start = if *from_teacher { "starting from its weights" } else { "starting from scratch" };
+        let mut lines = vec![format!(
+            "teacher: {} of {} parameters, {} layers; {start}",
+            self.teacher.dir().display(),
+            count.total,
+            self.teacher.config().num_layers
+        )];
+        let total = config.total_steps();
+        lines.push(match schedule {
+            KdSchedule::None => "following it in no step".into(),
+            KdSchedule::Full => {
+                format!("following it in all {total} steps, weight {weight}, temperature {temperature}")
+            }
+            KdSchedule::Staged { .. } => {
+                let follows = |step: &u64| schedule.follows(step * config.tokens_per_step(), config.train_tokens);
+                let steps = (0..total).take_while(follows).count();
+                format!(
+                    "following it in the first {steps} of {total} steps, weight {weight}, temperature {temperature}"
+                )
+            }
+        });
+        lines
+    }
+}
