@@ -5,8 +5,10 @@ mod examples;
 
 use candle_core::{Device, Tensor, Var};
 use moe_core::Activation;
+use moe_core::ops::{Distillation, SoftTargets, StudentOutput};
 use moe_core::testing::{assert_close, values};
 use moe_kernels::attention::{AttentionShape, causal_attention, grouped_query_attention};
+use moe_kernels::distillation::linear_distillation;
 use moe_kernels::rotary::{Positions, RotaryLayout, RotaryTable, rotary};
 use moe_kernels::{
     Isa, Precision, Result, activation, cross_entropy, embedding, grouped_linear, layer_norm, rms_norm, select,
@@ -163,5 +165,19 @@ fn cross_entropy_equals_pytorch() {
     let targets = of.ids("targets");
     of.check_products(|precision| {
         cross_entropy::linear_cross_entropy(of.var("hidden"), of.var("weight"), &targets, precision)
+    });
+}
+
+#[test]
+fn distillation_equals_pytorch() {
+    let of = Fixture::load("linear_distillation");
+    let (targets, weight) = (of.ids("targets"), of.var("weight").clone().into());
+    let [hidden, of_teacher] = ["teacher_hidden", "teacher_weight"].map(|name| of.expected[name].clone());
+    let of_teacher = of_teacher.into();
+    let how = Distillation { weight: 0.7, temperature: 2.0 };
+    of.check_products(|precision| {
+        let student = StudentOutput { hidden: of.var("hidden"), weight: &weight, targets: &targets, part: None };
+        let soft = SoftTargets::Layer { hidden: &hidden, weight: &of_teacher };
+        Ok(linear_distillation(student, soft, how, precision)?.loss)
     });
 }

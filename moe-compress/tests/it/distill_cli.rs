@@ -1,0 +1,158 @@
+//! `moe-distill` from outside: a staged run, resumed across the switch, over ranks, and what it says to bad input.
+
+use crate::teacher::folder;
+use std::collections::BTreeMap;
+use std::path::Path;
+use std::process::{Command, Output};
+
+/// Twelve steps of four micro-batches.
+const SMALL: [&str; 21] = [
+    "--teacher",
+    "teacher",
+    "--data",
+    "text.txt",
+    "--seq-length",
+    "16",
+    "--micro-batch-size",
+    "2",
+    "--global-batch-size",
+    "8",
+    "--train-tokens",
+    "1536",
+    "--log-interval",
+    "1",
+    "--valid-fraction",
+    "0.1",
+    "--save-interval",
+    "2",
+    "--precision",
+    "f32",
+    "--resume",
+];
+
+fn moe_distill(dir: &Path, out: &str, more: &[&str]) -> Output {
+    let mut command = Command::new(env!("CARGO_BIN_EXE_moe-distill"));
+    command.current_dir(dir).args(SMALL).args(["--out", out]).args(more).output().unwrap()
+}
+
+#[track_caller]
+fn succeed(output: &Output) -> String {
+    let text = String::from_utf8_lossy(&output.stderr).into_owned();
+    assert!(output.status.success(), "{text}");
+    text
+}
+
+/// The values of a tag by step.
+fn metric(run: &Path, tag: &str) -> BTreeMap<u64, f64> {
+    let text = std::fs::read_to_string(run.join("metrics.jsonl")).unwrap();
+    let records = text.lines().map(|line| serde_json::from_str::<serde_json::Value>(line).unwrap());
+    records.filter_map(|r| Some((r["step"].as_u64()?, r[tag].as_f64()?))).collect()
+}
+
+fn weights(dir: &Path, step: u64) -> Vec<u8> {
+    std::fs::read(dir.join(format!("step-{step:08}/model.safetensors"))).unwrap()
+}
+
+#[test]
+fn a_staged_run_resumed_across_its_switch_ends_with_the_same_bits() {
+    let dir = folder();
+    let staged = ["--kd-stop", "0.5", "--kd-temp", "2"];
+    let text = succeed(&moe_distill(dir.path(), "one", &[&staged[..], &["--export", "model"]].concat()));
+    for part in ["following it in the first 6 of 12 steps", "6 layers; starting from scratch", "step 12/12"] {
+        assert!(text.contains(part), "{part}: {text}");
+    }
+    let one = dir.path().join("one");
+    let kd = metric(&one, "train/kd_loss");
+    assert_eq!(kd.keys().copied().collect::<Vec<_>>(), [1, 2, 3, 4, 5, 6]);
+    assert!(kd.values().all(|&kd| kd > 0.0));
+    let (total, lm) = (metric(&one, "train/loss"), metric(&one, "train/lm_loss"));
+    let aux = metric(&one, "train/aux_loss");
+    for (step, total) in &total {
+        let sum = lm[step] + aux[step] + kd.get(step).unwrap_or(&0.0);
+        assert!((total - sum).abs() < 1e-4, "step {step}: {total} {sum}");
+    }
+
+    // Settings that are not given again are the run's own.
+    succeed(&moe_distill(dir.path(), "cut", &[&staged[..], &["--exit-interval", "5"]].concat()));
+    succeed(&moe_distill(dir.path(), "cut", &["--exit-interval", "7"]));
+    succeed(&moe_distill(dir.path(), "cut", &[]));
+    assert_eq!(weights(&dir.path().join("cut"), 12), weights(&one, 12));
+    // The student is a model as any other.
+    let config = std::fs::read_to_string(dir.path().join("model/config.json")).unwrap();
+    let config: serde_json::Value = serde_json::from_str(&config).unwrap();
+    assert_eq!(
+        (config["num_hidden_layers"].as_u64(), config["moe"]["num_experts"].to_string()),
+        (Some(5), "[2,4]".into())
+    );
+    let tokenizer = |of: &str| std::fs::read(dir.path().join(of).join("tokenizer.json")).unwrap();
+    assert_eq!(tokenizer("model"), tokenizer("teacher"));
+}
+
+#[test]
+fn students_learn_over_ranks_as_on_one() {
+    let dir = folder();
+    let more = ["--init", "teacher", "--drop-depth", "0.34", "--kd", "full"];
+    succeed(&moe_distill(dir.path(), "one", &more));
+    let layouts: [(&str, &[&str]); 3] = [
+        ("ep", &["--ranks", "4", "--ep", "2"]),
+        ("zero", &["--ranks", "4", "--ep", "1", "--zero", "2"]),
+        ("tp", &["--ranks", "4", "--tp", "2", "--ep", "2"]),
+    ];
+    for (out, layout) in layouts {
+        let text = succeed(&moe_distill(dir.path(), out, &[&more[..], layout].concat()));
+        assert!(text.contains(", teacher "), "{text}");
+        for tag in ["train/loss", "train/kd_loss", "valid/loss"] {
+            let [one, got] = ["one", out].map(|run| metric(&dir.path().join(run), tag));
+            assert!(one.len() > 1 && got.keys().eq(one.keys()), "{out} {tag}: {got:?}");
+            for (step, want) in &one {
+                assert!((got[step] - want).abs() < 1e-4 * want, "{out} {tag} step {step}: {} {want}", got[step]);
+            }
+            // Before the first update nothing but the order of sums inside a vocabulary can differ, and that is whole here.
+            if out != "tp" && tag.starts_with("train") {
+                assert_eq!(got[&1], one[&1], "{out} {tag}");
+            }
+        }
+    }
+}
+
+#[test]
+fn students_may_differ_from_their_teacher() {
+    let dir = folder();
+    let shape = ["--preset", "tiny-pyramid-moe", "--hidden-size", "12", "--num-heads", "3", "--num-layers", "4"];
+    let more = [&shape[..], &["--num-experts", "3,5", "--kd-weight", "0.5"]].concat();
+    succeed(&moe_distill(dir.path(), "run", &more));
+    assert_eq!(metric(&dir.path().join("run"), "train/kd_loss").len(), 9);
+    let none = moe_distill(dir.path(), "none", &["--kd", "none"]);
+    assert!(succeed(&none).contains("following it in no step"));
+    assert!(metric(&dir.path().join("none"), "train/kd_loss").is_empty());
+}
+
+#[test]
+fn bad_input_is_told() {
+    let dir = folder();
+    succeed(&moe_distill(dir.path(), "run", &["--exit-interval", "2"]));
+    let cases: [(&str, &[&str], &str); 9] = [
+        ("run", &["--kd", "full"], "other settings"),
+        ("run", &["--num-layers", "4"], "the model asked for differs"),
+        ("new", &["--kd", "full", "--kd-stop", "0.5"], "--kd-stop is the end of the staged schedule"),
+        ("new", &["--kd", "none", "--kd-temp", "2"], "--kd-temp has no effect"),
+        ("new", &["--kd-stop", "1.5"], "between 0 and 1"),
+        ("new", &["--drop-depth", "0.01"], "drops at least one layer"),
+        ("new", &["--num-layers", "4", "--init", "teacher"], "drop the flags that describe a model"),
+        ("new", &["--vocab-size", "300"], "teacher's tokenizer"),
+        ("new", &["--teacher", "text.txt"], "config.json"),
+    ];
+    for (out, more, part) in cases {
+        let given: Vec<&str> = if more[0] == "--teacher" { SMALL[2..].to_vec() } else { SMALL.to_vec() };
+        let output = Command::new(env!("CARGO_BIN_EXE_moe-distill"))
+            .current_dir(dir.path())
+            .args(given)
+            .args(["--out", out])
+            .args(more)
+            .output()
+            .unwrap();
+        let text = String::from_utf8_lossy(&output.stderr);
+        assert!(!output.status.success() && text.contains(part), "{more:?}: {text}");
+        assert!(out == "run" || !dir.path().join(out).join("distillation.json").exists(), "{more:?}");
+    }
+}

@@ -1,0 +1,5 @@
+//! The crate from outside.
+
+mod distill;
+mod distill_cli;
+mod teacher;
