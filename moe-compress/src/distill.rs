@@ -71,10 +71,7 @@ impl<F: Family> Student<F> {
     fn distilled(&self, batch: &TokenBatch, pass: Pass) -> moe_models::Result<LossOutput> {
         let Following { teacher, how, .. } = &self.following;
         // The teacher comes first: no message of the student's pass is under way while ranks meet in its layers.
-        let of_teacher = teacher.hidden(batch).map_err(|error| match error {
-            Error::Model(error) => error,
-            other => moe_models::Error::Argument(other.to_string()),
-        })?;
+        let of_teacher = teacher.hidden(batch).map_err(Error::into_model)?;
         let decoder = self.model.training_decoder();
         decoder.loss_by(batch, pass, |hidden| {
             let soft = teacher.decoder().head().soft_targets(&of_teacher);

@@ -15,5 +15,16 @@ pub enum Error {
     Argument(String),
 }
 
+impl Error {
+    /// For what gives a model its values.
+    pub(crate) fn into_model(self) -> moe_models::Error {
+        match self {
+            Self::Model(error) => error,
+            Self::Candle(error) => error.into(),
+            Self::Argument(text) => moe_models::Error::Argument(text),
+        }
+    }
+}
+
 /// The crate's result.
 pub type Result<T> = std::result::Result<T, Error>;

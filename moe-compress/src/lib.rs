@@ -5,9 +5,11 @@
 
 pub mod distill;
 mod error;
+pub mod experts;
 pub mod schedule;
 pub mod student;
 pub mod teacher;
+pub mod upcycle;
 
 pub use distill::Student;
 pub use error::{Error, Result};

@@ -61,6 +61,7 @@ impl<R: Router, D: Dispatcher, E: Experts> MoeLayer<R, D, E> {
         let routing = self.router.route(tokens, context)?;
         let (rows, receipt) = self.dispatcher.dispatch(tokens, &routing)?;
         let rows = self.experts.forward(rows)?;
+        context.observe(&routing, &rows)?;
         let hidden = self.dispatcher.combine(rows, receipt)?;
         Ok(MoeOutput::new(hidden, routing))
     }
@@ -78,6 +79,7 @@ impl<R: Router, D: Dispatcher, E: Experts> MoeLayer<R, D, E> {
         let routing = self.router.route(tokens, context)?;
         let (rows, receipt) = self.dispatcher.dispatch(tokens, &routing)?;
         let rows = self.experts.forward(rows)?;
+        context.observe(&routing, &rows)?;
         let combining = self.dispatcher.begin_combine(rows, receipt)?;
         let branch = branch()?;
         let hidden = self.dispatcher.finish_combine(combining)?;

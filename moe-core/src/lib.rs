@@ -64,9 +64,9 @@ pub use ops::{Activation, CandleOps, DecoderOps, LossOps, MoeOps, Ops, WeightOps
 pub use params::{ParamInit, ParamSpec, Split, SplitKind};
 pub use rng::CounterRng;
 pub use router::{
-    DropPolicy, DroplessConfig, DroplessRouter, ExpertChoiceConfig, ExpertChoiceRouter, Gate, GroupScore, HashRouter,
-    Mode, NoiseSource, NoisyGate, PositionedNoise, RouteContext, Router, ScoreFunction, SeededNoise, Top1Config,
-    Top1Router, Top2Config, Top2Router, TopKConfig, TopKRouter,
+    DropPolicy, DroplessConfig, DroplessRouter, ExpertChoiceConfig, ExpertChoiceRouter, ExpertObserver, Gate,
+    GroupScore, HashRouter, Mode, NoiseSource, NoisyGate, PositionedNoise, RouteContext, Router, ScoreFunction,
+    SeededNoise, Top1Config, Top1Router, Top2Config, Top2Router, TopKConfig, TopKRouter,
 };
 pub use routing::{Capacity, DROPPED, ExpertLoad, RouterLosses, Routing, capacity_rows};
 pub use weight::{PackedWeight, Weight, WeightSource, WeightUse};

@@ -13,7 +13,8 @@ use candle_core::{DType, Device, Tensor};
 use candle_nn::VarBuilder;
 use moe_core::ops::check_sequences;
 use moe_core::{
-    LocalDispatcher, Mode, MoeOps, MoeOutput, NoiseSource, Ops, PositionedNoise, RouteContext, RouterConfig,
+    ExpertObserver, LocalDispatcher, Mode, MoeOps, MoeOutput, NoiseSource, Ops, PositionedNoise, RouteContext,
+    RouterConfig,
 };
 use moe_parallel::{Mesh, RankDispatcher};
 use std::sync::Arc;
@@ -212,6 +213,23 @@ impl Decoder {
         }
         let [_, normed] = stream.normed(&self.norm)?;
         Ok((normed, outputs))
+    }
+
+    /// Runs whole sequences token by token as in [`Pass::Eval`], and shows what the experts of each layer make of their rows to the
+    /// observer that `observer` gives for the layer.
+    ///
+    /// # Errors
+    /// If the ids do not fit the model; those of the observers.
+    pub fn observe<O: ExpertObserver>(&self, ids: &[u32], seq_len: usize, observer: impl Fn(usize) -> O) -> Result<()> {
+        check_sequences(ids.len(), seq_len)?;
+        self.check_ids(ids, seq_len)?;
+        let mut stream = self.embed(ids, (0..ids.len()).map(|i| (i % seq_len) as u32))?;
+        let (mode, recompute, dropout) = (Mode::Infer, Recompute::None, DropoutConfig::default());
+        for (index, layer) in self.layers.iter().enumerate() {
+            let pass = LayerPass { mode, seed: 0, layer: index, seq_len, recompute, dropout };
+            stream = layer.observed_sequences(stream, pass, &observer(index))?;
+        }
+        Ok(())
     }
 
     /// The training loss of a batch.

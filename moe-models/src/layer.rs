@@ -9,7 +9,7 @@ use candle_core::Tensor;
 use candle_nn::VarBuilder;
 use moe_core::ops::Dropout;
 use moe_core::tape::{cut, recomputed};
-use moe_core::{Mode, MoeOutput, Ops, RouteContext, SeededNoise};
+use moe_core::{ExpertObserver, Mode, MoeOutput, Ops, RouteContext, SeededNoise};
 use serde::{Deserialize, Serialize};
 use std::sync::Arc;
 
@@ -85,6 +85,23 @@ impl Layer {
     fn fed(&self, normed: &Tensor, pass: LayerPass) -> Result<(Tensor, Option<MoeOutput>)> {
         let (added, output) = self.feed_forward.forward(normed, &pass.context(&pass.noise()))?;
         Ok((pass.dropped(&*self.ops, added, Place::FeedForward)?, output))
+    }
+
+    /// Whole sequences without a backward pass, with the experts' results shown to `observer`.
+    ///
+    /// # Errors
+    /// If a part refuses the input; those of `observer`.
+    pub(crate) fn observed_sequences(
+        &self,
+        stream: Stream,
+        pass: LayerPass,
+        observer: &dyn ExpertObserver,
+    ) -> Result<Stream> {
+        let [x, normed] = self.attended_sequences(stream, pass)?;
+        let noise = pass.noise();
+        let context = RouteContext { observer: Some(observer), ..pass.context(&noise) };
+        let (added, _) = self.feed_forward.forward(&normed, &context)?;
+        Ok(Stream { x, added: Some(added) })
     }
 
     fn sequences(&self, stream: Stream, pass: LayerPass) -> Result<(Stream, Option<MoeOutput>)> {

@@ -2,4 +2,6 @@
 
 mod distill;
 mod distill_cli;
+mod experts;
 mod teacher;
+mod upcycle;

@@ -25,7 +25,7 @@ pub use top_k::{DropPolicy, TopKConfig, TopKRouter};
 pub use top1::{NoisyGate, Top1Config, Top1Router};
 pub use top2::{Top2Config, Top2Router};
 
-use crate::{Result, Routing};
+use crate::{ExpertRows, Result, Routing};
 use candle_core::Tensor;
 use std::fmt::Debug;
 
@@ -78,17 +78,33 @@ pub struct RouteContext<'a> {
     pub token_ids: Option<&'a [u32]>,
     /// Tokens per sequence: needed by the per-sequence load-balance loss only.
     pub seq_len: Option<usize>,
+    /// Who sees what the experts make of their rows; no decision depends on it.
+    pub observer: Option<&'a dyn ExpertObserver>,
+}
+
+/// Sees what the experts of a layer make of their rows.
+pub trait ExpertObserver: Debug {
+    /// The results of the experts held here, in the order of the rows they were given, for tokens that were routed so.
+    ///
+    /// # Errors
+    /// The pass ends with them.
+    fn observe(&self, routing: &Routing, outputs: &ExpertRows) -> Result<()>;
 }
 
 impl<'a> RouteContext<'a> {
     /// A context with this mode and noise and nothing else.
     pub fn new(mode: Mode, noise: &'a dyn NoiseSource) -> Self {
-        Self { mode, noise, used_tokens: None, token_ids: None, seq_len: None }
+        Self { mode, noise, used_tokens: None, token_ids: None, seq_len: None, observer: None }
     }
 
     /// The context of an inference pass.
     pub fn infer() -> Self {
         Self::new(Mode::Infer, &SeededNoise::ZERO)
+    }
+
+    /// Shows the experts' results to whoever wants to see them.
+    pub(crate) fn observe(&self, routing: &Routing, outputs: &ExpertRows) -> Result<()> {
+        self.observer.map_or(Ok(()), |observer| observer.observe(routing, outputs))
     }
 
     fn is_train(&self) -> bool {

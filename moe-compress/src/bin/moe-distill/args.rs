@@ -145,6 +145,10 @@ impl DistillArgs {
             weight: self.kd_weight.unwrap_or(base.weight),
             temperature: self.kd_temp.unwrap_or(base.temperature),
         };
+        ensure!(
+            !settings.from_teacher || settings.drop_depth.is_some(),
+            "--init teacher is for a student that keeps layers of its teacher; drop the flags that describe a model"
+        );
         settings.schedule.validate()?;
         settings.how().validate()?;
         let unused = [("--kd-weight", self.kd_weight.is_some()), ("--kd-temp", self.kd_temp.is_some())];

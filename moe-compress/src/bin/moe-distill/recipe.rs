@@ -32,9 +32,7 @@ impl Distilling {
     fn plan(&self) -> Result<StudentPlan> {
         match self.settings.drop_depth {
             Some(share) => Ok(StudentPlan::new(self.teacher.config(), share, self.settings.keep_layers)?),
-            None => bail!(
-                "--init teacher is for a student that keeps layers of its teacher; drop the flags that describe a model"
-            ),
+            None => bail!("a student that model flags describe keeps no layers of its teacher"),
         }
     }
 }

@@ -50,7 +50,7 @@ pub trait Recipe: Sync {
         })
     }
 
-    /// Called on one rank before anything else is written to the run's folder `out`, which is new or `resumed`.
+    /// Called on one rank once everything is ready, before the run in the folder `out` begins or is `resumed`.
     ///
     /// # Errors
     /// If the run in the folder is of another recipe.

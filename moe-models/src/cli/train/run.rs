@@ -134,7 +134,6 @@ impl<R: Recipe> Run<'_, R> {
         let opened =
             |lock: Option<&RunLock>| lock.map(|l| CheckpointStore::open(l.dir(), config.keep_last)).transpose();
         first_rank_first(&*self.crew, || opened(lock.as_ref()).map(drop))?;
-        self.enter(lock.as_ref(), false)?;
         let text = self.text(&config)?;
         let tokenizer = self.tokenizer(&text, shape.vocab_size)?;
         self.recipe.fit(&args.model, &mut shape, &tokenizer)?;
@@ -143,6 +142,7 @@ impl<R: Recipe> Run<'_, R> {
         let layout = self.layout(&shape, &config)?;
         let seed = config.seed;
         let laid = self.lay_out(layout, &config, |mesh| self.recipe.initial(&shape, seed, mesh))?;
+        self.enter(lock.as_ref(), false)?;
         self.describe(&shape, &corpus, &config)?;
         let folder = RunFolder::locked(&args.out, laid.ranks, lock);
         Ok(Trainer::new_in(laid.model, config, corpus, tokenizer::to_json(&tokenizer)?, folder)?)
