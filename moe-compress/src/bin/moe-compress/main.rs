@@ -1,0 +1,98 @@
+//! `moe-compress`: model folders with fewer experts, or with experts instead of dense networks. Reads arguments and prints what it
+//! does; everything else is the library.
+
+mod calibration;
+mod reduce;
+mod upcycle;
+
+use anyhow::{Context, Result};
+use candle_core::{DType, Device};
+use clap::{Args, Parser, Subcommand, ValueEnum};
+use moe_models::gpt::{Gpt, GptConfig};
+use moe_models::train::export::{check_target, export};
+use std::path::PathBuf;
+use std::process::ExitCode;
+
+/// Make model folders smaller, or mixtures of dense ones.
+#[derive(Debug, Parser)]
+#[command(version, about)]
+struct Program {
+    #[command(subcommand)]
+    command: Command,
+}
+
+#[derive(Debug, Subcommand)]
+enum Command {
+    /// Drop the experts that do least on a text.
+    Prune(reduce::ReduceArgs),
+    /// Merge the experts that do least on a text into those that are kept.
+    Merge(reduce::ReduceArgs),
+    /// Make a mixture of experts of a dense model; it says what the dense one says until it is trained.
+    Upcycle(upcycle::UpcycleArgs),
+}
+
+/// From one folder to another.
+#[derive(Debug, Args)]
+pub(crate) struct Folders {
+    /// Model folder to read.
+    #[arg(long, value_name = "DIR")]
+    pub(crate) model: PathBuf,
+    /// New model folder to write.
+    #[arg(long, value_name = "DIR")]
+    out: PathBuf,
+    /// Number format of the weights that are written.
+    #[arg(long, value_enum, default_value = "bf16")]
+    dtype: DtypeArg,
+}
+
+#[derive(Debug, Clone, Copy, ValueEnum)]
+enum DtypeArg {
+    F32,
+    Bf16,
+    F16,
+}
+
+impl Folders {
+    /// The model to read, once it is certain that the result can be written.
+    pub(crate) fn load(&self) -> Result<Gpt> {
+        check_target(&self.out)?;
+        Ok(Gpt::load(&self.model, &Device::Cpu)?)
+    }
+
+    /// Writes the result with the tokenizer of the model that was read.
+    pub(crate) fn save(&self, model: &Gpt) -> Result<()> {
+        let path = self.model.join("tokenizer.json");
+        let tokenizer = std::fs::read_to_string(&path).with_context(|| format!("cannot read {}", path.display()))?;
+        let dtype = match self.dtype {
+            DtypeArg::F32 => DType::F32,
+            DtypeArg::Bf16 => DType::BF16,
+            DtypeArg::F16 => DType::F16,
+        };
+        export(model, &tokenizer, &self.out, dtype)?;
+        println!("{}: {}", self.out.display(), sizes(model.config()));
+        Ok(())
+    }
+}
+
+/// A model's size in words.
+pub(crate) fn sizes(config: &GptConfig) -> String {
+    let count = config.parameter_count();
+    let experts: Vec<String> = config.moe_layers().iter().map(|(_, experts)| experts.to_string()).collect();
+    let experts = if experts.is_empty() { "dense".into() } else { format!("experts {}", experts.join(", ")) };
+    format!("{} parameters, {} per token, {experts}", count.total, count.active)
+}
+
+fn main() -> ExitCode {
+    let done = match &Program::parse().command {
+        Command::Prune(args) => args.prune(),
+        Command::Merge(args) => args.merge(),
+        Command::Upcycle(args) => args.run(),
+    };
+    match done {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => {
+            eprintln!("error: {error:#}");
+            ExitCode::FAILURE
+        }
+    }
+}

@@ -1,0 +1,81 @@
+//! `moe-compress` from outside.
+
+use crate::teacher::{folder, shape, write_teacher};
+use moe_models::ReadFamily;
+use moe_models::gpt::GptConfig;
+use std::path::Path;
+use std::process::{Command, Output};
+
+fn moe_compress(dir: &Path, words: &[&str]) -> Output {
+    Command::new(env!("CARGO_BIN_EXE_moe-compress")).current_dir(dir).args(words).output().unwrap()
+}
+
+#[track_caller]
+fn succeed(output: &Output) -> String {
+    let error = String::from_utf8_lossy(&output.stderr);
+    assert!(output.status.success(), "{error}");
+    String::from_utf8_lossy(&output.stdout).into_owned()
+}
+
+fn experts(dir: &Path, model: &str) -> Vec<usize> {
+    let config = GptConfig::read_file(&dir.join(model).join("config.json")).unwrap();
+    config.moe.map_or_else(Vec::new, |moe| moe.num_experts)
+}
+
+const TEACHER: [&str; 4] = ["--model", "teacher", "--data", "text.txt"];
+
+#[test]
+fn experts_are_dropped_and_merged() {
+    let dir = folder();
+    let run = |what: &str, out: &str, more: &[&str]| {
+        let words = [&[what][..], &TEACHER, &["--out", out, "--calibration-tokens", "512"], more].concat();
+        succeed(&moe_compress(dir.path(), &words))
+    };
+    let said = run("prune", "half", &["--keep", "0.5"]);
+    assert!(said.contains("layer 3") && said.matches(" kept").count() == 5, "{said}");
+    assert_eq!(experts(dir.path(), "half"), [1, 2, 2]);
+    run("prune", "counts", &["--keep-experts", "2,1,3", "--by", "frequency"]);
+    assert_eq!(experts(dir.path(), "counts"), [2, 1, 3]);
+    run("prune", "all", &["--keep", "0.6", "--across-layers", "--by", "random", "--seed", "3"]);
+    assert_eq!(experts(dir.path(), "all").iter().sum::<usize>(), 6);
+    let said = run("merge", "merged", &["--keep-experts", "1", "--dtype", "f32"]);
+    assert!(said.contains("merged: ") && said.contains("experts 1, 1, 1"), "{said}");
+    for file in ["tokenizer.json", "generation_config.json", "model.safetensors"] {
+        assert!(dir.path().join("merged").join(file).exists(), "{file}");
+    }
+}
+
+#[test]
+fn dense_models_become_mixtures() {
+    let dir = folder();
+    write_teacher(&GptConfig { moe: None, ..shape() }, &dir.path().join("dense"));
+    let run = |out: &str, more: &[&str]| {
+        succeed(&moe_compress(dir.path(), &[&["upcycle", "--model", "dense", "--out", out][..], more].concat()))
+    };
+    run("moe", &["--num-experts", "4"]);
+    assert_eq!(experts(dir.path(), "moe"), [4, 4, 4]);
+    let said = run("fine", &["--num-experts", "8", "--granularity", "2", "--topk", "4"]);
+    assert!(said.contains("dense: ") && said.contains("experts 8, 8, 8, 8, 8, 8"), "{said}");
+}
+
+#[test]
+fn bad_input_is_told() {
+    let dir = folder();
+    write_teacher(&GptConfig { moe: None, ..shape() }, &dir.path().join("dense"));
+    let cases: [(&[&str], &str); 8] = [
+        (&["prune", "--model", "dense", "--out", "x", "--keep", "0.5"], "is a dense model"),
+        (&["prune", "--model", "teacher", "--out", "x"], "--keep <SHARE>"),
+        (&["prune", "--model", "teacher", "--out", "x", "--keep", "0"], "above 0"),
+        (&["prune", "--model", "teacher", "--out", "dense", "--keep", "0.5"], "not an empty folder"),
+        (&["prune", "--model", "none", "--out", "x", "--keep", "0.5"], "none/config.json"),
+        (&["merge", "--model", "teacher", "--out", "x", "--keep", "0.5", "--calibration-tokens", "3"], "at least 16"),
+        (&["upcycle", "--model", "teacher", "--out", "x", "--num-experts", "4"], "experts already"),
+        (&["upcycle", "--model", "dense", "--out", "x", "--num-experts", "4", "--topk", "1"], "2 or more"),
+    ];
+    for (words, part) in cases {
+        let output = moe_compress(dir.path(), words);
+        let text = String::from_utf8_lossy(&output.stderr);
+        assert!(!output.status.success() && text.contains(part), "{words:?}: {text}");
+        assert!(!dir.path().join("x").exists(), "{words:?}");
+    }
+}
