@@ -7,7 +7,7 @@ mod peers;
 mod ranks;
 mod training;
 
-use crate::shell::{cargo, command, output, root};
+use crate::shell::{cargo, command, machine, output, root};
 use anyhow::Result;
 use std::path::{Path, PathBuf};
 
@@ -57,15 +57,6 @@ enum What {
     Ranks,
 }
 
-fn processor() -> String {
-    let info = std::fs::read_to_string("/proc/cpuinfo").unwrap_or_default();
-    let model = info
-        .lines()
-        .find_map(|line| line.strip_prefix("model name")?.split_once(':').map(|(_, m)| m.trim().to_owned()));
-    let cores = std::thread::available_parallelism().map_or(0, usize::from);
-    format!("{}, {cores} cores", model.unwrap_or_else(|| "unknown processor".into()))
-}
-
 /// Machine, commit, compiler and command: a number without them is a rumour.
 fn header() -> Result<String> {
     let commit = output(&mut command("git", &["describe", "--always", "--dirty"]))?;
@@ -79,7 +70,7 @@ fn header() -> Result<String> {
     }
     Ok(format!(
         "machine: {}\ncommit: {}\ncompiler: {}\ncommand: cargo xtask {}\n\n",
-        processor(),
+        machine(),
         commit.trim(),
         compiler.trim(),
         arguments.join(" ")

@@ -319,8 +319,14 @@ impl<'a> Bench<'a> {
         let stopped = (signal == "STOP" && engine == Engine::Tcp).then_some(victim);
         let ended = job.wait(stopped)?;
         tally.slowest = tally.slowest.max(begun.elapsed().as_secs_f64());
-        // A process that was stopped under a launcher outlives it.
+        // A process that was stopped under a launcher outlives it, and the launcher need not wait for those that it ends.
         let _gone = Command::new("kill").args(["-KILL", &id.to_string()]).stderr(Stdio::null()).status();
+        for rank in (0..RANKS).filter(|_| engine == Engine::Mpi) {
+            while job.rank_id(engine, rank)?.is_some() {
+                ensure!(begun.elapsed() < HARD_LIMIT, "rank {rank} has outlived its launcher; see {}", out.display());
+                sleep(Duration::from_millis(10));
+            }
+        }
         drop(job);
 
         let done = losses(&out).len() as u64 == STEPS;

@@ -79,3 +79,18 @@ mod tests {
         assert!(output_within(&mut command("no such program", &[]), Duration::ZERO).is_err());
     }
 }
+
+/// The processor and its cores.
+pub(crate) fn machine() -> String {
+    let info = std::fs::read_to_string("/proc/cpuinfo").unwrap_or_default();
+    let model = info
+        .lines()
+        .find_map(|line| line.strip_prefix("model name")?.split_once(':').map(|(_, m)| m.trim().to_owned()));
+    let cores = std::thread::available_parallelism().map_or(0, usize::from);
+    format!("{}, {cores} cores", model.unwrap_or_else(|| "unknown processor".into()))
+}
+
+/// The commit that is checked out, and whether something differs from it.
+pub(crate) fn commit() -> Result<String> {
+    Ok(output(&mut command("git", &["describe", "--always", "--dirty"]))?.trim().to_owned())
+}

@@ -352,3 +352,32 @@ fn one_run_at_a_time_in_a_folder() {
     let text = succeed(&moe_train(dir.path(), &more).output().unwrap());
     assert!(text.contains("resuming from run/step-00000001"), "{text}");
 }
+
+/// A run that starts from a model folder starts where that model is, over ranks too.
+#[test]
+fn runs_start_from_the_weights_of_a_folder() {
+    let dir = folder();
+    let first = ["--out", "first", "--train-tokens", "640", "--export", "model", "--export-dtype", "f32"];
+    succeed(&moe_train(dir.path(), &arguments(&first)).output().unwrap());
+    let loss = |out: &str, line: usize| {
+        let text = std::fs::read_to_string(dir.path().join(out).join("metrics.jsonl")).unwrap();
+        let record: serde_json::Value = serde_json::from_str(text.lines().nth(line).unwrap()).unwrap();
+        record["train/lm_loss"].as_f64().unwrap()
+    };
+    let plain = ["--data", "text.txt", "--seq-length", "16", "--micro-batch-size", "2", "--global-batch-size", "4"];
+    let more = ["--log-interval", "1", "--valid-fraction", "0.1", "--train-tokens", "128", "--init-from", "model"];
+    for (out, ranks) in [("one", "1"), ("two", "2")] {
+        let all = [&plain[..], &more, &["--out", out, "--ranks", ranks]].concat();
+        succeed(&moe_train(dir.path(), &all).output().unwrap());
+        let tokenizer = |of: &str| std::fs::read(dir.path().join(of).join("tokenizer.json")).unwrap();
+        assert_eq!(tokenizer("model"), tokenizer(&format!("{out}/step-00000002")));
+        assert!(loss(out, 0) < loss("first", 0) - 0.05, "{} {}", loss(out, 0), loss("first", 0));
+    }
+    assert_eq!(loss("one", 0), loss("two", 0));
+    let both = [&plain[..], &more, &["--out", "x", "--preset", "tiny-moe"]].concat();
+    let output = moe_train(dir.path(), &both).output().unwrap();
+    assert!(String::from_utf8_lossy(&output.stderr).contains("cannot be used with"));
+    let other = [&plain[..], &more, &["--out", "x", "--num-layers", "6"]].concat();
+    let text = String::from_utf8_lossy(&moe_train(dir.path(), &other).output().unwrap().stderr).into_owned();
+    assert!(text.contains("is missing"), "{text}");
+}

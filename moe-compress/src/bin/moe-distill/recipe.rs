@@ -59,9 +59,9 @@ impl Recipe for Distilling {
         Ok(TokenizerChoice::File(self.teacher.dir().join("tokenizer.json")))
     }
 
-    fn initial(&self, shape: &GptConfig, seed: u64, mesh: Option<Arc<Mesh>>) -> Result<Gpt> {
+    fn initial(&self, args: &ModelArgs, shape: &GptConfig, seed: u64, mesh: Option<Arc<Mesh>>) -> Result<Gpt> {
         if !self.settings.from_teacher {
-            return Plain.initial(shape, seed, mesh);
+            return Plain.initial(args, shape, seed, mesh);
         }
         let plan = self.plan()?;
         let placement = mesh.as_ref().map_or(moe_parallel::Placement::WHOLE, |mesh| mesh.placement());

@@ -5,7 +5,7 @@ use crate::gpt::{GptConfig, GptMoeConfig};
 use crate::train::{TokenizerChoice, tokenizer};
 use anyhow::{Context, Result, ensure};
 use clap::{Args, ValueEnum};
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use tokenizers::Tokenizer;
 
 const DEFAULT_PRESET: &str = "tiny-pr-moe";
@@ -19,6 +19,9 @@ pub struct ModelArgs {
     /// A model by its config.json.
     #[arg(long, value_name = "FILE")]
     model_config: Option<PathBuf>,
+    /// Start from the weights of this model folder, with its tokenizer; flags may change what has no weights (routing, losses).
+    #[arg(long, value_name = "DIR", conflicts_with_all = ["preset", "model_config", "tokenizer", "vocab_size"])]
+    init_from: Option<PathBuf>,
     /// Width of the residual stream; the feed-forward width becomes four times it unless given.
     #[arg(long)]
     hidden_size: Option<usize>,
@@ -84,6 +87,7 @@ impl ModelArgs {
             [self.init_method_std, self.moe_loss_coeff, self.moe_train_capacity_factor, self.moe_eval_capacity_factor];
         self.preset.is_some()
             || self.model_config.is_some()
+            || self.init_from.is_some()
             || sizes.iter().chain(&more).any(Option::is_some)
             || numbers.iter().any(Option::is_some)
             || !self.num_experts.is_empty()
@@ -100,14 +104,24 @@ impl ModelArgs {
     }
 
     fn base(&self) -> Result<GptConfig> {
-        if let Some(path) = &self.model_config {
-            return Ok(GptConfig::read_file(path)?);
+        if let Some(path) = self.config_file() {
+            return Ok(GptConfig::read_file(&path)?);
         }
         let name = self.preset.as_deref().unwrap_or(DEFAULT_PRESET);
         GptConfig::preset(name).with_context(|| {
             let known: Vec<&str> = GptConfig::preset_names().collect();
             format!("unknown preset {name:?}; expected one of {}", known.join(", "))
         })
+    }
+
+    /// The `config.json` that describes the model, if one does.
+    fn config_file(&self) -> Option<PathBuf> {
+        self.model_config.clone().or_else(|| Some(self.init_from.as_ref()?.join("config.json")))
+    }
+
+    /// The model folder whose weights a run starts from, if it does from any.
+    pub fn init_from(&self) -> Option<&Path> {
+        self.init_from.as_deref()
     }
 
     fn override_sizes(&self, config: &mut GptConfig, seq_length: Option<usize>) {
@@ -120,7 +134,7 @@ impl ModelArgs {
         config.num_heads = self.num_heads.unwrap_or(config.num_heads);
         config.init_std = self.init_method_std.unwrap_or(config.init_std);
         // Positions past the training length would never be trained, so a preset takes the length as its own.
-        let length = if self.model_config.is_none() { seq_length } else { None };
+        let length = if self.config_file().is_none() { seq_length } else { None };
         config.max_seq_len = self.max_position_embeddings.or(length).unwrap_or(config.max_seq_len);
     }
 
@@ -165,8 +179,9 @@ impl ModelArgs {
 
     /// Where the tokenizer comes from, for a model of `vocab_size`.
     pub fn tokenizer_choice(&self, vocab_size: usize) -> TokenizerChoice {
-        match &self.tokenizer {
-            Some(path) => TokenizerChoice::File(path.clone()),
+        let of_folder = self.init_from.as_ref().map(|dir| dir.join("tokenizer.json"));
+        match self.tokenizer.clone().or(of_folder) {
+            Some(path) => TokenizerChoice::File(path),
             None => TokenizerChoice::Train { vocab_size: self.vocab_size.unwrap_or(vocab_size) },
         }
     }
@@ -192,7 +207,7 @@ impl ModelArgs {
 
     /// Gives a preset the tokenizer's vocabulary; a `config.json` keeps its own, which must be large enough.
     pub(crate) fn fit_to(&self, config: &mut GptConfig, tokenizer: &Tokenizer) -> Result<()> {
-        if self.model_config.is_none() {
+        if self.config_file().is_none() {
             config.vocab_size = tokenizer::required_vocab_size(tokenizer);
         }
         tokenizer::check_fits(tokenizer, config.vocab_size)?;

@@ -1,7 +1,9 @@
 //! [`Recipe`]: what a program that trains adds to a plain run. [`Plain`] adds nothing.
 
 use super::model_args::ModelArgs;
+use crate::Family;
 use crate::gpt::{Gpt, GptConfig};
+use crate::hf::Checkpoint;
 use crate::train::{TokenizerChoice, TrainConfig, TrainModel};
 use anyhow::Result;
 use candle_core::Device;
@@ -39,14 +41,21 @@ pub trait Recipe: Sync {
         Ok(args.tokenizer_choice(vocab_size))
     }
 
-    /// A model at the beginning of a run, or a rank's part of it.
+    /// A model at the beginning of a run, or a rank's part of it: of the weights that the arguments name, or of fresh ones.
     ///
     /// # Errors
     /// If it cannot be made.
-    fn initial(&self, shape: &GptConfig, seed: u64, mesh: Option<Arc<Mesh>>) -> Result<Gpt> {
+    fn initial(&self, args: &ModelArgs, shape: &GptConfig, seed: u64, mesh: Option<Arc<Mesh>>) -> Result<Gpt> {
+        let Some(dir) = args.init_from() else {
+            return Ok(match mesh {
+                None => Gpt::new(shape.clone(), seed, &Device::Cpu)?,
+                Some(mesh) => Gpt::new_over(shape.clone(), seed, mesh)?,
+            });
+        };
+        let checkpoint = Checkpoint::open(dir, shape.names())?;
         Ok(match mesh {
-            None => Gpt::new(shape.clone(), seed, &Device::Cpu)?,
-            Some(mesh) => Gpt::new_over(shape.clone(), seed, mesh)?,
+            None => Gpt::from_checkpoint(shape.clone(), &checkpoint, &Device::Cpu)?,
+            Some(mesh) => Gpt::from_checkpoint_over(shape.clone(), Arc::new(checkpoint), mesh)?,
         })
     }
 

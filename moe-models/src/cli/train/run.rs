@@ -141,7 +141,7 @@ impl<R: Recipe> Run<'_, R> {
         let corpus = self.pack(text, &tokenizer, &shape, &config)?;
         let layout = self.layout(&shape, &config)?;
         let seed = config.seed;
-        let laid = self.lay_out(layout, &config, |mesh| self.recipe.initial(&shape, seed, mesh))?;
+        let laid = self.lay_out(layout, &config, |mesh| self.recipe.initial(&args.model, &shape, seed, mesh))?;
         self.enter(lock.as_ref(), false)?;
         self.describe(&shape, &corpus, &config)?;
         let folder = RunFolder::locked(&args.out, laid.ranks, lock);

@@ -1,0 +1,203 @@
+//! [`Experiment`]: what is run, from a file; [`Job`]: one run of it with one seed.
+
+use anyhow::{Context, Result, bail, ensure};
+use serde::Deserialize;
+use std::path::Path;
+
+/// A question, and the runs that answer it.
+#[derive(Debug, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub(super) struct Experiment {
+    /// The file's name without its ending.
+    #[serde(skip)]
+    pub(super) id: String,
+    pub(super) title: String,
+    /// What the paper says.
+    pub(super) published: String,
+    /// How our setup differs.
+    pub(super) differences: String,
+    seeds: Vec<u64>,
+    train_tokens: u64,
+    /// Of every run.
+    flags: Vec<String>,
+    pub(super) run: Vec<Run>,
+    /// Runs compared seed by seed: the first minus the second.
+    #[serde(default)]
+    pub(super) pairs: Vec<[String; 2]>,
+}
+
+/// A model and how it is trained.
+#[derive(Debug, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub(super) struct Run {
+    pub(super) name: String,
+    #[serde(default)]
+    flags: Vec<String>,
+    /// Instead of the experiment's.
+    train_tokens: Option<u64>,
+    /// The run of this experiment or of another (`experiment/run`) whose model of the same seed is the teacher.
+    pub(super) teacher: Option<String>,
+    /// The same for a model that is made of another before it is trained further: what `moe-compress` is told beside folders.
+    pub(super) made_of: Option<String>,
+    #[serde(default)]
+    made_by: Vec<String>,
+    /// About how long it takes, one thread.
+    pub(super) minutes: f64,
+}
+
+/// One run with one seed.
+#[derive(Debug, Clone, PartialEq)]
+pub(super) struct Job {
+    pub(super) experiment: String,
+    pub(super) run: String,
+    pub(super) seed: u64,
+    pub(super) train_tokens: u64,
+    pub(super) flags: Vec<String>,
+    /// Of its teacher: experiment and run.
+    pub(super) teacher: Option<(String, String)>,
+    pub(super) made_of: Option<(String, String)>,
+    pub(super) made_by: Vec<String>,
+    pub(super) minutes: f64,
+}
+
+/// Tokens and evaluations of a run that only shows that all is well.
+const SMOKE_TOKENS: u64 = 8 * 2048;
+
+impl Experiment {
+    /// Those named, or all, in the order of their names.
+    pub(super) fn read_all(folder: &Path, names: &[String], smoke: bool) -> Result<Vec<Self>> {
+        let mut ids: Vec<String> = std::fs::read_dir(folder)
+            .with_context(|| format!("cannot read {}", folder.display()))?
+            .flatten()
+            .filter_map(|entry| Some(entry.file_name().to_str()?.strip_suffix(".toml")?.to_owned()))
+            .collect();
+        ids.sort();
+        if let Some(unknown) = names.iter().find(|name| !ids.contains(name)) {
+            bail!("no experiment {unknown:?}; there are {}", ids.join(", "));
+        }
+        ids.retain(|id| names.is_empty() || names.contains(id));
+        let read = |id: String| {
+            let path = folder.join(format!("{id}.toml"));
+            let text = std::fs::read_to_string(&path).with_context(|| format!("cannot read {}", path.display()))?;
+            Self::parse(&text, id, smoke).with_context(|| format!("{}", path.display()))
+        };
+        ids.into_iter().map(read).collect()
+    }
+
+    fn parse(text: &str, id: String, smoke: bool) -> Result<Self> {
+        let mut own = Self { id, ..toml::from_str(text)? };
+        if smoke {
+            own.seeds.truncate(1);
+            own.train_tokens = SMOKE_TOKENS;
+            own.run.iter_mut().for_each(|run| run.train_tokens = None);
+        }
+        ensure!(!own.seeds.is_empty(), "seeds is empty");
+        let known = |name: &String| own.run.iter().any(|run| run.name == *name);
+        let unknown = own.pairs.iter().flatten().find(|name| !known(name));
+        ensure!(unknown.is_none(), "pairs names {unknown:?}, which is no run");
+        let own_sources = own.run.iter().flat_map(|run| [&run.teacher, &run.made_of]).flatten();
+        let unknown = own_sources.filter(|name| !name.contains('/')).find(|name| !known(name));
+        ensure!(unknown.is_none(), "a teacher or made_of is {unknown:?}, which is no run");
+        Ok(own)
+    }
+
+    /// Seed by seed, so that pairs are complete early.
+    pub(super) fn jobs(&self) -> Vec<Job> {
+        let of = |name: &Option<String>| {
+            name.as_ref().map(|name| match name.split_once('/') {
+                Some((experiment, run)) => (experiment.to_owned(), run.to_owned()),
+                None => (self.id.clone(), name.clone()),
+            })
+        };
+        let job = |run: &Run, seed: u64| Job {
+            experiment: self.id.clone(),
+            run: run.name.clone(),
+            seed,
+            train_tokens: run.train_tokens.unwrap_or(self.train_tokens),
+            flags: self.flags.iter().chain(&run.flags).cloned().collect(),
+            teacher: of(&run.teacher),
+            made_of: of(&run.made_of),
+            made_by: run.made_by.clone(),
+            minutes: run.minutes,
+        };
+        self.seeds.iter().flat_map(|&seed| self.run.iter().map(move |run| job(run, seed))).collect()
+    }
+}
+
+impl Job {
+    /// Names its folders and files.
+    pub(super) fn name(&self) -> String {
+        file_name(&self.run, self.seed)
+    }
+
+    /// The runs it needs the models of.
+    pub(super) fn needs(&self) -> impl Iterator<Item = &(String, String)> {
+        self.teacher.iter().chain(&self.made_of)
+    }
+}
+
+pub(super) fn file_name(run: &str, seed: u64) -> String {
+    format!("{}-seed{seed}", run.replace(['/', ' ', ',', '%'], "-"))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const TEXT: &str = r#"
+        title = "t"
+        published = "p"
+        differences = "d"
+        seeds = [1, 2]
+        train_tokens = 100
+        flags = ["--a"]
+        pairs = [["two", "one"]]
+        [[run]]
+        name = "one"
+        minutes = 1.0
+        [[run]]
+        name = "two"
+        flags = ["--b"]
+        teacher = "one"
+        made_of = "other/three 1/2"
+        train_tokens = 50
+        minutes = 2.0
+    "#;
+
+    #[test]
+    fn a_file_becomes_jobs() {
+        let jobs = Experiment::parse(TEXT, "x".into(), false).unwrap().jobs();
+        let names: Vec<String> = jobs.iter().map(Job::name).collect();
+        assert_eq!(names, ["one-seed1", "two-seed1", "one-seed2", "two-seed2"]);
+        assert_eq!((jobs[1].flags.as_slice(), jobs[1].train_tokens), (&["--a".to_owned(), "--b".to_owned()][..], 50));
+        let needs: Vec<_> = jobs[1].needs().cloned().collect();
+        assert_eq!(needs, [("x".into(), "one".into()), ("other".into(), "three 1/2".into())]);
+        assert_eq!(file_name("three 1/2", 3), "three-1-2-seed3");
+        let smoke = Experiment::parse(TEXT, "x".into(), true).unwrap().jobs();
+        assert_eq!(smoke.iter().map(|job| job.train_tokens).collect::<Vec<_>>(), [SMOKE_TOKENS; 2]);
+    }
+
+    #[test]
+    fn files_that_contradict_themselves_are_refused() {
+        for (from, to) in
+            [("\"two\", \"one\"", "\"two\", \"none\""), ("teacher = \"one\"", "teacher = \"none\""), ("[1, 2]", "[]")]
+        {
+            assert!(Experiment::parse(&TEXT.replace(from, to), "x".into(), false).is_err(), "{to}");
+        }
+    }
+
+    /// The files of the repository.
+    #[test]
+    fn all_experiments_can_be_read() {
+        let folder = Path::new(env!("CARGO_MANIFEST_DIR")).join("repro/quality");
+        let all = Experiment::read_all(&folder, &[], false).unwrap();
+        let jobs: Vec<Job> = all.iter().flat_map(Experiment::jobs).collect();
+        let mut files: Vec<(String, String)> = jobs.iter().map(|job| (job.experiment.clone(), job.name())).collect();
+        files.sort();
+        files.dedup();
+        assert_eq!(files.len(), jobs.len(), "two runs have one name");
+        for (experiment, run) in jobs.iter().flat_map(Job::needs) {
+            assert!(jobs.iter().any(|job| job.experiment == *experiment && job.run == *run), "{experiment}/{run}");
+        }
+    }
+}

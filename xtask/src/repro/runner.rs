@@ -1,0 +1,202 @@
+//! Runs what is missing: a few runs of one thread side by side, each once the models it needs are there.
+
+use super::experiment::{Job, file_name};
+use super::record::Record;
+use crate::shell::{self, cargo, root};
+use anyhow::{Context, Result, bail, ensure};
+use std::path::{Path, PathBuf};
+use std::process::{Child, Command, Stdio};
+use std::thread::sleep;
+use std::time::{Duration, Instant};
+
+/// Where runs and their records lie.
+pub(super) struct Place {
+    pub(super) runs: PathBuf,
+    pub(super) records: PathBuf,
+}
+
+/// What is trained and validated on.
+pub(super) struct Text {
+    pub(super) data: Vec<String>,
+    pub(super) valid: Vec<String>,
+}
+
+impl Place {
+    fn folder(&self, experiment: &str, name: &str) -> PathBuf {
+        self.runs.join(experiment).join(name)
+    }
+
+    /// The model that a run has ended with.
+    fn model(&self, experiment: &str, name: &str) -> PathBuf {
+        self.folder(experiment, name).join("model")
+    }
+
+    pub(super) fn is_done(&self, job: &Job) -> bool {
+        Record::path(&self.records, &job.experiment, &job.name()).exists()
+    }
+
+    fn needed(&self, job: &Job) -> impl Iterator<Item = (String, String)> {
+        job.needs().map(|(experiment, run)| (experiment.clone(), file_name(run, job.seed)))
+    }
+
+    /// Of a run whose own model must be there for another: it may be gone although the record is not.
+    fn is_missing_for_others(&self, job: &Job, jobs: &[Job]) -> bool {
+        let own = (job.experiment.clone(), job.name());
+        let waits = |other: &&Job| !self.is_done(other) && self.needed(other).any(|needed| needed == own);
+        !self.model(&own.0, &own.1).exists() && jobs.iter().find(waits).is_some()
+    }
+
+    /// The runs to do, in their order.
+    pub(super) fn missing<'a>(&self, jobs: &'a [Job]) -> Vec<&'a Job> {
+        jobs.iter().filter(|job| !self.is_done(job) || self.is_missing_for_others(job, jobs)).collect()
+    }
+}
+
+/// A run under way.
+struct Running<'a> {
+    job: &'a Job,
+    process: Child,
+    begun: Instant,
+}
+
+/// Runs what is missing, until nothing is or no run would be over in time.
+pub(super) fn run_all(
+    jobs: &[Job],
+    place: &Place,
+    text: &Text,
+    side_by_side: usize,
+    until: Option<Instant>,
+) -> Result<()> {
+    for (package, bins) in [("moe-models", &["moe-train"][..]), ("moe-compress", &["moe-distill", "moe-compress"])] {
+        let bins = bins.iter().flat_map(|bin| ["--bin", bin]);
+        shell::run(cargo(&["build", "--release", "--package", package]).args(bins))?;
+    }
+    let (mut running, mut failed): (Vec<Running<'_>>, Vec<String>) = (Vec::new(), Vec::new());
+    loop {
+        while running.len() < side_by_side {
+            let Some(job) = next(jobs, place, &running, &failed, until) else { break };
+            eprintln!("{}/{}: about {:.0} minutes", job.experiment, job.name(), job.minutes);
+            running.push(Running { job, process: start(job, place, text)?, begun: Instant::now() });
+        }
+        if running.is_empty() {
+            break;
+        }
+        sleep(Duration::from_millis(100));
+        let mut still = Vec::new();
+        for mut run in running {
+            match run.process.try_wait()? {
+                None => still.push(run),
+                Some(status) => {
+                    let folder = place.folder(&run.job.experiment, &run.job.name());
+                    let minutes = run.begun.elapsed().as_secs_f64() / 60.0;
+                    let end = if status.success() {
+                        finish(run.job, place, text, minutes)
+                    } else {
+                        Err(anyhow::anyhow!("it failed"))
+                    };
+                    if let Err(error) = end {
+                        eprintln!(
+                            "{}/{}: {error:#}; see {}",
+                            run.job.experiment,
+                            run.job.name(),
+                            folder.join("log").display()
+                        );
+                        failed.push(full_name(run.job));
+                    }
+                }
+            }
+        }
+        running = still;
+    }
+    ensure!(failed.is_empty(), "these runs failed: {}", failed.join(", "));
+    Ok(())
+}
+
+fn full_name(job: &Job) -> String {
+    format!("{}/{}", job.experiment, job.name())
+}
+
+/// The next run that can begin.
+fn next<'a>(
+    jobs: &'a [Job],
+    place: &Place,
+    running: &[Running<'_>],
+    failed: &[String],
+    until: Option<Instant>,
+) -> Option<&'a Job> {
+    let in_time =
+        |job: &Job| until.is_none_or(|until| Instant::now() + Duration::from_secs_f64(job.minutes * 60.0) <= until);
+    let is_ready = |job: &Job| place.needed(job).all(|(experiment, name)| place.model(&experiment, &name).exists());
+    let is_free = |job: &Job| !running.iter().any(|run| run.job == job) && !failed.contains(&full_name(job));
+    place.missing(jobs).into_iter().find(|job| is_free(job) && is_ready(job) && in_time(job))
+}
+
+/// Begins a run, or goes on with one that was cut.
+fn start(job: &Job, place: &Place, text: &Text) -> Result<Child> {
+    let folder = place.folder(&job.experiment, &job.name());
+    std::fs::create_dir_all(&folder)?;
+    let model_of = |(experiment, run): &(String, String)| place.model(experiment, &file_name(run, job.seed));
+    let log = std::fs::File::create(folder.join("log"))?;
+    let mut command = Command::new(program(if job.teacher.is_some() { "moe-distill" } else { "moe-train" }));
+    if let Some(teacher) = &job.teacher {
+        command.arg("--teacher").arg(model_of(teacher));
+    }
+    if let Some(source) = &job.made_of {
+        let made = folder.join("made");
+        if !made.exists() {
+            make(job, &model_of(source), &made, text)?;
+        }
+        command.arg("--init-from").arg(made);
+    }
+    command.args(&job.flags);
+    for (flag, sources) in [("--data", &text.data), ("--valid", &text.valid)] {
+        sources.iter().for_each(|source| {
+            command.args([flag, source]);
+        });
+    }
+    command.args(["--train-tokens", &job.train_tokens.to_string(), "--seed", &job.seed.to_string(), "--resume"]);
+    command.arg("--out").arg(&folder).arg("--data-cache").arg(place.runs.join("data-cache"));
+    command.arg("--export").arg(folder.join("model")).args(["--export-dtype", "f32"]);
+    // A model that was left by a run whose record was not written is made again.
+    if folder.join("model").exists() {
+        std::fs::remove_dir_all(folder.join("model"))?;
+    }
+    command.env("RAYON_NUM_THREADS", "1").stdin(Stdio::null()).stdout(Stdio::null()).stderr(log);
+    command.spawn().with_context(|| format!("cannot start {}", shell::shown(&command)))
+}
+
+/// The model that a run starts from.
+fn make(job: &Job, from: &Path, to: &Path, text: &Text) -> Result<()> {
+    let mut command = Command::new(program("moe-compress"));
+    command.args(&job.made_by).arg("--model").arg(from).arg("--out").arg(to).args(["--dtype", "f32"]);
+    if job.made_by.first().is_some_and(|what| what != "upcycle") {
+        text.data.iter().for_each(|source| {
+            command.args(["--data", source]);
+        });
+    }
+    let output = command.stdin(Stdio::null()).output()?;
+    if !output.status.success() {
+        bail!("{} failed: {}", shell::shown(&command), String::from_utf8_lossy(&output.stderr).trim());
+    }
+    Ok(())
+}
+
+fn program(name: &str) -> PathBuf {
+    root().join("target/release").join(name)
+}
+
+/// Keeps what a run has found; its checkpoints go.
+fn finish(job: &Job, place: &Place, text: &Text, minutes: f64) -> Result<()> {
+    let folder = place.folder(&job.experiment, &job.name());
+    let record = Record::of_run(job, &folder, &text.data, minutes)?;
+    if !place.is_done(job) {
+        record.write(&Record::path(&place.records, &job.experiment, &job.name()))?;
+    }
+    for entry in std::fs::read_dir(&folder)?.flatten() {
+        if entry.file_name().to_string_lossy().starts_with("step-") {
+            std::fs::remove_dir_all(entry.path())?;
+        }
+    }
+    eprintln!("{}: {:.4} bits per byte, {minutes:.1} minutes", full_name(job), record.last());
+    Ok(())
+}
