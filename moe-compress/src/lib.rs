@@ -5,6 +5,7 @@
 
 pub mod distill;
 mod error;
+pub mod eval;
 pub mod experts;
 pub mod schedule;
 pub mod student;
