@@ -36,15 +36,14 @@ impl<'a> Scorer<'a> {
     /// pages, which changes no bit. `progress` hears how many requests are done.
     ///
     /// # Errors
-    /// What the model returns; [`Error::Argument`] for a request with an empty part, or logits that are not finite.
+    /// What the model returns; [`Error::Argument`] for a request with an empty part or an id outside the vocabulary, or logits
+    /// that are not finite.
     pub fn log_likelihoods(
         &self,
         requests: &[TokenRequest],
         progress: &mut dyn FnMut(usize),
     ) -> Result<Vec<LogLikelihood>> {
-        if requests.iter().any(|request| request.context.is_empty() || request.continuation.is_empty()) {
-            return Err(Error::Argument("a request needs at least one token of context and of continuation".into()));
-        }
+        requests.iter().try_for_each(|request| self.check(request))?;
         let groups = groups(requests);
         let pages: Vec<usize> = groups.iter().map(|group| pages_of(&requests[group.clone()])).collect();
         let batches = split(&pages, BATCH_PAGES);
@@ -56,6 +55,18 @@ impl<'a> Scorer<'a> {
             progress(scores.len());
         }
         Ok(scores)
+    }
+
+    fn check(&self, request: &TokenRequest) -> Result<()> {
+        if request.context.is_empty() || request.continuation.is_empty() {
+            return Err(Error::Argument("a request needs at least one token of context and of continuation".into()));
+        }
+        // The model never reads a continuation's last token, and so does not refuse it.
+        let vocab_size = self.lm.vocab_size();
+        match request.continuation.iter().find(|&&id| id as usize >= vocab_size) {
+            Some(id) => Err(Error::Argument(format!("token {id} is outside the model's vocabulary of {vocab_size}"))),
+            None => Ok(()),
+        }
     }
 
     /// The scores of neighbouring groups, in the order of their requests.

@@ -100,15 +100,19 @@ fn scores_are_the_losses_of_the_trainer() {
 }
 
 #[test]
-fn an_empty_part_is_refused_and_no_request_is_none() {
+fn broken_requests_are_refused_and_no_request_is_none() {
     let lm = gpt().into_packed().unwrap();
     let scorer = Scorer::new(&lm, NUM_TOKENS);
     assert!(scorer.log_likelihoods(&[], &mut |_| ()).unwrap().is_empty());
-    for (context, continuation) in [(0, 1), (1, 0)] {
-        let request = TokenRequest { context: ids(context, 1), continuation: ids(continuation, 1) };
-        assert!(
-            scorer.log_likelihoods(&[request], &mut |_| ()).unwrap_err().to_string().contains("at least one token")
-        );
+    for (context, continuation, part) in [
+        (vec![], vec![1], "at least one token"),
+        (vec![1], vec![], "at least one token"),
+        (vec![1], vec![1, VOCAB], "vocabulary of 61"),
+        (vec![VOCAB], vec![1], "vocabulary"),
+    ] {
+        let request = TokenRequest { context, continuation };
+        let message = scorer.log_likelihoods(&[request], &mut |_| ()).unwrap_err().to_string();
+        assert!(message.contains(part), "{message}");
     }
 }
 
