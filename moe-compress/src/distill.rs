@@ -1,11 +1,12 @@
 //! [`Student`]: a model that follows a teacher while it trains. To [`moe_models::train::Trainer`] it is a model like others.
 
+use crate::kept::{KeptTargets, TopTargets};
 use crate::schedule::KdSchedule;
 use crate::teacher::Teacher;
 use crate::{Error, Result};
 use candle_core::{DType, Tensor, Var};
 use moe_core::ParamSpec;
-use moe_core::ops::Distillation;
+use moe_core::ops::{Distillation, SoftTargets};
 use moe_models::hf::NameTable;
 use moe_models::train::model::{LossOutput, LossParts, Pass, TokenBatch, TrainModel};
 use moe_models::train::optimizer::UpdateRule;
@@ -23,6 +24,8 @@ pub struct Following {
     pub schedule: KdSchedule,
     /// Tokens of the whole training, which the schedule divides.
     pub train_tokens: u64,
+    /// Where what the teacher says is kept, for a student that learns from its likeliest entries alone.
+    pub kept: Option<KeptTargets>,
 }
 
 /// A model and what it follows.
@@ -30,6 +33,14 @@ pub struct Following {
 pub struct Student<F> {
     model: Model<F>,
     following: Following,
+}
+
+/// What the teacher says of a batch.
+enum Said {
+    /// All of it, behind its output layer.
+    Hidden(Tensor),
+    /// The likeliest entries.
+    Top(TopTargets),
 }
 
 impl<F: Family> Student<F> {
@@ -62,6 +73,11 @@ impl<F: Family> Student<F> {
         &self.model
     }
 
+    /// What it follows.
+    pub fn following(&self) -> &Following {
+        &self.following
+    }
+
     /// The model alone.
     pub fn into_model(self) -> Model<F> {
         self.model
@@ -69,12 +85,18 @@ impl<F: Family> Student<F> {
 
     /// The loss of a training pass that follows the teacher.
     fn distilled(&self, batch: &TokenBatch, pass: Pass) -> moe_models::Result<LossOutput> {
-        let Following { teacher, how, .. } = &self.following;
+        let Following { teacher, how, kept, .. } = &self.following;
         // The teacher comes first: no message of the student's pass is under way while ranks meet in its layers.
-        let of_teacher = teacher.hidden(batch).map_err(Error::into_model)?;
+        let said = match kept {
+            None => Said::Hidden(teacher.hidden(batch).map_err(Error::into_model)?),
+            Some(kept) => Said::Top(kept.of(teacher, batch).map_err(Error::into_model)?),
+        };
         let decoder = self.model.training_decoder();
         decoder.loss_by(batch, pass, |hidden| {
-            let soft = teacher.decoder().head().soft_targets(&of_teacher);
+            let soft = match &said {
+                Said::Hidden(of_teacher) => teacher.decoder().head().soft_targets(of_teacher),
+                Said::Top(TopTargets { k, ids, probs }) => SoftTargets::TopK { k: *k, ids, probs },
+            };
             let loss = decoder.head().distillation(hidden, &batch.target_ids, soft, *how)?;
             let parts = LossParts { lm: loss.cross_entropy, kd: loss.kd, ..LossParts::default() };
             Ok((loss.loss, parts))

@@ -7,6 +7,7 @@ pub mod distill;
 mod error;
 pub mod eval;
 pub mod experts;
+pub mod kept;
 pub mod schedule;
 pub mod student;
 pub mod teacher;
@@ -14,6 +15,7 @@ pub mod upcycle;
 
 pub use distill::Student;
 pub use error::{Error, Result};
+pub use kept::KeptTargets;
 pub use schedule::KdSchedule;
 pub use student::{KeptLayers, StudentPlan};
 pub use teacher::Teacher;

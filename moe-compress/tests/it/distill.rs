@@ -4,7 +4,7 @@ use crate::teacher::{VOCAB, folder, shape, write_teacher};
 use candle_core::{Device, Tensor};
 use moe_compress::distill::Following;
 use moe_compress::teacher::TeacherFolder;
-use moe_compress::{KdSchedule, Student, StudentPlan};
+use moe_compress::{KdSchedule, KeptTargets, Student, StudentPlan};
 use moe_core::ops::Distillation;
 use moe_core::testing::values;
 use moe_models::Precision;
@@ -22,7 +22,7 @@ fn batch() -> TokenBatch {
 
 fn following(dir: &Path, schedule: KdSchedule, how: Distillation) -> Following {
     let teacher = TeacherFolder::open(dir).unwrap().load(Precision::F32, None).unwrap();
-    Following { teacher, how, schedule, train_tokens: 1000 }
+    Following { teacher, how, schedule, train_tokens: 1000, kept: None }
 }
 
 /// Another width and other heads than the teacher's.
@@ -151,4 +151,43 @@ fn fingerprints_tell_teachers_apart() {
     write_teacher(&shape(), &dir.path().join("same"));
     assert_eq!(print("teacher"), print("same"));
     assert_ne!(print("teacher"), print("other"));
+}
+
+/// All entries kept are the whole distribution; a few are found again, with the same bits, by a run that does not ask the teacher.
+#[test]
+fn what_the_teacher_says_is_kept() {
+    let dir = folder();
+    let (of, how) = (dir.path().join("teacher"), Distillation { weight: 0.6, temperature: 2.0 });
+    let pass = Pass::Train(TrainPass { seed: 9, ..TrainPass::default() });
+    let student = |k: Option<usize>| {
+        let kept = k.map(|k| KeptTargets::open(&dir.path().join("kept"), "print", VOCAB, 16, k, 2.0).unwrap());
+        let following = Following { kept, ..following(&of, KdSchedule::Full, how) };
+        Student::new(Gpt::new(narrow(), 1, &Device::Cpu).unwrap(), following).unwrap()
+    };
+    let kd = |student: &Student<GptConfig>, batch: &TokenBatch| student.loss(batch, pass).unwrap().parts.kd;
+    let asked = |student: &Student<GptConfig>| student.following().kept.as_ref().unwrap().asked();
+    let whole = kd(&student(None), &batch());
+    assert!((kd(&student(Some(VOCAB)), &batch()) - whole).abs() < 1e-4 * whole);
+
+    let first = student(Some(8));
+    let few = kd(&first, &batch());
+    assert!(few < whole && few > 0.0 && asked(&first) == 2, "{few} {whole}");
+    // A sequence that is new is asked for, one that is not is found.
+    let mut other = batch();
+    other.input_ids[20] = 7;
+    kd(&first, &other);
+    assert_eq!(asked(&first), 3);
+    let again = student(Some(8));
+    assert_eq!((kd(&again, &batch()).to_bits(), asked(&again)), (few.to_bits(), 0));
+
+    // A record that a run has not ended is made again.
+    let kept = dir.path().join("kept/print-k8-t2-s16");
+    let file = kept.join("0.targets");
+    let bytes = std::fs::read(&file).unwrap();
+    assert_eq!(bytes.len() as f64, 3.0 * 16.0 * again.following().kept.as_ref().unwrap().bytes_per_token());
+    std::fs::write(&file, &bytes[..bytes.len() - 1]).unwrap();
+    let cut = student(Some(8));
+    kd(&cut, &other);
+    assert_eq!(asked(&cut), 1);
+    assert!(KeptTargets::open(&kept, "print", VOCAB, 16, 0, 1.0).unwrap_err().to_string().contains("1 to 262"));
 }

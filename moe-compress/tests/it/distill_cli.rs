@@ -127,6 +127,25 @@ fn students_may_differ_from_their_teacher() {
     assert!(metric(&dir.path().join("none"), "train/kd_loss").is_empty());
 }
 
+/// The second run finds what the first has asked for, and ends with the same bits.
+#[test]
+fn runs_share_what_the_teacher_says() {
+    let dir = folder();
+    let more = ["--kd-top-k", "12", "--kd-cache", "said"];
+    let text = succeed(&moe_distill(dir.path(), "one", &more));
+    assert!(text.contains("from its 12 likeliest entries, 96 bytes a token"), "{text}");
+    let kept = || {
+        let folder = std::fs::read_dir(dir.path().join("said")).unwrap().next().unwrap().unwrap().path();
+        std::fs::read_dir(folder).unwrap().map(|file| file.unwrap().metadata().unwrap().len()).sum::<u64>()
+    };
+    let bytes = kept();
+    succeed(&moe_distill(dir.path(), "two", &more));
+    assert_eq!(kept(), bytes);
+    assert_eq!(weights(&dir.path().join("one"), 12), weights(&dir.path().join("two"), 12));
+    let output = moe_distill(dir.path(), "ranks", &[&more[..], &["--ranks", "2"]].concat());
+    assert!(String::from_utf8_lossy(&output.stderr).contains("--kd-top-k is for one rank"));
+}
+
 #[test]
 fn bad_input_is_told() {
     let dir = folder();

@@ -41,6 +41,13 @@ pub(crate) struct DistillArgs {
     /// What logits are divided by before they are compared [default: 1].
     #[arg(long, value_name = "T")]
     kd_temp: Option<f64>,
+    /// Learn from so many of the teacher's likeliest entries of each token alone, and keep them on disk (8 bytes each), where runs
+    /// that see the same sequences find them. For a run of one rank.
+    #[arg(long, value_name = "K")]
+    kd_top_k: Option<usize>,
+    /// Folder for them, which runs may share [default: teacher-targets in --out].
+    #[arg(long, value_name = "DIR", requires = "kd_top_k")]
+    pub(crate) kd_cache: Option<PathBuf>,
 }
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
@@ -81,6 +88,8 @@ pub(crate) struct Settings {
     pub(crate) schedule: KdSchedule,
     pub(crate) weight: f64,
     pub(crate) temperature: f64,
+    /// Entries of the teacher that count; `None`: all.
+    pub(crate) top_k: Option<usize>,
 }
 
 impl Settings {
@@ -131,6 +140,7 @@ impl DistillArgs {
             schedule: KdSchedule::STAGED,
             weight: Distillation::default().weight,
             temperature: Distillation::default().temperature,
+            top_k: None,
         });
         let settings = Settings {
             teacher: fingerprint.to_owned(),
@@ -144,6 +154,7 @@ impl DistillArgs {
             schedule: self.schedule(base.schedule)?,
             weight: self.kd_weight.unwrap_or(base.weight),
             temperature: self.kd_temp.unwrap_or(base.temperature),
+            top_k: self.kd_top_k.or(base.top_k),
         };
         ensure!(
             !settings.from_teacher || settings.drop_depth.is_some(),
@@ -151,7 +162,11 @@ impl DistillArgs {
         );
         settings.schedule.validate()?;
         settings.how().validate()?;
-        let unused = [("--kd-weight", self.kd_weight.is_some()), ("--kd-temp", self.kd_temp.is_some())];
+        let unused = [
+            ("--kd-weight", self.kd_weight.is_some()),
+            ("--kd-temp", self.kd_temp.is_some()),
+            ("--kd-top-k", self.kd_top_k.is_some()),
+        ];
         if let (KdSchedule::None, Some((flag, _))) = (settings.schedule, unused.iter().find(|(_, given)| *given)) {
             bail!("{flag} has no effect on a student that does not follow its teacher; drop it, or --kd none");
         }

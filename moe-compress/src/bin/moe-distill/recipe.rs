@@ -4,19 +4,21 @@ use crate::args::{DistillArgs, Settings};
 use anyhow::{Result, bail, ensure};
 use moe_compress::distill::Following;
 use moe_compress::teacher::TeacherFolder;
-use moe_compress::{KdSchedule, Student, StudentPlan};
+use moe_compress::{KdSchedule, KeptTargets, Student, StudentPlan};
 use moe_core::ParamSpec;
 use moe_models::cli::train::{ModelArgs, Plain, Recipe, TrainArgs};
 use moe_models::gpt::{Gpt, GptConfig};
 use moe_models::train::{TokenizerChoice, TrainConfig, tokenizer};
 use moe_parallel::Mesh;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use tokenizers::Tokenizer;
 
 pub(crate) struct Distilling {
     teacher: TeacherFolder,
     settings: Settings,
+    /// For targets that are kept.
+    cache: PathBuf,
 }
 
 impl Distilling {
@@ -25,7 +27,8 @@ impl Distilling {
         let teacher = TeacherFolder::open(&args.teacher)?;
         let resumed = if train.resume { Settings::read(&train.out)? } else { None };
         let settings = args.settings(teacher.fingerprint(), train.model.is_given(), resumed.as_ref())?;
-        Ok(Self { teacher, settings })
+        let cache = args.kd_cache.clone().unwrap_or_else(|| train.out.join("teacher-targets"));
+        Ok(Self { teacher, settings, cache })
     }
 
     /// The student that is the teacher without some of its layers.
@@ -82,7 +85,16 @@ impl Recipe for Distilling {
     fn complete(&self, model: Gpt, config: &TrainConfig, mesh: Option<Arc<Mesh>>) -> Result<Self::Model> {
         let teacher = self.teacher.load(config.precision, mesh.as_deref())?;
         let (how, schedule) = (self.settings.how(), self.settings.schedule);
-        Ok(Student::new(model, Following { teacher, how, schedule, train_tokens: config.train_tokens })?)
+        let keep = |k: usize| -> Result<KeptTargets> {
+            ensure!(
+                mesh.is_none(),
+                "--kd-top-k is for one rank: ranks ask their teacher together, and would not all have to"
+            );
+            let (print, vocab) = (self.teacher.fingerprint(), self.teacher.config().vocab_size);
+            Ok(KeptTargets::open(&self.cache, print, vocab, config.seq_len(), k, how.temperature)?)
+        };
+        let kept = self.settings.top_k.map(keep).transpose()?;
+        Ok(Student::new(model, Following { teacher, how, schedule, train_tokens: config.train_tokens, kept })?)
     }
 
     fn beside(&self) -> Vec<GptConfig> {
@@ -113,6 +125,13 @@ impl Recipe for Distilling {
                 )
             }
         });
+        if let Some(k) = self.settings.top_k {
+            lines.push(format!(
+                "from its {k} likeliest entries, {} bytes a token, kept in {}",
+                8 * k,
+                self.cache.display()
+            ));
+        }
         lines
     }
 }
