@@ -1,5 +1,6 @@
 //! What a run tells whoever watches it. The library prints nothing; a program shows these as it likes.
 
+use super::model::LossParts;
 use super::non_finite::NonFinite;
 use std::path::PathBuf;
 use std::time::{Duration, Instant};
@@ -38,6 +39,8 @@ pub enum Event {
         step: u64,
         /// Total loss, nats per token.
         loss: f64,
+        /// What it is made of.
+        parts: LossParts,
         /// Global gradient norm before clipping.
         grad_norm: f64,
         /// Learning rate of the step.

@@ -318,7 +318,7 @@ impl<M: TrainModel> Trainer<M> {
         if let Some(what) = non_finite {
             observer.event(&Event::Skipped { step: self.step, what, in_a_row: self.optimizer.skipped_in_a_row() });
         }
-        observer.event(&Event::Step { step: self.step, loss: sums.loss, grad_norm, lr, applied });
+        observer.event(&Event::Step { step: self.step, loss: sums.loss, parts: sums.parts, grad_norm, lr, applied });
 
         let last = self.step == total_steps;
         let due = |interval: u64| last || self.step.is_multiple_of(interval);

@@ -1,5 +1,6 @@
 //! Shows a run: a bar on a terminal, plain lines elsewhere.
 
+use crate::train::model::LossParts;
 use crate::train::{Event, Observer};
 use indicatif::{ProgressBar, ProgressStyle};
 use std::io::IsTerminal;
@@ -101,7 +102,7 @@ impl Progress {
         }
     }
 
-    fn step(&self, step: u64, loss: f64, grad_norm: f64, lr: f64) {
+    fn step(&self, step: u64, loss: &str, grad_norm: f64, lr: f64) {
         let done = step - self.first_step;
         let seconds = self.started.elapsed().as_secs_f64().max(1e-9);
         let tokens_per_second = (done * self.tokens_per_step) as f64 / seconds;
@@ -110,14 +111,22 @@ impl Progress {
         match &self.bar {
             Some(bar) => {
                 bar.set_position(step);
-                bar.set_message(format!("loss {loss:.4}  {tokens_per_second:.0} tokens/s  ETA {eta:#}"));
+                bar.set_message(format!("loss {loss}  {tokens_per_second:.0} tokens/s  ETA {eta:#}"));
             }
             None if step.is_multiple_of(self.log_interval) || step == self.total_steps => eprintln!(
-                "step {step}/{}  loss {loss:.4}  grad {grad_norm:.3}  lr {lr:.2e}  {tokens_per_second:.0} tokens/s  ETA {eta:#}",
+                "step {step}/{}  loss {loss}  grad {grad_norm:.3}  lr {lr:.2e}  {tokens_per_second:.0} tokens/s  ETA {eta:#}",
                 self.total_steps
             ),
             None => {}
         }
+    }
+}
+
+/// A loss, and what it is made of where a student follows its teacher.
+fn loss_in_words(loss: f64, parts: &LossParts) -> String {
+    match parts.kd {
+        0.0 => format!("{loss:.4}"),
+        kd => format!("{loss:.4} (text {:.4}, teacher {kd:.4})", parts.lm),
     }
 }
 
@@ -133,7 +142,9 @@ impl Observer for Progress {
             Event::Skipped { step, what, in_a_row } => {
                 self.line(&format!("step {step}: update skipped ({in_a_row} in a row): {what}"));
             }
-            Event::Step { step, loss, grad_norm, lr, .. } => self.step(*step, *loss, *grad_norm, *lr),
+            Event::Step { step, loss, parts, grad_norm, lr, .. } => {
+                self.step(*step, &loss_in_words(*loss, parts), *grad_norm, *lr)
+            }
             Event::Validated { step, loss, bits_per_byte, by_source } => {
                 let parts: Vec<String> = by_source.iter().map(|(name, bits)| format!("{name} {bits:.3}")).collect();
                 let parts = if parts.len() > 1 { format!(" ({})", parts.join(", ")) } else { String::new() };
