@@ -1,7 +1,7 @@
 //! [`Weight`]: what a layer multiplies with, as a tensor or in a backend's own form; [`WeightSource`]: where it comes from.
 
 use crate::{Error, ParamSpec, Result};
-use candle_core::Tensor;
+use candle_core::{DType, Tensor};
 use candle_nn::VarBuilder;
 use std::any::Any;
 use std::fmt::Debug;
@@ -22,6 +22,8 @@ pub trait PackedWeight: Debug + Send + Sync {
     fn dims(&self) -> &[usize];
     /// Size in memory.
     fn bytes(&self) -> usize;
+    /// How its values are kept, in words: `bf16`, `int8`.
+    fn form(&self) -> String;
     /// For the backend that made it.
     fn as_any(&self) -> &dyn Any;
 }
@@ -40,6 +42,14 @@ impl Weight {
         match self {
             Self::Tensor(tensor) => tensor.elem_count() * tensor.dtype().size_in_bytes(),
             Self::Packed(packed) => packed.bytes(),
+        }
+    }
+
+    /// How its values are kept, in words: `f32`, `bf16`, `int8`.
+    pub fn form(&self) -> String {
+        match self {
+            Self::Tensor(tensor) => tensor.dtype().as_str().to_owned(),
+            Self::Packed(packed) => packed.form(),
         }
     }
 
@@ -75,6 +85,24 @@ pub enum WeightUse {
     Table,
     /// The output layer's products alone.
     Output,
+}
+
+/// A matrix `[out, in]` that its source holds as integers `q`, for weights of `q * scale`.
+#[derive(Debug, Clone)]
+pub struct StoredIntegers {
+    /// `[out, in]`, u8: each `q` plus [`StoredIntegers::ZERO`], as candle has no signed bytes
+    pub integers: Tensor,
+    /// `[out, groups]`, f32: of equally many inputs each, but that the last may have fewer
+    pub scales: Tensor,
+}
+
+impl StoredIntegers {
+    /// What stands for 0.
+    pub const ZERO: u8 = 128;
+    /// What a source appends to the name of a matrix for its integers.
+    pub const INTEGERS: &str = "_integers";
+    /// The same for its scales.
+    pub const SCALES: &str = "_scales";
 }
 
 /// A parameter that is still where it came from: fetched whole, or matrix by matrix so that no stack is ever held.
@@ -124,5 +152,23 @@ impl<'a> WeightSource<'a> {
     /// If there is no such tensor or it has another shape.
     pub fn matrix(&self, index: usize) -> Result<Tensor> {
         if self.spec.is_stacked() { self.spec.get_expert(self.vb, index) } else { self.whole() }
+    }
+
+    /// Matrix `index` alone as the integers that the source holds of it; `None` if it holds floats.
+    ///
+    /// # Errors
+    /// If the source cannot give them, or they have another shape.
+    pub fn integers(&self, index: usize) -> Result<Option<StoredIntegers>> {
+        let name = self.spec.expert_name(index).unwrap_or_else(|| self.spec.name.clone());
+        let [integers, scales] = [StoredIntegers::INTEGERS, StoredIntegers::SCALES].map(|part| format!("{name}{part}"));
+        if !self.vb.contains_tensor(&integers) {
+            return Ok(None);
+        }
+        let integers = self.vb.get_unchecked_dtype(&integers, DType::U8)?;
+        let (want, got) = (&self.dims()[self.dims().len().saturating_sub(2)..], integers.dims());
+        if got != want {
+            return Err(Error::Input(format!("{name} has {got:?} integers, but a layer asks for {want:?}")));
+        }
+        Ok(Some(StoredIntegers { integers, scales: self.vb.get_unchecked_dtype(&scales, DType::F32)? }))
     }
 }

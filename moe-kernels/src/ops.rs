@@ -3,16 +3,18 @@
 use crate::custom::with_inputs;
 use crate::expert_mlp::{BorrowedMlp, experts};
 use crate::gate::BorrowedGate;
-use crate::packed::PackedMatrices;
+use crate::packed::{PackedMatrices, only_float};
+use crate::quantized;
+use crate::stack::PackedStack;
 use crate::{
-    Error, Precision, Result, activation, add_norm, attention, cross_entropy, distillation, dropout, embedding,
-    grouped_linear, layer_norm, mlp, parallel, permute, rms_norm, rotary, select, sums,
+    Error, PackedForms, Precision, Result, activation, add_norm, attention, cross_entropy, distillation, dropout,
+    embedding, grouped_linear, layer_norm, mlp, parallel, permute, rms_norm, rotary, select, sums,
 };
 use candle_core::{Device, Tensor};
 use moe_core::ops::{
     AttentionShape, Choices, DecoderOps, Distillation, DistilledLoss, Dropout, HeadDropout, KvShape, LossOps, MoeOps,
     PagedKv, PagedSequence, Positions, RotaryLayout, RotaryTable, SoftTargets, StudentOutput, VocabularyPart,
-    WeightOps, experts_stepwise, mlp_stepwise, whole_experts,
+    WeightOps, check_targets, experts_stepwise, mlp_stepwise, whole_experts,
 };
 use moe_core::tape;
 use moe_core::{Activation, DispatchTable, DroplessConfig, MlpWeights, Ops, Weight, WeightSource, WeightUse};
@@ -22,7 +24,8 @@ use std::sync::Arc;
 #[derive(Debug, Clone, Copy, Default)]
 pub struct KernelOps {
     precision: Precision,
-    packs: bool,
+    /// For inference alone.
+    packs: Option<PackedForms>,
 }
 
 /// Multiply-adds of a chain from which on it is worth waking threads for. On two EPYC cores (2026-11-24) one token of 3 million
@@ -32,12 +35,14 @@ const LEAST_CHAIN: usize = 12 << 20;
 impl KernelOps {
     /// Operations whose matrix products have this precision; router logits, sums, softmax and norms are f32 always.
     pub fn new(precision: Precision) -> Self {
-        Self { precision, packs: false }
+        Self { precision, packs: None }
     }
 
-    /// The same for inference: weights are packed as they are fetched, and have no gradient.
-    pub fn packing(precision: Precision) -> Self {
-        Self { precision, packs: true }
+    /// The same for inference: weights are packed as they are fetched, in one precision or each use in a form of its own, and
+    /// have no gradient.
+    pub fn packing(forms: impl Into<PackedForms>) -> Self {
+        let forms = forms.into();
+        Self { precision: forms.precision(), packs: Some(forms) }
     }
 
     /// The precision of the products.
@@ -67,8 +72,8 @@ impl KernelOps {
             return Ok(None);
         };
         let (fc_in, fc_out) = (fc_in.matrices(), fc_out.matrices());
-        let (num_rows, width) = rows.dims2()?;
-        let parts = grouped_linear::check(offsets, num_rows, fc_in.len(), [width, fc_in[0].shape()[1]])?;
+        let ((num_rows, width), inner) = (rows.dims2()?, fc_in.shape().map_or(0, |[_, inner]| inner));
+        let parts = grouped_linear::check(offsets, num_rows, fc_in.len(), [width, inner])?;
         let offsets = &whole_experts(offsets, parts);
         let biases = [&weights.fc_in_bias, &weights.fc_out_bias];
         let inputs: Vec<&Tensor> = [rows].into_iter().chain(biases.into_iter().flatten()).collect();
@@ -90,9 +95,7 @@ impl KernelOps {
     ) -> Result<Option<Choices>> {
         let Some(packed) = PackedMatrices::of(weight)? else { return Ok(None) };
         let matrices = packed.matrices();
-        let [weight] = matrices.as_slice() else {
-            return Err(Error::Argument("a gate has one matrix, got experts".into()));
-        };
+        let weight = only_float(&matrices)?;
         config.validate(weight.shape()[0])?;
         let inputs: Vec<&Tensor> = [tokens].into_iter().chain(selection_bias).collect();
         let gated = with_inputs("choose", &inputs, |inputs| {
@@ -111,10 +114,8 @@ impl KernelOps {
 
 impl WeightOps for KernelOps {
     fn weight(&self, source: &WeightSource<'_>, purpose: WeightUse) -> moe_core::Result<Weight> {
-        if !self.packs {
-            return Ok(Weight::Tensor(source.whole()?));
-        }
-        Ok(Weight::Packed(Arc::new(PackedMatrices::fetch(source, purpose, select::current(), self.precision)?)))
+        let Some(forms) = &self.packs else { return Ok(Weight::Tensor(source.whole()?)) };
+        Ok(Weight::Packed(Arc::new(PackedMatrices::fetch(source, purpose, select::current(), forms)?)))
     }
 }
 
@@ -309,10 +310,18 @@ impl Ops for KernelOps {
 
 impl LossOps for KernelOps {
     fn linear_cross_entropy(&self, hidden: &Tensor, weight: &Weight, targets: &[u32]) -> moe_core::Result<Tensor> {
-        Ok(match PackedMatrices::of(weight)? {
-            Some(packed) => cross_entropy::linear_cross_entropy_packed(hidden, &packed.matrices()[0], targets)?,
-            None => cross_entropy::linear_cross_entropy(hidden, weight.tensor()?, targets, self.precision)?,
-        })
+        let Some(packed) = PackedMatrices::of(weight)? else {
+            return Ok(cross_entropy::linear_cross_entropy(hidden, weight.tensor()?, targets, self.precision)?);
+        };
+        let matrices = packed.matrices();
+        let PackedStack::Quantized(_, all) = &*matrices else {
+            return Ok(cross_entropy::linear_cross_entropy_packed(hidden, only_float(&matrices)?, targets)?);
+        };
+        check_targets(hidden.dims(), weight.dims(), targets)?;
+        let loss = with_inputs("linear_cross_entropy", &[hidden], |inputs| {
+            quantized::linear_cross_entropy(select::current(), inputs[0].values, &all[0], targets)
+        })?;
+        Ok(Tensor::new(loss, hidden.device())?)
     }
 
     fn linear_cross_entropy_part(
@@ -324,7 +333,7 @@ impl LossOps for KernelOps {
     ) -> moe_core::Result<Tensor> {
         use cross_entropy::{linear_cross_entropy_part, linear_cross_entropy_part_packed};
         Ok(match PackedMatrices::of(weight)? {
-            Some(packed) => linear_cross_entropy_part_packed(hidden, &packed.matrices()[0], targets, part)?,
+            Some(packed) => linear_cross_entropy_part_packed(hidden, only_float(&packed.matrices())?, targets, part)?,
             None => linear_cross_entropy_part(hidden, weight.tensor()?, targets, part, self.precision)?,
         })
     }

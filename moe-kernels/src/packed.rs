@@ -1,8 +1,13 @@
 //! [`PackedMatrices`]: weights as the products read them, behind `moe-core`'s [`Weight`].
 
-use crate::gemm::{Operand, PackedWeights, bf16_round};
+use crate::forms::PackedForms;
+use crate::gemm::{PackedWeights, bf16_round};
+use crate::quantized::{IntegerMatrix, QuantFormat};
+use crate::stack::{PackedStack, WeightFormat};
 use crate::{Error, Isa, Precision, Result};
-use moe_core::{PackedWeight, Weight, WeightSource, WeightUse};
+use half::bf16;
+use moe_core::ops::host::to_f32_vec;
+use moe_core::{PackedWeight, StoredIntegers, Weight, WeightSource, WeightUse};
 use std::any::Any;
 use std::sync::{Arc, PoisonError, RwLock};
 
@@ -10,34 +15,86 @@ use std::sync::{Arc, PoisonError, RwLock};
 #[derive(Debug)]
 pub struct PackedMatrices {
     dims: Vec<usize>,
-    precision: Precision,
-    matrices: RwLock<Arc<Vec<PackedWeights>>>,
-    /// Rows to look up, where rounding would have changed them.
-    table: Option<Vec<f32>>,
+    format: WeightFormat,
+    matrices: RwLock<Arc<PackedStack>>,
+    /// Rows to look up, where the matrix has rounded them.
+    table: Option<Rows>,
+}
+
+/// Rows that are looked up.
+#[derive(Debug)]
+enum Rows {
+    F32(Vec<f32>),
+    /// Where that is exact.
+    Bf16(Vec<bf16>),
+}
+
+impl Rows {
+    /// Those of a matrix in `format`, unless it has them as they are.
+    fn beside(format: WeightFormat, values: Vec<f32>) -> Option<Self> {
+        let is_bf16 = values.iter().all(|v| v.to_bits() == bf16_round(*v).to_bits());
+        match format {
+            WeightFormat::Float(Precision::F32) => None,
+            WeightFormat::Float(Precision::Bf16) if is_bf16 => None,
+            _ if is_bf16 => Some(Self::Bf16(values.into_iter().map(bf16::from_f32).collect())),
+            _ => Some(Self::F32(values)),
+        }
+    }
+
+    fn copy(&self, row: usize, to: &mut [f32]) {
+        let range = row * to.len()..(row + 1) * to.len();
+        match self {
+            Self::F32(rows) => to.copy_from_slice(&rows[range]),
+            Self::Bf16(rows) => to.iter_mut().zip(&rows[range]).for_each(|(to, v)| *to = v.to_f32()),
+        }
+    }
+
+    fn bytes(&self) -> usize {
+        match self {
+            Self::F32(rows) => size_of_val(rows.as_slice()),
+            Self::Bf16(rows) => size_of_val(rows.as_slice()),
+        }
+    }
 }
 
 impl PackedMatrices {
-    /// Fetches matrix by matrix, so that the unpacked form is never whole in memory. Gates stay f32 whatever `precision` is.
+    /// Fetches matrix by matrix, so that the unpacked form is never whole in memory: as the integers that the source holds, if
+    /// `forms` says that it may, else packed in the form of `purpose`. Gates stay f32 in any case.
     ///
     /// # Errors
-    /// If the source has no such weight, or it is not f32 on the CPU after conversion.
-    pub fn fetch(source: &WeightSource<'_>, purpose: WeightUse, isa: Isa, precision: Precision) -> Result<Self> {
+    /// If the source has no such weight, or it is not f32 on the CPU after conversion; [`Error::Argument`] for values that the
+    /// form cannot hold.
+    pub fn fetch(source: &WeightSource<'_>, purpose: WeightUse, isa: Isa, forms: &PackedForms) -> Result<Self> {
+        if let Some(format) = forms.stored().filter(|_| purpose != WeightUse::Gate)
+            && let Some(first) = source.integers(0)?
+        {
+            return Self::fetch_integers(source, first, format);
+        }
+        let (dims, format) = (source.dims().to_vec(), forms.of(purpose));
+        let (mut matrices, mut table) = (PackedStack::new(format), None);
+        for index in 0..source.num_matrices() {
+            let values = to_f32_vec(&source.matrix(index)?)?;
+            pack(&mut matrices, isa, &values, &dims)?;
+            if purpose == WeightUse::Table {
+                table = Rows::beside(format, values);
+            }
+        }
+        Ok(Self { dims, format, matrices: RwLock::new(Arc::new(matrices)), table })
+    }
+
+    fn fetch_integers(source: &WeightSource<'_>, first: StoredIntegers, format: QuantFormat) -> Result<Self> {
         let dims = source.dims().to_vec();
-        let precision = if purpose == WeightUse::Gate { Precision::F32 } else { precision };
-        let mut table = None;
-        let matrices = (0..source.num_matrices())
-            .map(|index| {
-                let values = f32_values(&source.matrix(index)?)?;
-                let packed = pack(isa, precision, &values, &dims)?;
-                let is_exact =
-                    precision == Precision::F32 || values.iter().all(|v| v.to_bits() == bf16_round(*v).to_bits());
-                if purpose == WeightUse::Table && !is_exact {
-                    table = Some(values);
-                }
-                Ok(packed)
-            })
-            .collect::<Result<Vec<_>>>()?;
-        Ok(Self { dims, precision, matrices: RwLock::new(Arc::new(matrices)), table })
+        let rest = (1..source.num_matrices()).map(|index| match source.integers(index)? {
+            Some(stored) => Ok(stored),
+            None => Err(Error::Argument(format!(
+                "matrix {index} of {} is not there as integers, as matrix 0 is; quantize all or none",
+                source.spec().name
+            ))),
+        });
+        let of_stored = |stored: Result<StoredIntegers>| integer_matrix(format, &stored?);
+        let matrices = [Ok(first)].into_iter().chain(rest).map(of_stored).collect::<Result<Vec<_>>>()?;
+        let matrices = RwLock::new(Arc::new(PackedStack::of_integers(format, matrices)));
+        Ok(Self { dims, format: format.into(), matrices, table: None })
     }
 
     /// The packed form inside `weight`, if there is one.
@@ -58,7 +115,7 @@ impl PackedMatrices {
     }
 
     /// All matrices as they are now.
-    pub(crate) fn matrices(&self) -> Arc<Vec<PackedWeights>> {
+    pub fn matrices(&self) -> Arc<PackedStack> {
         Arc::clone(&self.matrices.read().unwrap_or_else(PoisonError::into_inner))
     }
 
@@ -67,12 +124,17 @@ impl PackedMatrices {
     /// # Errors
     /// [`Error::Argument`] if there is no such matrix or its size is another.
     pub fn rewrite(&self, index: usize, isa: Isa, values: &[f32]) -> Result<()> {
-        let packed = pack(isa, self.precision, values, &self.dims)?;
+        let mut packed = PackedStack::new(self.format);
+        pack(&mut packed, isa, values, &self.dims)?;
         let mut matrices = self.matrices.write().unwrap_or_else(PoisonError::into_inner);
         let count = matrices.len();
-        match Arc::make_mut(&mut matrices).get_mut(index) {
-            Some(matrix) => *matrix = packed,
-            None => return Err(Error::Argument(format!("matrix {index} is not one of the {count} of this weight"))),
+        if index >= count {
+            return Err(Error::Argument(format!("matrix {index} is not one of the {count} of this weight")));
+        }
+        match (Arc::make_mut(&mut matrices), packed) {
+            (PackedStack::Float(_, all), PackedStack::Float(_, mut new)) => all[index] = new.remove(0),
+            (PackedStack::Quantized(_, all), PackedStack::Quantized(_, mut new)) => all[index] = new.remove(0),
+            _ => unreachable!("both are of the format of this weight"),
         }
         Ok(())
     }
@@ -89,8 +151,8 @@ impl PackedMatrices {
         let matrices = self.matrices();
         for (&id, into) in ids.iter().zip(out.chunks_exact_mut(width.max(1))) {
             match &self.table {
-                Some(table) => into.copy_from_slice(&table[id as usize * width..][..width]),
-                None => matrices[0].copy_row(id as usize, into),
+                Some(table) => table.copy(id as usize, into),
+                None => matrices.copy_row(0, id as usize, into),
             }
         }
         Ok(out)
@@ -103,8 +165,11 @@ impl PackedWeight for PackedMatrices {
     }
 
     fn bytes(&self) -> usize {
-        let packed: usize = self.matrices().iter().map(PackedWeights::bytes).sum();
-        packed + self.table.as_ref().map_or(0, |table| table.len() * size_of::<f32>())
+        self.matrices().bytes() + self.table.as_ref().map_or(0, Rows::bytes)
+    }
+
+    fn form(&self) -> String {
+        self.format.to_string()
     }
 
     fn as_any(&self) -> &dyn Any {
@@ -112,16 +177,30 @@ impl PackedWeight for PackedMatrices {
     }
 }
 
-fn pack(isa: Isa, precision: Precision, values: &[f32], dims: &[usize]) -> Result<PackedWeights> {
+/// The only matrix of a weight that must be of floats.
+pub(crate) fn only_float(matrices: &PackedStack) -> Result<&PackedWeights> {
+    match matrices {
+        PackedStack::Float(_, all) if all.len() == 1 => Ok(&all[0]),
+        PackedStack::Float(_, all) => Err(Error::Argument(format!("one matrix is needed here, got {}", all.len()))),
+        PackedStack::Quantized(format, _) => Err(Error::Argument(format!(
+            "this operation has no form for weights in {format}; keep the weight in f32 or bf16"
+        ))),
+    }
+}
+
+fn pack(matrices: &mut PackedStack, isa: Isa, values: &[f32], dims: &[usize]) -> Result<()> {
     let &[.., out, inner] = dims else {
         return Err(Error::Argument(format!("a weight must have two or three dimensions, got {dims:?}")));
     };
     if values.len() != out * inner {
         return Err(Error::Argument(format!("a matrix [{out}, {inner}] cannot have {} values", values.len())));
     }
-    Ok(PackedWeights::new(isa, precision, &Operand::rows(values, out, inner, inner)))
+    matrices.push(isa, values, [out, inner])
 }
 
-fn f32_values(tensor: &candle_core::Tensor) -> Result<Vec<f32>> {
-    Ok(moe_core::ops::host::to_f32_vec(tensor)?)
+fn integer_matrix(format: QuantFormat, stored: &StoredIntegers) -> Result<IntegerMatrix> {
+    let (out, inner) = stored.integers.dims2()?;
+    let integers: Vec<u8> = stored.integers.flatten_all()?.to_vec1()?;
+    let integers = integers.into_iter().map(|q| q.wrapping_sub(StoredIntegers::ZERO) as i8).collect();
+    IntegerMatrix::new(format, [out, inner], integers, to_f32_vec(&stored.scales)?)
 }

@@ -104,6 +104,9 @@ impl PackedWeight for SplitWeight {
     fn bytes(&self) -> usize {
         self.part.bytes()
     }
+    fn form(&self) -> String {
+        self.part.form()
+    }
     fn as_any(&self) -> &dyn Any {
         self
     }

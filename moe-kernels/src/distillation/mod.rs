@@ -12,7 +12,7 @@ use crate::buffer::with_scratch_f32;
 use crate::custom::{self, with_inputs};
 use crate::gemm::{Operand, PackedWeights};
 use crate::output_loss::{BLOCK, Computed, Gradients, OutputLayer, for_rows, packed_both_ways, product};
-use crate::packed::PackedMatrices;
+use crate::packed::{PackedMatrices, only_float};
 use crate::parallel::SharedMut;
 use crate::select::vectorize;
 use crate::{Isa, Precision, Result, select};
@@ -63,7 +63,8 @@ pub fn linear_distillation(
         SoftTargets::Layer { hidden, weight } => match PackedMatrices::of(weight)? {
             Some(packed) => {
                 let matrices = packed.matrices();
-                with_inputs(NAME, &[hidden], |of| run(Teacher::Layer { hidden: of[0].values, weight: &matrices[0] }))?
+                let weight = only_float(&matrices)?;
+                with_inputs(NAME, &[hidden], |of| run(Teacher::Layer { hidden: of[0].values, weight }))?
             }
             None => with_inputs(NAME, &[hidden, weight.tensor()?], |of| {
                 let sizes = [of[1].rows(), of[1].width()];

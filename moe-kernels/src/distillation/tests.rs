@@ -221,7 +221,7 @@ fn packed_teachers_and_bad_logits() {
     let spec = ParamSpec::new("w", weight.dims(), ParamInit::Zeros);
     let vb = VarBuilder::from_tensors(HashMap::from([("w".into(), weight.clone())]), DType::F32, &Device::Cpu);
     let source = WeightSource::new(&vb, &spec);
-    let packed = PackedMatrices::fetch(&source, WeightUse::Output, select::current(), Precision::Bf16).unwrap();
+    let packed = PackedMatrices::fetch(&source, WeightUse::Output, select::current(), &Precision::Bf16.into()).unwrap();
     let packed = Weight::Packed(Arc::new(packed));
     let plain = weight.clone().into();
     assert_eq!(run(&vars[0], &plain).kd.to_bits(), run(&vars[0], &packed).kd.to_bits());

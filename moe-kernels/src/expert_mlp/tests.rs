@@ -1,6 +1,8 @@
 //! The packed experts against `moe-core`'s layer parts in f64.
 
 use super::*;
+use crate::Precision;
+use crate::quantized::{QuantFormat, QuantizedWeights};
 use candle_core::{DType, Device, Tensor};
 use moe_core::ops::{CandleOps, MoeOps};
 use moe_core::testing::{assert_close, random, skewed_expert_ids, values};

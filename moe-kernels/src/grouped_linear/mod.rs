@@ -9,6 +9,7 @@ use crate::copies::{self, RoundedCopy};
 use crate::custom::{self, Input, SliceOp, Target, with_inputs};
 use crate::gemm::{Group, Operand, PackedWeights, Rounded, Start, Weights, gemm, gemm_new};
 use crate::select::vectorize;
+use crate::stack::PackedStack;
 use crate::{Error, Isa, Precision, Result, parallel, select};
 use candle_core::Tensor;
 use moe_core::ops::{host, parts_per_expert, whole_experts};
@@ -85,14 +86,13 @@ pub fn grouped_linear(
 /// [`Error::Argument`] if a shape does not fit `offsets`.
 pub fn grouped_linear_packed(
     rows: &Tensor,
-    weights: &[PackedWeights],
+    weights: &PackedStack,
     bias: Option<&Tensor>,
     offsets: &[usize],
 ) -> Result<Tensor> {
-    let (Some(first), Some((&inner, leading))) = (weights.first(), rows.dims().split_last()) else {
+    let (Some([out, weight_inner]), Some((&inner, leading))) = (weights.shape(), rows.dims().split_last()) else {
         return Err(Error::Argument("grouped_linear needs at least one expert and rows of at least one column".into()));
     };
-    let [out, weight_inner] = first.shape();
     let experts = weights.len();
     let parts = check(offsets, leading.iter().product(), experts, [inner, weight_inner])?;
     let offsets = &whole_experts(offsets, parts);
@@ -103,8 +103,7 @@ pub fn grouped_linear_packed(
     let inputs: Vec<&Tensor> = [rows].into_iter().chain(bias).collect();
     let y = with_inputs("linear", &inputs, |inputs| {
         let (x, bias) = (inputs[0].values, inputs.get(1).map(|bias| bias.values));
-        let groups = packed_groups(x, weights, bias, offsets);
-        gemm_new(select::current(), first.precision(), &groups, offsets[experts] * out)
+        weights.product_new(select::current(), x, bias, offsets, offsets[experts] * out)
     })?;
     Ok(Tensor::from_vec(y, [leading, &[out]].concat(), rows.device())?)
 }

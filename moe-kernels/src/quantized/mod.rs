@@ -1,7 +1,8 @@
 //! Matrix products with weights of 8 or 4 bits and inputs quantized on the way: less to read where reading is the limit.
 //!
 //! Weights are symmetric: `w ~ scale * q`, with one f32 scale per output for [`QuantFormat::Int8`] and one bf16 scale per
-//! output and group of inputs for [`QuantFormat::Int4`]. Each input row is quantized to 8 bits with a scale of its own
+//! output and group of inputs for [`QuantFormat::Int4`]. They are rounded here, or come as integers that somebody else has made
+//! ([`IntegerMatrix`]); the packed form keeps either as it is. Each input row is quantized to 8 bits with a scale of its own
 //! (`max |x| / 127`) when the product is taken, so a row's result does not depend on the rows beside it. No scale but that
 //! of zeros is below 2^-126, so that each has an inverse. Sums of products are integers, hence exact: every [`Isa`] gives
 //! the same bits.
@@ -14,23 +15,28 @@
 //!
 //! No gradients: training quantized weights is not the work of this crate.
 
+mod cross_entropy;
+mod integers;
 mod micro;
 mod pack;
 mod reference;
 #[cfg(test)]
 mod tests;
 
+pub(crate) use cross_entropy::linear_cross_entropy;
+pub use integers::IntegerMatrix;
 pub use reference::quantized_gemm as quantized_gemm_reference;
 
 use crate::gemm::PANEL_COLS;
 use crate::parallel::SharedMut;
-use crate::{Error, Isa, Result, Words, buffer, parallel};
+use crate::{Isa, Result, Words, buffer, parallel};
+use std::fmt;
 
 /// How weights are stored.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, serde::Serialize, serde::Deserialize)]
 #[serde(rename_all = "lowercase")]
 pub enum QuantFormat {
-    /// Integers from -127 to 127, one f32 scale per output.
+    /// Integers of 8 bits (rounded here: -127 to 127), one f32 scale per output.
     Int8,
     /// Integers from -8 to 7, one bf16 scale per output and group of inputs.
     Int4 {
@@ -42,15 +48,6 @@ pub enum QuantFormat {
 impl QuantFormat {
     /// Groups of 32: 4.5 bits per weight.
     pub const INT4: Self = Self::Int4 { group_size: 32 };
-
-    fn validate(self) -> Result<()> {
-        match self {
-            Self::Int4 { group_size } if group_size == 0 || !group_size.is_multiple_of(32) || group_size > 16384 => {
-                Err(Error::Argument(format!("group_size must be a multiple of 32 up to 16384, got {group_size}")))
-            }
-            _ => Ok(()),
-        }
-    }
 
     /// Inputs, with the zeros that fill up the last word or group.
     fn padded(self, k: usize) -> usize {
@@ -82,6 +79,15 @@ impl QuantFormat {
     }
 }
 
+impl fmt::Display for QuantFormat {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Int8 => f.write_str("int8"),
+            Self::Int4 { group_size } => write!(f, "int4 in groups of {group_size}"),
+        }
+    }
+}
+
 /// `[n, k]` weights, quantized and packed.
 #[derive(Debug, Clone)]
 pub struct QuantizedWeights {
@@ -95,20 +101,18 @@ pub struct QuantizedWeights {
 }
 
 impl QuantizedWeights {
-    /// Quantizes row-major `[n, k]` weights, each to the nearest value of its scale.
+    /// Quantizes row-major `[n, k]` weights by [`IntegerMatrix::nearest`].
     ///
     /// # Errors
-    /// [`Error::Argument`] if `weights` has another size, a weight is not finite, or `group_size` is not supported.
-    pub fn new(format: QuantFormat, weights: &[f32], [n, k]: [usize; 2]) -> Result<Self> {
-        format.validate()?;
-        if weights.len() != n * k {
-            return Err(Error::Argument(format!("weights of {n} x {k} need {} values, got {}", n * k, weights.len())));
-        }
-        if let Some(at) = weights.iter().position(|w| !w.is_finite()) {
-            return Err(Error::Argument(format!("weights[{}, {}] is {}", at / k, at % k, weights[at])));
-        }
-        let panels = n.div_ceil(PANEL_COLS);
-        let per_panel = format.panel_words(k);
+    /// As there.
+    pub fn new(format: QuantFormat, weights: &[f32], shape: [usize; 2]) -> Result<Self> {
+        Ok(Self::pack(&IntegerMatrix::nearest(format, weights, shape)?))
+    }
+
+    /// Packs integers as they are.
+    pub fn pack(matrix: &IntegerMatrix) -> Self {
+        let (format, [n, k]) = (matrix.format(), matrix.shape());
+        let (panels, per_panel, groups) = (n.div_ceil(PANEL_COLS), format.panel_words(k), format.groups(k));
         let mut packed = Self {
             words: Words::zeros(panels * per_panel),
             scales: Vec::new(),
@@ -117,27 +121,40 @@ impl QuantizedWeights {
             format,
         };
         if format == QuantFormat::Int8 {
-            packed.scales = vec![0.0; panels * PANEL_COLS];
+            packed.scales = matrix.scales().to_vec();
+            packed.scales.resize(panels * PANEL_COLS, 0.0);
             packed.offsets = vec![0; panels * PANEL_COLS];
         }
-        let words = SharedMut::new(packed.words.as_mut_slice());
-        let (scales, offsets) = (SharedMut::new(&mut packed.scales), SharedMut::new(&mut packed.offsets));
+        let (words, offsets) = (SharedMut::new(packed.words.as_mut_slice()), SharedMut::new(&mut packed.offsets));
         parallel::for_each_if(n * k, 1 << 16, panels, |panel| {
-            let first = panel * PANEL_COLS;
-            let rows = &weights[first * k..(first + PANEL_COLS).min(n) * k];
-            // SAFETY: each task writes its own panel, and the scales and offsets of its outputs.
+            let (first, end) = (panel * PANEL_COLS, (panel * PANEL_COLS + PANEL_COLS).min(n));
+            let rows = &matrix.integers()[first * k..end * k];
+            // SAFETY: each task writes its own panel, and the offsets of its outputs.
             unsafe {
                 let to = words.slice(panel * per_panel, per_panel);
                 match format {
-                    QuantFormat::Int8 => {
-                        let (scales, offsets) = (scales.slice(first, PANEL_COLS), offsets.slice(first, PANEL_COLS));
-                        pack::int8_panel(rows, k, to, scales, offsets);
+                    QuantFormat::Int8 => pack::int8_panel(rows, k, to, offsets.slice(first, PANEL_COLS)),
+                    QuantFormat::Int4 { group_size } => {
+                        pack::int4_panel(rows, &matrix.scales()[first * groups..end * groups], k, group_size, to);
                     }
-                    QuantFormat::Int4 { group_size } => pack::int4_panel(rows, k, group_size, to),
                 }
             }
         });
-        Ok(packed)
+        packed
+    }
+
+    /// The integers and scales that were packed.
+    pub fn unpack(&self) -> IntegerMatrix {
+        let [n, k] = self.shape;
+        let integers = (0..n * k).map(|at| self.value(at / k, at % k).0 as i8).collect();
+        let scales = match self.format {
+            QuantFormat::Int8 => self.scales[..n].to_vec(),
+            QuantFormat::Int4 { group_size } => {
+                let groups = self.format.groups(k);
+                (0..n * groups).map(|at| self.value(at / groups, at % groups * group_size).1).collect()
+            }
+        };
+        IntegerMatrix::of_packed(self.format, self.shape, integers, scales)
     }
 
     /// `[n, k]`
@@ -177,12 +194,20 @@ impl QuantizedWeights {
 
     /// The weights that the integers stand for, `[n, k]` row-major.
     pub fn dequantize(&self) -> Vec<f32> {
-        let [n, k] = self.shape;
-        let value = |at: usize| {
-            let (integer, scale) = self.value(at / k, at % k);
-            integer as f32 * scale
-        };
-        (0..n * k).map(value).collect()
+        self.unpack().dequantize()
+    }
+
+    /// Copies the weights of one output, `[k]`.
+    ///
+    /// # Panics
+    /// If there is no such output or `to` has another size.
+    pub fn copy_row(&self, row: usize, to: &mut [f32]) {
+        let [rows, inner] = self.shape;
+        assert!(row < rows && to.len() == inner, "row {row} of {rows}, {} values of {inner}", to.len());
+        for (p, value) in to.iter_mut().enumerate() {
+            let (integer, scale) = self.value(row, p);
+            *value = integer as f32 * scale;
+        }
     }
 }
 

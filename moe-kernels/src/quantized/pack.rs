@@ -1,21 +1,21 @@
-//! Rounding to integers: weights once, input rows on the way.
+//! From integers to panels, and input rows to integers on the way.
 
 use super::QuantFormat;
 use crate::Isa;
-use crate::gemm::{PANEL_COLS, bf16_round};
+use crate::gemm::PANEL_COLS;
 use crate::select::vectorize;
 
 /// Added to a small number, it leaves the number's nearest integer (ties to even) in the low bits.
 const ROUNDER: f32 = 12_582_912.0; // 1.5 * 2^23
 
 #[inline(always)]
-fn nearest(x: f32) -> i32 {
+pub(super) fn nearest(x: f32) -> i32 {
     (x + ROUNDER).to_bits().wrapping_sub(ROUNDER.to_bits()) as i32
 }
 
 /// Bits of the largest magnitude; those of an infinity or a NaN are above all others.
 #[inline(always)]
-fn largest(row: &[f32]) -> u32 {
+pub(super) fn largest(row: &[f32]) -> u32 {
     row.iter().fold(0, |most, v| most.max(v.to_bits() & 0x7fff_ffff))
 }
 
@@ -24,7 +24,7 @@ fn largest(row: &[f32]) -> u32 {
 pub(super) const LEAST_SCALE: f32 = f32::MIN_POSITIVE;
 
 /// The scale that takes `largest`, a finite magnitude, to `steps`, and its inverse; 0 and 0 for zeros.
-fn scale_and_inverse(largest: f32, steps: f32) -> (f32, f32) {
+pub(super) fn scale_and_inverse(largest: f32, steps: f32) -> (f32, f32) {
     if largest == 0.0 {
         return (0.0, 0.0);
     }
@@ -32,42 +32,31 @@ fn scale_and_inverse(largest: f32, steps: f32) -> (f32, f32) {
     (scale, 1.0 / scale)
 }
 
-/// Up to 32 rows of `k` weights as one panel, with a scale and an offset per row.
-pub(super) fn int8_panel(rows: &[f32], k: usize, to: &mut [u32], scales: &mut [f32], offsets: &mut [i32]) {
-    for (lane, row) in rows.chunks_exact(k.max(1)).enumerate() {
-        let (scale, factor) = scale_and_inverse(f32::from_bits(largest(row)), 127.0);
-        let mut sum = 0;
-        for (p, w) in row.iter().enumerate() {
-            let q = nearest((w * factor).clamp(-127.0, 127.0));
-            sum += q;
+/// Up to 32 rows of `k` integers as one panel, with an offset per row.
+pub(super) fn int8_panel(rows: &[i8], k: usize, to: &mut [u32], offsets: &mut [i32]) {
+    for ((lane, row), offset) in rows.chunks_exact(k.max(1)).enumerate().zip(offsets) {
+        for (p, &q) in row.iter().enumerate() {
             to[p / 4 * PANEL_COLS + lane] |= u32::from(q as u8) << (p % 4 * 8);
         }
-        scales[lane] = scale;
-        offsets[lane] = 128 * sum;
+        *offset = 128 * row.iter().map(|&q| i32::from(q)).sum::<i32>();
     }
 }
 
-/// Up to 32 rows of `k` weights as one panel of groups.
-///
-/// The largest magnitude of a group becomes -8, as it has one value more than the positive side.
-pub(super) fn int4_panel(rows: &[f32], k: usize, group_size: usize, to: &mut [u32]) {
+/// Up to 32 rows of `k` integers as one panel of groups; `scales` are those of the rows, one after the other.
+pub(super) fn int4_panel(rows: &[i8], scales: &[f32], k: usize, group_size: usize, to: &mut [u32]) {
     let group_words = PANEL_COLS / 2 + group_size / 8 * PANEL_COLS;
     for group in to.chunks_exact_mut(group_words) {
         // Eight zeros, stored as 8 each.
         group[PANEL_COLS / 2..].fill(0x8888_8888);
     }
+    let groups = k.div_ceil(group_size);
     for (lane, row) in rows.chunks_exact(k.max(1)).enumerate() {
-        for (values, group) in row.chunks(group_size).zip(to.chunks_exact_mut(group_words)) {
-            let most = values.iter().fold(0.0f32, |most, &w| if w.abs() > most.abs() { w } else { most });
-            let scale = if most == 0.0 { most } else { most.abs().max(8.0 * LEAST_SCALE).copysign(most) };
-            let scale = bf16_round(scale / -8.0);
-            let factor = if scale == 0.0 { 0.0 } else { 1.0 / scale };
-            group[lane / 2] |= scale.to_bits() >> 16 << (lane % 2 * 16);
-            for (p, w) in values.iter().enumerate() {
-                let q = nearest((w * factor).clamp(-8.0, 7.0)) + 8;
+        for (index, (integers, group)) in row.chunks(group_size).zip(to.chunks_exact_mut(group_words)).enumerate() {
+            group[lane / 2] |= scales[lane * groups + index].to_bits() >> 16 << (lane % 2 * 16);
+            for (p, &q) in integers.iter().enumerate() {
                 let word = &mut group[PANEL_COLS / 2 + p / 8 * PANEL_COLS + lane];
                 let shift = p % 4 * 8 + p % 8 / 4 * 4;
-                *word = *word & !(15 << shift) | (q as u32) << shift;
+                *word = *word & !(15 << shift) | ((i32::from(q) + 8) as u32) << shift;
             }
         }
     }

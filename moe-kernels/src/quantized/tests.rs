@@ -160,7 +160,8 @@ fn tiny_rows_are_quantized_to_half_a_step_and_stay_finite() {
     }
 }
 
-/// The rule for rows whose scale is an ordinary number, word for word: the least scale changes none of them.
+/// The rule for rows whose scale is an ordinary number, word for word: the least scale changes none of them. Scales of 8 bits are
+/// rounded up to bf16, by less than 1 part in 128, and cut nothing off.
 #[test]
 fn ordinary_rows_keep_their_scales_and_integers() {
     let (n, k) = (33, 70);
@@ -173,7 +174,13 @@ fn ordinary_rows_keep_their_scales_and_integers() {
                 for (group, values) in values.chunks(size).enumerate() {
                     let most = values.iter().fold(0.0f32, |most, &v| if v.abs() > most.abs() { v } else { most });
                     let (scale, range) = match format {
-                        QuantFormat::Int8 => (most.abs() / 127.0, [-127.0, 127.0]),
+                        QuantFormat::Int8 => {
+                            let (exact, bits) = (most.abs() / 127.0, (most.abs() / 127.0).to_bits());
+                            let up =
+                                f32::from_bits(if bits & 0xffff == 0 { bits } else { (bits >> 16 << 16) + 0x1_0000 });
+                            assert!(up >= exact && up <= exact * (1.0 + 1.0 / 128.0), "{up} for {exact}");
+                            (up, [-127.0, 127.0])
+                        }
                         QuantFormat::Int4 { .. } => (crate::gemm::bf16_round(most / -8.0), [-8.0, 7.0]),
                     };
                     for (p, v) in values.iter().enumerate() {
@@ -211,6 +218,72 @@ fn a_row_does_not_depend_on_its_batch_nor_on_the_threads() {
             assert_eq!(pool.install(|| run(&x)), all, "{format:?} {threads} threads");
         }
     }
+}
+
+/// Integers and scales that no rounding of ours gives: the ends of the ranges, scales below zero and of zero.
+fn foreign(format: QuantFormat, seed: u64, [n, k]: [usize; 2]) -> IntegerMatrix {
+    let mut rng = CounterRng::new(seed, 3);
+    let (range, groups) = if format == QuantFormat::Int8 { (256, 1) } else { (16, format.groups(k)) };
+    let mut integers: Vec<i8> = (0..n * k).map(|_| (rng.below(range) as i32 - range as i32 / 2) as i8).collect();
+    integers[0] = -(range as i32 / 2) as i8;
+    let mut scales: Vec<f32> = (0..n * groups).map(|_| (rng.below(513) as f32 - 256.0) / 1024.0).collect();
+    scales[0] = 0.0;
+    IntegerMatrix::new(format, [n, k], integers, scales.into_iter().map(crate::gemm::bf16_round).collect()).unwrap()
+}
+
+#[test]
+fn stored_integers_are_packed_and_given_back_as_they_are() {
+    for format in FORMATS {
+        for (n, k) in [(1, 1), (33, 31), (31, 33), (40, 130), (64, 256)] {
+            let matrix = foreign(format, 21, [n, k]);
+            let weights = QuantizedWeights::pack(&matrix);
+            assert_eq!(weights.unpack(), matrix, "{format} {n} x {k}");
+            assert_eq!(weights.dequantize(), matrix.dequantize());
+            let mut row = vec![0.0; k];
+            weights.copy_row(n - 1, &mut row);
+            assert_eq!(row, matrix.dequantize()[(n - 1) * k..]);
+            let x = random(22, 5 * k);
+            let groups = [QuantGroup { rows: &x, weights: &weights, bias: None, out_offset: 0 }];
+            let mut want = vec![0.0; 5 * n];
+            quantized_gemm_reference(&groups, &mut want);
+            for isa in Isa::available() {
+                let mut got = vec![f32::NAN; 5 * n];
+                quantized_gemm(isa, &groups, &mut got);
+                assert_eq!(got, want, "{isa} {format} {n} x {k}");
+            }
+        }
+    }
+    let rounded = IntegerMatrix::nearest(QuantFormat::INT4, &random(23, 40 * 70), [40, 70]).unwrap();
+    let stored =
+        IntegerMatrix::new(rounded.format(), rounded.shape(), rounded.integers().to_vec(), rounded.scales().to_vec());
+    assert_eq!(stored.unwrap(), rounded, "what is rounded here can be stored");
+}
+
+/// The longest row of 8 bits at the ends of both ranges: the sum nearest to the end of 32 bits.
+#[test]
+fn the_longest_rows_do_not_overflow() {
+    let k = 1 << 16;
+    let matrix = IntegerMatrix::new(QuantFormat::Int8, [1, k], vec![-128; k], vec![1.0]).unwrap();
+    let (weights, x) = (QuantizedWeights::pack(&matrix), vec![127.0; k]);
+    for isa in Isa::available() {
+        let mut out = [0.0];
+        quantized_gemm(isa, &[QuantGroup { rows: &x, weights: &weights, bias: None, out_offset: 0 }], &mut out);
+        assert_eq!(out[0], -128.0 * 127.0 * k as f32, "{isa}");
+    }
+    let text = IntegerMatrix::new(QuantFormat::Int8, [1, k + 1], vec![0; k + 1], vec![1.0]).unwrap_err().to_string();
+    assert!(text.contains("at most 65536 inputs, got 65537"), "{text}");
+}
+
+#[test]
+fn integers_that_no_product_can_read_are_refused() {
+    let of = |format, integers: &[i8], scales: &[f32]| {
+        IntegerMatrix::new(format, [1, integers.len()], integers.to_vec(), scales.to_vec()).unwrap_err().to_string()
+    };
+    assert!(of(QuantFormat::INT4, &[0, 8], &[1.0]).contains("integer [0, 1] of 4 bits is 8"));
+    assert!(of(QuantFormat::INT4, &[0, 1], &[1.001]).contains("scale [0, 0] must be a finite value of bf16"));
+    assert!(of(QuantFormat::Int8, &[0, 1], &[f32::NAN]).contains("must be a finite number, got NaN"));
+    assert!(of(QuantFormat::Int8, &[0, 1], &[1.0, 1.0]).contains("2 integers and 1 scales, got 2 and 2"));
+    assert!(of(QuantFormat::Int4 { group_size: 48 }, &[0], &[1.0]).contains("group_size"));
 }
 
 #[test]

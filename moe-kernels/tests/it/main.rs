@@ -2,6 +2,7 @@
 //! `fixtures/make.py` made the files, in f64.
 
 mod examples;
+mod forms;
 
 use candle_core::{Device, Tensor, Var};
 use moe_core::Activation;
