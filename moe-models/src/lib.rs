@@ -30,5 +30,6 @@ pub use error::{Error, Result};
 pub use families::{Family, ReadFamily, gpt};
 pub use layer::Recompute;
 pub use model::Model;
-pub use moe_kernels::Precision;
+pub use moe_kernels::quantized::QuantFormat;
+pub use moe_kernels::{PackedForms, Precision};
 pub use params::{ParamSource, ParamTable};

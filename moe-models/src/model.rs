@@ -3,12 +3,14 @@
 
 use crate::batch::{LossOutput, Pass, TokenBatch};
 use crate::families::{Family, ReadFamily};
+use crate::hf::quantization::{QuantizationConfig, read_config};
 use crate::hf::{self, Checkpoint};
 use crate::params::{ParamSource, ParamTable};
 use crate::{Decoder, DecoderConfig, DropoutConfig, Error, Recompute, Result};
 use candle_core::{DType, Device, Tensor, Var};
-use moe_core::{CandleOps, Ops, ParamSpec};
-use moe_kernels::{KernelOps, Precision};
+use moe_core::{CandleOps, Ops, ParamSpec, WeightUse};
+use moe_kernels::quantized::QuantFormat;
+use moe_kernels::{KernelOps, PackedForms, Precision, WeightFormat};
 use moe_parallel::{Mesh, Placement};
 use std::borrow::Cow;
 use std::collections::HashSet;
@@ -299,10 +301,20 @@ impl<F: ReadFamily> Model<F> {
     /// Reads a Hugging Face folder.
     ///
     /// # Errors
-    /// If a file is missing, damaged, or does not fit the configuration.
+    /// If a file is missing, damaged, or does not fit the configuration; if the weights are quantized.
     pub fn load(dir: &Path, device: &Device) -> Result<Self> {
-        let family = F::read_file(&dir.join("config.json"))?;
+        let family: F = read_plain(dir)?;
         let checkpoint = Checkpoint::open(dir, family.names())?;
+        Self::from_checkpoint(family, &checkpoint, device)
+    }
+
+    /// The same also where the weights are quantized: the variables are then the values that the integers stand for.
+    ///
+    /// # Errors
+    /// If a file is missing, damaged, or does not fit the configuration.
+    pub fn load_dequantized(dir: &Path, device: &Device) -> Result<Self> {
+        let (family, quantization) = read_folder::<F>(dir)?;
+        let checkpoint = with_integers(Checkpoint::open(dir, family.names())?, quantization);
         Self::from_checkpoint(family, &checkpoint, device)
     }
 
@@ -311,7 +323,7 @@ impl<F: ReadFamily> Model<F> {
     /// # Errors
     /// As [`Model::load`], and [`Decoder::over`].
     pub fn load_over(dir: &Path, mesh: Arc<Mesh>) -> Result<Self> {
-        let family = F::read_file(&dir.join("config.json"))?;
+        let family: F = read_plain(dir)?;
         let checkpoint = Checkpoint::open(dir, family.names())?;
         Self::from_checkpoint_over(family, Arc::new(checkpoint), mesh)
     }
@@ -319,24 +331,59 @@ impl<F: ReadFamily> Model<F> {
     /// Reads a model from the contents of `config.json` and `model.safetensors`.
     ///
     /// # Errors
-    /// If one of them is damaged or they do not fit each other.
+    /// If one of them is damaged or they do not fit each other; if the weights are quantized.
     pub fn from_bytes(config_json: &[u8], weights: impl Into<Cow<'static, [u8]>>, device: &Device) -> Result<Self> {
-        let family = F::read(config_json, Path::new("config.json"))?;
+        let path = Path::new("config.json");
+        let family: F = refuse_quantized(read_config(config_json, path)?, path)?;
         let checkpoint = Checkpoint::from_bytes(weights.into(), family.names())?;
         Self::from_checkpoint(family, &checkpoint, device)
     }
 }
 
+fn read_folder<F: ReadFamily>(dir: &Path) -> Result<(F, Option<QuantizationConfig>)> {
+    let path = dir.join("config.json");
+    let json = std::fs::read(&path).map_err(|e| Error::io(&path, e))?;
+    read_config(&json, &path)
+}
+
+/// The family of a folder whose weights are variables to be.
+fn read_plain<F: ReadFamily>(dir: &Path) -> Result<F> {
+    refuse_quantized(read_folder(dir)?, &dir.join("config.json"))
+}
+
+fn refuse_quantized<F>((family, quantization): (F, Option<QuantizationConfig>), path: &Path) -> Result<F> {
+    match quantization {
+        None => Ok(family),
+        Some(QuantizationConfig { format, .. }) => Err(Error::format(
+            path,
+            format!(
+                "the weights are quantized ({format}), and training changes floats: load them for inference \
+                 (Decoder::load), start from the folder they were made of, or take the values that the integers stand for \
+                 (Model::load_dequantized)"
+            ),
+        )),
+    }
+}
+
+fn with_integers(checkpoint: Checkpoint, quantization: Option<QuantizationConfig>) -> Checkpoint {
+    match quantization {
+        Some(QuantizationConfig { format, .. }) => checkpoint.with_integers(format),
+        None => checkpoint,
+    }
+}
+
 impl Decoder {
     /// Reads a Hugging Face folder of any family for inference alone: weights are packed as they are read, and no other form of
-    /// them is ever whole in memory.
+    /// them is ever whole in memory. In one [`Precision`], or quantized on the way where `forms` say so; a folder that is
+    /// quantized keeps the integers it has.
     ///
     /// # Errors
-    /// If a file is missing, damaged, or does not fit the configuration.
-    pub fn load(dir: &Path, precision: Precision) -> Result<Self> {
-        let family = <Box<dyn Family>>::read_file(&dir.join("config.json"))?;
-        let checkpoint = Checkpoint::open(dir, family.names())?;
-        Self::from_checkpoint(&family, checkpoint, precision)
+    /// If a file is missing, damaged, or does not fit the configuration; if `forms` ask for other integers than a quantized folder
+    /// has.
+    pub fn load(dir: &Path, forms: impl Into<PackedForms>) -> Result<Self> {
+        let config = read_folder::<Box<dyn Family>>(dir)?;
+        let checkpoint = Checkpoint::open(dir, config.0.names())?;
+        Self::from_checkpoint(config, checkpoint, forms.into(), &dir.join("config.json"))
     }
 
     /// One rank's part of a Hugging Face folder's model, of which only this part is read, packed as it is read. Called by all ranks
@@ -357,24 +404,52 @@ impl Decoder {
     /// The same from the contents of `config.json` and `model.safetensors`.
     ///
     /// # Errors
-    /// If one of them is damaged or they do not fit each other.
+    /// If one of them is damaged or they do not fit each other, or `forms`.
     pub fn from_bytes(
         config_json: &[u8],
         weights: impl Into<Cow<'static, [u8]>>,
-        precision: Precision,
+        forms: impl Into<PackedForms>,
     ) -> Result<Self> {
-        let family = <Box<dyn Family>>::read(config_json, Path::new("config.json"))?;
-        let checkpoint = Checkpoint::from_bytes(weights.into(), family.names())?;
-        Self::from_checkpoint(&family, checkpoint, precision)
+        let path = Path::new("config.json");
+        let config = read_config::<Box<dyn Family>>(config_json, path)?;
+        let checkpoint = Checkpoint::from_bytes(weights.into(), config.0.names())?;
+        Self::from_checkpoint(config, checkpoint, forms.into(), path)
     }
 
-    fn from_checkpoint(family: &dyn Family, checkpoint: Checkpoint, precision: Precision) -> Result<Self> {
+    fn from_checkpoint(
+        (family, quantization): (Box<dyn Family>, Option<QuantizationConfig>),
+        checkpoint: Checkpoint,
+        forms: PackedForms,
+        path: &Path,
+    ) -> Result<Self> {
         let config = family.decoder()?;
         let table = Arc::new(config.params());
+        let forms = match &quantization {
+            Some(QuantizationConfig { format, .. }) => stored_forms(forms, *format, path)?,
+            None => forms,
+        };
+        let checkpoint = with_integers(checkpoint, quantization);
         checkpoint.check(&table)?;
         let source = ParamSource::checkpoint(table, Arc::new(checkpoint), Placement::WHOLE);
-        packed(config, source, precision, &Device::Cpu)
+        packed(config, source, forms, &Device::Cpu)
     }
+}
+
+/// The forms for a folder of integers in `format`: which matrices are quantized is the folder's choice.
+fn stored_forms(forms: PackedForms, format: QuantFormat, path: &Path) -> Result<PackedForms> {
+    let mut own = forms.with_stored(format);
+    for purpose in [WeightUse::Product, WeightUse::Table, WeightUse::Output] {
+        let WeightFormat::Quantized(asked) = forms.of(purpose) else { continue };
+        if asked != format {
+            let reason = format!(
+                "the weights are quantized already, in {format}, not in {asked}; ask for nothing else, or start from the folder \
+                 they were made of"
+            );
+            return Err(Error::format(path, reason));
+        }
+        own = own.with(purpose, forms.precision())?;
+    }
+    Ok(own)
 }
 
 /// The backend of a device for weights that stay as they are.
@@ -388,9 +463,14 @@ fn plain_ops(precision: Precision, device: &Device) -> Result<Arc<dyn Ops>> {
     }
 }
 
-fn packed(config: DecoderConfig, source: ParamSource, precision: Precision, device: &Device) -> Result<Decoder> {
+fn packed(
+    config: DecoderConfig,
+    source: ParamSource,
+    forms: impl Into<PackedForms>,
+    device: &Device,
+) -> Result<Decoder> {
     if !device.is_cpu() {
         return Err(Error::Argument(format!("weights are packed for the CPU only, not for {device:?}")));
     }
-    Decoder::new(config, source.builder(device), Arc::new(KernelOps::packing(precision)))
+    Decoder::new(config, source.builder(device), Arc::new(KernelOps::packing(forms)))
 }

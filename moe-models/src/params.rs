@@ -6,7 +6,7 @@ use crate::{Error, Result};
 use candle_core::{DType, Device, Shape, Tensor, Var};
 use candle_nn::VarBuilder;
 use candle_nn::var_builder::SimpleBackend;
-use moe_core::ParamSpec;
+use moe_core::{ParamSpec, StoredIntegers};
 use moe_parallel::Placement;
 use std::collections::HashMap;
 use std::sync::Arc;
@@ -150,6 +150,46 @@ impl ParamSource {
     }
 }
 
+/// One of the two tensors of a matrix of integers.
+enum Stored {
+    Integers,
+    Scales,
+}
+
+impl ParamSource {
+    /// The matrix of integers that `name` asks a tensor of, if the files hold it so. A rank's part of one is not: what is split is
+    /// floats.
+    fn stored(&self, name: &str) -> Option<(&Checkpoint, &ParamSpec, Option<usize>, Stored)> {
+        let Values::Files(files) = &self.values else { return None };
+        let (name, stored) = match name.strip_suffix(StoredIntegers::INTEGERS) {
+            Some(name) => (name, Stored::Integers),
+            None => (name.strip_suffix(StoredIntegers::SCALES)?, Stored::Scales),
+        };
+        let (spec, expert) = self.table.find(name)?;
+        (self.placement == Placement::WHOLE && files.holds_integers(spec, expert))
+            .then_some((files, spec, expert, stored))
+    }
+
+    fn fetch_stored(
+        (files, spec, expert, stored): (&Checkpoint, &ParamSpec, Option<usize>, Stored),
+        device: &Device,
+    ) -> Result<Tensor> {
+        let out = spec.shape[spec.shape.len() - 2];
+        match stored {
+            Stored::Integers => {
+                let integers = files.integers_of(spec, expert)?.into_iter();
+                let bytes = integers.map(|q| (q as u8).wrapping_add(StoredIntegers::ZERO)).collect();
+                Ok(Tensor::from_vec(bytes, &spec.shape[spec.shape.len() - 2..], device)?)
+            }
+            Stored::Scales => {
+                let scales = files.scales_of(spec, expert)?;
+                let groups = scales.len() / out.max(1);
+                Ok(Tensor::from_vec(scales, (out, groups), device)?)
+            }
+        }
+    }
+}
+
 fn variable(tensors: &HashMap<String, Tensor>, name: &str) -> Result<Tensor> {
     tensors.get(name).cloned().ok_or_else(|| Error::Config(format!("the run has no variable {name}")))
 }
@@ -172,11 +212,15 @@ impl SimpleBackend for ParamSource {
     }
 
     fn get_unchecked(&self, name: &str, dtype: DType, device: &Device) -> candle_core::Result<Tensor> {
-        self.fetch(name, device).map_err(candle_core::Error::wrap)?.to_dtype(dtype)
+        let tensor = match self.stored(name) {
+            Some(stored) => Self::fetch_stored(stored, device),
+            None => self.fetch(name, device),
+        };
+        tensor.map_err(candle_core::Error::wrap)?.to_dtype(dtype)
     }
 
     fn contains_tensor(&self, name: &str) -> bool {
-        self.table.find(name).is_some()
+        self.table.find(name).is_some() || self.stored(name).is_some()
     }
 }
 

@@ -6,12 +6,17 @@
 use super::file::is_plain_name;
 use super::map::Bytes;
 use super::names::NameTable;
-use super::tensor_file::TensorFile;
+use super::quantization::StoredMatrix;
+use super::tensor_file::{TensorFile, TensorHeader};
 use crate::params::ParamTable;
 use crate::{Error, Result};
-use candle_core::{Device, Tensor};
+use candle_core::{DType, Device, Tensor};
 use moe_core::ParamSpec;
+use moe_core::ops::host::to_f32_vec;
+use moe_kernels::quantized::{IntegerMatrix, QuantFormat};
 use moe_parallel::Placement;
+use safetensors::Dtype;
+use safetensors::tensor::TensorInfo;
 use serde::{Deserialize, Serialize};
 use std::borrow::Cow;
 use std::collections::{BTreeMap, BTreeSet};
@@ -23,6 +28,8 @@ pub struct Checkpoint {
     shards: Vec<TensorFile>,
     by_name: BTreeMap<String, usize>,
     names: NameTable,
+    /// How matrices are stored that are there as integers.
+    quantized: Option<QuantFormat>,
 }
 
 /// Where the only file of weights lies.
@@ -116,7 +123,13 @@ impl Checkpoint {
                 by_name.insert(name, index);
             }
         }
-        Ok(Self { shards, by_name, names })
+        Ok(Self { shards, by_name, names, quantized: None })
+    }
+
+    /// The same files, in which some matrices are integers of `format`.
+    #[must_use]
+    pub fn with_integers(self, format: QuantFormat) -> Self {
+        Self { quantized: Some(format), ..self }
     }
 
     /// Refuses files of another model: a parameter that is missing or has another shape, or a tensor that is none.
@@ -127,19 +140,12 @@ impl Checkpoint {
         let mut used = BTreeSet::new();
         for spec in table.specs() {
             for (name, shape) in self.parts(spec)? {
-                let Some(&shard) = self.by_name.get(&name) else {
-                    return Err(Error::format(self.shards[0].path(), format!("tensor {name} is missing")));
-                };
-                let shard = &self.shards[shard];
-                let info = shard.info(&name);
-                let got = info.map_or(&[][..], |info| &info.shape);
-                if got != shape {
-                    let reason = format!("tensor {name} must have shape {shape:?}, got {got:?}");
-                    return Err(Error::format(shard.path(), reason));
+                if let Some(stored) = self.stored(&name, &shape) {
+                    used.extend(self.check_stored(&stored)?);
+                    continue;
                 }
-                if let Some(info) = info {
-                    shard.dtype(&name, info.dtype)?;
-                }
+                let (shard, info) = self.found(&name, &shape)?;
+                shard.dtype(&name, info.dtype)?;
                 used.insert(name);
             }
         }
@@ -150,6 +156,130 @@ impl Checkpoint {
             )),
             None => Ok(()),
         }
+    }
+
+    /// A tensor that must be there in this shape.
+    fn found(&self, name: &str, shape: &[usize]) -> Result<(&TensorFile, &TensorInfo)> {
+        let shard = self.by_name.get(name).map(|&shard| &self.shards[shard]);
+        let Some((shard, info)) = shard.and_then(|shard| Some((shard, shard.info(name)?))) else {
+            return Err(Error::format(self.shards[0].path(), format!("tensor {name} is missing")));
+        };
+        if info.shape != shape {
+            let reason = format!("tensor {name} must have shape {shape:?}, got {:?}", info.shape);
+            return Err(Error::format(shard.path(), reason));
+        }
+        Ok((shard, info))
+    }
+
+    /// The matrix of this name, if it is there as integers, or some of its tensors are.
+    fn stored(&self, name: &str, shape: &[usize]) -> Option<StoredMatrix> {
+        let (format, &[out, inner]) = (self.quantized?, shape) else { return None };
+        let stored = StoredMatrix { name: name.to_owned(), format, shape: [out, inner] };
+        let is_integer = |name: &str| {
+            let info = self.by_name.get(name).and_then(|&shard| self.shards[shard].info(name));
+            info.is_some_and(|info| matches!(info.dtype, Dtype::I8 | Dtype::I32))
+        };
+        let has = |name: &String| self.by_name.contains_key(name);
+        let is_there = is_integer(&stored.integers_name())
+            || has(&stored.scales_name())
+            || stored.shape_name().as_ref().is_some_and(has);
+        is_there.then_some(stored)
+    }
+
+    /// Refuses a matrix of integers whose tensors do not fit each other; their names.
+    fn check_stored(&self, stored: &StoredMatrix) -> Result<Vec<String>> {
+        let mut names = Vec::new();
+        for TensorHeader { name, dtype, shape } in stored.tensors() {
+            let (shard, info) = self.found(&name, &shape)?;
+            let is_scale = name == stored.scales_name();
+            if is_scale {
+                shard.dtype(&name, info.dtype)?;
+            } else if info.dtype != dtype {
+                let reason = format!("tensor {name} must be {dtype:?}, got {:?}", info.dtype);
+                return Err(Error::format(shard.path(), reason));
+            }
+            if Some(&name) == stored.shape_name().as_ref() {
+                let sizes: Vec<i64> =
+                    shard.data(info).chunks_exact(8).flat_map(<[u8; 8]>::try_from).map(i64::from_le_bytes).collect();
+                if sizes.iter().ne(stored.shape.map(|size| size as i64).iter()) {
+                    let reason = format!("tensor {name} must be {:?}, got {sizes:?}", stored.shape);
+                    return Err(Error::format(shard.path(), reason));
+                }
+            }
+            names.push(name);
+        }
+        Ok(names)
+    }
+
+    /// The scales of a matrix of integers, `[out, groups]`.
+    fn scales(&self, stored: &StoredMatrix) -> Result<Vec<f32>> {
+        let name = stored.scales_name();
+        let scales = to_f32_vec(&self.one(&name, &Device::Cpu)?)?;
+        let needs_bf16 = stored.format != QuantFormat::Int8;
+        let fits = |scale: f32| scale.is_finite() && (!needs_bf16 || scale.to_bits() & 0xffff == 0);
+        match scales.iter().find(|&&scale| !fits(scale)) {
+            None => Ok(scales),
+            Some(scale) => {
+                let wanted = if needs_bf16 { "finite values of bf16" } else { "finite values" };
+                let reason = format!("tensor {name} must have {wanted}, got {scale}");
+                Err(Error::format(self.shards[self.by_name[&name]].path(), reason))
+            }
+        }
+    }
+
+    fn integers(&self, stored: &StoredMatrix) -> Result<Vec<i8>> {
+        let header = stored.tensors().swap_remove(0);
+        let (shard, info) = self.found(&header.name, &header.shape)?;
+        Ok(stored.integers(shard.data(info)))
+    }
+
+    /// The matrices of integers that make up a parameter or one expert of it, rows below rows; `None` if not all of it is integers.
+    fn stored_parts(&self, spec: &ParamSpec, expert: Option<usize>) -> Result<Option<Vec<StoredMatrix>>> {
+        if self.quantized.is_none() || (self.is_whole(spec) && expert.is_some()) {
+            return Ok(None);
+        }
+        Ok(self.parts_of(spec, expert)?.into_iter().map(|(name, shape)| self.stored(&name, &shape)).collect())
+    }
+
+    /// Whether a parameter or one expert of it is there as integers.
+    pub(crate) fn holds_integers(&self, spec: &ParamSpec, expert: Option<usize>) -> bool {
+        self.stored_parts(spec, expert).is_ok_and(|parts| parts.is_some())
+    }
+
+    /// The integers of a parameter that is one matrix, or of one expert: `[out, in]`.
+    ///
+    /// # Errors
+    /// [`Error::Format`] if it is not there as integers, or a tensor is missing or has another shape.
+    pub(crate) fn integers_of(&self, spec: &ParamSpec, expert: Option<usize>) -> Result<Vec<i8>> {
+        self.joined_parts(spec, expert, |stored| self.integers(stored))
+    }
+
+    /// The scales of the same: `[out, groups]`.
+    ///
+    /// # Errors
+    /// As there; [`Error::Format`] for a scale that products cannot have.
+    pub(crate) fn scales_of(&self, spec: &ParamSpec, expert: Option<usize>) -> Result<Vec<f32>> {
+        self.joined_parts(spec, expert, |stored| self.scales(stored))
+    }
+
+    fn joined_parts<T>(
+        &self,
+        spec: &ParamSpec,
+        expert: Option<usize>,
+        read: impl Fn(&StoredMatrix) -> Result<Vec<T>>,
+    ) -> Result<Vec<T>> {
+        let Some(parts) = self.stored_parts(spec, expert)? else {
+            return Err(Error::format(self.shards[0].path(), format!("{} is not stored as integers", spec.name)));
+        };
+        Ok(parts.iter().map(read).collect::<Result<Vec<_>>>()?.into_iter().flatten().collect())
+    }
+
+    /// The type of a tensor of floats in the files, or of the whole stack that holds it.
+    pub(crate) fn file_dtype(&self, name: &str, spec: &ParamSpec) -> Result<Dtype> {
+        let name = if self.is_whole(spec) { &spec.name } else { name };
+        let info = self.by_name.get(name).and_then(|&shard| self.shards[shard].info(name));
+        let missing = || Error::format(self.shards[0].path(), format!("tensor {name} is missing"));
+        info.map(|info| info.dtype).ok_or_else(missing)
     }
 
     /// Whether a stack of experts lies in the files under its own name, whole.
@@ -169,6 +299,15 @@ impl Checkpoint {
         Ok(parts)
     }
 
+    /// The tensors that hold a parameter that is no stack, or one expert of a stack.
+    fn parts_of(&self, spec: &ParamSpec, expert: Option<usize>) -> Result<Vec<(String, Vec<usize>)>> {
+        match expert.and_then(|index| spec.expert_name(index)) {
+            Some(name) => self.names.tensors(&name, &spec.shape[1..]),
+            None => self.names.tensors(&spec.name, &spec.shape),
+        }
+    }
+
+    /// A tensor as it is in the files.
     fn one(&self, name: &str, device: &Device) -> Result<Tensor> {
         match self.by_name.get(name) {
             Some(&shard) => self.shards[shard].tensor(name, device),
@@ -176,15 +315,31 @@ impl Checkpoint {
         }
     }
 
-    fn joined(&self, names: &[String], device: &Device) -> Result<Tensor> {
-        let parts = names.iter().map(|name| self.one(name, device)).collect::<Result<Vec<_>>>()?;
+    /// A tensor, or what the integers in its place stand for, f32.
+    fn floats(&self, name: &str, shape: &[usize], device: &Device) -> Result<Tensor> {
+        let Some(stored) = self.stored(name, shape) else { return self.one(name, device) };
+        let refused = |e: moe_kernels::Error| Error::format(self.shards[0].path(), format!("tensor {name}: {e}"));
+        let (integers, scales) = (self.integers(&stored)?, self.scales(&stored)?);
+        let matrix = IntegerMatrix::new(stored.format, stored.shape, integers, scales).map_err(refused)?;
+        Ok(Tensor::from_vec(matrix.dequantize(), shape, device)?)
+    }
+
+    fn joined(&self, spec: &ParamSpec, expert: Option<usize>, device: &Device) -> Result<Tensor> {
+        let parts = self.parts_of(spec, expert)?;
+        let parts: Vec<Tensor> =
+            parts.iter().map(|(name, shape)| self.floats(name, shape, device)).collect::<Result<_>>()?;
         match parts.as_slice() {
             [one] => Ok(one.clone()),
-            many => Ok(Tensor::cat(many, 0)?),
+            many if many.iter().all(|part| part.dtype() == many[0].dtype()) => Ok(Tensor::cat(many, 0)?),
+            mixed => {
+                let wide =
+                    mixed.iter().map(|part| part.to_dtype(DType::F32)).collect::<candle_core::Result<Vec<_>>>()?;
+                Ok(Tensor::cat(&wide, 0)?)
+            }
         }
     }
 
-    /// A parameter, whole, in the type of the files.
+    /// A parameter, whole, in the type of the files; what is stored as integers is f32.
     ///
     /// # Errors
     /// [`Error::Format`] if a tensor is missing.
@@ -193,13 +348,13 @@ impl Checkpoint {
             return self.one(&spec.name, device);
         }
         if !spec.is_stacked() {
-            return self.joined(&self.names.in_files(spec, None), device);
+            return self.joined(spec, None, device);
         }
         let experts = (0..spec.shape[0]).map(|index| self.expert(spec, index, device)).collect::<Result<Vec<_>>>()?;
         Ok(Tensor::stack(&experts, 0)?)
     }
 
-    /// One expert of a stacked parameter.
+    /// One expert of a stacked parameter, likewise.
     ///
     /// # Errors
     /// [`Error::Format`] if a tensor is missing.
@@ -207,6 +362,6 @@ impl Checkpoint {
         if self.is_whole(spec) {
             return Ok(self.one(&spec.name, device)?.get(index)?);
         }
-        self.joined(&self.names.in_files(spec, Some(index)), device)
+        self.joined(spec, Some(index), device)
     }
 }

@@ -32,6 +32,17 @@ pub(crate) fn try_write_atomically(path: &Path, write: impl FnOnce(&mut dyn Writ
     })
 }
 
+/// Copies a file, if it is there.
+///
+/// # Errors
+/// [`Error::Io`] naming the file.
+pub(crate) fn copy_if_there(from: &Path, to: &Path) -> Result<()> {
+    match std::fs::copy(from, to) {
+        Err(e) if e.kind() != std::io::ErrorKind::NotFound => Err(Error::io(from, e)),
+        _ => Ok(()),
+    }
+}
+
 /// Whether `name` is that of a file in a folder, and leads nowhere else.
 pub(crate) fn is_plain_name(name: &str) -> bool {
     Path::new(name).file_name().is_some_and(|file| file == name)

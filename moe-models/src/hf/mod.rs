@@ -1,12 +1,14 @@
 //! Checkpoints the Hugging Face way: `config.json`, `model.safetensors` (or shards with an index), one tensor per expert.
 //!
 //! In memory the experts of a layer are stacked, `mlp.experts.fc_in.weight` `[experts, d_ff, d_model]`; files hold one tensor
-//! per expert under the names their family publishes ([`NameTable`]), so that any layout of ranks can read its own.
+//! per expert under the names their family publishes ([`NameTable`]), so that any layout of ranks can read its own. A folder may
+//! hold its matrices as integers ([`quantization`]).
 
 mod checkpoint;
 mod file;
 mod map;
 mod names;
+pub mod quantization;
 mod tensor_file;
 #[cfg(test)]
 mod tests;
@@ -14,8 +16,8 @@ mod write;
 
 pub use checkpoint::{Checkpoint, WeightForm};
 pub(crate) use checkpoint::{RANKS_INDEX, WEIGHTS_FILE, WEIGHTS_INDEX};
-pub(crate) use file::is_plain_name;
 pub use file::write_atomically;
+pub(crate) use file::{copy_if_there, is_plain_name};
 pub(crate) use map::Bytes;
 pub use names::{NameRule, NameTable};
 pub(crate) use tensor_file::{TensorFile, TensorHeader, write_header, write_values};

@@ -8,6 +8,7 @@ use safetensors::Dtype;
 use safetensors::tensor::{Metadata, TensorInfo};
 use serde::Serialize;
 use serde::ser::{SerializeMap, Serializer};
+use std::cmp::Ordering;
 use std::collections::BTreeMap;
 use std::io::Write;
 use std::path::{Path, PathBuf};
@@ -130,16 +131,21 @@ impl TensorHeader {
     pub(crate) fn bytes(&self) -> usize {
         self.shape.iter().product::<usize>() * self.dtype.bitsize() / 8
     }
+
+    /// The order of tensors in a file: wide types first, so that each value lies where its type may; then names.
+    pub(crate) fn order(&self, other: &Self) -> Ordering {
+        (other.dtype.bitsize().cmp(&self.dtype.bitsize())).then_with(|| self.name.cmp(&other.name))
+    }
 }
 
-/// Writes what comes before the tensors of a file, which follow in this order: that of their names, so that a file does not depend
-/// on who lists them. `metadata` are pairs of names and texts.
+/// Writes what comes before the tensors of a file, which follow in this order: [`TensorHeader::order`], so that a file does not
+/// depend on who lists them. `metadata` are pairs of names and texts.
 pub(crate) fn write_header(
     out: &mut (impl Write + ?Sized),
     metadata: &[(&str, String)],
     tensors: &[TensorHeader],
 ) -> std::io::Result<()> {
-    debug_assert!(tensors.is_sorted_by(|a, b| a.name < b.name), "names in order, none twice");
+    debug_assert!(tensors.is_sorted_by(|a, b| a.order(b) == Ordering::Less), "in order, none twice");
     let mut json = serde_json::to_vec(&Header { metadata, tensors })?;
     json.resize(json.len().next_multiple_of(LEN_BYTES), b' ');
     out.write_all(&(json.len() as u64).to_le_bytes())?;

@@ -20,11 +20,11 @@ pub(crate) const SHARD_BYTES: usize = 5_000_000_000;
 /// A tensor in files, and what of a model it holds.
 #[derive(Debug, Clone)]
 pub(crate) struct FileTensor<'a> {
-    header: TensorHeader,
+    pub(super) header: TensorHeader,
     /// The parameter.
-    spec: &'a ParamSpec,
+    pub(super) spec: &'a ParamSpec,
     /// Which expert of a stack.
-    expert: Option<usize>,
+    pub(super) expert: Option<usize>,
     /// The same by the name that it has alone.
     pub(crate) unit: Extent,
     /// Elements of it.
@@ -72,7 +72,7 @@ fn generation_config<F: Family + ?Sized>(family: &F) -> Result<serde_json::Value
     Ok(json)
 }
 
-fn write_json(path: &Path, json: &serde_json::Value) -> Result<()> {
+pub(super) fn write_json(path: &Path, json: &serde_json::Value) -> Result<()> {
     write_atomically(path, |out| {
         serde_json::to_writer_pretty(&mut *out, json)?;
         out.write_all(b"\n")

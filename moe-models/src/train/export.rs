@@ -37,7 +37,7 @@ pub fn export<F: Family>(model: &Model<F>, tokenizer_json: &str, dir: &Path, dty
 ///
 /// # Errors
 /// As [`check_target`]; those of `fill`.
-pub(super) fn fill_target(dir: &Path, fill: impl FnOnce(&Path) -> Result<()>) -> Result<()> {
+pub(crate) fn fill_target(dir: &Path, fill: impl FnOnce(&Path) -> Result<()>) -> Result<()> {
     check_target(dir)?;
     if dir.exists() {
         std::fs::remove_dir(dir).map_err(|e| Error::io(dir, e))?;

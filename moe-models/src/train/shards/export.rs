@@ -3,8 +3,8 @@
 use super::super::export::{check_target, fill_target};
 use super::index::{Kind, tensors};
 use super::reader::Reader;
-use crate::hf::{SHARD_BYTES, file_tensors, write_config, write_weights};
-use crate::{Error, Family, ReadFamily, Result};
+use crate::hf::{SHARD_BYTES, copy_if_there, file_tensors, write_config, write_weights};
+use crate::{Family, ReadFamily, Result};
 use candle_core::DType;
 use std::path::Path;
 
@@ -32,14 +32,6 @@ pub fn export(folder: &Path, out: &Path, dtype: DType) -> Result<()> {
             Ok(values)
         })?;
         write_config(&family, dir, dtype)?;
-        TOKENIZER_FILES.iter().try_for_each(|name| copy(&folder.join(name), &dir.join(name)))
+        TOKENIZER_FILES.iter().try_for_each(|name| copy_if_there(&folder.join(name), &dir.join(name)))
     })
-}
-
-/// Copies a file, if it is there.
-fn copy(from: &Path, to: &Path) -> Result<()> {
-    match std::fs::copy(from, to) {
-        Err(e) if e.kind() != std::io::ErrorKind::NotFound => Err(Error::io(from, e)),
-        _ => Ok(()),
-    }
 }

@@ -1,0 +1,29 @@
+//! Folders whose matrices are integers, the `compressed-tensors` way, so that others read them too: `quantization_config` in
+//! `config.json` ([`QuantizationConfig`]), and in the place of a tensor `X.weight` those of a [`StoredMatrix`].
+//!
+//! What is quantized are the matrices that are multiplied with and nothing else. Embeddings, the output layer, norms, gates, mixing
+//! coefficients and biases stay as they are. In a folder that is read, what the files hold decides, tensor by tensor.
+//!
+//! # Source
+//! `compressed-tensors` 0.20: formats `pack-quantized` (4 bits) and `int-quantized` (8 bits), symmetric.
+
+mod config;
+mod save;
+mod stored;
+#[cfg(test)]
+mod tests;
+
+pub use config::QuantizationConfig;
+pub(crate) use config::read_config;
+pub use save::{MatrixToQuantize, nearest, save};
+pub(crate) use stored::StoredMatrix;
+
+use moe_core::ParamSpec;
+
+/// Ends of the names of linear maps: those of attention, and the two of a feed-forward network, an expert or not.
+const PRODUCTS: [&str; 3] = ["_proj.weight", "fc_in.weight", "fc_out.weight"];
+
+/// Whether a parameter is a matrix that is multiplied with and nothing else: what [`moe_core::WeightUse::Product`] is asked for.
+fn is_product(spec: &ParamSpec) -> bool {
+    PRODUCTS.iter().any(|end| spec.name.ends_with(end))
+}
