@@ -75,6 +75,15 @@ impl<D: Dispatcher> MoeBlock<D> {
             Self::Shared(moe) => moe.forward(tokens, context),
         }
     }
+
+    /// What it multiplies with.
+    pub fn weights(&self) -> Vec<&Weight> {
+        match self {
+            Self::Plain(moe) => moe.weights(),
+            Self::Residual(moe) => moe.weights(),
+            Self::Shared(moe) => moe.weights(),
+        }
+    }
 }
 
 fn gate_weight(spec: &ParamSpec, vb: &VarBuilder<'_>, ops: &Arc<dyn Ops>) -> Result<Weight> {

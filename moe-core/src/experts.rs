@@ -12,6 +12,11 @@ pub trait Experts {
     /// Experts held here; no more than the router chooses among.
     fn num_experts(&self) -> usize;
 
+    /// What they multiply with; by default nothing.
+    fn weights(&self) -> Vec<&Weight> {
+        Vec::new()
+    }
+
     /// Maps rows `[rows, d_model]` to rows of the same shape and grouping.
     ///
     /// # Errors
@@ -102,6 +107,11 @@ impl Mlp {
         Ok(Self { weights, activation, ops })
     }
 
+    /// What it multiplies with.
+    pub fn weights(&self) -> Vec<&Weight> {
+        vec![&self.weights.fc_in, &self.weights.fc_out]
+    }
+
     /// The operations in use.
     pub(crate) fn ops(&self) -> &dyn Ops {
         &*self.ops
@@ -161,6 +171,10 @@ impl ExpertMlps {
 impl Experts for ExpertMlps {
     fn num_experts(&self) -> usize {
         self.weights.fc_in.dims()[0]
+    }
+
+    fn weights(&self) -> Vec<&Weight> {
+        vec![&self.weights.fc_in, &self.weights.fc_out]
     }
 
     fn forward(&self, rows: ExpertRows) -> Result<ExpertRows> {

@@ -90,6 +90,11 @@ impl<R: Router, D: Dispatcher, E: Experts> MoeLayer<R, D, E> {
     pub fn router(&self) -> &R {
         &self.router
     }
+
+    /// What it multiplies with.
+    pub fn weights(&self) -> Vec<&Weight> {
+        [self.router.weights(), self.experts.weights()].concat()
+    }
 }
 
 /// Residual MoE: a fixed network and the routed experts, mixed by a learned softmax per token.
@@ -134,6 +139,11 @@ impl<R: Router, D: Dispatcher, E: Experts> ResidualMoe<R, D, E> {
         let hidden = self.residual_mlp.ops().mix(&routed.hidden, &fixed, &logits)?;
         Ok(MoeOutput { hidden, ..routed })
     }
+
+    /// What it multiplies with.
+    pub fn weights(&self) -> Vec<&Weight> {
+        [self.moe.weights(), self.residual_mlp.weights(), vec![&self.coefficient]].concat()
+    }
 }
 
 /// Routed experts plus a network that sees every token, optionally scaled by a sigmoid gate.
@@ -173,6 +183,12 @@ impl<R: Router, D: Dispatcher, E: Experts> SharedExpertMoe<R, D, E> {
             shared = shared.broadcast_mul(&open)?;
         }
         Ok(MoeOutput { hidden: (&routed.hidden + shared)?, ..routed })
+    }
+
+    /// What it multiplies with.
+    pub fn weights(&self) -> Vec<&Weight> {
+        let gate = self.shared_expert_gate.iter().collect();
+        [self.moe.weights(), self.shared_expert.weights(), gate].concat()
     }
 }
 

@@ -14,7 +14,7 @@ use candle_nn::VarBuilder;
 use moe_core::ops::check_sequences;
 use moe_core::{
     ExpertObserver, LocalDispatcher, Mode, MoeOps, MoeOutput, NoiseSource, Ops, PositionedNoise, RouteContext,
-    RouterConfig,
+    RouterConfig, Weight,
 };
 use moe_parallel::{Mesh, RankDispatcher};
 use std::sync::Arc;
@@ -173,6 +173,13 @@ impl Decoder {
     /// What it is made of.
     pub fn config(&self) -> &DecoderConfig {
         &self.config
+    }
+
+    /// What it multiplies with and looks up, each once: norms and biases aside.
+    pub fn weights(&self) -> Vec<&Weight> {
+        let tables = [&self.embed_tokens].into_iter().chain(&self.embed_positions).map(Embedding::table);
+        let head = (!self.config.tie_embeddings).then(|| self.head.weight());
+        tables.chain(self.layers.iter().flat_map(|layer| layer.weights())).chain(head).collect()
     }
 
     /// The output layer, for losses of one's own over [`Decoder::hidden`].

@@ -9,7 +9,7 @@ use candle_core::Tensor;
 use candle_nn::VarBuilder;
 use moe_core::ops::Dropout;
 use moe_core::tape::{cut, recomputed};
-use moe_core::{ExpertObserver, Mode, MoeOutput, Ops, RouteContext, SeededNoise};
+use moe_core::{ExpertObserver, Mode, MoeOutput, Ops, RouteContext, SeededNoise, Weight};
 use serde::{Deserialize, Serialize};
 use std::sync::Arc;
 
@@ -56,6 +56,11 @@ impl Layer {
     ) -> Result<[Tensor; 2]> {
         let [x, normed] = stream.normed(&self.attention_norm)?;
         self.feed_forward_norm.add(&x, &attend(&self.attention, &normed)?)
+    }
+
+    /// What it multiplies with.
+    pub(crate) fn weights(&self) -> Vec<&Weight> {
+        [self.attention.weights(), self.feed_forward.weights()].concat()
     }
 
     /// An inference pass: `attend` maps the normed `[tokens, d_model]` to what attention adds.

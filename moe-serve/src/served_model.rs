@@ -4,7 +4,8 @@ use crate::engine::EngineConfig;
 use crate::generation_config::GenerationDefaults;
 use crate::text::{ChatMessage, ChatTemplate, TextTokenizer};
 use crate::{Error, Result};
-use moe_models::{CausalLm, Decoder, Precision};
+use moe_models::{CausalLm, Decoder, PackedForms};
+use std::collections::BTreeMap;
 use std::path::Path;
 use std::sync::Arc;
 
@@ -69,13 +70,14 @@ impl ServedModel {
         Ok(Self { name: name.into(), lm, tokenizer: Arc::new(tokenizer), chat, defaults })
     }
 
-    /// Loads `config.json`, `model.safetensors` and `tokenizer.json` of `dir`, and `generation_config.json` and
+    /// Loads `config.json`, `model.safetensors` and `tokenizer.json` of `dir`, with weights in `forms` (one [`moe_models::Precision`],
+    /// or quantized on the way; a quantized folder keeps its own), and `generation_config.json` and
     /// `tokenizer_config.json` where they exist. Without a `name` the folder's is taken.
     ///
     /// # Errors
     /// What is wrong with which file.
-    pub fn from_dir(dir: &Path, name: Option<String>, precision: Precision) -> Result<Self> {
-        let lm = Decoder::load(dir, precision)?;
+    pub fn from_dir(dir: &Path, name: Option<String>, forms: impl Into<PackedForms>) -> Result<Self> {
+        let lm = Decoder::load(dir, forms)?;
         let tokenizer = read(&dir.join("tokenizer.json"))?;
         let tokenizer_config = read_if_there(&dir.join("tokenizer_config.json"))?;
         let generation_config = read_if_there(&dir.join("generation_config.json"))?;
@@ -92,10 +94,10 @@ impl ServedModel {
     ///
     /// # Errors
     /// None in practice: a test loads it.
-    pub fn embedded(name: Option<String>, precision: Precision) -> Result<Self> {
+    pub fn embedded(name: Option<String>, forms: impl Into<PackedForms>) -> Result<Self> {
         let config = include_bytes!("../model/config.json");
         let weights: &[u8] = include_bytes!("../model/model.safetensors");
-        let lm = Decoder::from_bytes(config, weights, precision)?;
+        let lm = Decoder::from_bytes(config, weights, forms)?;
         let files = TextFiles {
             tokenizer: include_bytes!("../model/tokenizer.json"),
             tokenizer_config: Some(include_bytes!("../model/tokenizer_config.json")),
@@ -105,6 +107,7 @@ impl ServedModel {
     }
 
     fn from_files(name: String, lm: Decoder, files: TextFiles<'_>) -> Result<Self> {
+        tracing::info!("weights: {}", describe_weights(&lm));
         let tokenizer = TextTokenizer::from_bytes(files.tokenizer, lm.config().vocab_size)?;
         let chat = files.tokenizer_config.map_or_else(ChatTemplate::dialogue, ChatTemplate::from_tokenizer_config)?;
         let mut defaults =
@@ -137,6 +140,17 @@ impl ServedModel {
             suppressed: self.defaults.suppress_tokens.clone(),
         }
     }
+}
+
+/// The forms in which a model keeps its weights, with the memory of each.
+fn describe_weights(lm: &Decoder) -> String {
+    let mut bytes: BTreeMap<String, usize> = BTreeMap::new();
+    for weight in lm.weights() {
+        *bytes.entry(weight.form()).or_default() += weight.bytes();
+    }
+    let total = bytes.values().sum::<usize>() as f64 / 1e6;
+    let parts = bytes.iter().map(|(form, bytes)| format!("{form} {:.1} MB", *bytes as f64 / 1e6));
+    format!("{total:.1} MB ({})", parts.collect::<Vec<_>>().join(", "))
 }
 
 fn read(path: &Path) -> Result<Vec<u8>> {

@@ -7,7 +7,7 @@ use super::top_k::check_top_k;
 use super::{Gate, Mode, RouteContext, Router};
 use crate::loss::load_balance_loss_per_sequence;
 use crate::ops::host::{expect_shape, to_f32_vec};
-use crate::{Error, Result, RouterLosses, Routing, router_z_loss};
+use crate::{Error, Result, RouterLosses, Routing, Weight, router_z_loss};
 use candle_core::Tensor;
 use serde::{Deserialize, Serialize};
 
@@ -220,6 +220,10 @@ impl DroplessConfig {
 impl Router for DroplessRouter {
     fn num_experts(&self) -> usize {
         self.gate.num_experts()
+    }
+
+    fn weights(&self) -> Vec<&Weight> {
+        vec![self.gate.weight()]
     }
 
     fn route(&self, tokens: &Tensor, context: &RouteContext<'_>) -> Result<Routing> {

@@ -4,7 +4,7 @@ use super::gate::softmax;
 use super::select::{Decision, Demand, kept_scores, top_k_indices};
 use super::{Gate, RouteContext, Router};
 use crate::ops::host::to_f32_vec;
-use crate::{Capacity, DROPPED, Result, RouterLosses, Routing, router_z_loss};
+use crate::{Capacity, DROPPED, Result, RouterLosses, Routing, Weight, router_z_loss};
 use candle_core::Tensor;
 
 /// Settings of [`ExpertChoiceRouter`].
@@ -83,6 +83,10 @@ impl ExpertChoiceRouter {
 impl Router for ExpertChoiceRouter {
     fn num_experts(&self) -> usize {
         self.gate.num_experts()
+    }
+
+    fn weights(&self) -> Vec<&Weight> {
+        vec![self.gate.weight()]
     }
 
     fn route(&self, tokens: &Tensor, context: &RouteContext<'_>) -> Result<Routing> {

@@ -40,6 +40,11 @@ impl Gate {
         self.weight.dims()[0]
     }
 
+    /// `[num_experts, d_model]`
+    pub fn weight(&self) -> &Weight {
+        &self.weight
+    }
+
     /// Router logits.
     ///
     /// # Shapes

@@ -25,7 +25,7 @@ pub use top_k::{DropPolicy, TopKConfig, TopKRouter};
 pub use top1::{NoisyGate, Top1Config, Top1Router};
 pub use top2::{Top2Config, Top2Router};
 
-use crate::{ExpertRows, Result, Routing};
+use crate::{ExpertRows, Result, Routing, Weight};
 use candle_core::Tensor;
 use std::fmt::Debug;
 
@@ -42,6 +42,11 @@ pub trait Router: Debug + Send + Sync {
     /// # Errors
     /// [`crate::Error::Input`] if `tokens` or the context does not fit the policy.
     fn route(&self, tokens: &Tensor, context: &RouteContext<'_>) -> Result<Routing>;
+
+    /// What it multiplies with; by default nothing.
+    fn weights(&self) -> Vec<&Weight> {
+        Vec::new()
+    }
 }
 
 impl<R: Router + ?Sized> Router for Box<R> {
@@ -50,6 +55,9 @@ impl<R: Router + ?Sized> Router for Box<R> {
     }
     fn route(&self, tokens: &Tensor, context: &RouteContext<'_>) -> Result<Routing> {
         (**self).route(tokens, context)
+    }
+    fn weights(&self) -> Vec<&Weight> {
+        (**self).weights()
     }
 }
 

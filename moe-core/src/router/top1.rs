@@ -5,7 +5,7 @@ use super::infer::infer;
 use super::select::{Decision, Demand, argmax, kept_scores, slots_in_order};
 use super::{DroplessConfig, Gate, Mode, RouteContext, Router};
 use crate::ops::host::to_f32_vec;
-use crate::{Capacity, Result, RouterLosses, Routing, load_balance_loss, router_z_loss};
+use crate::{Capacity, Result, RouterLosses, Routing, Weight, load_balance_loss, router_z_loss};
 use candle_core::Tensor;
 use serde::{Deserialize, Serialize};
 
@@ -100,6 +100,10 @@ impl Top1Router {
 impl Router for Top1Router {
     fn num_experts(&self) -> usize {
         self.gate.num_experts()
+    }
+
+    fn weights(&self) -> Vec<&Weight> {
+        vec![self.gate.weight()]
     }
 
     fn route(&self, tokens: &Tensor, context: &RouteContext<'_>) -> Result<Routing> {

@@ -6,7 +6,7 @@ use super::select::{Decision, Demand, argmax, kept_scores, normalized, slots_in_
 use super::top1::jittered;
 use super::{DroplessConfig, Gate, Mode, RouteContext, Router};
 use crate::ops::host::to_f32_vec;
-use crate::{Capacity, Error, Result, RouterLosses, Routing, load_balance_loss, router_z_loss};
+use crate::{Capacity, Error, Result, RouterLosses, Routing, Weight, load_balance_loss, router_z_loss};
 use candle_core::Tensor;
 
 /// Settings of [`Top2Router`].
@@ -100,6 +100,10 @@ impl Top2Router {
 impl Router for Top2Router {
     fn num_experts(&self) -> usize {
         self.gate.num_experts()
+    }
+
+    fn weights(&self) -> Vec<&Weight> {
+        vec![self.gate.weight()]
     }
 
     fn route(&self, tokens: &Tensor, context: &RouteContext<'_>) -> Result<Routing> {

@@ -6,7 +6,7 @@ use super::select::{Decision, Demand, kept_scores, normalized, slots_in_order, t
 use super::top1::jittered;
 use super::{DroplessConfig, Gate, Mode, RouteContext, Router};
 use crate::ops::host::to_f32_vec;
-use crate::{Capacity, Error, Result, RouterLosses, Routing, load_balance_loss, router_z_loss};
+use crate::{Capacity, Error, Result, RouterLosses, Routing, Weight, load_balance_loss, router_z_loss};
 use candle_core::Tensor;
 use serde::{Deserialize, Serialize};
 
@@ -102,6 +102,10 @@ pub(super) fn check_top_k(top_k: usize, num_experts: usize) -> Result<()> {
 impl Router for TopKRouter {
     fn num_experts(&self) -> usize {
         self.gate.num_experts()
+    }
+
+    fn weights(&self) -> Vec<&Weight> {
+        vec![self.gate.weight()]
     }
 
     fn route(&self, tokens: &Tensor, context: &RouteContext<'_>) -> Result<Routing> {

@@ -6,8 +6,8 @@ use crate::cache::PagedStep;
 use crate::config::{AttentionConfig, Projection, RotaryConfig};
 use candle_core::{D, Tensor};
 use candle_nn::VarBuilder;
-use moe_core::Ops;
 use moe_core::ops::{AttentionShape, Dropout, HeadDropout, KvShape, PagedKv, Positions, RotaryTable, check_sequences};
+use moe_core::{Ops, Weight};
 use std::sync::Arc;
 
 /// Causal attention.
@@ -70,6 +70,11 @@ impl Attention {
             config: *config,
             ops: Arc::clone(&ops),
         })
+    }
+
+    /// What it multiplies with.
+    pub fn weights(&self) -> Vec<&Weight> {
+        self.projections.iter().chain([&self.out]).map(Linear::weight).collect()
     }
 
     /// What a cache keeps of a token, on this rank.

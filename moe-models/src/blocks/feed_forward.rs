@@ -4,7 +4,7 @@ use crate::Result;
 use crate::config::FeedForwardConfig;
 use candle_core::Tensor;
 use candle_nn::VarBuilder;
-use moe_core::{Mlp, MoeBlock, MoeOutput, Ops, RouteContext};
+use moe_core::{Mlp, MoeBlock, MoeOutput, Ops, RouteContext, Weight};
 use moe_parallel::RankDispatcher;
 use std::sync::Arc;
 
@@ -34,6 +34,14 @@ impl FeedForward {
                 Self::Moe(MoeBlock::with_dispatcher(moe, vb, ops, dispatcher(moe.num_experts)?)?)
             }
         })
+    }
+
+    /// What it multiplies with.
+    pub fn weights(&self) -> Vec<&Weight> {
+        match self {
+            Self::Dense(mlp) => mlp.weights(),
+            Self::Moe(moe) => moe.weights(),
+        }
     }
 
     /// `[tokens, d_model]` to the same; the second value is there for experts.

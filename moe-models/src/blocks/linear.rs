@@ -26,6 +26,11 @@ impl Linear {
         Ok(Self { weight, bias, ops })
     }
 
+    /// The matrix.
+    pub fn weight(&self) -> &Weight {
+        &self.weight
+    }
+
     /// `[.., in]` to `[.., out]`
     ///
     /// # Errors

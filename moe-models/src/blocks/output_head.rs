@@ -29,6 +29,11 @@ impl OutputHead {
         Self { weight: table.clone(), ops }
     }
 
+    /// The matrix.
+    pub fn weight(&self) -> &Weight {
+        &self.weight
+    }
+
     /// `[tokens, d_model]` to `[tokens, vocab_size]`
     ///
     /// # Errors

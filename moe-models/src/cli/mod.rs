@@ -4,7 +4,7 @@
 pub mod allocator;
 pub mod train;
 
-use crate::Precision;
+use crate::{PackedForms, Precision, QuantFormat};
 
 /// [`Precision`] on the command line.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, clap::ValueEnum)]
@@ -22,4 +22,28 @@ impl From<PrecisionArg> for Precision {
             PrecisionArg::F32 => Self::F32,
         }
     }
+}
+
+/// [`QuantFormat`] on the command line.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, clap::ValueEnum)]
+pub enum QuantizeArg {
+    /// 8 bits, a scale for each output.
+    Int8,
+    /// 4 bits, a scale for each output and 32 inputs.
+    Int4,
+}
+
+impl From<QuantizeArg> for QuantFormat {
+    fn from(format: QuantizeArg) -> Self {
+        match format {
+            QuantizeArg::Int8 => Self::Int8,
+            QuantizeArg::Int4 => Self::INT4,
+        }
+    }
+}
+
+/// The forms of weights that two options ask for: all in one precision, matrices quantized if that is said.
+pub fn packed_forms(precision: PrecisionArg, quantize: Option<QuantizeArg>) -> PackedForms {
+    let forms = PackedForms::from(Precision::from(precision));
+    quantize.map_or(forms, |format| forms.with_products(QuantFormat::from(format)))
 }

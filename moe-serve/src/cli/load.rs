@@ -3,7 +3,7 @@
 use crate::ServedModel;
 use anyhow::Context;
 use moe_kernels::select;
-use moe_models::cli::PrecisionArg;
+use moe_models::cli::{PrecisionArg, QuantizeArg, packed_forms};
 use std::path::PathBuf;
 
 /// Chooses the model.
@@ -17,6 +17,12 @@ pub struct ModelArgs {
     /// The built-in model's weights are stored in bf16.
     #[arg(long, value_enum, default_value = "bf16")]
     pub precision: PrecisionArg,
+    /// Quantizes the matrices while they are loaded; a folder that is quantized already keeps what it has.
+    ///
+    /// Embeddings, the output layer, norms and routers stay as they are. Inputs of quantized matrices are rounded to 8 bits, row
+    /// by row.
+    #[arg(long, value_enum, value_name = "FORMAT")]
+    pub quantize: Option<QuantizeArg>,
 }
 
 impl ModelArgs {
@@ -28,11 +34,11 @@ impl ModelArgs {
         if let Ok(isa) = std::env::var(select::ENV) {
             select::force(isa.parse()?)?;
         }
-        let precision = self.precision.into();
+        let forms = packed_forms(self.precision, self.quantize);
         match &self.model {
-            Some(dir) => ServedModel::from_dir(dir, name, precision)
+            Some(dir) => ServedModel::from_dir(dir, name, forms)
                 .with_context(|| format!("loading the model in {}", dir.display())),
-            None => ServedModel::embedded(name, precision).context("loading the built-in model"),
+            None => ServedModel::embedded(name, forms).context("loading the built-in model"),
         }
     }
 }

@@ -9,4 +9,5 @@ mod gpt;
 mod lifecycle;
 mod metrics;
 mod prefill;
+mod quantized;
 mod support;
