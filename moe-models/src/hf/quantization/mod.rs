@@ -1,5 +1,5 @@
 //! Folders whose matrices are integers, the `compressed-tensors` way, so that others read them too: `quantization_config` in
-//! `config.json` ([`QuantizationConfig`]), and in the place of a tensor `X.weight` those of a [`StoredMatrix`].
+//! `config.json` ([`QuantizationConfig`]), and in the place of a tensor `X.weight` those of its integers, scales and shape (`stored.rs`).
 //!
 //! What is quantized are the matrices that are multiplied with and nothing else. Embeddings, the output layer, norms, gates, mixing
 //! coefficients and biases stay as they are. In a folder that is read, what the files hold decides, tensor by tensor.

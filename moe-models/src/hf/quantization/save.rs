@@ -62,6 +62,9 @@ pub fn nearest(matrix: &MatrixToQuantize<'_>) -> Result<IntegerMatrix> {
 /// of generation: whole or not at all. `quantize` gives the integers of one matrix after the other ([`nearest`], or what has been
 /// calibrated); one tensor is in memory at a time. Everything else stays in the type it has.
 ///
+/// The last group of a row may be shorter than the others here; the `compressed-tensors` library reads no such matrix, so for other
+/// readers choose a size that divides the inputs.
+///
 /// A model loaded from the new folder has the bits of one loaded from the old with [`moe_kernels::PackedForms`] that ask for the same
 /// format, if `quantize` is [`nearest`].
 ///

@@ -17,7 +17,7 @@ const TOKENIZER_FILES: [&str; 2] = ["tokenizer.json", "tokenizer_config.json"];
 ///
 /// # Errors
 /// As [`super::super::export::check_target`] for `out`; as [`Reader::open`] and [`Reader::verify`] for `folder`, also where its
-/// configuration is another model's; [`Error::Argument`] for a `dtype` that weights do not have; [`Error::Io`].
+/// configuration is another model's; [`crate::Error::Argument`] for a `dtype` that weights do not have; [`crate::Error::Io`].
 pub fn export(folder: &Path, out: &Path, dtype: DType) -> Result<()> {
     check_target(out)?;
     let family = <Box<dyn Family>>::read_file(&folder.join("config.json"))?;
