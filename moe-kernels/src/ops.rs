@@ -7,8 +7,8 @@ use crate::packed::{PackedMatrices, only_float};
 use crate::quantized;
 use crate::stack::PackedStack;
 use crate::{
-    Error, PackedForms, Precision, Result, activation, add_norm, attention, cross_entropy, distillation, dropout,
-    embedding, grouped_linear, layer_norm, mlp, parallel, permute, rms_norm, rotary, select, sums,
+    PackedForms, Precision, Result, activation, add_norm, attention, cross_entropy, distillation, dropout, embedding,
+    grouped_linear, layer_norm, mlp, parallel, permute, rms_norm, rotary, select, sums,
 };
 use candle_core::{Device, Tensor};
 use moe_core::ops::{

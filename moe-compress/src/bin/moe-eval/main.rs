@@ -67,7 +67,7 @@ fn text(args: &Args, seq_len: usize) -> Result<TextReport> {
 
 /// Puts each task to the model and prints its rows at once: the next may take long.
 fn run_tasks(args: &Args, tasks: &[(&Task, Vec<moe_compress::eval::Item>)], report: &mut Report) -> Result<()> {
-    let lm = Decoder::load(&args.model, args.precision.into())?;
+    let lm = Decoder::load(&args.model, moe_models::Precision::from(args.precision))?;
     let tokenizer = tokenizer::load(&args.model.join("tokenizer.json"))?;
     let encoder = RequestEncoder::new(tokenizer, lm.vocab_size(), report.max_length)?;
     let model = TaskModel { lm: &lm, encoder: &encoder };
