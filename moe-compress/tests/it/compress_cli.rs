@@ -58,17 +58,47 @@ fn dense_models_become_mixtures() {
     assert!(said.contains("dense: ") && said.contains("experts 8, 8, 8, 8, 8, 8"), "{said}");
 }
 
+/// The files are as small as their integers, and the model says nearly what it said.
+#[test]
+fn weights_become_integers() {
+    let dir = folder();
+    let run = |out: &str, more: &[&str]| {
+        succeed(&moe_compress(dir.path(), &[&["quantize", "--model", "teacher", "--out", out][..], more].concat()))
+    };
+    let said = run("eight", &["--format", "int8"]);
+    assert!(said.contains("eight: ") && said.contains("int8"), "{said}");
+    run("four", &["--format", "int4"]);
+    let bytes = |model: &str| dir.path().join(model).join("model.safetensors").metadata().unwrap().len();
+    assert!(bytes("four") < bytes("eight") && bytes("eight") < bytes("teacher"));
+    let logits = |model: &str| {
+        let decoder = moe_models::Decoder::load(&dir.path().join(model), moe_models::Precision::F32).unwrap();
+        let (hidden, _) = decoder.hidden(&[5, 80, 131, 7, 9, 200, 33, 1], 8, moe_models::Pass::Eval).unwrap();
+        moe_core::testing::values(&decoder.head().logits(&hidden).unwrap())
+    };
+    let want = logits("teacher");
+    let distance = |model: &str| {
+        let got = logits(model);
+        let norm = |values: &mut dyn Iterator<Item = f64>| values.map(|x| x * x).sum::<f64>().sqrt();
+        norm(&mut got.iter().zip(&want).map(|(a, b)| a - b)) / norm(&mut want.iter().copied())
+    };
+    let (eight, four) = (distance("eight"), distance("four"));
+    assert!(eight > 0.0 && eight < four && eight < 0.2, "{eight} {four}");
+}
+
 #[test]
 fn bad_input_is_told() {
     let dir = folder();
     write_teacher(&GptConfig { moe: None, ..shape() }, &dir.path().join("dense"));
-    let cases: [(&[&str], &str); 8] = [
+    let cases: [(&[&str], &str); 11] = [
         (&["prune", "--model", "dense", "--out", "x", "--keep", "0.5"], "is a dense model"),
         (&["prune", "--model", "teacher", "--out", "x"], "--keep <SHARE>"),
         (&["prune", "--model", "teacher", "--out", "x", "--keep", "0"], "above 0"),
         (&["prune", "--model", "teacher", "--out", "dense", "--keep", "0.5"], "not an empty folder"),
         (&["prune", "--model", "none", "--out", "x", "--keep", "0.5"], "none/config.json"),
         (&["merge", "--model", "teacher", "--out", "x", "--keep", "0.5", "--calibration-tokens", "3"], "at least 16"),
+        (&["quantize", "--model", "none", "--out", "x", "--format", "int8"], "none is not a folder"),
+        (&["quantize", "--model", "teacher", "--out", "x", "--format", "int8", "--group-size", "32"], "is for int4"),
+        (&["quantize", "--model", "teacher", "--out", "x", "--format", "int4", "--group-size", "33"], "multiple of 32"),
         (&["upcycle", "--model", "teacher", "--out", "x", "--num-experts", "4"], "experts already"),
         (&["upcycle", "--model", "dense", "--out", "x", "--num-experts", "4", "--topk", "1"], "2 or more"),
     ];

@@ -2,6 +2,7 @@
 //! does; everything else is the library.
 
 mod calibration;
+mod quantize;
 mod reduce;
 mod upcycle;
 
@@ -29,6 +30,8 @@ enum Command {
     Merge(reduce::ReduceArgs),
     /// Make a mixture of experts of a dense model; it says what the dense one says until it is trained.
     Upcycle(upcycle::UpcycleArgs),
+    /// Keep the weights of matrix products as integers, as compressed-tensors does.
+    Quantize(quantize::QuantizeArgs),
 }
 
 /// From one folder to another.
@@ -87,6 +90,7 @@ fn main() -> ExitCode {
         Command::Prune(args) => args.prune(),
         Command::Merge(args) => args.merge(),
         Command::Upcycle(args) => args.run(),
+        Command::Quantize(args) => args.run(),
     };
     match done {
         Ok(()) => ExitCode::SUCCESS,
