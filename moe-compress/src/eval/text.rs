@@ -3,10 +3,10 @@
 
 use super::report::TextReport;
 use crate::{Error, Result};
-use moe_models::TokenBatch;
 use moe_models::train::data::{DataCache, ValidSource};
-use moe_models::train::evaluate::{SourceLoss, evaluate};
-use moe_models::train::{Observer, RunText, TrainModel, tokenizer};
+use moe_models::train::evaluate::{SourceLoss, evaluate_by};
+use moe_models::train::{Observer, RunText, tokenizer};
+use moe_models::{Decoder, Pass, TokenBatch};
 use tokenizers::Tokenizer;
 
 /// Tokens of a pass, unless one window is longer.
@@ -55,14 +55,14 @@ impl SourceText {
     }
 }
 
-/// Evaluates `model` on text. A window is read without what comes before it; the tokens at a source's end that fill no window
+/// Evaluates a model on text, in whatever form its weights are. A window is read without what comes before it; the tokens at a source's end that fill no window
 /// are left out, and so is the first token, which nothing comes before. What the report lists last is all sources together.
 ///
 /// # Errors
 /// If a source cannot be read, holds no text or is shorter than a window; if the tokenizer does not fit the model; what the
 /// model returns.
-pub fn evaluate_text<M: TrainModel>(
-    model: &M,
+pub fn evaluate_text(
+    decoder: &Decoder,
     tokenizer: &Tokenizer,
     options: &TextOptions,
     observer: &mut dyn Observer,
@@ -70,13 +70,13 @@ pub fn evaluate_text<M: TrainModel>(
     let TextOptions { paths, seq_len, max_tokens } = options;
     let max_windows = max_tokens.map_or(Ok(0), |tokens| windows(tokens, *seq_len))?;
     let text = RunText::read_valid(paths, observer)?;
-    let (_, packed) = text.pack(tokenizer, model.vocab_size(), &DataCache::Memory, observer)?;
+    let (_, packed) = text.pack(tokenizer, decoder.config().vocab_size, &DataCache::Memory, observer)?;
     let sources = packed
         .into_iter()
         .map(|source| Ok(ValidSource::new(source, *seq_len, max_windows)?))
         .collect::<Result<Vec<_>>>()?;
     let batch_size = (BATCH_TOKENS / seq_len).max(1);
-    let losses = evaluate(model, &sources, batch_size)?.sources;
+    let losses = evaluate_by(|batch| decoder.loss(batch, Pass::Eval), &sources, batch_size)?.sources;
     let eos_id = tokenizer::eos_id(tokenizer)?;
     let mut rows = Vec::new();
     for (loss, source) in losses.into_iter().zip(&sources) {

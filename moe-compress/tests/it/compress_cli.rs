@@ -83,6 +83,18 @@ fn weights_become_integers() {
     };
     let (eight, four) = (distance("eight"), distance("four"));
     assert!(eight > 0.0 && eight < four && eight < 0.2, "{eight} {four}");
+
+    // It is evaluated as it is, in integers.
+    let bits = |model: &str| {
+        let mut eval = Command::new(env!("CARGO_BIN_EXE_moe-eval"));
+        eval.current_dir(dir.path()).args(["--model", model, "--text", "text.txt", "--json", "report.json"]);
+        succeed(&eval.output().unwrap());
+        let json = std::fs::read(dir.path().join("report.json")).unwrap();
+        let report: serde_json::Value = serde_json::from_slice(&json).unwrap();
+        report["text"]["sources"][0]["bits_per_byte"].as_f64().unwrap()
+    };
+    let (whole, eight) = (bits("teacher"), bits("eight"));
+    assert!(whole != eight && (whole - eight).abs() < 0.1 * whole, "{whole} {eight}");
 }
 
 #[test]

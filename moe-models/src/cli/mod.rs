@@ -5,6 +5,26 @@ pub mod allocator;
 pub mod train;
 
 use crate::{PackedForms, Precision, QuantFormat};
+use moe_kernels::select;
+use std::process::ExitCode;
+
+/// Runs the body of a program with the kernels that the environment names, if it names any; an error is told on stderr.
+pub fn exit_code(body: impl FnOnce() -> anyhow::Result<()>) -> ExitCode {
+    match choose_kernels().and_then(|()| body()) {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => {
+            eprintln!("error: {error:#}");
+            ExitCode::FAILURE
+        }
+    }
+}
+
+fn choose_kernels() -> anyhow::Result<()> {
+    match std::env::var(select::ENV) {
+        Ok(name) => Ok(select::force(name.parse()?)?),
+        Err(_) => Ok(()),
+    }
+}
 
 /// [`Precision`] on the command line.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, clap::ValueEnum)]

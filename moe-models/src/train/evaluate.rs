@@ -2,7 +2,7 @@
 
 use super::data::ValidSource;
 use super::metrics::{Record, VALID_BITS_PER_BYTE, VALID_LOSS};
-use super::model::{Pass, TokenBatch, TrainModel};
+use super::model::{LossOutput, Pass, TokenBatch, TrainModel};
 use super::ranks::{OneRank, Passes, Ranks, exchange, unreadable};
 use super::step::no_panic;
 use crate::gpt::IGNORED;
@@ -86,6 +86,18 @@ pub fn evaluate<M: TrainModel>(model: &M, sources: &[ValidSource], batch_size: u
     evaluate_over(&OneRank, model, sources, batch_size)
 }
 
+/// [`evaluate`] of whatever `loss` computes.
+///
+/// # Errors
+/// Those of `loss`; [`crate::Error::Panic`] with the text of a panic.
+pub fn evaluate_by(
+    loss: impl Fn(&TokenBatch) -> Result<LossOutput>,
+    sources: &[ValidSource],
+    batch_size: usize,
+) -> Result<Evaluation> {
+    over(&OneRank, &loss, sources, batch_size)
+}
+
 /// [`evaluate`], with the batches shared out over `ranks`; the result is the same on every rank and for any number of them.
 ///
 /// # Errors
@@ -96,6 +108,13 @@ pub fn evaluate_over<M: TrainModel>(
     sources: &[ValidSource],
     batch_size: usize,
 ) -> Result<Evaluation> {
+    over(ranks, &|batch: &TokenBatch| model.loss(batch, Pass::Eval), sources, batch_size)
+}
+
+/// The loss of a batch.
+type BatchLoss<'a> = &'a dyn Fn(&TokenBatch) -> Result<LossOutput>;
+
+fn over(ranks: &dyn Ranks, loss: BatchLoss<'_>, sources: &[ValidSource], batch_size: usize) -> Result<Evaluation> {
     let mut results: Vec<SourceLoss> = sources
         .iter()
         .map(|s| SourceLoss { name: s.name().to_owned(), tokens: 0, bytes: s.target_bytes(), nats: 0.0 })
@@ -106,7 +125,7 @@ pub fn evaluate_over<M: TrainModel>(
         .flat_map(|(index, source)| source.batches(batch_size).into_iter().map(move |batch| (index, batch)))
         .collect();
     let share = ranks.share(batches.len());
-    let own = mean_losses(model, &batches, share.clone(), ranks.passes(batches.len()));
+    let own = mean_losses(loss, &batches, share.clone(), ranks.passes(batches.len()));
     if let Err(error) = &own {
         ranks.fail(error);
     }
@@ -129,7 +148,8 @@ pub fn evaluate_over<M: TrainModel>(
 /// # Errors
 /// What the model returns; [`crate::Error::Panic`] with the text of a panic.
 pub fn add_losses<M: TrainModel>(model: &M, batches: &[(usize, TokenBatch)], results: &mut [SourceLoss]) -> Result<()> {
-    let means = mean_losses(model, batches, 0..batches.len(), Passes::alone(batches.len()))?;
+    let loss = |batch: &TokenBatch| model.loss(batch, Pass::Eval);
+    let means = mean_losses(&loss, batches, 0..batches.len(), Passes::alone(batches.len()))?;
     add_means(batches, &means, results);
     Ok(())
 }
@@ -139,13 +159,13 @@ fn num_targets(batch: &TokenBatch) -> usize {
 }
 
 /// The mean loss of each batch of the `share`.
-fn mean_losses<M: TrainModel>(
-    model: &M,
+fn mean_losses(
+    of_batch: BatchLoss<'_>,
     batches: &[(usize, TokenBatch)],
     share: Range<usize>,
     how: Passes,
 ) -> Result<Vec<f64>> {
-    let loss = |i: usize, batch: &TokenBatch| Ok(how.run(|| no_panic(i, || model.loss(batch, Pass::Eval)))?.parts.lm);
+    let loss = |i: usize, batch: &TokenBatch| Ok(how.run(|| no_panic(i, || of_batch(batch)))?.parts.lm);
     let mean = |i: usize| {
         let batch = &batches[i].1;
         // The mean over no target is no number; others may wait for the pass.

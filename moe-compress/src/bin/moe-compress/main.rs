@@ -9,6 +9,7 @@ mod upcycle;
 use anyhow::{Context, Result};
 use candle_core::{DType, Device};
 use clap::{Args, Parser, Subcommand, ValueEnum};
+use moe_models::cli::exit_code;
 use moe_models::gpt::{Gpt, GptConfig};
 use moe_models::train::export::{check_target, export};
 use std::path::PathBuf;
@@ -86,17 +87,11 @@ pub(crate) fn sizes(config: &GptConfig) -> String {
 }
 
 fn main() -> ExitCode {
-    let done = match &Program::parse().command {
+    let program = Program::parse();
+    exit_code(|| match &program.command {
         Command::Prune(args) => args.prune(),
         Command::Merge(args) => args.merge(),
         Command::Upcycle(args) => args.run(),
         Command::Quantize(args) => args.run(),
-    };
-    match done {
-        Ok(()) => ExitCode::SUCCESS,
-        Err(error) => {
-            eprintln!("error: {error:#}");
-            ExitCode::FAILURE
-        }
-    }
+    })
 }

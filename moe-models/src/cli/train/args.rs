@@ -231,6 +231,11 @@ impl TrainArgs {
         Ok(())
     }
 
+    /// Whether a model folder is to be evaluated, and nothing trained.
+    pub fn evaluates(&self) -> bool {
+        self.evaluate.is_some()
+    }
+
     /// `config` with every given flag in place of its setting.
     pub(crate) fn apply_to(&self, mut config: TrainConfig) -> TrainConfig {
         if !self.data.is_empty() {

@@ -18,28 +18,13 @@ pub use recipe::{Plain, Recipe};
 
 use crate::train::export;
 use anyhow::Result;
-use moe_kernels::select;
 use progress::Progress;
 use signals::Signals;
 use std::process::ExitCode;
 
 /// Runs a program whose `recipe` is made once the kernels are chosen; an error is told on stderr.
 pub fn main<R: Recipe>(args: &TrainArgs, recipe: impl FnOnce() -> Result<R>) -> ExitCode {
-    match choose_kernels().and_then(|()| run(args, &recipe()?)) {
-        Ok(()) => ExitCode::SUCCESS,
-        Err(error) => {
-            eprintln!("error: {error:#}");
-            ExitCode::FAILURE
-        }
-    }
-}
-
-/// Forces the kernels that the environment names, if it names any.
-fn choose_kernels() -> Result<()> {
-    match std::env::var(select::ENV) {
-        Ok(name) => Ok(select::force(name.parse()?)?),
-        Err(_) => Ok(()),
-    }
+    super::exit_code(|| run(args, &recipe()?))
 }
 
 fn run<R: Recipe>(args: &TrainArgs, recipe: &R) -> Result<()> {
