@@ -26,12 +26,23 @@ const BLOCK: usize = 256;
 /// Names a sequence by its ids.
 type Key = [u8; 16];
 
+/// What is kept.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub struct TargetsConfig {
+    /// Entries of the vocabulary.
+    pub vocab_size: usize,
+    /// Tokens of every sequence.
+    pub seq_len: usize,
+    /// Entries of a token.
+    pub k: usize,
+    /// What logits are divided by.
+    pub temperature: f64,
+}
+
 /// Targets of one teacher at one temperature.
 #[derive(Debug)]
 pub struct KeptTargets {
-    k: usize,
-    temperature: f64,
-    seq_len: usize,
+    config: TargetsConfig,
     state: Mutex<State>,
 }
 
@@ -57,18 +68,12 @@ pub struct TopTargets {
 }
 
 impl KeptTargets {
-    /// Those in `dir` of the teacher of this `fingerprint`, for sequences of `seq_len` tokens.
+    /// Those in `dir` of the teacher of this `fingerprint`.
     ///
     /// # Errors
     /// [`Error::Argument`] for a `k` of 0 or above the vocabulary; if the folder cannot be read or written to.
-    pub fn open(
-        dir: &Path,
-        fingerprint: &str,
-        vocab_size: usize,
-        seq_len: usize,
-        k: usize,
-        temperature: f64,
-    ) -> Result<Self> {
+    pub fn open(dir: &Path, fingerprint: &str, config: TargetsConfig) -> Result<Self> {
+        let TargetsConfig { vocab_size, seq_len, k, temperature } = config;
         if k == 0 || k > vocab_size {
             return Err(Error::Argument(format!("a token's likeliest entries must be 1 to {vocab_size}, got {k}")));
         }
@@ -91,7 +96,7 @@ impl KeptTargets {
             number = number.max(number_of(&path) + 1);
         }
         state.files.push(new_file(&dir, number)?);
-        Ok(Self { k, temperature, seq_len, state: Mutex::new(state) })
+        Ok(Self { config, state: Mutex::new(state) })
     }
 
     /// What the teacher says of a batch: from disk where it has been asked before, and else kept.
@@ -99,27 +104,27 @@ impl KeptTargets {
     /// # Errors
     /// [`Error::Argument`] for sequences of another length; what the teacher returns; if the folder cannot be read or written to.
     pub fn of(&self, teacher: &Teacher, batch: &TokenBatch) -> Result<TopTargets> {
-        if batch.seq_len != self.seq_len {
-            let (want, got) = (self.seq_len, batch.seq_len);
+        if batch.seq_len != self.config.seq_len {
+            let (want, got) = (self.config.seq_len, batch.seq_len);
             return Err(Error::Argument(format!("targets are kept for sequences of {want} tokens, got {got}")));
         }
         let mut state = self.state.lock().unwrap_or_else(PoisonError::into_inner);
-        let sequences: Vec<&[u32]> = batch.input_ids.chunks(self.seq_len).collect();
+        let sequences: Vec<&[u32]> = batch.input_ids.chunks(self.config.seq_len).collect();
         let keys: Vec<Key> = sequences.iter().map(|ids| key(ids)).collect();
         let new: Vec<usize> = (0..keys.len()).filter(|&i| !state.found.contains_key(&keys[i])).collect();
         if !new.is_empty() {
             let input_ids: Vec<u32> = new.iter().flat_map(|&i| sequences[i]).copied().collect();
             let made = self.ask(teacher, &input_ids, new.len())?;
-            let entries = self.seq_len * self.k;
+            let entries = self.config.seq_len * self.config.k;
             for (at, &i) in new.iter().enumerate() {
                 let part = at * entries..(at + 1) * entries;
                 state.keep(keys[i], &made.ids[part.clone()], &made.probs[part])?;
             }
             state.asked += new.len() as u64;
         }
-        let mut targets = TopTargets { k: self.k, ids: Vec::new(), probs: Vec::new() };
+        let mut targets = TopTargets { k: self.config.k, ids: Vec::new(), probs: Vec::new() };
         for key in &keys {
-            state.read(key, self.seq_len * self.k, &mut targets)?;
+            state.read(key, self.config.seq_len * self.config.k, &mut targets)?;
         }
         Ok(targets)
     }
@@ -131,19 +136,23 @@ impl KeptTargets {
 
     /// Bytes on disk of a token.
     pub fn bytes_per_token(&self) -> f64 {
-        record_bytes(self.seq_len, self.k) as f64 / self.seq_len as f64
+        record_bytes(self.config.seq_len, self.config.k) as f64 / self.config.seq_len as f64
     }
 
     fn ask(&self, teacher: &Teacher, input_ids: &[u32], batch: usize) -> Result<TopTargets> {
-        let all =
-            TokenBatch { input_ids: input_ids.to_vec(), target_ids: input_ids.to_vec(), batch, seq_len: self.seq_len };
+        let all = TokenBatch {
+            input_ids: input_ids.to_vec(),
+            target_ids: input_ids.to_vec(),
+            batch,
+            seq_len: self.config.seq_len,
+        };
         let hidden = teacher.hidden(&all)?;
-        let mut targets = TopTargets { k: self.k, ids: Vec::new(), probs: Vec::new() };
+        let mut targets = TopTargets { k: self.config.k, ids: Vec::new(), probs: Vec::new() };
         for start in (0..input_ids.len()).step_by(BLOCK) {
             let rows = BLOCK.min(input_ids.len() - start);
             let logits: Tensor = teacher.decoder().head().logits(&hidden.narrow(0, start, rows)?)?;
             for row in logits.to_vec2::<f32>()? {
-                targets.push(&row, self.temperature);
+                targets.push(&row, self.config.temperature);
             }
         }
         Ok(targets)

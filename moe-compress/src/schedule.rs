@@ -24,7 +24,10 @@ impl KdSchedule {
     ///
     /// # Source
     /// Paper section 4.2, "staged knowledge distillation".
-    pub const STAGED: Self = Self::Staged { stop: 0.7 };
+    pub const STAGED: Self = Self::Staged { stop: Self::STOP };
+
+    /// Where [`KdSchedule::STAGED`] stops.
+    pub const STOP: f64 = 0.7;
 
     /// Refuses a share that is none.
     ///

@@ -3,6 +3,7 @@
 use crate::teacher::{VOCAB, folder, shape, write_teacher};
 use candle_core::{Device, Tensor};
 use moe_compress::distill::Following;
+use moe_compress::kept::TargetsConfig;
 use moe_compress::teacher::TeacherFolder;
 use moe_compress::{KdSchedule, KeptTargets, Student, StudentPlan};
 use moe_core::ops::Distillation;
@@ -159,8 +160,9 @@ fn what_the_teacher_says_is_kept() {
     let dir = folder();
     let (of, how) = (dir.path().join("teacher"), Distillation { weight: 0.6, temperature: 2.0 });
     let pass = Pass::Train(TrainPass { seed: 9, ..TrainPass::default() });
+    let targets = |k| TargetsConfig { vocab_size: VOCAB, seq_len: 16, k, temperature: 2.0 };
     let student = |k: Option<usize>| {
-        let kept = k.map(|k| KeptTargets::open(&dir.path().join("kept"), "print", VOCAB, 16, k, 2.0).unwrap());
+        let kept = k.map(|k| KeptTargets::open(&dir.path().join("kept"), "print", targets(k)).unwrap());
         let following = Following { kept, ..following(&of, KdSchedule::Full, how) };
         Student::new(Gpt::new(narrow(), 1, &Device::Cpu).unwrap(), following).unwrap()
     };
@@ -189,5 +191,7 @@ fn what_the_teacher_says_is_kept() {
     let cut = student(Some(8));
     kd(&cut, &other);
     assert_eq!(asked(&cut), 1);
-    assert!(KeptTargets::open(&kept, "print", VOCAB, 16, 0, 1.0).unwrap_err().to_string().contains("1 to 262"));
+    for k in [0, VOCAB + 1] {
+        assert!(KeptTargets::open(&kept, "print", targets(k)).unwrap_err().to_string().contains("1 to 262"));
+    }
 }

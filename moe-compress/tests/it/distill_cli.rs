@@ -151,12 +151,13 @@ fn runs_share_what_the_teacher_says() {
 fn bad_input_is_told() {
     let dir = folder();
     succeed(&moe_distill(dir.path(), "run", &["--exit-interval", "2"]));
-    let cases: [(&str, &[&str], &str); 9] = [
+    let cases: [(&str, &[&str], &str); 10] = [
         ("run", &["--kd", "full"], "other settings"),
         ("run", &["--num-layers", "4"], "the model asked for differs"),
         ("new", &["--kd", "full", "--kd-stop", "0.5"], "--kd-stop is the end of the staged schedule"),
         ("new", &["--kd", "none", "--kd-temp", "2"], "--kd-temp has no effect"),
         ("new", &["--kd-stop", "1.5"], "between 0 and 1"),
+        ("new", &["--kd-top-k", "0"], "1 to 262"),
         ("new", &["--drop-depth", "0.01"], "drops at least one layer"),
         ("new", &["--num-layers", "4", "--init", "teacher"], "drop the flags that describe a model"),
         ("new", &["--vocab-size", "300"], "teacher's tokenizer"),
@@ -175,4 +176,8 @@ fn bad_input_is_told() {
         assert!(!output.status.success() && text.contains(part), "{more:?}: {text}");
         assert!(out == "run" || !dir.path().join(out).join("distillation.json").exists(), "{more:?}");
     }
+    let mut evaluating = Command::new(env!("CARGO_BIN_EXE_moe-distill"));
+    evaluating.current_dir(dir.path()).args(["--teacher", "teacher", "--evaluate", "teacher", "--valid", "text.txt"]);
+    let text = String::from_utf8_lossy(&evaluating.output().unwrap().stderr).into_owned();
+    assert!(text.contains("--evaluate needs no teacher"), "{text}");
 }

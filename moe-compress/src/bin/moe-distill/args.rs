@@ -175,7 +175,6 @@ impl DistillArgs {
 
     fn schedule(&self, base: KdSchedule) -> Result<KdSchedule> {
         let stop = |default: f64| self.kd_stop.unwrap_or(default);
-        let KdSchedule::Staged { stop: default } = KdSchedule::STAGED else { bail!("no share of training is set") };
         match (self.kd, base) {
             (Some(KdArg::Full | KdArg::None), _) | (None, KdSchedule::Full | KdSchedule::None)
                 if self.kd_stop.is_some() =>
@@ -184,7 +183,7 @@ impl DistillArgs {
             }
             (Some(KdArg::Full), _) => Ok(KdSchedule::Full),
             (Some(KdArg::None), _) => Ok(KdSchedule::None),
-            (Some(KdArg::Staged), _) => Ok(KdSchedule::Staged { stop: stop(default) }),
+            (Some(KdArg::Staged), _) => Ok(KdSchedule::Staged { stop: stop(KdSchedule::STOP) }),
             (None, KdSchedule::Staged { stop: of_run }) => Ok(KdSchedule::Staged { stop: stop(of_run) }),
             (None, other) => Ok(other),
         }

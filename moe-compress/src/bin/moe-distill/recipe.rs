@@ -3,6 +3,7 @@
 use crate::args::{DistillArgs, Settings};
 use anyhow::{Result, bail, ensure};
 use moe_compress::distill::Following;
+use moe_compress::kept::TargetsConfig;
 use moe_compress::teacher::TeacherFolder;
 use moe_compress::{KdSchedule, KeptTargets, Student, StudentPlan};
 use moe_core::ParamSpec;
@@ -24,6 +25,7 @@ pub(crate) struct Distilling {
 impl Distilling {
     /// As the arguments say, and the run that they resume.
     pub(crate) fn new(args: &DistillArgs, train: &TrainArgs) -> Result<Self> {
+        ensure!(!train.evaluates(), "--evaluate needs no teacher; ask moe-train, or moe-eval");
         let teacher = TeacherFolder::open(&args.teacher)?;
         let resumed = if train.resume { Settings::read(&train.out)? } else { None };
         let settings = args.settings(teacher.fingerprint(), train.model.is_given(), resumed.as_ref())?;
@@ -90,8 +92,9 @@ impl Recipe for Distilling {
                 mesh.is_none(),
                 "--kd-top-k is for one rank: ranks ask their teacher together, and would not all have to"
             );
-            let (print, vocab) = (self.teacher.fingerprint(), self.teacher.config().vocab_size);
-            Ok(KeptTargets::open(&self.cache, print, vocab, config.seq_len(), k, how.temperature)?)
+            let vocab_size = self.teacher.config().vocab_size;
+            let of = TargetsConfig { vocab_size, seq_len: config.seq_len(), k, temperature: how.temperature };
+            Ok(KeptTargets::open(&self.cache, self.teacher.fingerprint(), of)?)
         };
         let kept = self.settings.top_k.map(keep).transpose()?;
         Ok(Student::new(model, Following { teacher, how, schedule, train_tokens: config.train_tokens, kept })?)
