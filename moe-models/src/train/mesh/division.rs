@@ -238,17 +238,6 @@ impl MeshDivision {
         }
     }
 
-    /// Takes what has come, bucket by bucket in their order.
-    fn take_all(&mut self, complete: &mut CompleteGrads<'_>) -> Result<()> {
-        while self.adding.front_mut().is_some_and(|flight| flight.values.test()) {
-            self.take_next()?;
-        }
-        while self.gathering.front_mut().is_some_and(|flight| flight.values.test()) {
-            self.put_next(complete)?;
-        }
-        Ok(())
-    }
-
     /// Writes the sums of the next bucket that are under way to all: they are in memory once then, and others may follow.
     fn put_next<S: Sums>(&mut self, sums: &mut S) -> Result<()> {
         let Some(Flight { bucket, begun, values }) = self.gathering.pop_front() else { return Ok(()) };
@@ -318,12 +307,19 @@ impl Division for MeshDivision {
         self.stale.fill(true);
     }
 
+    /// Takes what has come, bucket by bucket in their order.
     fn advance(&mut self, complete: &mut CompleteGrads<'_>) -> Result<()> {
-        self.take_all(complete)
+        while self.adding.front_mut().is_some_and(|flight| flight.values.test()) {
+            self.take_next()?;
+        }
+        while self.gathering.front_mut().is_some_and(|flight| flight.values.test()) {
+            self.put_next(complete)?;
+        }
+        Ok(())
     }
 
     fn start(&mut self, bucket: usize, complete: &mut CompleteGrads<'_>) -> Result<After> {
-        self.take_all(complete)?;
+        self.advance(complete)?;
         let after = if self.zero == Zero::Gradients { After::Release } else { After::Keep };
         let alone = self.ranks(bucket).sums.size() == 1;
         if alone && after == After::Keep {
