@@ -42,8 +42,8 @@ impl Place {
     /// Of a run whose own model must be there for another: it may be gone although the record is not.
     fn is_missing_for_others(&self, job: &Job, jobs: &[Job]) -> bool {
         let own = (job.experiment.clone(), job.name());
-        let waits = |other: &&Job| !self.is_done(other) && self.needed(other).any(|needed| needed == own);
-        !self.model(&own.0, &own.1).exists() && jobs.iter().find(waits).is_some()
+        let waits = |other: &Job| !self.is_done(other) && self.needed(other).any(|needed| needed == own);
+        !self.model(&own.0, &own.1).exists() && jobs.iter().any(waits)
     }
 
     /// The runs to do, in their order.
