@@ -18,6 +18,8 @@ pub(super) struct Experiment {
     pub(super) differences: String,
     seeds: Vec<u64>,
     train_tokens: u64,
+    /// Share of a run's tokens in which the learning rate rises.
+    warmup_share: f64,
     /// Of every run.
     flags: Vec<String>,
     pub(super) run: Vec<Run>,
@@ -109,16 +111,20 @@ impl Experiment {
                 None => (self.id.clone(), name.clone()),
             })
         };
-        let job = |run: &Run, seed: u64| Job {
-            experiment: self.id.clone(),
-            run: run.name.clone(),
-            seed,
-            train_tokens: run.train_tokens.unwrap_or(self.train_tokens),
-            flags: self.flags.iter().chain(&run.flags).cloned().collect(),
-            teacher: of(&run.teacher),
-            made_of: of(&run.made_of),
-            made_by: run.made_by.clone(),
-            minutes: run.minutes,
+        let job = |run: &Run, seed: u64| {
+            let train_tokens = run.train_tokens.unwrap_or(self.train_tokens);
+            let warmup = ["--lr-warmup-tokens".to_owned(), format!("{:.0}", self.warmup_share * train_tokens as f64)];
+            Job {
+                experiment: self.id.clone(),
+                run: run.name.clone(),
+                seed,
+                train_tokens,
+                flags: self.flags.iter().chain(&run.flags).cloned().chain(warmup).collect(),
+                teacher: of(&run.teacher),
+                made_of: of(&run.made_of),
+                made_by: run.made_by.clone(),
+                minutes: run.minutes,
+            }
         };
         self.seeds.iter().flat_map(|&seed| self.run.iter().map(move |run| job(run, seed))).collect()
     }
@@ -150,6 +156,7 @@ mod tests {
         differences = "d"
         seeds = [1, 2]
         train_tokens = 100
+        warmup_share = 0.1
         flags = ["--a"]
         pairs = [["two", "one"]]
         [[run]]
@@ -169,7 +176,7 @@ mod tests {
         let jobs = Experiment::parse(TEXT, "x".into(), false).unwrap().jobs();
         let names: Vec<String> = jobs.iter().map(Job::name).collect();
         assert_eq!(names, ["one-seed1", "two-seed1", "one-seed2", "two-seed2"]);
-        assert_eq!((jobs[1].flags.as_slice(), jobs[1].train_tokens), (&["--a".to_owned(), "--b".to_owned()][..], 50));
+        assert_eq!((jobs[1].flags.join(" ").as_str(), jobs[1].train_tokens), ("--a --b --lr-warmup-tokens 5", 50));
         let needs: Vec<_> = jobs[1].needs().cloned().collect();
         assert_eq!(needs, [("x".into(), "one".into()), ("other".into(), "three 1/2".into())]);
         assert_eq!(file_name("three 1/2", 3), "three-1-2-seed3");
