@@ -23,7 +23,7 @@ pub(super) struct Experiment {
     /// Of every run.
     flags: Vec<String>,
     pub(super) run: Vec<Run>,
-    /// Runs compared seed by seed: the first minus the second.
+    /// Runs compared seed by seed, the first minus the second: of this experiment, or of another (`experiment/run`).
     #[serde(default)]
     pub(super) pairs: Vec<[String; 2]>,
 }
@@ -94,23 +94,24 @@ impl Experiment {
             own.run.iter_mut().for_each(|run| run.train_tokens = None);
         }
         ensure!(!own.seeds.is_empty(), "seeds is empty");
-        let known = |name: &String| own.run.iter().any(|run| run.name == *name);
-        let unknown = own.pairs.iter().flatten().find(|name| !known(name));
-        ensure!(unknown.is_none(), "pairs names {unknown:?}, which is no run");
-        let own_sources = own.run.iter().flat_map(|run| [&run.teacher, &run.made_of]).flatten();
-        let unknown = own_sources.filter(|name| !name.contains('/')).find(|name| !known(name));
-        ensure!(unknown.is_none(), "a teacher or made_of is {unknown:?}, which is no run");
+        let sources = own.run.iter().flat_map(|run| [&run.teacher, &run.made_of]).flatten();
+        let unknown = own.pairs.iter().flatten().chain(sources).find(|name| own.place_of(name).is_none());
+        ensure!(unknown.is_none(), "{unknown:?} is no run; a run of another experiment is called experiment/run");
         Ok(own)
+    }
+
+    /// Experiment and run that a name stands for: a run of this experiment, else `experiment/run`.
+    pub(super) fn place_of(&self, name: &str) -> Option<(String, String)> {
+        if self.run.iter().any(|run| run.name == name) {
+            return Some((self.id.clone(), name.to_owned()));
+        }
+        let (experiment, run) = name.split_once('/')?;
+        (experiment != self.id).then(|| (experiment.to_owned(), run.to_owned()))
     }
 
     /// Seed by seed, so that pairs are complete early.
     pub(super) fn jobs(&self) -> Vec<Job> {
-        let of = |name: &Option<String>| {
-            name.as_ref().map(|name| match name.split_once('/') {
-                Some((experiment, run)) => (experiment.to_owned(), run.to_owned()),
-                None => (self.id.clone(), name.clone()),
-            })
-        };
+        let of = |name: &Option<String>| name.as_ref().and_then(|name| self.place_of(name));
         let job = |run: &Run, seed: u64| {
             let train_tokens = run.train_tokens.unwrap_or(self.train_tokens);
             let warmup = ["--lr-warmup-tokens".to_owned(), format!("{:.0}", self.warmup_share * train_tokens as f64)];
@@ -203,7 +204,9 @@ mod tests {
         files.sort();
         files.dedup();
         assert_eq!(files.len(), jobs.len(), "two runs have one name");
-        for (experiment, run) in jobs.iter().flat_map(Job::needs) {
+        let pairs: Vec<_> =
+            all.iter().flat_map(|e| e.pairs.iter().flatten().filter_map(|name| e.place_of(name))).collect();
+        for (experiment, run) in jobs.iter().flat_map(Job::needs).chain(&pairs) {
             assert!(jobs.iter().any(|job| job.experiment == *experiment && job.run == *run), "{experiment}/{run}");
         }
     }

@@ -19,6 +19,7 @@ pub(super) struct Record {
     pub(super) flags: Vec<String>,
     /// What it was trained on: sources, or the excerpt.
     pub(super) data: Vec<String>,
+    /// Processor time.
     pub(super) minutes: f64,
     pub(super) train_tokens: u64,
     pub(super) total_parameters: u64,

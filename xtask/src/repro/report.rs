@@ -1,6 +1,6 @@
 //! The report: tables, paired differences and curves from records, nothing else.
 
-use super::experiment::{Experiment, Job};
+use super::experiment::{Experiment, Job, Run};
 use super::pairs::{Difference, difference};
 use super::record::Record;
 use super::runner::Place;
@@ -31,44 +31,39 @@ pub(super) fn plan(jobs: &[Job], place: &Place) -> String {
     text
 }
 
-/// The records of an experiment, by run in its order and by seed.
+/// The records of a run by seed.
+type Records = BTreeMap<u64, Record>;
+
+/// The records of an experiment, by run in its order.
 struct Found<'a> {
     experiment: &'a Experiment,
-    by_run: Vec<(&'a str, BTreeMap<u64, Record>)>,
+    by_run: Vec<(&'a str, Records)>,
+    folder: &'a Path,
 }
 
 impl<'a> Found<'a> {
-    fn read(experiment: &'a Experiment, records: &Path) -> Result<Self> {
-        let mut by_run: Vec<(&str, BTreeMap<u64, Record>)> =
-            experiment.run.iter().map(|run| (run.name.as_str(), BTreeMap::new())).collect();
-        for job in experiment.jobs() {
-            let path = Record::path(records, &job.experiment, &job.name());
-            if path.exists() {
-                let record = Record::read(&path)?;
-                if let Some((_, own)) = by_run.iter_mut().find(|(name, _)| *name == job.run) {
-                    own.insert(job.seed, record);
-                }
-            }
-        }
-        Ok(Self { experiment, by_run })
+    fn read(experiment: &'a Experiment, folder: &'a Path) -> Result<Self> {
+        let read = |run: &'a Run| Ok((run.name.as_str(), read_all(folder, &experiment.id, &run.name)?));
+        Ok(Self { experiment, by_run: experiment.run.iter().map(read).collect::<Result<_>>()?, folder })
     }
 
-    fn of(&self, run: &str) -> &BTreeMap<u64, Record> {
-        static NONE: BTreeMap<u64, Record> = BTreeMap::new();
-        self.by_run.iter().find(|(name, _)| *name == run).map_or(&NONE, |(_, own)| own)
+    /// The records of a run of this experiment or of another.
+    fn of(&self, name: &str) -> Result<Records> {
+        let place = self.experiment.place_of(name);
+        place.map_or_else(|| Ok(Records::new()), |(experiment, run)| read_all(self.folder, &experiment, &run))
     }
 
     /// The first run minus the second, by seeds that both have.
-    fn difference(&self, first: &str, second: &str) -> Option<Difference> {
-        let other = self.of(second);
+    fn difference(&self, first: &str, second: &str) -> Result<Option<Difference>> {
+        let other = self.of(second)?;
         let pairs: Vec<(f64, f64)> =
-            self.of(first).iter().filter_map(|(seed, a)| Some((a.last(), other.get(seed)?.last()))).collect();
-        difference(&pairs)
+            self.of(first)?.iter().filter_map(|(seed, a)| Some((a.last(), other.get(seed)?.last()))).collect();
+        Ok(difference(&pairs))
     }
 
     /// Means over the seeds that have got so far.
     fn curves(&self) -> Vec<Curve> {
-        let curve = |(name, own): &(&str, BTreeMap<u64, Record>)| {
+        let curve = |(name, own): &(&str, Records)| {
             let first = own.values().next()?;
             let mean = |at: usize| {
                 let values: Vec<f64> = own.values().filter_map(|r| Some(r.curve.get(at)?.1)).collect();
@@ -80,6 +75,14 @@ impl<'a> Found<'a> {
         };
         self.by_run.iter().filter_map(curve).collect()
     }
+}
+
+/// The records of a run that there are, of any seed.
+fn read_all(folder: &Path, experiment: &str, run: &str) -> Result<Records> {
+    let Ok(files) = std::fs::read_dir(folder.join(experiment)) else { return Ok(Records::new()) };
+    let paths = files.flatten().map(|entry| entry.path()).filter(|path| path.extension().is_some_and(|e| e == "json"));
+    let records = paths.map(|path| Record::read(&path)).collect::<Result<Vec<_>>>()?;
+    Ok(records.into_iter().filter(|record| record.run == run).map(|record| (record.seed, record)).collect())
 }
 
 /// Writes `report.md` and a picture for each experiment that has records.
@@ -95,7 +98,7 @@ pub(super) fn write(experiments: &[Experiment], records: &Path) -> Result<()> {
             let _ = write!(text, "\n## {}\n\nNo run of `{}` has ended yet.\n", experiment.title, experiment.id);
             continue;
         }
-        section(&mut text, &found);
+        section(&mut text, &found)?;
         let picture = format!("{}.svg", experiment.id);
         draw(&found.curves(), &experiment.title, &records.join(&picture))?;
         let _ = write!(text, "\n![bits per byte against tokens]({picture})\n");
@@ -108,7 +111,7 @@ pub(super) fn write(experiments: &[Experiment], records: &Path) -> Result<()> {
     Ok(())
 }
 
-fn section(text: &mut String, found: &Found<'_>) {
+fn section(text: &mut String, found: &Found<'_>) -> Result<()> {
     let experiment = found.experiment;
     let _ = write!(
         text,
@@ -138,11 +141,11 @@ fn section(text: &mut String, found: &Found<'_>) {
         );
     }
     if experiment.pairs.is_empty() {
-        return;
+        return Ok(());
     }
     *text += "\n| difference | bits per byte | 95% interval | seeds | |\n|---|---|---|---|---|\n";
     for [first, second] in &experiment.pairs {
-        let Some(of) = found.difference(first, second) else {
+        let Some(of) = found.difference(first, second)? else {
             let _ = writeln!(text, "| {first} minus {second} | - | | 0 | |");
             continue;
         };
@@ -155,4 +158,5 @@ fn section(text: &mut String, found: &Found<'_>) {
         };
         let _ = writeln!(text, "| {first} minus {second} | {:+.4} | {interval} | {} | {verdict} |", of.mean, of.pairs);
     }
+    Ok(())
 }

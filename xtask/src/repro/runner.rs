@@ -56,7 +56,6 @@ impl Place {
 struct Running<'a> {
     job: &'a Job,
     process: Child,
-    begun: Instant,
 }
 
 /// Runs what is missing, until nothing is or no run would be over in time.
@@ -76,7 +75,7 @@ pub(super) fn run_all(
         while running.len() < side_by_side {
             let Some(job) = next(jobs, place, &running, &failed, until) else { break };
             eprintln!("{}/{}: about {:.0} minutes", job.experiment, job.name(), job.minutes);
-            running.push(Running { job, process: start(job, place, text)?, begun: Instant::now() });
+            running.push(Running { job, process: start(job, place, text)? });
         }
         if running.is_empty() {
             break;
@@ -84,11 +83,12 @@ pub(super) fn run_all(
         sleep(Duration::from_millis(100));
         let mut still = Vec::new();
         for mut run in running {
+            let before = seconds_of_children()?;
             match run.process.try_wait()? {
                 None => still.push(run),
                 Some(status) => {
                     let folder = place.folder(&run.job.experiment, &run.job.name());
-                    let minutes = run.begun.elapsed().as_secs_f64() / 60.0;
+                    let minutes = (seconds_of_children()? - before) / 60.0;
                     let end = if status.success() {
                         finish(run.job, place, text, minutes)
                     } else {
@@ -114,6 +114,18 @@ pub(super) fn run_all(
 
 fn full_name(job: &Job) -> String {
     format!("{}/{}", job.experiment, job.name())
+}
+
+/// Processor time of the children that have been waited for: unlike the clock's, what a run took of it does not depend on what
+/// else the machine did.
+fn seconds_of_children() -> Result<f64> {
+    /// Of Linux, for every processor it runs on.
+    const TICKS_PER_SECOND: f64 = 100.0;
+    let stat = std::fs::read_to_string("/proc/self/stat").context("cannot read /proc/self/stat")?;
+    // The program's name, in parentheses, may hold anything; user and system time of children are 14 and 15 fields after it.
+    let (_, fields) = stat.rsplit_once(')').context("/proc/self/stat names no program")?;
+    let ticks = fields.split_whitespace().skip(13).take(2).map(str::parse::<f64>).sum::<Result<f64, _>>()?;
+    Ok(ticks / TICKS_PER_SECOND)
 }
 
 /// The next run that can begin.
