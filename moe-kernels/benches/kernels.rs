@@ -1,7 +1,7 @@
 //! Experts of one layer, forward, at the shapes of real models, beside the machine's ceilings measured around each shape.
 //!
 //! Weights come from memory: several layers are cycled, each call routes anew. Prints a table, and one JSON line per row
-//! with `--json`. `cargo xtask bench kernels` keeps the output and sets peers beside it.
+//! with `--json`; words pick shapes, types and numbers of tokens. `cargo xtask bench kernels` keeps the output and sets peers beside it.
 
 use moe_core::{Activation, CounterRng, DispatchTable, DroplessConfig};
 use moe_kernels::expert_mlp::{PackedExperts, WeightFormat};
@@ -237,11 +237,15 @@ fn main() {
         "GFLOP/s max"
     );
     let mut before = Peaks::measure();
-    // Words name shapes or types; without one of either, all of them run.
+    // Words name shapes, types or numbers of tokens; without one of a kind, all of it runs.
     let formats = formats(isa);
     let wanted =
         |name: &str, all: &[&str]| only.iter().any(|o| *o == name) || !only.iter().any(|o| all.contains(&o.as_str()));
     let (types, shapes) = (formats.map(|f| f.0), SHAPES.each_ref().map(|s| s.name));
+    let numbers: Vec<usize> = only.iter().filter_map(|word| word.parse().ok()).collect();
+    let unknown = numbers.iter().find(|number| !TOKENS.contains(number));
+    assert!(unknown.is_none(), "{unknown:?} tokens are not measured; {TOKENS:?} are");
+    let has_tokens = |tokens: usize| numbers.is_empty() || numbers.contains(&tokens);
     for (name, format, unit) in formats.into_iter().filter(|f| wanted(f.0, &types)) {
         for shape in SHAPES.iter().filter(|s| wanted(s.name, &shapes)) {
             let width = shape.d_ff * shape.activation.inputs();
@@ -252,7 +256,7 @@ fn main() {
                 .map(|_| PackedExperts::new(isa, format, shape.activation, sizes, |_| [fc_in.clone(), fc_out.clone()]));
             let layers: Vec<PackedExperts> = layers.collect::<Result<_, _>>().expect("sizes fit");
             let of = |&tokens: &usize| Measured(name, unit, tokens, measure(shape, &layers, tokens));
-            let mut measured: Vec<Measured> = TOKENS.iter().rev().map(of).collect();
+            let mut measured: Vec<Measured> = TOKENS.iter().rev().filter(|t| has_tokens(**t)).map(of).collect();
             measured.reverse();
             if name == "bf16" && shape.activation == Activation::GeluTanh {
                 let mut rng = CounterRng::new(5, 0);
@@ -263,7 +267,7 @@ fn main() {
                 let gate = gate.expect("sizes fit");
                 let of =
                     |&tokens: &usize| Measured("layer", unit, tokens, measure_layer(shape, &gate, &layers, tokens));
-                measured.extend(LAYER_TOKENS.iter().map(of));
+                measured.extend(LAYER_TOKENS.iter().filter(|t| has_tokens(**t)).map(of));
             }
             drop(layers);
             let after = Peaks::measure();
