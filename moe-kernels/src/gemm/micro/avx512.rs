@@ -77,9 +77,10 @@ fn fetch_output(tile: &Tile<'_>, row: usize, vector: usize) {
     }
 }
 
+/// Takes the sums by value: of a reference the compiler may keep them in memory, and write all of them in every step.
 #[inline]
 #[target_feature(enable = "avx512f")]
-unsafe fn store_sums<const ROWS: usize, const VECTORS: usize>(tile: &Tile<'_>, sums: &[[__m512; VECTORS]; ROWS]) {
+unsafe fn store_sums<const ROWS: usize, const VECTORS: usize>(tile: &Tile<'_>, sums: [[__m512; VECTORS]; ROWS]) {
     let is_aligned = tile.out.addr().is_multiple_of(64) && tile.out_stride.is_multiple_of(16);
     if tile.streams && is_aligned && tile.cols == 16 * VECTORS {
         for (row, sums) in sums.iter().enumerate() {
@@ -136,7 +137,7 @@ unsafe fn f32_tile<const ROWS: usize, const PANELS: usize, const VECTORS: usize>
                 }
             }
         }
-        store_sums(tile, &sums);
+        store_sums(tile, sums);
     }
 }
 
@@ -158,7 +159,7 @@ unsafe fn pairs_tile<const ROWS: usize, const PANELS: usize, const VECTORS: usiz
                 }
             }
         }
-        store_sums(tile, &sums);
+        store_sums(tile, sums);
     }
 }
 
@@ -189,6 +190,6 @@ unsafe fn wide_tile<const ROWS: usize, const PANELS: usize, const VECTORS: usize
                 }
             }
         }
-        store_sums(tile, &sums);
+        store_sums(tile, sums);
     }
 }
