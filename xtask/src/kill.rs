@@ -21,6 +21,9 @@ pub(crate) struct Args {
     /// Runs for each signal.
     #[arg(long, default_value_t = 50)]
     times: u64,
+    /// What is sent: KILL ends a rank, STOP leaves it there for good.
+    #[arg(long, value_enum, value_delimiter = ',', default_values_t = [Signal::Kill, Signal::Stop])]
+    signals: Vec<Signal>,
     /// Of the first run; the others follow.
     #[arg(long, default_value_t = 1)]
     seed: u64,
@@ -36,6 +39,23 @@ enum Engine {
     Tcp,
     /// Processes of `mpirun`.
     Mpi,
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq, clap::ValueEnum)]
+#[value(rename_all = "UPPER")]
+enum Signal {
+    Kill,
+    Stop,
+}
+
+impl Signal {
+    /// As `kill` names it.
+    fn name(self) -> &'static str {
+        match self {
+            Self::Kill => "KILL",
+            Self::Stop => "STOP",
+        }
+    }
 }
 
 const RANKS: usize = 4;
@@ -92,14 +112,15 @@ pub(crate) fn run(args: &Args) -> Result<()> {
     shell::run(cargo(&build).args(features))?;
     let bench = Bench::new(args)?;
     println!("signal  runs  in saving  went on in the job  started again  slowest, s");
-    for signal in ["KILL", "STOP"] {
+    for &signal in &args.signals {
         let mut tally = Tally::default();
         for number in 0..args.times {
             let seed = args.seed + number;
-            bench.one(signal, seed, &mut tally).with_context(|| format!("{signal}, seed {seed}"))?;
+            bench.one(signal, seed, &mut tally).with_context(|| format!("{}, seed {seed}", signal.name()))?;
         }
         let Tally { in_saving, same_job, started_again, slowest } = tally;
-        println!("{signal:<6} {:>5} {in_saving:>10} {same_job:>19} {started_again:>14} {slowest:>11.1}", args.times);
+        let name = signal.name();
+        println!("{name:<6} {:>5} {in_saving:>10} {same_job:>19} {started_again:>14} {slowest:>11.1}", args.times);
     }
     println!("no run hung, no checkpoint was lost, every curve is that of one rank within {TOLERANCE}");
     Ok(())
@@ -193,6 +214,7 @@ impl<'a> Bench<'a> {
         }
         fs::create_dir_all(&folder)?;
         let mut bench = Self { args, folder, want: BTreeMap::new(), length: Duration::ZERO };
+        fs::copy(root().join("target/release/moe-train"), bench.moe_train())?;
         let one = bench.folder.join("one");
         ensure!(bench.alone(&one)?.status()?.success(), "the run of one rank has failed");
         bench.want = losses(&one);
@@ -217,12 +239,13 @@ impl<'a> Bench<'a> {
         MODEL.iter().chain(&rest).map(|word| (*word).to_owned()).collect()
     }
 
-    fn moe_train() -> PathBuf {
-        root().join("target/release/moe-train")
+    /// A copy, so that nothing that is built meanwhile is run instead.
+    fn moe_train(&self) -> PathBuf {
+        self.folder.join("moe-train")
     }
 
     fn alone(&self, out: &Path) -> Result<Command> {
-        let mut command = Command::new(Self::moe_train());
+        let mut command = Command::new(self.moe_train());
         let log = File::create(out.with_extension("log"))?;
         command.args(self.program(out)).stdin(Stdio::null()).stderr(log);
         Ok(command)
@@ -235,7 +258,7 @@ impl<'a> Bench<'a> {
             Engine::Tcp => {
                 let port = TcpListener::bind("127.0.0.1:0")?.local_addr()?.port().to_string();
                 let rank = |rank: usize| {
-                    let mut command = Command::new(Self::moe_train());
+                    let mut command = Command::new(self.moe_train());
                     command.args(self.program(out)).args(more);
                     for (name, number) in [("RANK", rank), ("WORLD_SIZE", RANKS), ("LOCAL_WORLD_SIZE", RANKS)] {
                         command.env(name, number.to_string());
@@ -247,7 +270,7 @@ impl<'a> Bench<'a> {
             }
             Engine::Mpi => {
                 let mut command = self.mpirun();
-                command.args(["-n", &RANKS.to_string()]).arg(Self::moe_train()).args(self.program(out)).args(more);
+                command.args(["-n", &RANKS.to_string()]).arg(self.moe_train()).args(self.program(out)).args(more);
                 command.stdin(Stdio::null()).stdout(log("out.log")?).stderr(log("log")?);
                 vec![command.spawn().context("cannot start mpirun")?]
             }
@@ -295,9 +318,9 @@ impl<'a> Bench<'a> {
     }
 
     /// One run with a signal in it.
-    fn one(&self, signal: &str, seed: u64, tally: &mut Tally) -> Result<()> {
+    fn one(&self, signal: Signal, seed: u64, tally: &mut Tally) -> Result<()> {
         let engine = self.args.engine;
-        let out = self.folder.join(format!("{signal}-{seed}"));
+        let out = self.folder.join(format!("{}-{seed}", signal.name()));
         let victim = (draw(seed, 1) % RANKS as u64) as usize;
         let mut moment = self.length.mul_f64(draw(seed, 2) as f64 / u64::MAX as f64 * 0.9);
         let (mut job, id) = loop {
@@ -314,9 +337,12 @@ impl<'a> Bench<'a> {
         };
         let newest = newest(&out);
         tally.in_saving += u64::from(saves(&out));
-        let sent = Command::new("kill").args([format!("-{signal}"), id.to_string()]).stderr(Stdio::null()).status()?;
+        let sent = Command::new("kill")
+            .args([format!("-{}", signal.name()), id.to_string()])
+            .stderr(Stdio::null())
+            .status()?;
         let begun = Instant::now();
-        let stopped = (signal == "STOP" && engine == Engine::Tcp).then_some(victim);
+        let stopped = (signal == Signal::Stop && engine == Engine::Tcp).then_some(victim);
         let ended = job.wait(stopped)?;
         tally.slowest = tally.slowest.max(begun.elapsed().as_secs_f64());
         // A process that was stopped under a launcher outlives it, and the launcher need not wait for those that it ends.
