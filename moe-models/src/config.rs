@@ -1,8 +1,9 @@
 //! [`DecoderConfig`]: what every layer of a decoder is made of. Plain data; a family's configuration becomes one.
 
 use crate::params::ParamTable;
+pub use crate::rotary::{RotaryConfig, RotaryScaling};
 use crate::{Error, Result};
-use moe_core::ops::{KvShape, RotaryLayout};
+use moe_core::ops::KvShape;
 use moe_core::{BranchConfig, MlpConfig, MoeConfig, ParamInit, ParamSpec, SplitKind};
 use moe_parallel::Placement;
 
@@ -77,8 +78,8 @@ pub struct AttentionConfig {
     pub qkv_bias: bool,
     /// Whether the output projection has a bias.
     pub out_bias: bool,
-    /// Epsilon of an RMSNorm over each head of queries and keys.
-    pub qk_norm: Option<f64>,
+    /// Norms of queries and keys.
+    pub qk_norm: Option<QkNorm>,
     /// Rotary positions; none if `None`.
     pub rotary: Option<RotaryConfig>,
     /// Most tokens that a query sees, itself included; all before it if `None`.
@@ -98,15 +99,22 @@ pub enum Projection {
     Separate,
 }
 
-/// Rotary positions.
+/// An RMSNorm of queries and keys, before they turn.
 #[derive(Debug, Clone, Copy, PartialEq)]
-pub struct RotaryConfig {
-    /// Which columns turn together.
-    pub layout: RotaryLayout,
-    /// Columns of a head that turn.
-    pub rotary_dim: usize,
-    /// Base of the frequencies.
-    pub theta: f64,
+pub struct QkNorm {
+    /// Added to the mean square.
+    pub epsilon: f64,
+    /// What has a norm.
+    pub span: NormSpan,
+}
+
+/// What of a token's queries or keys has one norm.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum NormSpan {
+    /// Each head, all with the same weight (Qwen3).
+    Head,
+    /// All heads together (OLMoE).
+    Heads,
 }
 
 /// The part of a layer that looks at each token alone.
@@ -236,9 +244,15 @@ impl AttentionConfig {
         }
     }
 
-    /// The norm over each head of queries (`q_norm`) and keys (`k_norm`).
-    pub fn head_norm(&self) -> Option<NormConfig> {
-        self.qk_norm.map(|epsilon| NormConfig { kind: NormKind::RmsNorm, width: self.head_dim, epsilon })
+    /// The norms of queries (`q_norm`) and keys (`k_norm`).
+    pub fn qk_norms(&self) -> Option<[NormConfig; 2]> {
+        self.qk_norm.map(|QkNorm { epsilon, span }| {
+            let widths = match span {
+                NormSpan::Head => [self.head_dim; 2],
+                NormSpan::Heads => [self.q_width(), self.kv_width()],
+            };
+            widths.map(|width| NormConfig { kind: NormKind::RmsNorm, width, epsilon })
+        })
     }
 
     fn params(&self) -> Vec<ParamSpec> {
@@ -247,8 +261,8 @@ impl AttentionConfig {
             params.extend(below(name, linear.params()));
         }
         params.extend(below("o_proj", self.out().params()));
-        for name in ["q_norm", "k_norm"] {
-            params.extend(below(name, self.head_norm().map_or_else(Vec::new, |norm| norm.params())));
+        for (name, norm) in ["q_norm", "k_norm"].into_iter().zip(self.qk_norms().into_iter().flatten()) {
+            params.extend(below(name, norm.params()));
         }
         params
     }
@@ -284,6 +298,11 @@ impl LayerConfig {
             if !heads.is_multiple_of(ranks) {
                 return Err(Error::Config(format!("tp {ranks} must divide {name} {heads}")));
             }
+        }
+        if ranks > 1 && attention.qk_norm.is_some_and(|norm| norm.span == NormSpan::Heads) {
+            return Err(Error::Config(format!(
+                "tp must be 1, got {ranks}: the norms of queries and keys span all heads of this model"
+            )));
         }
         let attention = AttentionConfig {
             num_heads: attention.num_heads / ranks,

@@ -14,10 +14,12 @@ mod decoder;
 mod dropout;
 mod error;
 pub mod families;
+mod fields;
 pub mod hf;
 mod layer;
 mod model;
 mod params;
+mod rotary;
 pub mod train;
 
 pub use batch::{IGNORED, LayerLoad, LossOutput, LossParts, Pass, TokenBatch, TrainPass};

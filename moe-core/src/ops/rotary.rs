@@ -87,6 +87,13 @@ impl RotaryTable {
         Ok(Self { head_dim, pairs, max_positions, values })
     }
 
+    /// The same with every cosine and sine times `factor`, which scales what turns (YaRN, 2309.00071).
+    #[must_use]
+    pub fn scaled(&self, factor: f64) -> Self {
+        let values = self.values.iter().map(|value| (f64::from(*value) * factor) as f32).collect();
+        Self { values, ..*self }
+    }
+
     /// Columns of a head.
     pub fn head_dim(&self) -> usize {
         self.head_dim

@@ -3,7 +3,7 @@
 use super::{Linear, Norm};
 use crate::Result;
 use crate::cache::PagedStep;
-use crate::config::{AttentionConfig, Projection, RotaryConfig};
+use crate::config::{AttentionConfig, NormSpan, Projection, RotaryConfig};
 use candle_core::{D, Tensor};
 use candle_nn::VarBuilder;
 use moe_core::ops::{AttentionShape, Dropout, HeadDropout, KvShape, PagedKv, Positions, RotaryTable, check_sequences};
@@ -15,8 +15,8 @@ use std::sync::Arc;
 pub struct Attention {
     projections: Vec<Linear>,
     out: Linear,
-    /// Over each head of queries and keys.
-    head_norms: Option<[Norm; 2]>,
+    /// Of queries and keys.
+    qk_norms: Option<[Norm; 2]>,
     rotary: Option<RotaryTable>,
     config: AttentionConfig,
     ops: Arc<dyn Ops>,
@@ -39,7 +39,7 @@ impl Rotaries {
         if let Some((_, _, table)) = self.tables.iter().find(|(c, dim, _)| *c == config && *dim == head_dim) {
             return Ok(table.clone());
         }
-        let table = RotaryTable::new(head_dim, config.rotary_dim, config.theta, self.max_positions)?;
+        let table = config.table(head_dim, self.max_positions)?;
         self.tables.push((config, head_dim, table.clone()));
         Ok(table)
     }
@@ -58,14 +58,14 @@ impl Attention {
     ) -> Result<Self> {
         let linear = |(name, linear): (&str, _)| Linear::new(&linear, vb.pp(name), Arc::clone(&ops));
         let norm = |name: &str, norm| Norm::new(&norm, vb.pp(name), Arc::clone(&ops));
-        let head_norms = match config.head_norm() {
-            Some(config) => Some([norm("q_norm", config)?, norm("k_norm", config)?]),
+        let qk_norms = match config.qk_norms() {
+            Some([q, k]) => Some([norm("q_norm", q)?, norm("k_norm", k)?]),
             None => None,
         };
         Ok(Self {
             projections: config.projections().into_iter().map(linear).collect::<Result<_>>()?,
             out: linear(("o_proj", config.out()))?,
-            head_norms,
+            qk_norms,
             rotary: config.rotary.map(|rotary| rotaries.get(rotary, config.head_dim)).transpose()?,
             config: *config,
             ops: Arc::clone(&ops),
@@ -100,8 +100,11 @@ impl Attention {
                 [part(0, q_width)?, part(q_width, kv_width)?, part(q_width + kv_width, kv_width)?]
             }
         };
-        if let Some([q_norm, k_norm]) = &self.head_norms {
-            (q, k) = (q_norm.forward_heads(&q)?, k_norm.forward_heads(&k)?);
+        if let (Some([q_norm, k_norm]), Some(config)) = (&self.qk_norms, self.config.qk_norm) {
+            (q, k) = match config.span {
+                NormSpan::Head => (q_norm.forward_heads(&q)?, k_norm.forward_heads(&k)?),
+                NormSpan::Heads => (q_norm.forward(&q)?, k_norm.forward(&k)?),
+            };
         }
         if let (Some(table), Some(rotary)) = (&self.rotary, self.config.rotary) {
             q = self.ops.rotary(&q, table, rotary.layout, positions)?;
@@ -120,7 +123,7 @@ impl Attention {
     pub fn forward(&self, x: &Tensor, seq_len: usize, dropout: Option<Dropout>) -> Result<Tensor> {
         let tokens = x.dim(0)?;
         check_sequences(tokens, seq_len)?;
-        let plain = self.head_norms.is_none() && self.rotary.is_none() && self.config.window.is_none();
+        let plain = self.qk_norms.is_none() && self.rotary.is_none() && self.config.window.is_none();
         let attended = if self.config.projection == Projection::Fused
             && plain
             && self.config.num_heads == self.config.num_kv_heads

@@ -1,8 +1,15 @@
 //! Families of models. Each is one file: its `config.json`, the [`DecoderConfig`] that follows from it, and the names of its
-//! tensors in published files. `FAMILIES` lists them.
+//! tensors in published files.
 
+mod backbone;
 pub mod gpt;
-pub mod qwen3_moe;
+mod mixtral;
+mod olmoe;
+mod published;
+mod qwen2_moe;
+mod qwen3_moe;
+
+pub use published::Published;
 
 use crate::hf::NameTable;
 use crate::{DecoderConfig, Error, Result};
@@ -10,13 +17,6 @@ use candle_core::DType;
 use serde::de::DeserializeOwned;
 use std::fmt::Debug;
 use std::path::Path;
-
-/// Reads the configuration of one family.
-type Read = fn(&[u8], &Path) -> Result<Box<dyn Family>>;
-
-/// What `config.json` calls a family, and who reads its configuration.
-const FAMILIES: &[(&str, Read)] =
-    &[(gpt::MODEL_TYPE, boxed::<gpt::GptConfig>), (qwen3_moe::MODEL_TYPE, boxed::<qwen3_moe::Qwen3MoeConfig>)];
 
 /// A family's configuration.
 pub trait Family: Debug + Send + Sync {
@@ -73,19 +73,16 @@ impl ReadFamily for Box<dyn Family> {
             model_type: String,
         }
         let head: Head = parse(json, path)?;
-        match FAMILIES.iter().find(|(name, _)| *name == head.model_type) {
-            Some((_, read)) => read(json, path),
-            None => {
-                let known: Vec<&str> = FAMILIES.iter().map(|(name, _)| *name).collect();
-                let reason = format!("model_type {:?} is not one of {}", head.model_type, known.join(", "));
-                Err(Error::format(path, reason))
-            }
+        let name = head.model_type.as_str();
+        if name == gpt::MODEL_TYPE {
+            return Ok(Box::new(gpt::GptConfig::read(json, path)?));
         }
+        if published::model_types().any(|known| known == name) {
+            return Ok(Box::new(Published::read(json, path)?));
+        }
+        let known: Vec<&str> = [gpt::MODEL_TYPE].into_iter().chain(published::model_types()).collect();
+        Err(Error::format(path, format!("model_type {name:?} is not one of {}", known.join(", "))))
     }
-}
-
-fn boxed<F: ReadFamily + 'static>(json: &[u8], path: &Path) -> Result<Box<dyn Family>> {
-    Ok(Box::new(F::read(json, path)?))
 }
 
 /// A JSON file as a `T`; a `T` that denies unknown fields refuses by name what this project does not implement.

@@ -188,28 +188,78 @@ fn qwen3_moe_equals_transformers() {
     check("qwen3_moe");
 }
 
-/// What a configuration asks for and this project does not do is refused by the name of the field.
 #[test]
-fn qwen3_moe_refuses_what_it_does_not_implement() {
-    let path = fixtures().join("qwen3_moe/config.json");
+fn qwen2_moe_equals_transformers() {
+    check("qwen2_moe");
+}
+
+#[test]
+fn mixtral_equals_transformers() {
+    check("mixtral");
+}
+
+#[test]
+fn olmoe_equals_transformers() {
+    check("olmoe");
+}
+
+#[track_caller]
+fn refuses(family: &str, cases: &[(&str, &str, &str)]) {
+    let path = fixtures().join(family).join("config.json");
     let good = std::fs::read_to_string(&path).unwrap();
-    for (find, replace, part) in [
-        ("\"hidden_act\": \"silu\"", "\"hidden_act\": \"gelu\"", "hidden_act"),
-        ("\"use_sliding_window\": false", "\"use_sliding_window\": true", "use_sliding_window"),
-        ("\"rope_type\": \"default\"", "\"rope_type\": \"yarn\"", "rope_type \"yarn\""),
-        ("\"attention_dropout\": 0.0", "\"attention_dropout\": 0.1", "attention_dropout"),
-        ("\"use_cache\": true", "\"use_cache\": true, \"rope_scaling\": {\"type\": \"yarn\"}", "rope_scaling"),
-        ("\"use_cache\": true", "\"use_cache\": true, \"shared_expert_intermediate_size\": 5", "shared_expert"),
-        ("\"num_experts_per_tok\": 2", "\"num_experts_per_tok\": 7", "between 1 and the 6 experts"),
-        ("\"num_key_value_heads\": 2", "\"num_key_value_heads\": 3", "num_kv_heads 3 must divide"),
-        ("\"head_dim\": 12", "\"head_dim\": 11", "head_dim"),
-        ("\"num_hidden_layers\": 3", "\"num_hidden_layers\": 99999999999", "num_hidden_layers"),
-        ("\"model_type\": \"qwen3_moe\"", "\"model_type\": \"qwen9\"", "qwen9"),
-    ] {
+    for (find, replace, part) in cases {
         assert!(good.contains(find), "{find}");
         let text = <Box<dyn Family>>::read(good.replacen(find, replace, 1).as_bytes(), &path).unwrap_err().to_string();
         assert!(text.contains(part) && text.contains("config.json"), "{text:?} should name {part:?}");
     }
+}
+
+#[test]
+fn families_refuse_what_they_do_not_implement() {
+    refuses(
+        "mixtral",
+        &[
+            ("\"router_jitter_noise\": 0.0", "\"router_jitter_noise\": 0.1", "router_jitter_noise"),
+            ("\"sliding_window\": 12", "\"sliding_window\": 0", "window must be at least 1"),
+            ("\"num_local_experts\": 6", "\"num_local_experts\": 0", "num_experts must be between 1"),
+            ("\"num_local_experts\": 6", "\"num_local_experts\": 6, \"num_experts\": 5", "must be the same"),
+            ("\"eos_token_id\": 2", "\"eos_token_id\": [2, 97]", "eos_token_id 97 is outside the vocabulary"),
+        ],
+    );
+    refuses("olmoe", &[("\"clip_qkv\": null", "\"clip_qkv\": 8.0", "clip_qkv")]);
+    refuses(
+        "qwen2_moe",
+        &[
+            ("\"full_attention\"", "\"sliding_attention\"", "layer_types"),
+            ("\"rope_type\": \"yarn\"", "\"rope_type\": \"longrope\"", "rope_type \"longrope\""),
+            ("\"factor\": 4.0", "\"factor\": -1.0", "rope_parameters.factor must be a positive number"),
+            ("\"rope_type\": \"yarn\"", "\"rope_type\": \"yarn\", \"new\": 1", "rope_parameters.new"),
+            ("\"shared_expert_intermediate_size\": 24", "\"shared_expert_intermediate_size\": 0", "shared_expert"),
+        ],
+    );
+}
+
+/// What a configuration asks for and this project does not do is refused by the name of the field.
+#[test]
+fn qwen3_moe_refuses_what_it_does_not_implement() {
+    refuses(
+        "qwen3_moe",
+        &[
+            ("\"hidden_act\": \"silu\"", "\"hidden_act\": \"gelu\"", "hidden_act"),
+            ("\"use_sliding_window\": false", "\"use_sliding_window\": true", "use_sliding_window"),
+            ("\"rope_type\": \"default\"", "\"rope_type\": \"axial\"", "rope_type \"axial\""),
+            ("\"attention_dropout\": 0.0", "\"attention_dropout\": 0.1", "attention_dropout"),
+            ("\"use_cache\": true", "\"use_cache\": true, \"rope_scaling\": {\"type\": \"yarn\"}", "rope_scaling"),
+            ("\"use_cache\": true", "\"use_cache\": true, \"shared_expert_intermediate_size\": 5", "shared_expert"),
+            ("\"num_experts_per_tok\": 2", "\"num_experts_per_tok\": 7", "between 1 and the 6 experts"),
+            ("\"num_key_value_heads\": 2", "\"num_key_value_heads\": 3", "num_kv_heads 3 must divide"),
+            ("\"head_dim\": 12", "\"head_dim\": 11", "head_dim"),
+            ("\"num_hidden_layers\": 3", "\"num_hidden_layers\": 99999999999", "num_hidden_layers"),
+            ("\"model_type\": \"qwen3_moe\"", "\"model_type\": \"qwen9\"", "qwen9"),
+        ],
+    );
+    let path = fixtures().join("qwen3_moe/config.json");
+    let good = std::fs::read_to_string(&path).unwrap();
     // Published files say it in the words of transformers 4.
     let old =
         good.replace("\"num_local_experts\"", "\"num_experts\"").replace("\"dtype\"", "\"torch_dtype\"").replacen(

@@ -115,11 +115,16 @@ fn inference_over_ranks_equals_one_rank() {
     }
 }
 
-/// A family with separate projections, shared key heads, rotary positions and an output layer of its own, from its published
-/// files: loss, logits and gradients of each rank's part.
+/// Families from their published files: loss, logits and gradients of each rank's part.
 #[test]
-fn qwen3_moe_over_ranks_equals_one_rank() {
-    let dir = fixtures().join("qwen3_moe");
+fn published_families_over_ranks_equal_one_rank() {
+    for (family, tensor_slicing) in [("qwen3_moe", true), ("qwen2_moe", true), ("mixtral", true), ("olmoe", false)] {
+        family_over_ranks_equals_one_rank(family, tensor_slicing);
+    }
+}
+
+fn family_over_ranks_equals_one_rank(family: &str, tensor_slicing: bool) {
+    let dir = fixtures().join(family);
     let whole = Model::<Box<dyn Family>>::load(&dir, &Device::Cpu).unwrap();
     let table = Arc::new(whole.table().clone());
     let ids: Vec<u32> = (0..13).map(|i| i * 7 % 97).collect();
@@ -133,6 +138,9 @@ fn qwen3_moe_over_ranks_equals_one_rank() {
         (ParallelDims::new(2, 1, 1, 2), Coordination::None),
         (ParallelDims::new(2, 1, 2, 1), Coordination::None),
     ] {
+        if dims.tp > 1 && !tensor_slicing {
+            continue;
+        }
         ThreadWorld::new(2).run(|comm| {
             let exchange = ExchangeConfig { route: Route::Flat, coordination };
             let mesh = Mesh::new(Arc::clone(&comm), dims, 2, exchange).unwrap();
@@ -163,16 +171,21 @@ fn qwen3_moe_over_ranks_equals_one_rank() {
     }
 }
 
-/// Heads that the ranks cannot share are refused with the layer and the numbers.
+/// Heads that the ranks cannot share, and norms that span them, are refused with the layer and the numbers.
 #[test]
-fn heads_that_do_not_divide_are_refused() {
-    let whole = Model::<Box<dyn Family>>::load(&fixtures().join("qwen3_moe"), &Device::Cpu).unwrap();
+fn heads_that_ranks_cannot_share_are_refused() {
+    refuses_tensor_slicing("qwen3_moe", 4, "layer 0: tp 4 must divide num_kv_heads 2");
+    refuses_tensor_slicing("olmoe", 2, "layer 0: tp must be 1, got 2");
+}
+
+fn refuses_tensor_slicing(family: &str, tp: usize, reason: &str) {
+    let whole = Model::<Box<dyn Family>>::load(&fixtures().join(family), &Device::Cpu).unwrap();
     let table = Arc::new(whole.table().clone());
-    ThreadWorld::new(4).run(|comm| {
-        let mesh = Mesh::new(comm, ParallelDims::new(1, 4, 4, 1), 4, ExchangeConfig::default()).unwrap();
+    ThreadWorld::new(tp).run(|comm| {
+        let mesh = Mesh::new(comm, ParallelDims::new(1, tp, 1, 1), tp, ExchangeConfig::default()).unwrap();
         let vb = ParamSource::initial(Arc::clone(&table), 3, mesh.placement()).builder(&Device::Cpu);
         let error = Decoder::over(whole.decoder_config().clone(), vb, Arc::new(KernelOps::default()), &mesh);
         let text = error.map(drop).unwrap_err().to_string();
-        assert!(text.contains("layer 0: tp 4 must divide num_kv_heads 2"), "{text}");
+        assert!(text.contains(reason), "{text}");
     });
 }

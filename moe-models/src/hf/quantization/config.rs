@@ -1,5 +1,6 @@
 //! [`QuantizationConfig`]: `quantization_config` of a `config.json`. It is taken out here before a family reads the rest.
 
+use crate::fields::{Checked, Fields};
 use crate::{Error, ReadFamily, Result};
 use moe_kernels::quantized::QuantFormat;
 use serde_json::{Map, Value, json};
@@ -35,55 +36,6 @@ pub(crate) fn read_config<F: ReadFamily>(json: &[u8], path: &Path) -> Result<(F,
     Ok((F::read(&rest, path)?, Some(config)))
 }
 
-/// The fields of an object that have not been looked at, and where it lies.
-struct Fields {
-    at: String,
-    left: Map<String, Value>,
-}
-
-type Checked<T> = std::result::Result<T, String>;
-
-impl Fields {
-    fn of(value: &Value, at: String) -> Checked<Self> {
-        match value.as_object() {
-            Some(left) => Ok(Self { at, left: left.clone() }),
-            None => Err(format!("{at} must be an object, got {value}")),
-        }
-    }
-
-    /// Null if it is not there.
-    fn take(&mut self, name: &str) -> Value {
-        self.left.shift_remove(name).unwrap_or_default()
-    }
-
-    /// Fields that say how the file came about and nothing about what is in it.
-    fn skip(&mut self, names: &[&str]) {
-        names.iter().for_each(|name| drop(self.take(name)));
-    }
-
-    /// Refuses other values than these.
-    fn expect(&mut self, name: &str, wanted: &[Value]) -> Checked<()> {
-        let got = self.take(name);
-        if wanted.contains(&got) {
-            return Ok(());
-        }
-        let wanted: Vec<String> = wanted.iter().map(Value::to_string).collect();
-        Err(format!("{}.{name} must be {}, got {got}; nothing else is implemented", self.at, wanted.join(" or ")))
-    }
-
-    /// Refuses features that are not implemented: these fields must be absent, null or empty.
-    fn expect_none(&mut self, names: &[&str]) -> Checked<()> {
-        names.iter().try_for_each(|name| self.expect(name, &[Value::Null, json!({}), json!([]), json!(false)]))
-    }
-
-    fn finish(self) -> Checked<()> {
-        match self.left.keys().next() {
-            Some(name) => Err(format!("{}.{name} is not implemented", self.at)),
-            None => Ok(()),
-        }
-    }
-}
-
 impl QuantizationConfig {
     /// Matrices in `format`, but for the linear maps `ignore`.
     pub fn new(format: QuantFormat, ignore: Vec<String>) -> Self {
@@ -95,7 +47,7 @@ impl QuantizationConfig {
     /// # Errors
     /// The name of a field whose value is not implemented, and what is.
     pub fn from_json(value: &Value) -> std::result::Result<Self, String> {
-        let mut fields = Fields::of(value, FIELD.to_owned())?;
+        let mut fields = Fields::of(value, FIELD)?;
         fields.expect("quant_method", &[METHOD.into()])?;
         let format = fields.take("format");
         fields.expect("quantization_status", &[Value::Null, "compressed".into()])?;
@@ -107,11 +59,11 @@ impl QuantizationConfig {
         };
         let groups = Fields::of(&fields.take("config_groups"), format!("{FIELD}.config_groups"))?;
         fields.finish()?;
-        let [(name, group)] = groups.left.iter().collect::<Vec<_>>()[..] else {
-            let count = groups.left.len();
-            return Err(format!("{} must have one group, got {count}; no more is implemented", groups.at));
+        let [(name, group)] = groups.left().iter().collect::<Vec<_>>()[..] else {
+            let count = groups.left().len();
+            return Err(format!("{} must have one group, got {count}; no more is implemented", groups.at()));
         };
-        let group = Fields::of(group, format!("{}.{name}", groups.at))?;
+        let group = Fields::of(group, format!("{}.{name}", groups.at()))?;
         Ok(Self { format: group_format(group, &format)?, ignore })
     }
 
@@ -144,8 +96,8 @@ fn group_format(mut group: Fields, format: &Value) -> Checked<QuantFormat> {
     group.skip(&["targets"]);
     group.expect("format", &[Value::Null, format.clone()])?;
     group.expect_none(&["output_activations"])?;
-    check_inputs(group.take("input_activations"), &group.at)?;
-    let mut weights = Fields::of(&group.take("weights"), format!("{}.weights", group.at))?;
+    check_inputs(group.take("input_activations"), group.at())?;
+    let mut weights = Fields::of(&group.take("weights"), format!("{}.weights", group.at()))?;
     group.finish()?;
     check_integers(&mut weights)?;
     weights.expect("dynamic", &[false.into(), Value::Null])?;
@@ -158,7 +110,7 @@ fn group_format(mut group: Fields, format: &Value) -> Checked<QuantFormat> {
             let size = size.filter(|size| (32..=16384).contains(size) && size.is_multiple_of(32));
             QuantFormat::Int4 {
                 group_size: size.ok_or_else(|| {
-                    format!("{}.group_size must be a multiple of 32 up to 16384, got {group_size}", weights.at)
+                    format!("{}.group_size must be a multiple of 32 up to 16384, got {group_size}", weights.at())
                 })?,
             }
         }
@@ -168,7 +120,7 @@ fn group_format(mut group: Fields, format: &Value) -> Checked<QuantFormat> {
             if ![Value::Null, (-1).into()].contains(&group_size) {
                 return Err(format!(
                     "{}.group_size must be null for a scale per channel, got {group_size}",
-                    weights.at
+                    weights.at()
                 ));
             }
             QuantFormat::Int8

@@ -1,0 +1,239 @@
+//! [`Backbone`]: what published decoders of Llama's form have in common, read from the names that transformers gives it.
+
+use crate::config::{
+    AttentionConfig, DecoderConfig, LayerConfig, MOST_LAYERS, NormConfig, NormKind, Projection, RotaryConfig,
+    RotaryScaling,
+};
+use crate::fields::{Checked, Fields};
+use crate::rotary::yarn_factor;
+use moe_core::ops::RotaryLayout;
+use moe_core::{Activation, BranchConfig, DroplessConfig, MlpConfig, MoeConfig, RouterConfig};
+use serde_json::Value;
+
+/// Most heads and experts; far above every published model, and small enough to size tables by.
+pub(super) const MOST: usize = 1 << 16;
+/// Most columns.
+pub(super) const MOST_WIDTH: usize = 1 << 24;
+
+/// What a family's files may leave out.
+pub(super) struct Defaults {
+    pub(super) rms_norm_eps: f64,
+    pub(super) rope_theta: f64,
+}
+
+/// RMSNorm, rotary positions and SwiGLU.
+#[derive(Debug, Clone, Copy)]
+pub(super) struct Backbone {
+    pub(super) vocab_size: usize,
+    pub(super) max_seq_len: usize,
+    pub(super) d_model: usize,
+    pub(super) num_layers: usize,
+    pub(super) num_heads: usize,
+    pub(super) num_kv_heads: usize,
+    pub(super) head_dim: usize,
+    pub(super) rotary: RotaryConfig,
+    pub(super) epsilon: f64,
+    pub(super) std: f64,
+    pub(super) tie_embeddings: bool,
+    pub(super) eos_token_id: Option<u32>,
+}
+
+impl Backbone {
+    /// Takes the fields that all have.
+    pub(super) fn read(fields: &mut Fields, defaults: &Defaults) -> Checked<Self> {
+        fields.expect("hidden_act", &["silu".into()])?;
+        fields.expect_none(&["attention_dropout", "output_router_logits"])?;
+        let vocab_size = fields.required("vocab_size")?;
+        let max_seq_len = fields.required("max_position_embeddings")?;
+        let d_model = fields.size("hidden_size", MOST_WIDTH)?;
+        let num_heads = fields.size("num_attention_heads", MOST)?;
+        let num_kv_heads = fields.size_or("num_key_value_heads", num_heads, MOST)?;
+        let head_dim = match fields.optional("head_dim")? {
+            Some(dim) => dim,
+            None if d_model.is_multiple_of(num_heads) => d_model / num_heads,
+            None => return Err(format!("num_attention_heads {num_heads} must divide hidden_size {d_model}")),
+        };
+        if head_dim == 0 || head_dim > MOST || !usize::is_multiple_of(head_dim, 2) {
+            return Err(format!("head_dim must be even and between 2 and {MOST}, got {head_dim}"));
+        }
+        let epsilon = fields.positive_or("rms_norm_eps", defaults.rms_norm_eps)?;
+        let std = fields.positive_or("initializer_range", 0.02)?;
+        if epsilon >= 1.0 || std >= 1.0 {
+            return Err(format!("rms_norm_eps {epsilon} and initializer_range {std} must be below 1"));
+        }
+        Ok(Self {
+            vocab_size,
+            max_seq_len,
+            d_model,
+            num_layers: fields.size("num_hidden_layers", MOST_LAYERS)?,
+            num_heads,
+            num_kv_heads,
+            head_dim,
+            rotary: rotary(fields, head_dim, max_seq_len, defaults.rope_theta)?,
+            epsilon,
+            std,
+            tie_embeddings: fields.or("tie_word_embeddings", false)?,
+            eos_token_id: eos_token_id(fields, vocab_size)?,
+        })
+    }
+
+    pub(super) fn norm(&self) -> NormConfig {
+        NormConfig { kind: NormKind::RmsNorm, width: self.d_model, epsilon: self.epsilon }
+    }
+
+    /// Without biases, norms of queries and keys, or a window.
+    pub(super) fn attention(&self) -> AttentionConfig {
+        AttentionConfig {
+            d_model: self.d_model,
+            num_heads: self.num_heads,
+            num_kv_heads: self.num_kv_heads,
+            head_dim: self.head_dim,
+            projection: Projection::Separate,
+            qkv_bias: false,
+            out_bias: false,
+            qk_norm: None,
+            rotary: Some(self.rotary),
+            window: None,
+            in_std: self.std,
+            out_std: self.std,
+        }
+    }
+
+    pub(super) fn mlp(&self, d_ff: usize) -> MlpConfig {
+        MlpConfig {
+            d_model: self.d_model,
+            d_ff,
+            activation: Activation::SwiGlu,
+            bias: false,
+            in_std: self.std,
+            out_std: self.std,
+        }
+    }
+
+    /// Experts of inner width `d_ff` chosen by `router`, with nothing beside them; takes the factor of their loss.
+    pub(super) fn experts(
+        &self,
+        fields: &mut Fields,
+        [num_experts, d_ff]: [usize; 2],
+        router: DroplessConfig,
+    ) -> Checked<MoeConfig> {
+        let load_balance_coef = fields.or("router_aux_loss_coef", 0.001)?;
+        if !(0.0..f64::INFINITY).contains(&load_balance_coef) {
+            return Err(format!("router_aux_loss_coef must be 0 or more, got {load_balance_coef}"));
+        }
+        Ok(MoeConfig {
+            num_experts,
+            expert: self.mlp(d_ff),
+            router: RouterConfig::Dropless { config: router, selection_bias: false },
+            branch: BranchConfig::None,
+            gate_bound: self.std * 3f64.sqrt(),
+            load_balance_coef,
+            router_z_coef: 0.0,
+        })
+    }
+
+    /// The decoder whose layers `layer` makes.
+    pub(super) fn decoder(&self, layer: impl Fn(usize) -> LayerConfig) -> DecoderConfig {
+        DecoderConfig {
+            vocab_size: self.vocab_size,
+            max_seq_len: self.max_seq_len,
+            d_model: self.d_model,
+            layers: (0..self.num_layers).map(layer).collect(),
+            norm: self.norm(),
+            learned_positions: false,
+            tie_embeddings: self.tie_embeddings,
+            init_std: self.std,
+            eos_token_id: self.eos_token_id,
+        }
+    }
+}
+
+/// `num_experts`, or `num_local_experts` as other versions of transformers name it.
+pub(super) fn num_experts(fields: &mut Fields) -> Checked<usize> {
+    match (fields.optional::<usize>("num_experts")?, fields.optional("num_local_experts")?) {
+        (Some(a), Some(b)) if a != b => Err(format!("num_experts {a} and num_local_experts {b} must be the same")),
+        (Some(count), _) | (None, Some(count)) if (1..=MOST).contains(&count) => Ok(count),
+        (Some(count), _) | (None, Some(count)) => Err(format!("num_experts must be between 1 and {MOST}, got {count}")),
+        (None, None) => Err("num_experts is missing".into()),
+    }
+}
+
+/// One token that ends a sequence; of several the first.
+fn eos_token_id(fields: &mut Fields, vocab_size: usize) -> Checked<Option<u32>> {
+    let ids: Vec<u32> = match fields.take("eos_token_id") {
+        Value::Null => Vec::new(),
+        Value::Array(ids) => serde_json::from_value(ids.into()).map_err(|e| format!("eos_token_id: {e}"))?,
+        id => vec![serde_json::from_value(id).map_err(|e| format!("eos_token_id: {e}"))?],
+    };
+    match ids.iter().find(|&&id| id as usize >= vocab_size) {
+        Some(id) => Err(format!("eos_token_id {id} is outside the vocabulary of {vocab_size}")),
+        None => Ok(ids.first().copied()),
+    }
+}
+
+/// `rope_parameters`, or `rope_theta` and `rope_scaling` as files before transformers 5 have it.
+fn rotary(fields: &mut Fields, head_dim: usize, max_seq_len: usize, theta: f64) -> Checked<RotaryConfig> {
+    let mut theta = fields.positive_or("rope_theta", theta)?;
+    let partial: f64 = fields.or("partial_rotary_factor", 1.0)?;
+    let (old, new) = (fields.take("rope_scaling"), fields.take("rope_parameters"));
+    let (at, value) = match (old.is_null(), new.is_null()) {
+        (false, false) => return Err("rope_scaling and rope_parameters must not both be there".into()),
+        (false, true) => ("rope_scaling", old),
+        _ => ("rope_parameters", new),
+    };
+    let (mut factor, mut scaling) = (partial, RotaryScaling::None);
+    if !value.is_null() {
+        let mut rope = Fields::of(&value, at)?;
+        theta = rope.positive_or("rope_theta", theta)?;
+        factor = rope.or("partial_rotary_factor", partial)?;
+        scaling = rotary_scaling(&mut rope, max_seq_len)?;
+        rope.finish()?;
+    }
+    let rotary_dim = (head_dim as f64 * factor) as usize;
+    if !(factor > 0.0 && factor <= 1.0) || rotary_dim == 0 || !rotary_dim.is_multiple_of(2) {
+        return Err(format!("partial_rotary_factor must leave an even number of the {head_dim} columns, got {factor}"));
+    }
+    Ok(RotaryConfig { layout: RotaryLayout::Halves, rotary_dim, theta, scaling })
+}
+
+fn rotary_scaling(rope: &mut Fields, max_seq_len: usize) -> Checked<RotaryScaling> {
+    let (old, new) = (rope.optional::<String>("type")?, rope.optional::<String>("rope_type")?);
+    let kind = new.or(old).unwrap_or_else(|| "default".into());
+    let original = |rope: &mut Fields| rope.size_or("original_max_position_embeddings", max_seq_len, MOST_WIDTH);
+    Ok(match kind.as_str() {
+        "default" => RotaryScaling::None,
+        "linear" => RotaryScaling::Linear { factor: rope.positive_or("factor", f64::NAN)? },
+        "llama3" => {
+            let [factor, low_freq_factor, high_freq_factor] =
+                ["factor", "low_freq_factor", "high_freq_factor"].map(|name| rope.positive_or(name, f64::NAN));
+            let (low_freq_factor, high_freq_factor) = (low_freq_factor?, high_freq_factor?);
+            if low_freq_factor >= high_freq_factor {
+                return Err(format!("{}.low_freq_factor must be below high_freq_factor", rope.at()));
+            }
+            RotaryScaling::Llama3 {
+                factor: factor?,
+                low_freq_factor,
+                high_freq_factor,
+                original_positions: original(rope)?,
+            }
+        }
+        "yarn" => {
+            let original_positions = original(rope)?;
+            let factor = rope.positive_or("factor", max_seq_len as f64 / original_positions as f64)?;
+            let mscale = |rope: &mut Fields, name| Checked::Ok(rope.optional::<f64>(name)?.filter(|m| *m != 0.0));
+            let inferred = match (mscale(rope, "mscale")?, mscale(rope, "mscale_all_dim")?) {
+                (Some(up), Some(down)) => yarn_factor(factor, up) / yarn_factor(factor, down),
+                _ => yarn_factor(factor, 1.0),
+            };
+            RotaryScaling::Yarn {
+                factor,
+                beta_fast: rope.positive_or("beta_fast", 32.0)?,
+                beta_slow: rope.positive_or("beta_slow", 1.0)?,
+                original_positions,
+                truncate: rope.or("truncate", true)?,
+                attention_factor: rope.positive_or("attention_factor", inferred)?,
+            }
+        }
+        other => return Err(format!("{}.rope_type {other:?} is not implemented", rope.at())),
+    })
+}

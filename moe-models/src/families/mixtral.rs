@@ -1,0 +1,31 @@
+//! Mixtral: the experts are all that is in a layer beside attention; a token's weights are divided by their sum.
+//!
+//! # Source
+//! transformers 5.23 `models/mixtral`; Mixtral of Experts (2401.04088).
+
+use super::backbone::{Backbone, Defaults, MOST, MOST_WIDTH, num_experts};
+use super::published::Form;
+use crate::config::{AttentionConfig, DecoderConfig, FeedForwardConfig, LayerConfig};
+use crate::fields::{Checked, Fields};
+use crate::hf::NameTable;
+use moe_core::DroplessConfig;
+
+pub(super) const FORM: Form = Form {
+    model_type: "mixtral",
+    names: NameTable(&[
+        (".mlp.", &[".block_sparse_moe."]),
+        ("fc_in.weight", &["w1.weight", "w3.weight"]),
+        ("fc_out.weight", &["w2.weight"]),
+    ]),
+    read,
+};
+
+fn read(fields: &mut Fields) -> Checked<DecoderConfig> {
+    let backbone = Backbone::read(fields, &Defaults { rms_norm_eps: 1e-5, rope_theta: 1e6 })?;
+    fields.expect_none(&["router_jitter_noise"])?;
+    let attention = AttentionConfig { window: fields.optional("sliding_window")?, ..backbone.attention() };
+    let sizes = [num_experts(fields)?, fields.size("intermediate_size", MOST_WIDTH)?];
+    let router = DroplessConfig::softmax(fields.size("num_experts_per_tok", MOST)?, true);
+    let feed_forward = FeedForwardConfig::Moe(backbone.experts(fields, sizes, router)?);
+    Ok(backbone.decoder(|_| LayerConfig { norm: backbone.norm(), attention, feed_forward }))
+}

@@ -1,0 +1,97 @@
+//! [`Published`]: a model as its authors publish it: a `config.json` that is kept word for word, and what it means.
+
+use super::{Family, ReadFamily};
+use crate::fields::{Checked, Fields};
+use crate::hf::NameTable;
+use crate::{DecoderConfig, Error, Result};
+use candle_core::DType;
+use serde_json::{Map, Value};
+use std::path::Path;
+
+/// A family of published models: how its `config.json` is read, and what its files call tensors.
+#[derive(Debug)]
+pub(super) struct Form {
+    /// `model_type`
+    pub(super) model_type: &'static str,
+    /// The names of tensors in files.
+    pub(super) names: NameTable,
+    /// Takes every field that has a meaning here; what is left is refused.
+    pub(super) read: fn(&mut Fields) -> Checked<DecoderConfig>,
+}
+
+/// All of them.
+const FORMS: [&Form; 4] =
+    [&super::mixtral::FORM, &super::olmoe::FORM, &super::qwen2_moe::FORM, &super::qwen3_moe::FORM];
+
+/// Their names in `config.json`.
+pub(super) fn model_types() -> impl Iterator<Item = &'static str> {
+    FORMS.iter().map(|form| form.model_type)
+}
+
+/// The configuration of a published model.
+#[derive(Debug, Clone)]
+pub struct Published {
+    form: &'static Form,
+    json: Map<String, Value>,
+    decoder: DecoderConfig,
+}
+
+/// Fields that say how a file came about, or what a program may do with it, and nothing about the model.
+const KEPT: [&str; 12] = [
+    "architectures",
+    "transformers_version",
+    "use_cache",
+    "dtype",
+    "torch_dtype",
+    "bos_token_id",
+    "pad_token_id",
+    "_name_or_path",
+    "_attn_implementation_autoset",
+    "auto_map",
+    "output_attentions",
+    "output_hidden_states",
+];
+
+impl Published {
+    fn checked(json: &[u8]) -> Checked<Self> {
+        let value: Value = serde_json::from_slice(json).map_err(|e| e.to_string())?;
+        let mut fields = Fields::of(&value, "")?;
+        let json = fields.left().clone();
+        let model_type: String = fields.required("model_type")?;
+        let form = FORMS.iter().find(|form| form.model_type == model_type);
+        let form = form.ok_or_else(|| format!("model_type {model_type:?} is not that of a published model"))?;
+        fields.skip(&KEPT);
+        let decoder = (form.read)(&mut fields)?;
+        fields.finish()?;
+        decoder.validate().map_err(|e| e.to_string())?;
+        Ok(Self { form, json, decoder })
+    }
+}
+
+impl ReadFamily for Published {
+    fn read(json: &[u8], path: &Path) -> Result<Self> {
+        Self::checked(json).map_err(|reason| Error::format(path, reason))
+    }
+}
+
+impl Family for Published {
+    fn decoder(&self) -> Result<DecoderConfig> {
+        Ok(self.decoder.clone())
+    }
+
+    fn names(&self) -> NameTable {
+        self.form.names
+    }
+
+    fn to_json(&self, dtype: DType) -> Result<String> {
+        let dtype = match dtype {
+            DType::BF16 => "bfloat16",
+            DType::F16 => "float16",
+            _ => "float32",
+        };
+        let mut json = self.json.clone();
+        json.shift_remove("torch_dtype");
+        json.insert("dtype".into(), dtype.into());
+        serde_json::to_string_pretty(&json).map_err(|e| Error::Config(e.to_string()))
+    }
+}
