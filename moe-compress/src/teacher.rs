@@ -70,7 +70,7 @@ impl TeacherFolder {
     /// # Errors
     /// If the folder cannot be read.
     pub fn values(&self, placement: Placement) -> Result<impl Fn(&ParamSpec) -> moe_models::Result<Tensor>> {
-        let checkpoint = Arc::new(Checkpoint::open(&self.dir, self.config.names())?);
+        let checkpoint = Arc::new(Checkpoint::of_family(&self.dir, &self.config)?);
         let table = Arc::new(self.config.decoder()?.params());
         checkpoint.check(&table)?;
         let source = ParamSource::checkpoint(table, checkpoint, placement);

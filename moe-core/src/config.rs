@@ -172,7 +172,7 @@ impl MoeConfig {
     /// `gate.selection_bias` `[num_experts]`
     pub fn selection_bias(&self) -> Option<ParamSpec> {
         let has = matches!(self.router, RouterConfig::Dropless { selection_bias: true, .. });
-        has.then(|| ParamSpec::new("gate.selection_bias", &[self.num_experts], ParamInit::Zeros))
+        has.then(|| ParamSpec::new("gate.selection_bias", &[self.num_experts], ParamInit::Zeros).untrained())
     }
 
     /// `coefficient.weight` `[2, d_model]` and `coefficient.bias` `[2]` of a residual branch.

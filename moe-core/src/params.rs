@@ -61,6 +61,8 @@ pub struct ParamSpec {
     pub init: ParamInit,
     /// Whether the optimizer decays it: matrices yes, biases and norms no.
     pub decay: bool,
+    /// Whether gradients change it. What they do not change is no weight: files keep it in f32 whatever the weights are.
+    pub trained: bool,
     /// Dimensions that ranks may split.
     pub splits: Vec<Split>,
 }
@@ -76,7 +78,13 @@ impl ParamSpec {
     pub fn new(name: impl Into<String>, shape: &[usize], init: ParamInit) -> Self {
         let name = name.into();
         let decay = shape.len() >= 2 && !name.ends_with("bias");
-        Self { name, shape: shape.to_vec(), init, decay, splits: Vec::new() }
+        Self { name, shape: shape.to_vec(), init, decay, trained: true, splits: Vec::new() }
+    }
+
+    /// The same, which no gradient changes.
+    #[must_use]
+    pub fn untrained(self) -> Self {
+        Self { decay: false, trained: false, ..self }
     }
 
     /// The same, split along `dim`.

@@ -53,11 +53,12 @@ impl<F: Family> Blueprint<F> {
         Ok(Self { family, config, table, mesh, device: device.clone() })
     }
 
-    /// A model whose parameters are all trainable and begin with these values.
+    /// A model whose parameters begin with these values, and all that gradients can change are trainable.
     fn of_values(self, value: impl Fn(&ParamSpec) -> Result<Tensor>) -> Result<Model<F>> {
         let variable = |spec: &ParamSpec| Ok((spec.name.clone(), Var::from_tensor(&value(spec)?)?));
         let variables = self.table.specs().iter().map(variable).collect::<Result<Vec<_>>>()?;
-        let trainable = variables.clone();
+        let trained = |name: &str| self.table.get(name).is_none_or(|spec| spec.trained);
+        let trainable = variables.iter().filter(|(name, _)| trained(name)).cloned().collect();
         self.assemble(variables, trainable, Precision::F32)
     }
 
@@ -163,13 +164,14 @@ impl<F: Family> Model<F> {
     }
 
     /// The same model of which training leaves the parameters alone that `frozen` names (stacked experts by the name of the
-    /// stack), and no others: they cost no gradient, no buffer and no moments, and are saved as ever. A checkpoint does not say
+    /// stack), and no others but those that no gradient changes: they cost no gradient, no buffer and no moments, and are saved as ever. A checkpoint does not say
     /// what was frozen: who resumes from it freezes the same.
     ///
     /// # Errors
     /// [`Error::Config`] if nothing is left to train.
     pub fn with_frozen(self, frozen: impl Fn(&str) -> bool) -> Result<Self> {
-        let trainable: Vec<_> = self.variables.iter().filter(|(name, _)| !frozen(name)).cloned().collect();
+        let trained = |name: &str| self.table.get(name).is_none_or(|spec| spec.trained) && !frozen(name);
+        let trainable: Vec<_> = self.variables.iter().filter(|(name, _)| trained(name)).cloned().collect();
         if trainable.is_empty() {
             let count = self.variables.len();
             return Err(Error::Config(format!("all {count} parameters are frozen, which leaves nothing to train")));
@@ -304,7 +306,7 @@ impl<F: ReadFamily> Model<F> {
     /// If a file is missing, damaged, or does not fit the configuration; if the weights are quantized.
     pub fn load(dir: &Path, device: &Device) -> Result<Self> {
         let family: F = read_plain(dir)?;
-        let checkpoint = Checkpoint::open(dir, family.names())?;
+        let checkpoint = Checkpoint::of_family(dir, &family)?;
         Self::from_checkpoint(family, &checkpoint, device)
     }
 
@@ -314,7 +316,7 @@ impl<F: ReadFamily> Model<F> {
     /// If a file is missing, damaged, or does not fit the configuration.
     pub fn load_dequantized(dir: &Path, device: &Device) -> Result<Self> {
         let (family, quantization) = read_folder::<F>(dir)?;
-        let checkpoint = with_integers(Checkpoint::open(dir, family.names())?, quantization);
+        let checkpoint = with_integers(Checkpoint::of_family(dir, &family)?, quantization);
         Self::from_checkpoint(family, &checkpoint, device)
     }
 
@@ -324,7 +326,7 @@ impl<F: ReadFamily> Model<F> {
     /// As [`Model::load`], and [`Decoder::over`].
     pub fn load_over(dir: &Path, mesh: Arc<Mesh>) -> Result<Self> {
         let family: F = read_plain(dir)?;
-        let checkpoint = Checkpoint::open(dir, family.names())?;
+        let checkpoint = Checkpoint::of_family(dir, &family)?;
         Self::from_checkpoint_over(family, Arc::new(checkpoint), mesh)
     }
 
@@ -382,7 +384,7 @@ impl Decoder {
     /// has.
     pub fn load(dir: &Path, forms: impl Into<PackedForms>) -> Result<Self> {
         let config = read_folder::<Box<dyn Family>>(dir)?;
-        let checkpoint = Checkpoint::open(dir, config.0.names())?;
+        let checkpoint = Checkpoint::of_family(dir, &config.0)?;
         Self::from_checkpoint(config, checkpoint, forms.into(), &dir.join("config.json"))
     }
 
@@ -393,7 +395,7 @@ impl Decoder {
     /// As [`Decoder::load`], and [`Decoder::over`].
     pub fn load_over(dir: &Path, precision: Precision, mesh: &Mesh) -> Result<Self> {
         let family = <Box<dyn Family>>::read_file(&dir.join("config.json"))?;
-        let checkpoint = Checkpoint::open(dir, family.names())?;
+        let checkpoint = Checkpoint::of_family(dir, &family)?;
         let config = family.decoder()?;
         let table = Arc::new(config.params());
         checkpoint.check(&table)?;

@@ -19,6 +19,13 @@ pub(super) const MOST_WIDTH: usize = 1 << 24;
 pub(super) struct Defaults {
     pub(super) rms_norm_eps: f64,
     pub(super) rope_theta: f64,
+    /// Share of a head's columns that turn.
+    pub(super) partial_rotary_factor: f64,
+}
+
+impl Defaults {
+    /// Llama's.
+    pub(super) const LLAMA: Self = Self { rms_norm_eps: 1e-6, rope_theta: 1e4, partial_rotary_factor: 1.0 };
 }
 
 /// RMSNorm, rotary positions and SwiGLU.
@@ -69,7 +76,7 @@ impl Backbone {
             num_heads,
             num_kv_heads,
             head_dim,
-            rotary: rotary(fields, head_dim, max_seq_len, defaults.rope_theta)?,
+            rotary: rotary(fields, head_dim, max_seq_len, defaults)?,
             epsilon,
             std,
             tie_embeddings: fields.or("tie_word_embeddings", false)?,
@@ -172,9 +179,9 @@ fn eos_token_id(fields: &mut Fields, vocab_size: usize) -> Checked<Option<u32>> 
 }
 
 /// `rope_parameters`, or `rope_theta` and `rope_scaling` as files before transformers 5 have it.
-fn rotary(fields: &mut Fields, head_dim: usize, max_seq_len: usize, theta: f64) -> Checked<RotaryConfig> {
-    let mut theta = fields.positive_or("rope_theta", theta)?;
-    let partial: f64 = fields.or("partial_rotary_factor", 1.0)?;
+fn rotary(fields: &mut Fields, head_dim: usize, max_seq_len: usize, defaults: &Defaults) -> Checked<RotaryConfig> {
+    let mut theta = fields.positive_or("rope_theta", defaults.rope_theta)?;
+    let partial: f64 = fields.or("partial_rotary_factor", defaults.partial_rotary_factor)?;
     let (old, new) = (fields.take("rope_scaling"), fields.take("rope_parameters"));
     let (at, value) = match (old.is_null(), new.is_null()) {
         (false, false) => return Err("rope_scaling and rope_parameters must not both be there".into()),

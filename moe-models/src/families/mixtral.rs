@@ -21,7 +21,7 @@ pub(super) const FORM: Form = Form {
 };
 
 fn read(fields: &mut Fields) -> Checked<DecoderConfig> {
-    let backbone = Backbone::read(fields, &Defaults { rms_norm_eps: 1e-5, rope_theta: 1e6 })?;
+    let backbone = Backbone::read(fields, &Defaults { rms_norm_eps: 1e-5, rope_theta: 1e6, ..Defaults::LLAMA })?;
     fields.expect_none(&["router_jitter_noise"])?;
     let attention = AttentionConfig { window: fields.optional("sliding_window")?, ..backbone.attention() };
     let sizes = [num_experts(fields)?, fields.size("intermediate_size", MOST_WIDTH)?];

@@ -2,6 +2,7 @@
 //! tensors in published files.
 
 mod backbone;
+mod glm4_moe;
 pub mod gpt;
 mod mixtral;
 mod olmoe;
@@ -29,6 +30,12 @@ pub trait Family: Debug + Send + Sync {
     /// The names of its tensors in files.
     fn names(&self) -> NameTable;
 
+    /// Whether a tensor of this name in files is something that the decoder has no use for, as heads that predict further tokens.
+    fn is_extra(&self, name: &str) -> bool {
+        let _ = name;
+        false
+    }
+
     /// The content of its `config.json` beside weights saved as `dtype`.
     ///
     /// # Errors
@@ -42,6 +49,9 @@ impl<T: Family + ?Sized> Family for Box<T> {
     }
     fn names(&self) -> NameTable {
         (**self).names()
+    }
+    fn is_extra(&self, name: &str) -> bool {
+        (**self).is_extra(name)
     }
     fn to_json(&self, dtype: DType) -> Result<String> {
         (**self).to_json(dtype)

@@ -13,7 +13,7 @@ use moe_core::DroplessConfig;
 pub(super) const FORM: Form = Form { model_type: "olmoe", names: qwen3_moe::NAMES, read };
 
 fn read(fields: &mut Fields) -> Checked<DecoderConfig> {
-    let backbone = Backbone::read(fields, &Defaults { rms_norm_eps: 1e-5, rope_theta: 1e4 })?;
+    let backbone = Backbone::read(fields, &Defaults { rms_norm_eps: 1e-5, ..Defaults::LLAMA })?;
     fields.expect_none(&["clip_qkv"])?;
     let bias = fields.or("attention_bias", false)?;
     let attention = AttentionConfig {

@@ -20,8 +20,13 @@ pub(super) struct Form {
 }
 
 /// All of them.
-const FORMS: [&Form; 4] =
-    [&super::mixtral::FORM, &super::olmoe::FORM, &super::qwen2_moe::FORM, &super::qwen3_moe::FORM];
+const FORMS: [&Form; 5] = [
+    &super::glm4_moe::FORM,
+    &super::mixtral::FORM,
+    &super::olmoe::FORM,
+    &super::qwen2_moe::FORM,
+    &super::qwen3_moe::FORM,
+];
 
 /// Their names in `config.json`.
 pub(super) fn model_types() -> impl Iterator<Item = &'static str> {
@@ -81,6 +86,12 @@ impl Family for Published {
 
     fn names(&self) -> NameTable {
         self.form.names
+    }
+
+    /// Layers after the last: those that predict further tokens (DeepSeek-V3, GLM-4.5), which take no part in the first.
+    fn is_extra(&self, name: &str) -> bool {
+        let layer = name.strip_prefix("model.layers.").and_then(|rest| rest.split_once('.')?.0.parse::<usize>().ok());
+        layer.is_some_and(|layer| layer >= self.decoder.layers.len())
     }
 
     fn to_json(&self, dtype: DType) -> Result<String> {

@@ -13,7 +13,7 @@ use moe_core::{BranchConfig, MoeConfig};
 pub(super) const FORM: Form = Form { model_type: "qwen2_moe", names: qwen3_moe::NAMES, read };
 
 fn read(fields: &mut Fields) -> Checked<DecoderConfig> {
-    let backbone = Backbone::read(fields, &Defaults { rms_norm_eps: 1e-6, rope_theta: 1e4 })?;
+    let backbone = Backbone::read(fields, &Defaults::LLAMA)?;
     qwen3_moe::refuse_windows(fields)?;
     let attention = AttentionConfig { qkv_bias: fields.or("qkv_bias", true)?, ..backbone.attention() };
     let shared = backbone.mlp(fields.size("shared_expert_intermediate_size", MOST_WIDTH)?);

@@ -18,7 +18,7 @@ pub(super) const NAMES: NameTable =
     NameTable(&[("fc_in.weight", &["gate_proj.weight", "up_proj.weight"]), ("fc_out.weight", &["down_proj.weight"])]);
 
 fn read(fields: &mut Fields) -> Checked<DecoderConfig> {
-    let backbone = Backbone::read(fields, &Defaults { rms_norm_eps: 1e-6, rope_theta: 1e4 })?;
+    let backbone = Backbone::read(fields, &Defaults::LLAMA)?;
     refuse_windows(fields)?;
     let bias = fields.or("attention_bias", false)?;
     let attention = AttentionConfig {

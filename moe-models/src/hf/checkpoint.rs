@@ -9,7 +9,7 @@ use super::names::NameTable;
 use super::quantization::StoredMatrix;
 use super::tensor_file::{TensorFile, TensorHeader};
 use crate::params::ParamTable;
-use crate::{Error, Result};
+use crate::{Error, Family, Result};
 use candle_core::{DType, Device, Tensor};
 use moe_core::ParamSpec;
 use moe_core::ops::host::to_f32_vec;
@@ -103,6 +103,16 @@ impl Checkpoint {
     /// If a file is missing, cannot be read, or is damaged, or a tensor is in two files.
     pub fn open(dir: &Path, names: NameTable) -> Result<Self> {
         Self::new(weight_files(dir)?.into_iter().map(TensorFile::open).collect::<Result<_>>()?, names)
+    }
+
+    /// The weights in a folder of a model of `family`, without tensors that its decoder has no use for.
+    ///
+    /// # Errors
+    /// As [`Self::open`].
+    pub fn of_family<F: Family + ?Sized>(dir: &Path, family: &F) -> Result<Self> {
+        let mut all = Self::open(dir, family.names())?;
+        all.by_name.retain(|name, _| !family.is_extra(name));
+        Ok(all)
     }
 
     /// The weights in the content of one safetensors file.

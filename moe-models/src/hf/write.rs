@@ -97,6 +97,7 @@ pub(crate) fn file_tensors(table: &ParamTable, names: NameTable, dtype: DType) -
             for (name, shape) in names.tensors(&unit.name, &unit.shape)? {
                 let elements = start..start + shape.iter().product::<usize>();
                 start = elements.end;
+                let dtype = if spec.trained { dtype } else { Dtype::F32 };
                 let (header, unit) = (TensorHeader { name, dtype, shape }, unit.clone());
                 tensors.push(FileTensor { header, spec, expert, unit, elements });
             }

@@ -74,6 +74,10 @@ fn logits_and_gradients_equal_transformers(fixture: &Fixture) {
     let grads = loss.backward().unwrap();
     let (mut compared, mut worst) = (0, 0f64);
     for (spec, (name, var)) in model.table().specs().iter().zip(model.params()) {
+        if !spec.trained {
+            assert!(grads.get(var).is_none(), "{name} has a gradient");
+            continue;
+        }
         let grad = grads.get(var).unwrap_or_else(|| panic!("{name} has no gradient"));
         let experts = if spec.is_stacked() { spec.shape[0] } else { 1 };
         for expert in 0..experts {
@@ -199,6 +203,19 @@ fn mixtral_equals_transformers() {
 }
 
 #[test]
+fn glm4_moe_equals_transformers() {
+    check("glm4_moe");
+}
+
+/// What the decoder has no use for in published files, and what it could not do without.
+#[test]
+fn layers_after_the_last_are_left_out() {
+    let family = <Box<dyn Family>>::read_file(&fixtures().join("glm4_moe/config.json")).unwrap();
+    assert!(family.is_extra("model.layers.3.shared_head.norm.weight"));
+    assert!(!family.is_extra("model.layers.2.mlp.gate.weight") && !family.is_extra("model.norm.weight"));
+}
+
+#[test]
 fn olmoe_equals_transformers() {
     check("olmoe");
 }
@@ -224,6 +241,15 @@ fn families_refuse_what_they_do_not_implement() {
             ("\"num_local_experts\": 6", "\"num_local_experts\": 0", "num_experts must be between 1"),
             ("\"num_local_experts\": 6", "\"num_local_experts\": 6, \"num_experts\": 5", "must be the same"),
             ("\"eos_token_id\": 2", "\"eos_token_id\": [2, 97]", "eos_token_id 97 is outside the vocabulary"),
+        ],
+    );
+    refuses(
+        "glm4_moe",
+        &[
+            ("\"n_group\": 4", "\"n_group\": 3", "n_group must divide the 8 experts"),
+            ("\"topk_group\": 2", "\"topk_group\": 5", "topk_group must be between 1 and n_group"),
+            ("\"routed_scaling_factor\": 1.5", "\"routed_scaling_factor\": 0.0", "routed_scaling_factor"),
+            ("\"partial_rotary_factor\": 0.5", "\"partial_rotary_factor\": 0.6", "partial_rotary_factor"),
         ],
     );
     refuses("olmoe", &[("\"clip_qkv\": null", "\"clip_qkv\": 8.0", "clip_qkv")]);

@@ -97,7 +97,7 @@ pub(super) fn save_sharded(
         return Err(Error::format(path, reason));
     }
     let decoder = family.decoder()?;
-    let (table, checkpoint) = (decoder.params(), Checkpoint::open(from, family.names())?);
+    let (table, checkpoint) = (decoder.params(), Checkpoint::of_family(from, &family)?);
     checkpoint.check(&table)?;
     let tensors = file_tensors(&table, family.names(), DType::F32)?;
     let units = tensors.iter().map(|tensor| Unit::new(tensor, format, &checkpoint)).collect::<Result<Vec<_>>>()?;
