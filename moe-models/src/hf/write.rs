@@ -169,7 +169,7 @@ fn write_shard(
     tensors: &mut [FileTensor<'_>],
     values: &mut impl FnMut(&FileTensor<'_>) -> Result<Vec<f32>>,
 ) -> Result<()> {
-    tensors.sort_by(|a, b| a.header.name.cmp(&b.header.name));
+    tensors.sort_by(|a, b| a.header.order(&b.header));
     let headers: Vec<TensorHeader> = tensors.iter().map(|tensor| tensor.header.clone()).collect();
     try_write_atomically(path, |out| {
         let failed = |e| Error::io(path, e);
