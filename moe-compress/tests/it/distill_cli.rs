@@ -123,6 +123,13 @@ fn students_may_differ_from_their_teacher() {
     let more = [&shape[..], &["--num-experts", "3,5", "--kd-weight", "0.5"]].concat();
     succeed(&moe_distill(dir.path(), "run", &more));
     assert_eq!(metric(&dir.path().join("run"), "train/kd_loss").len(), 9);
+    // What a student is before it learns is its loss on text, as in every validation.
+    assert!(!metric(&dir.path().join("run"), "valid/loss").contains_key(&0));
+    succeed(&moe_distill(dir.path(), "measured", &[&more[..], &["--eval-on-start"]].concat()));
+    let measured = dir.path().join("measured");
+    let (valid, lm) = (metric(&measured, "valid/loss"), metric(&measured, "train/lm_loss"));
+    assert!((valid[&0] - lm[&1]).abs() < 0.1 * lm[&1], "{} {}", valid[&0], lm[&1]);
+    assert_eq!(lm, metric(&dir.path().join("run"), "train/lm_loss"));
     let none = moe_distill(dir.path(), "none", &["--kd", "none"]);
     assert!(succeed(&none).contains("following it in no step"));
     assert!(metric(&dir.path().join("none"), "train/kd_loss").is_empty());

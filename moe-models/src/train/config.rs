@@ -75,6 +75,8 @@ pub struct TrainConfig {
     pub seed: u64,
     /// Steps between validations.
     pub eval_interval: u64,
+    /// Whether a run that starts at step 0 validates before its first step too.
+    pub eval_on_start: bool,
     /// Micro-batches evaluated per source; 0 means the whole source.
     pub eval_iters: usize,
     /// Steps between checkpoints.
@@ -114,6 +116,7 @@ impl Default for TrainConfig {
             eps: adam.eps,
             seed: 1234,
             eval_interval: 100,
+            eval_on_start: false,
             eval_iters: 10,
             save_interval: 500,
             keep_last: 2,
@@ -234,13 +237,14 @@ impl TrainConfig {
     /// # Errors
     /// [`Error::Config`] naming the first setting that differs, with both values.
     pub fn check_continues(&self, saved: &Self) -> Result<()> {
-        const MAY_CHANGE: [&str; 10] = [
+        const MAY_CHANGE: [&str; 11] = [
             "data",
             "valid",
             "data_cache",
             "train_tokens",
             "recompute",
             "eval_interval",
+            "eval_on_start",
             "eval_iters",
             "save_interval",
             "keep_last",
@@ -322,8 +326,8 @@ mod tests {
     #[test]
     fn only_the_course_of_a_run_is_fixed() {
         let saved = TrainConfig::default().resolved(128).unwrap();
-        let (data_cache, log_interval) = (Some("elsewhere".into()), 1);
-        let longer = TrainConfig { train_tokens: 9_000_000, log_interval, data_cache, ..saved.clone() };
+        let (data_cache, log_interval, eval_on_start) = (Some("elsewhere".into()), 1, true);
+        let longer = TrainConfig { train_tokens: 9_000_000, log_interval, eval_on_start, data_cache, ..saved.clone() };
         longer.check_continues(&saved).unwrap();
         let message = TrainConfig { lr: 1.0, ..saved.clone() }.check_continues(&saved).unwrap_err().to_string();
         assert!(message.contains("lr is 1.0") && message.contains("0.002"), "{message}");
@@ -331,12 +335,12 @@ mod tests {
         assert!(TrainConfig { hidden_dropout: 0.1, ..saved.clone() }.check_continues(&saved).is_err());
     }
 
-    /// Runs of versions without dropout dropped nothing, and go on so.
+    /// Runs of versions without a setting go on as if it were off.
     #[test]
-    fn settings_without_dropout_are_read() {
+    fn settings_of_earlier_versions_are_read() {
         let saved = TrainConfig::default().resolved(128).unwrap();
         let mut json = serde_json::to_value(&saved).unwrap();
-        for name in ["attention_dropout", "hidden_dropout"] {
+        for name in ["attention_dropout", "hidden_dropout", "eval_on_start"] {
             assert!(json.as_object_mut().unwrap().remove(name).is_some(), "{name}");
         }
         let read: TrainConfig = serde_json::from_value(json).unwrap();

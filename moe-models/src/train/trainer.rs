@@ -6,7 +6,7 @@ use super::config::TrainConfig;
 use super::data::packed::Fingerprint;
 use super::data::{PackedSource, SequenceSampler, ValidSource};
 use super::division::Division;
-use super::evaluate::{Evaluation, evaluate_over};
+use super::evaluate::evaluate_over;
 use super::lock::RunLock;
 use super::memory;
 use super::metrics::{self, MetricsWriter, Record};
@@ -290,7 +290,8 @@ impl<M: TrainModel> Trainer<M> {
     }
 
     /// Trains to the end, or until `stop` is raised on any rank; either way the last state is saved before this returns. Every
-    /// rank's `observer` is told everything.
+    /// rank's `observer` is told everything. At step 0 validates first, if the settings ask for it: there is no checkpoint
+    /// to be the best by then, so that loss is only recorded.
     ///
     /// # Errors
     /// What model, optimizer or disk return, on any rank; checkpoints written before stay intact.
@@ -298,6 +299,11 @@ impl<M: TrainModel> Trainer<M> {
         let total_steps = self.config.total_steps();
         let tokens_per_step = self.config.tokens_per_step();
         observer.event(&Event::Started { step: self.step, total_steps, tokens_per_step });
+        if self.config.eval_on_start && self.step == 0 {
+            let mut record = Record::new(0, 0);
+            self.validate(&mut record, observer)?;
+            self.write(&record)?;
+        }
         while self.step < total_steps && !any(&*self.ranks, Phase::Update, stop.load(Ordering::Relaxed))? {
             self.one_step(total_steps, observer)?;
             if let Some(budget) = self.memory_budget {
@@ -330,21 +336,21 @@ impl<M: TrainModel> Trainer<M> {
             self.push_traffic(&mut record)?;
         }
         // Every checkpoint is measured, so that the best of them is known.
-        let evaluation = if validate || save { self.validate(observer)? } else { None };
-        if let Some(evaluation) = &evaluation {
-            evaluation.push_to(&mut record);
-        }
-        if !record.values.is_empty() {
-            let written = self
-                .files
-                .as_mut()
-                .map_or(Ok(()), |files| files.lock.check().and_then(|()| files.metrics.write(&record)));
-            all_well(&*self.ranks, Phase::Update, written)?;
-        }
+        let valid_loss = if validate || save { self.validate(&mut record, observer)? } else { None };
+        self.write(&record)?;
         if save {
-            self.save(evaluation.map(|e| e.loss()), observer)?;
+            self.save(valid_loss, observer)?;
         }
         Ok(())
+    }
+
+    /// Appends a record to the metrics, unless it is empty.
+    fn write(&mut self, record: &Record) -> Result<()> {
+        if record.values.is_empty() {
+            return Ok(());
+        }
+        let write = |files: &mut Files| files.lock.check().and_then(|()| files.metrics.write(record));
+        all_well(&*self.ranks, Phase::Update, self.files.as_mut().map_or(Ok(()), write))
     }
 
     /// Draws a global batch, sums its gradients and updates the parameters.
@@ -442,7 +448,8 @@ impl<M: TrainModel> Trainer<M> {
         Ok(())
     }
 
-    fn validate(&self, observer: &mut dyn Observer) -> Result<Option<Evaluation>> {
+    /// The loss on validation text, if there is any; `record` gets all that was measured.
+    fn validate(&self, record: &mut Record, observer: &mut dyn Observer) -> Result<Option<f64>> {
         if self.corpus.valid.is_empty() {
             return Ok(None);
         }
@@ -454,7 +461,8 @@ impl<M: TrainModel> Trainer<M> {
             bits_per_byte: evaluation.bits_per_byte(),
             by_source: evaluation.bits_per_byte_by_source(),
         });
-        Ok(Some(evaluation))
+        evaluation.push_to(record);
+        Ok(Some(evaluation.loss()))
     }
 
     fn save(&mut self, valid_loss: Option<f64>, observer: &mut dyn Observer) -> Result<()> {

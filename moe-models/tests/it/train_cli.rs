@@ -85,6 +85,21 @@ fn runs_resumes_and_exports() {
     assert!(text.contains("checking the cached tokens of text") && !text.contains("tokenising"), "{text}");
 }
 
+/// On one rank and on two, and only before the first step of all.
+#[test]
+fn a_run_validates_before_its_first_step() {
+    let dir = folder();
+    let start = |out: &str, more: &[&str]| {
+        let own = ["--out", out, "--train-tokens", "256", "--eval-on-start"];
+        let text = succeed(&moe_train(dir.path(), &arguments(&[&own[..], more].concat())).output().unwrap());
+        text.lines().find(|line| line.starts_with("step 0: valid loss ")).map(str::to_owned)
+    };
+    let first = start("one", &["--exit-interval", "2"]);
+    assert!(first.is_some());
+    assert_eq!(start("one", &[]), None, "resumed from step 2");
+    assert_eq!(start("two", &["--ranks", "2"]), first);
+}
+
 fn tokens_in(dir: &Path) -> Vec<PathBuf> {
     files_below(dir).into_iter().filter(|path| path.extension().is_some_and(|ending| ending == "tokens")).collect()
 }
@@ -283,12 +298,14 @@ fn flags_without_effect_are_refused() {
     let check = |more: &[&str], words: &[&str]| check_refused(dir.path(), more, words);
     check(&["--data", "text.txt", "--valid", "text.txt=2"], &["text.txt", "weight 2"]);
     check(&["--evaluate", "model", "--valid", "text.txt=2"], &["model"]);
-    for flag in ["--eval-interval", "--eval-iters"] {
-        check(&["--data", "text.txt", "--valid-fraction", "0", flag, "3"], &[flag, "--valid"]);
+    for flag in ["--eval-interval=3", "--eval-iters=3", "--eval-on-start"] {
+        let name = flag.split('=').next().unwrap();
+        check(&["--data", "text.txt", "--valid-fraction", "0", flag], &[name, "--valid"]);
     }
     check(&["--data", "text.txt", "--valid-fraction", "0", "--export", "model", "--export-best"], &["--export-best"]);
-    for flags in ["--lr 1", "--data text.txt", "--out run", "--tokenizer t.json", "--hidden-size 8", "--train-tokens 5"]
-    {
+    let training_only =
+        ["--lr 1", "--data text.txt", "--out run", "--tokenizer t.json", "--hidden-size 8", "--train-tokens 5"];
+    for flags in training_only.into_iter().chain(["--eval-on-start"]) {
         let mut arguments = vec!["--evaluate", "model", "--valid", "text.txt"];
         arguments.extend(flags.split(' '));
         check(&arguments, &["--evaluate", flags.split(' ').next().unwrap()]);

@@ -3,6 +3,7 @@
 use crate::toy::{MAX_SEQ, Toy, config, corpus};
 use moe_core::CounterRng;
 use moe_models::train::checkpoint::{CheckpointStore, read_state};
+use moe_models::train::evaluate::evaluate;
 use moe_models::train::{Event, Outcome, TrainConfig, TrainModel, Trainer};
 use std::path::Path;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -83,6 +84,57 @@ fn killed_between_checkpoints_and_resumed_is_bit_identical() {
         .map(|r| r["step"].as_u64().unwrap())
         .collect();
     assert_eq!(steps, (1..=12).collect::<Vec<_>>(), "no record twice, none missing");
+}
+
+/// Loss and bits per byte of each validation, by step and tokens.
+fn validations(dir: &Path) -> Vec<(u64, u64, f64, f64)> {
+    let text = std::fs::read_to_string(dir.join("metrics.jsonl")).unwrap();
+    let of = |record: &serde_json::Value| {
+        let number = |tag: &str| record[tag].as_u64().unwrap();
+        let (loss, bits) = (record["valid/loss"].as_f64()?, record["valid/bits_per_byte"].as_f64()?);
+        Some((number("step"), number("tokens"), loss, bits))
+    };
+    losses(&text).iter().filter_map(of).collect()
+}
+
+/// The untrained model is measured once, whatever is resumed, and nothing else of the run changes.
+#[test]
+fn a_run_validates_before_its_first_step_where_it_is_asked_to() {
+    let (plain, asked) = (config(), TrainConfig { eval_on_start: true, ..config() });
+    let [plain_dir, whole_dir, cut_dir] = [(); 3].map(|()| tempfile::tempdir().unwrap());
+    let (_, without) = run(&plain, plain_dir.path(), None);
+    let (_, whole) = run(&asked, whole_dir.path(), None);
+    run(&asked, cut_dir.path(), Some(6));
+    let (_, resumed) = run(&asked, cut_dir.path(), None);
+    assert_same(&without, &whole, "validated first");
+    assert_same(&without, &resumed, "validated first, resumed");
+
+    let untrained = evaluate(&Toy::new(asked.seed), &corpus(&asked).0.valid, asked.micro_batch_size).unwrap();
+    let first = (0, 0, untrained.loss(), untrained.bits_per_byte());
+    let want: Vec<_> = std::iter::once(first).chain(validations(plain_dir.path())).collect();
+    assert_eq!(validations(whole_dir.path()), want);
+    // A run validates when it is stopped and when it saves.
+    let cut = validations(cut_dir.path());
+    assert_eq!((cut[0], cut.iter().filter(|v| v.0 == 0).count()), (first, 1));
+    let text = std::fs::read_to_string(whole_dir.path().join("metrics.jsonl")).unwrap();
+    let tags = losses(&text)[0].as_object().unwrap().keys().cloned().collect::<Vec<_>>();
+    let sources = ["valid/bits_per_byte/one", "valid/bits_per_byte/two"];
+    let want = ["step", "tokens", "valid/loss", "valid/bits_per_byte"].into_iter().chain(sources);
+    assert!(want.clone().all(|tag| tags.contains(&tag.to_owned())) && tags.len() == want.count(), "{tags:?}");
+}
+
+/// A model that was best before training has no checkpoint.
+#[test]
+fn the_best_checkpoint_is_one_of_a_step() {
+    let dir = tempfile::tempdir().unwrap();
+    let config =
+        TrainConfig { eval_on_start: true, lr: 30.0, min_lr: Some(30.0), lr_warmup_tokens: Some(0), ..config() };
+    let (_, trainer) = run(&config, dir.path(), None);
+    let best = read_state(&trainer.last_checkpoint().unwrap()).unwrap().best.unwrap();
+    assert!(validations(dir.path())[0].2 < best.valid_loss, "the test wants training to do harm");
+    assert!(best.step > 0);
+    let folder = CheckpointStore::open(dir.path(), 2).unwrap().folder(best.step);
+    assert_eq!(trainer.best_checkpoint(), Some(folder));
 }
 
 #[test]

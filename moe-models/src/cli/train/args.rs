@@ -101,6 +101,9 @@ pub struct TrainArgs {
     /// Steps between validations.
     #[arg(long)]
     eval_interval: Option<u64>,
+    /// Validate before the first step too; a run that is resumed after it does not.
+    #[arg(long)]
+    eval_on_start: bool,
     /// Micro-batches evaluated per validation source; 0 evaluates all of it.
     #[arg(long)]
     eval_iters: Option<usize>,
@@ -133,7 +136,7 @@ pub struct TrainArgs {
 }
 
 /// What `--evaluate` would ignore. `ModelArgs` is the group of all flags that describe a model.
-const TRAINING_ONLY: [&str; 25] = [
+const TRAINING_ONLY: [&str; 26] = [
     "exit_interval",
     "ModelArgs",
     "RankArgs",
@@ -155,6 +158,7 @@ const TRAINING_ONLY: [&str; 25] = [
     "clip_grad",
     "seed",
     "eval_interval",
+    "eval_on_start",
     "save_interval",
     "keep_last",
     "log_interval",
@@ -221,6 +225,7 @@ impl TrainArgs {
         let needs_validation = [
             ("--export-best", self.export_best),
             ("--eval-interval", self.eval_interval.is_some()),
+            ("--eval-on-start", self.eval_on_start),
             ("--eval-iters", self.eval_iters.is_some()),
         ];
         if let Some((flag, _)) = needs_validation.iter().find(|(_, given)| *given && !validates) {
@@ -269,6 +274,7 @@ impl TrainArgs {
         set(&mut config.clip_grad, self.clip_grad);
         set(&mut config.seed, self.seed);
         set(&mut config.eval_interval, self.eval_interval);
+        config.eval_on_start |= self.eval_on_start;
         set(&mut config.eval_iters, self.eval_iters);
         set(&mut config.save_interval, self.save_interval);
         set(&mut config.keep_last, self.keep_last);
