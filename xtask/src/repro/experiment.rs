@@ -26,6 +26,8 @@ pub(super) struct Experiment {
     /// Runs compared seed by seed, the first minus the second: of this experiment, or of another (`experiment/run`).
     #[serde(default)]
     pub(super) pairs: Vec<[String; 2]>,
+    /// The run whose model these runs were cut from: the report then tells how much of what the cut has cost they win back.
+    pub(super) recovery_of: Option<String>,
 }
 
 /// A model and how it is trained.
@@ -39,8 +41,9 @@ pub(super) struct Run {
     train_tokens: Option<u64>,
     /// The run of this experiment or of another (`experiment/run`) whose model of the same seed is the teacher.
     pub(super) teacher: Option<String>,
-    /// The same for a model that is made of another before it is trained further: what `moe-compress` is told beside folders.
+    /// The same for the model that is trained further.
     pub(super) made_of: Option<String>,
+    /// What `moe-compress` is told beside folders, to make another of that model first; nothing: it is trained as it is.
     #[serde(default)]
     made_by: Vec<String>,
     /// About how long it takes, one thread.
@@ -95,9 +98,14 @@ impl Experiment {
         }
         ensure!(!own.seeds.is_empty(), "seeds is empty");
         let sources = own.run.iter().flat_map(|run| [&run.teacher, &run.made_of]).flatten();
-        let unknown = own.pairs.iter().flatten().chain(sources).find(|name| own.place_of(name).is_none());
+        let unknown = own.compared().chain(sources).find(|name| own.place_of(name).is_none());
         ensure!(unknown.is_none(), "{unknown:?} is no run; a run of another experiment is called experiment/run");
         Ok(own)
+    }
+
+    /// The runs that the report compares.
+    fn compared(&self) -> impl Iterator<Item = &String> {
+        self.pairs.iter().flatten().chain(&self.recovery_of)
     }
 
     /// Experiment and run that a name stands for: a run of this experiment, else `experiment/run`.
@@ -160,6 +168,7 @@ mod tests {
         warmup_share = 0.1
         flags = ["--a"]
         pairs = [["two", "one"]]
+        recovery_of = "one"
         [[run]]
         name = "one"
         minutes = 1.0
@@ -187,9 +196,12 @@ mod tests {
 
     #[test]
     fn files_that_contradict_themselves_are_refused() {
-        for (from, to) in
-            [("\"two\", \"one\"", "\"two\", \"none\""), ("teacher = \"one\"", "teacher = \"none\""), ("[1, 2]", "[]")]
-        {
+        for (from, to) in [
+            ("\"two\", \"one\"", "\"two\", \"none\""),
+            ("teacher = \"one\"", "teacher = \"none\""),
+            ("[1, 2]", "[]"),
+            ("recovery_of = \"one\"", "recovery_of = \"none\""),
+        ] {
             assert!(Experiment::parse(&TEXT.replace(from, to), "x".into(), false).is_err(), "{to}");
         }
     }
@@ -204,9 +216,8 @@ mod tests {
         files.sort();
         files.dedup();
         assert_eq!(files.len(), jobs.len(), "two runs have one name");
-        let pairs: Vec<_> =
-            all.iter().flat_map(|e| e.pairs.iter().flatten().filter_map(|name| e.place_of(name))).collect();
-        for (experiment, run) in jobs.iter().flat_map(Job::needs).chain(&pairs) {
+        let named: Vec<_> = all.iter().flat_map(|e| e.compared().filter_map(|name| e.place_of(name))).collect();
+        for (experiment, run) in jobs.iter().flat_map(Job::needs).chain(&named) {
             assert!(jobs.iter().any(|job| job.experiment == *experiment && job.run == *run), "{experiment}/{run}");
         }
     }

@@ -4,8 +4,10 @@
 //! cut at any point and goes on with what is missing; the report is made of the records alone.
 
 mod experiment;
-mod pairs;
+mod found;
+mod mean;
 mod record;
+mod recovery;
 mod report;
 mod runner;
 

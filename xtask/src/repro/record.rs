@@ -103,3 +103,28 @@ impl Record {
         self.curve.last().map_or(f64::NAN, |(_, bits)| *bits)
     }
 }
+
+#[cfg(test)]
+pub(super) mod tests {
+    use super::*;
+
+    /// One that is all alike but for its curve.
+    pub(in crate::repro) fn record(curve: &[(u64, f64)]) -> Record {
+        Record {
+            experiment: "x".into(),
+            run: "r".into(),
+            seed: 1,
+            commit: "c".into(),
+            machine: "m".into(),
+            flags: Vec::new(),
+            data: Vec::new(),
+            minutes: 1.0,
+            train_tokens: curve.last().map_or(0, |point| point.0),
+            total_parameters: 2,
+            active_parameters: 1,
+            flops_per_token: 1,
+            curve: curve.to_vec(),
+            by_source: BTreeMap::new(),
+        }
+    }
+}

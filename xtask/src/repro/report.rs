@@ -1,8 +1,9 @@
 //! The report: tables, paired differences and curves from records, nothing else.
 
-use super::experiment::{Experiment, Job, Run};
-use super::pairs::{Difference, difference};
+use super::experiment::{Experiment, Job};
+use super::found::Found;
 use super::record::Record;
+use super::recovery;
 use super::runner::Place;
 use crate::plot::{Curve, draw};
 use anyhow::{Context, Result};
@@ -31,60 +32,6 @@ pub(super) fn plan(jobs: &[Job], place: &Place) -> String {
     text
 }
 
-/// The records of a run by seed.
-type Records = BTreeMap<u64, Record>;
-
-/// The records of an experiment, by run in its order.
-struct Found<'a> {
-    experiment: &'a Experiment,
-    by_run: Vec<(&'a str, Records)>,
-    folder: &'a Path,
-}
-
-impl<'a> Found<'a> {
-    fn read(experiment: &'a Experiment, folder: &'a Path) -> Result<Self> {
-        let read = |run: &'a Run| Ok((run.name.as_str(), read_all(folder, &experiment.id, &run.name)?));
-        Ok(Self { experiment, by_run: experiment.run.iter().map(read).collect::<Result<_>>()?, folder })
-    }
-
-    /// The records of a run of this experiment or of another.
-    fn of(&self, name: &str) -> Result<Records> {
-        let place = self.experiment.place_of(name);
-        place.map_or_else(|| Ok(Records::new()), |(experiment, run)| read_all(self.folder, &experiment, &run))
-    }
-
-    /// The first run minus the second, by seeds that both have.
-    fn difference(&self, first: &str, second: &str) -> Result<Option<Difference>> {
-        let other = self.of(second)?;
-        let pairs: Vec<(f64, f64)> =
-            self.of(first)?.iter().filter_map(|(seed, a)| Some((a.last(), other.get(seed)?.last()))).collect();
-        Ok(difference(&pairs))
-    }
-
-    /// Means over the seeds that have got so far.
-    fn curves(&self) -> Vec<Curve> {
-        let curve = |(name, own): &(&str, Records)| {
-            let first = own.values().next()?;
-            let mean = |at: usize| {
-                let values: Vec<f64> = own.values().filter_map(|r| Some(r.curve.get(at)?.1)).collect();
-                values.iter().sum::<f64>() / values.len() as f64
-            };
-            let points =
-                first.curve.iter().enumerate().map(|(at, (tokens, _))| (*tokens as f64 / 1e6, mean(at))).collect();
-            Some(Curve { name: (*name).to_owned(), points })
-        };
-        self.by_run.iter().filter_map(curve).collect()
-    }
-}
-
-/// The records of a run that there are, of any seed.
-fn read_all(folder: &Path, experiment: &str, run: &str) -> Result<Records> {
-    let Ok(files) = std::fs::read_dir(folder.join(experiment)) else { return Ok(Records::new()) };
-    let paths = files.flatten().map(|entry| entry.path()).filter(|path| path.extension().is_some_and(|e| e == "json"));
-    let records = paths.map(|path| Record::read(&path)).collect::<Result<Vec<_>>>()?;
-    Ok(records.into_iter().filter(|record| record.run == run).map(|record| (record.seed, record)).collect())
-}
-
 /// Writes `report.md` and a picture for each experiment that has records.
 pub(super) fn write(experiments: &[Experiment], records: &Path) -> Result<()> {
     std::fs::create_dir_all(records).with_context(|| format!("cannot make {}", records.display()))?;
@@ -94,14 +41,23 @@ pub(super) fn write(experiments: &[Experiment], records: &Path) -> Result<()> {
     );
     for experiment in experiments {
         let found = Found::read(experiment, records)?;
-        if found.by_run.iter().all(|(_, own)| own.is_empty()) {
+        if found.is_empty() {
             let _ = write!(text, "\n## {}\n\nNo run of `{}` has ended yet.\n", experiment.title, experiment.id);
             continue;
         }
         section(&mut text, &found)?;
-        let picture = format!("{}.svg", experiment.id);
-        draw(&found.curves(), &experiment.title, &records.join(&picture))?;
-        let _ = write!(text, "\n![bits per byte against tokens]({picture})\n");
+        let picture = |text: &mut String, name: &str, title: &str, curves: &[Curve]| -> Result<()> {
+            let file = format!("{}{name}.svg", experiment.id);
+            let _ = write!(text, "\n![{title}]({file})\n");
+            draw(curves, title, &records.join(file))
+        };
+        picture(&mut text, "", "bits per byte against tokens", &found.curves())?;
+        if let Some(whole) = &experiment.recovery_of {
+            let curves = recovery::section(&mut text, &found, whole)?;
+            if !curves.is_empty() {
+                picture(&mut text, "-won-back", "% of the lost quality won back", &curves)?;
+            }
+        }
     }
     let path = records.join("report.md");
     let unfinished = records.join("report.unfinished");
@@ -156,7 +112,7 @@ fn section(text: &mut String, found: &Found<'_>) -> Result<()> {
             (true, true) => "lower",
             (true, false) => "higher",
         };
-        let _ = writeln!(text, "| {first} minus {second} | {:+.4} | {interval} | {} | {verdict} |", of.mean, of.pairs);
+        let _ = writeln!(text, "| {first} minus {second} | {:+.4} | {interval} | {} | {verdict} |", of.mean, of.count);
     }
     Ok(())
 }

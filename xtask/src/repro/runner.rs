@@ -154,11 +154,12 @@ fn start(job: &Job, place: &Place, text: &Text) -> Result<Child> {
         command.arg("--teacher").arg(model_of(teacher));
     }
     if let Some(source) = &job.made_of {
-        let made = folder.join("made");
-        if !made.exists() {
-            make(job, &model_of(source), &made, text)?;
+        let (source, made) = (model_of(source), folder.join("made"));
+        let unchanged = job.made_by.is_empty();
+        if !unchanged && !made.exists() {
+            make(job, &source, &made, text)?;
         }
-        command.arg("--init-from").arg(made);
+        command.arg("--init-from").arg(if unchanged { source } else { made });
     }
     command.args(&job.flags);
     for (flag, sources) in [("--data", &text.data), ("--valid", &text.valid)] {
