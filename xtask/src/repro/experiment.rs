@@ -28,6 +28,22 @@ pub(super) struct Experiment {
     pub(super) pairs: Vec<[String; 2]>,
     /// The run whose model these runs were cut from: the report then tells how much of what the cut has cost they win back.
     pub(super) recovery_of: Option<String>,
+    /// Losses, of which the report tells what it takes to come to them.
+    #[serde(default)]
+    pub(super) reach: Vec<Reach>,
+}
+
+/// A loss, and the runs that show what it takes to come to it.
+#[derive(Debug, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub(super) struct Reach {
+    pub(super) title: String,
+    /// What the paper has saved.
+    pub(super) published: String,
+    /// The run whose last loss it is.
+    pub(super) goal: String,
+    /// Runs of one model on several numbers of tokens.
+    pub(super) by: Vec<String>,
 }
 
 /// A model and how it is trained.
@@ -89,7 +105,7 @@ impl Experiment {
         ids.into_iter().map(read).collect()
     }
 
-    fn parse(text: &str, id: String, smoke: bool) -> Result<Self> {
+    pub(super) fn parse(text: &str, id: String, smoke: bool) -> Result<Self> {
         let mut own = Self { id, ..toml::from_str(text)? };
         if smoke {
             own.seeds.truncate(1);
@@ -105,7 +121,8 @@ impl Experiment {
 
     /// The runs that the report compares.
     fn compared(&self) -> impl Iterator<Item = &String> {
-        self.pairs.iter().flatten().chain(&self.recovery_of)
+        let reach = self.reach.iter().flat_map(|reach| std::iter::once(&reach.goal).chain(&reach.by));
+        self.pairs.iter().flatten().chain(&self.recovery_of).chain(reach)
     }
 
     /// Experiment and run that a name stands for: a run of this experiment, else `experiment/run`.
@@ -179,6 +196,11 @@ mod tests {
         made_of = "other/three 1/2"
         train_tokens = 50
         minutes = 2.0
+        [[reach]]
+        title = "r"
+        published = "5"
+        goal = "one"
+        by = ["two"]
     "#;
 
     #[test]
@@ -199,10 +221,13 @@ mod tests {
         for (from, to) in [
             ("\"two\", \"one\"", "\"two\", \"none\""),
             ("teacher = \"one\"", "teacher = \"none\""),
-            ("[1, 2]", "[]"),
             ("recovery_of = \"one\"", "recovery_of = \"none\""),
+            ("goal = \"one\"", "goal = \"none\""),
+            ("by = [\"two\"]", "by = [\"two\", \"none\"]"),
+            ("[1, 2]", "[]"),
         ] {
-            assert!(Experiment::parse(&TEXT.replace(from, to), "x".into(), false).is_err(), "{to}");
+            let text = TEXT.replace(from, to);
+            assert!(text != TEXT && Experiment::parse(&text, "x".into(), false).is_err(), "{to}");
         }
     }
 

@@ -6,6 +6,7 @@
 mod experiment;
 mod found;
 mod mean;
+mod reach;
 mod record;
 mod recovery;
 mod report;

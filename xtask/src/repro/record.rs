@@ -98,6 +98,11 @@ impl Record {
         Ok(std::fs::rename(unfinished, path)?)
     }
 
+    /// What it was trained on: whole steps, so that it may be a little more than was asked for.
+    pub(super) fn tokens(&self) -> u64 {
+        self.curve.last().map_or(0, |(tokens, _)| *tokens)
+    }
+
     /// Bits per byte at the end.
     pub(super) fn last(&self) -> f64 {
         self.curve.last().map_or(f64::NAN, |(_, bits)| *bits)

@@ -2,6 +2,7 @@
 
 use super::experiment::{Experiment, Job};
 use super::found::Found;
+use super::reach;
 use super::record::Record;
 use super::recovery;
 use super::runner::Place;
@@ -56,6 +57,12 @@ pub(super) fn write(experiments: &[Experiment], records: &Path) -> Result<()> {
             let curves = recovery::section(&mut text, &found, whole)?;
             if !curves.is_empty() {
                 picture(&mut text, "-won-back", "% of the lost quality won back", &curves)?;
+            }
+        }
+        if !experiment.reach.is_empty() {
+            let curves = reach::section(&mut text, &found)?;
+            if !curves.is_empty() {
+                picture(&mut text, "-reach", "bits per byte above the goal, by budget", &curves)?;
             }
         }
     }
@@ -115,4 +122,65 @@ fn section(text: &mut String, found: &Found<'_>) -> Result<()> {
         let _ = writeln!(text, "| {first} minus {second} | {:+.4} | {interval} | {} | {verdict} |", of.mean, of.count);
     }
     Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::repro::record::tests::record;
+
+    const TEXT: &str = r#"
+        title = "t"
+        published = "p"
+        differences = "d"
+        seeds = [1]
+        train_tokens = 100
+        warmup_share = 0.1
+        flags = []
+        pairs = [["cut", "whole"]]
+        recovery_of = "kinds/PR"
+        [[reach]]
+        title = "cut against whole"
+        published = "5x"
+        goal = "whole"
+        by = ["cut"]
+        [[run]]
+        name = "whole"
+        minutes = 1.0
+        [[run]]
+        name = "cut"
+        minutes = 1.0
+    "#;
+
+    #[test]
+    fn a_report_has_the_tables_and_pictures_that_its_experiment_asks_for() {
+        let dir = std::env::temp_dir().join(format!("repro-report-{}", std::process::id()));
+        let runs: [(&str, &str, &[(u64, f64)]); 3] = [
+            ("kinds", "PR", &[(8_000_000, 2.0)]),
+            ("x", "whole", &[(0, 2.0), (500_000, 1.98), (1_000_000, 1.95)]),
+            ("x", "cut", &[(0, 2.4), (500_000, 2.1), (1_000_000, 1.9)]),
+        ];
+        for (experiment, run, curve) in runs {
+            let own = Record { experiment: experiment.into(), run: run.into(), ..record(curve) };
+            own.write(&Record::path(&dir, experiment, run)).unwrap();
+        }
+        write(&[Experiment::parse(TEXT, "x".into(), false).unwrap()], &dir).unwrap();
+        let text = std::fs::read_to_string(dir.join("report.md")).unwrap();
+        for part in [
+            "| cut minus whole | -0.0500 | - | 1 | not told apart |",
+            "| whole | +0.0000 | -0.0500 | 1 | - | - |",
+            "| cut | +0.4000 | -0.1000 | 1 | 1.00 | 1.00 |",
+            "| 0.50 | 75.0 |",
+            "| cut against whole | less than 1.00 | more than 1.00 | - | more than 1.00 | - | more than 1.00 | - | 5x |",
+            "(x.svg)",
+            "(x-won-back.svg)",
+            "(x-reach.svg)",
+        ] {
+            assert!(text.contains(part), "{part}: {text}");
+        }
+        for picture in ["x.svg", "x-won-back.svg", "x-reach.svg"] {
+            assert!(std::fs::read_to_string(dir.join(picture)).unwrap().contains("cut"), "{picture}");
+        }
+        std::fs::remove_dir_all(&dir).unwrap();
+    }
 }
