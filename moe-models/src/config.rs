@@ -84,6 +84,8 @@ pub struct AttentionConfig {
     pub rotary: Option<RotaryConfig>,
     /// Most tokens that a query sees, itself included; all before it if `None`.
     pub window: Option<usize>,
+    /// Factor on the product of a query and a key; `head_dim^-1/2` if `None`.
+    pub scale: Option<f64>,
     /// Standard deviation of the initial projections.
     pub in_std: f64,
     /// The same of the output projection.
@@ -375,6 +377,9 @@ impl DecoderConfig {
                     "layer {index}: window must be at least 1, got 0; leave it out to see all tokens"
                 ));
             }
+            if let Some(scale) = attention.scale.filter(|scale| !(*scale > 0.0 && scale.is_finite())) {
+                return refuse(format!("layer {index}: scale must be a positive number, got {scale}"));
+            }
             if heads.saturating_mul(dim) > MOST {
                 return refuse(format!("layer {index}: {heads} heads of {dim} columns are more than {MOST}"));
             }
@@ -471,6 +476,8 @@ mod tests {
         check(|_| {}, None);
         check(|a| a.num_kv_heads = 0, Some("layer 1: num_kv_heads 0 must divide"));
         check(|a| a.window = Some(0), Some("layer 1: window must be at least 1"));
+        check(|a| a.scale = Some(0.0), Some("layer 1: scale must be a positive number"));
+        check(|a| a.scale = Some(0.1), None);
         check(|a| a.d_model += 1, Some("layer 1 has width"));
     }
 

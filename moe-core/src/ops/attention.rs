@@ -4,7 +4,7 @@ use crate::{Error, Result};
 use candle_core::Tensor;
 
 /// How many heads an attention has. Query head `h` uses key and value head `h * num_kv_heads / num_heads`.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+#[derive(Debug, Clone, Copy, PartialEq)]
 pub struct AttentionShape {
     /// Heads of the queries.
     pub num_heads: usize,
@@ -12,17 +12,24 @@ pub struct AttentionShape {
     pub num_kv_heads: usize,
     /// Most tokens that a query sees, itself included (`sliding_window`); all before it if `None`.
     pub window: Option<usize>,
+    /// Factor on the product of a query and a key; `head_dim^-1/2` if `None`.
+    pub scale: Option<f32>,
 }
 
 impl AttentionShape {
-    /// Without a window.
+    /// Without a window, with the usual scale.
     pub const fn new(num_heads: usize, num_kv_heads: usize) -> Self {
-        Self { num_heads, num_kv_heads, window: None }
+        Self { num_heads, num_kv_heads, window: None, scale: None }
     }
 
     /// As many key heads as query heads, without a window.
     pub const fn equal(num_heads: usize) -> Self {
         Self::new(num_heads, num_heads)
+    }
+
+    /// The factor on the product of a query and a key of `head_dim` columns.
+    pub fn scale(self, head_dim: usize) -> f32 {
+        self.scale.unwrap_or_else(|| 1.0 / (head_dim as f32).sqrt())
     }
 
     /// The tokens that the query at `position` sees.
@@ -37,7 +44,10 @@ impl AttentionShape {
     /// # Errors
     /// [`Error::Input`] if the heads do not divide the widths.
     pub fn head_dim(self, d_model: usize, kv_width: usize) -> Result<usize> {
-        let Self { num_heads, num_kv_heads, window } = self;
+        let Self { num_heads, num_kv_heads, window, scale } = self;
+        if let Some(scale) = scale.filter(|scale| !(*scale > 0.0 && scale.is_finite())) {
+            return Err(Error::Input(format!("scale must be a positive number, got {scale}")));
+        }
         if window == Some(0) {
             return Err(Error::Input("window must be at least 1, got 0; leave it out to see all tokens".into()));
         }

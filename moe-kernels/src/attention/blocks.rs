@@ -167,7 +167,7 @@ impl Heads {
     }
 
     fn scale(&self) -> f32 {
-        1.0 / (self.head_dim as f32).sqrt()
+        self.shape.scale(self.head_dim)
     }
 
     /// First column of the queries that share a key head.

@@ -270,7 +270,7 @@ mod tests {
     const SHAPES: [AttentionShape; 4] = [
         AttentionShape::new(3, 3),
         AttentionShape::new(6, 2),
-        AttentionShape::new(5, 1),
+        AttentionShape { scale: Some(0.3), ..AttentionShape::new(5, 1) },
         AttentionShape { window: Some(37), ..AttentionShape::new(4, 2) },
     ];
     const PRECISIONS: [Precision; 2] = [Precision::F32, Precision::Bf16];

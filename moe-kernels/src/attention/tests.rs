@@ -108,6 +108,33 @@ fn grouped_values_and_gradients_equal_the_reference() {
     }
 }
 
+/// Scores weaker and stronger than usual.
+#[test]
+fn scales_have_the_values_and_gradients_of_the_reference() {
+    for scale in [0.01, 1.5] {
+        let shape = AttentionShape { scale: Some(scale), ..AttentionShape::new(4, 2) };
+        let vars = grouped(shape, 2, 60, 9, DType::F32);
+        let wide = vars.each_ref().map(|v| Var::from_tensor(&v.to_dtype(DType::F64).unwrap()).unwrap());
+        let [q, k, v] = &vars;
+        let got = grouped_query_attention(q, k, v, shape, 60, Precision::F32).unwrap();
+        let usual = grouped_query_attention(q, k, v, AttentionShape::new(4, 2), 60, Precision::F32).unwrap();
+        assert!(values(&got) != values(&usual), "scale {scale} changes something");
+        let [q, k, v] = &wide;
+        let want = CandleOps.attention(q, k, v, shape, 60).unwrap();
+        assert_close(&got, &want, 1e-5, &format!("scale {scale}"));
+        let all = square_gradients(&got, &vars).concat();
+        for (got, want) in all.iter().zip(square_gradients(&want, &wide).concat()) {
+            assert!((got - want).abs() <= 5e-5 * (1.0 + want.abs()), "scale {scale}: {got} want {want}");
+        }
+    }
+    for scale in [0.0, -1.0, f32::NAN, f32::INFINITY] {
+        let shape = AttentionShape { scale: Some(scale), ..AttentionShape::new(4, 2) };
+        let [q, k, v] = grouped(AttentionShape::new(4, 2), 1, 3, 4, DType::F32);
+        let error = grouped_query_attention(&q, &k, &v, shape, 3, Precision::F32).unwrap_err();
+        assert!(error.to_string().contains("scale must be a positive number"), "{error}");
+    }
+}
+
 /// Windows of one token, of some, and beyond the sequence.
 #[test]
 fn windows_have_the_values_and_gradients_of_the_reference() {

@@ -85,6 +85,7 @@ impl Attention {
     fn shape(&self) -> AttentionShape {
         AttentionShape {
             window: self.config.window,
+            scale: self.config.scale.map(|scale| scale as f32),
             ..AttentionShape::new(self.config.num_heads, self.config.num_kv_heads)
         }
     }
@@ -123,7 +124,10 @@ impl Attention {
     pub fn forward(&self, x: &Tensor, seq_len: usize, dropout: Option<Dropout>) -> Result<Tensor> {
         let tokens = x.dim(0)?;
         check_sequences(tokens, seq_len)?;
-        let plain = self.qk_norms.is_none() && self.rotary.is_none() && self.config.window.is_none();
+        let plain = self.qk_norms.is_none()
+            && self.rotary.is_none()
+            && self.config.window.is_none()
+            && self.config.scale.is_none();
         let attended = if self.config.projection == Projection::Fused
             && plain
             && self.config.num_heads == self.config.num_kv_heads

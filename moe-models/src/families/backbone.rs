@@ -101,6 +101,7 @@ impl Backbone {
             qk_norm: None,
             rotary: Some(self.rotary),
             window: None,
+            scale: None,
             in_std: self.std,
             out_std: self.std,
         }

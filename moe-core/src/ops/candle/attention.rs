@@ -22,7 +22,7 @@ pub(super) fn grouped_query_attention(
         let x = x.broadcast_as((batch, kv_heads, group, len, head_dim))?.contiguous()?;
         Ok(x.reshape((batch, kv_heads * group, len, head_dim))?)
     };
-    let scale = 1.0 / (head_dim as f32).sqrt();
+    let scale = shape.scale(head_dim);
     let out = attend([&split(queries, shape.num_heads)?, &repeated(keys)?, &repeated(values)?], scale, shape, dropout)?;
     Ok(out.transpose(1, 2)?.reshape((batch, rows, d_model))?)
 }

@@ -26,6 +26,7 @@ pub(super) fn decoder(config: &GptConfig) -> DecoderConfig {
         qk_norm: None,
         rotary: None,
         window: None,
+        scale: None,
         in_std,
         out_std,
     };
