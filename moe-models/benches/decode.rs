@@ -8,6 +8,7 @@ use candle_core::{Device, Tensor};
 use moe_core::CounterRng;
 use moe_kernels::attention::{AttentionShape, PagedKv, PagedSequence, new_pages, paged_attention, write_pages};
 use moe_kernels::{machine, select};
+use moe_models::config::AttentionConfig;
 use moe_models::gpt::{Gpt, GptConfig};
 use moe_models::{
     CachedSequence, CausalLm, Decoder, KvPool, LogitsOf, PoolConfig, Precision, ReadFamily, SequenceStep,
@@ -108,7 +109,9 @@ impl Bench {
     /// Attention over pages alone, all layers, for one new token, after weights have been read.
     fn attention_seconds(&self, context: usize) -> Result<f64> {
         let layers = &self.decoder.config().layers;
-        let config = layers[0].attention;
+        let AttentionConfig::GroupedQuery(config) = layers[0].attention else {
+            anyhow::bail!("the bench measures grouped-query attention");
+        };
         let size = PoolConfig::PAGE_SIZE;
         let blocks: Vec<u32> = (0..context.div_ceil(size) as u32).collect();
         let random = |rows: usize, width: usize| Tensor::randn(0f32, 1.0, (rows, width), &Device::Cpu);

@@ -19,7 +19,6 @@ pub mod hf;
 mod layer;
 mod model;
 mod params;
-mod rotary;
 pub mod train;
 
 pub use batch::{IGNORED, LayerLoad, LossOutput, LossParts, Pass, TokenBatch, TrainPass};

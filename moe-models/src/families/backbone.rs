@@ -1,11 +1,10 @@
 //! [`Backbone`]: what published decoders of Llama's form have in common, read from the names that transformers gives it.
 
 use crate::config::{
-    AttentionConfig, DecoderConfig, LayerConfig, MOST_LAYERS, NormConfig, NormKind, Projection, RotaryConfig,
-    RotaryScaling,
+    DecoderConfig, GroupedQueryConfig, LayerConfig, MOST_LAYERS, NormConfig, NormKind, Projection, RotaryConfig,
+    RotaryScaling, yarn_factor,
 };
 use crate::fields::{Checked, Fields};
-use crate::rotary::yarn_factor;
 use moe_core::ops::RotaryLayout;
 use moe_core::{Activation, BranchConfig, DroplessConfig, MlpConfig, MoeConfig, RouterConfig};
 use serde_json::Value;
@@ -21,11 +20,14 @@ pub(super) struct Defaults {
     pub(super) rope_theta: f64,
     /// Share of a head's columns that turn.
     pub(super) partial_rotary_factor: f64,
+    /// Columns of a head, for families whose files do not say so under `head_dim`.
+    pub(super) head_dim: Option<usize>,
 }
 
 impl Defaults {
     /// Llama's.
-    pub(super) const LLAMA: Self = Self { rms_norm_eps: 1e-6, rope_theta: 1e4, partial_rotary_factor: 1.0 };
+    pub(super) const LLAMA: Self =
+        Self { rms_norm_eps: 1e-6, rope_theta: 1e4, partial_rotary_factor: 1.0, head_dim: None };
 }
 
 /// RMSNorm, rotary positions and SwiGLU.
@@ -39,6 +41,8 @@ pub(super) struct Backbone {
     pub(super) num_kv_heads: usize,
     pub(super) head_dim: usize,
     pub(super) rotary: RotaryConfig,
+    /// What DeepSeek multiplies scores with where YaRN stretches positions (`mscale_all_dim`).
+    pub(super) score_factor: f64,
     pub(super) epsilon: f64,
     pub(super) std: f64,
     pub(super) tie_embeddings: bool,
@@ -55,7 +59,8 @@ impl Backbone {
         let d_model = fields.size("hidden_size", MOST_WIDTH)?;
         let num_heads = fields.size("num_attention_heads", MOST)?;
         let num_kv_heads = fields.size_or("num_key_value_heads", num_heads, MOST)?;
-        let head_dim = match fields.optional("head_dim")? {
+        let written = fields.optional("head_dim")?;
+        let head_dim = match defaults.head_dim.or(written) {
             Some(dim) => dim,
             None if d_model.is_multiple_of(num_heads) => d_model / num_heads,
             None => return Err(format!("num_attention_heads {num_heads} must divide hidden_size {d_model}")),
@@ -65,6 +70,7 @@ impl Backbone {
         }
         let epsilon = fields.positive_or("rms_norm_eps", defaults.rms_norm_eps)?;
         let std = fields.positive_or("initializer_range", 0.02)?;
+        let (rotary, score_factor) = rotary(fields, head_dim, max_seq_len, defaults)?;
         if epsilon >= 1.0 || std >= 1.0 {
             return Err(format!("rms_norm_eps {epsilon} and initializer_range {std} must be below 1"));
         }
@@ -76,7 +82,8 @@ impl Backbone {
             num_heads,
             num_kv_heads,
             head_dim,
-            rotary: rotary(fields, head_dim, max_seq_len, defaults)?,
+            rotary,
+            score_factor,
             epsilon,
             std,
             tie_embeddings: fields.or("tie_word_embeddings", false)?,
@@ -89,8 +96,8 @@ impl Backbone {
     }
 
     /// Without biases, norms of queries and keys, or a window.
-    pub(super) fn attention(&self) -> AttentionConfig {
-        AttentionConfig {
+    pub(super) fn attention(&self) -> GroupedQueryConfig {
+        GroupedQueryConfig {
             d_model: self.d_model,
             num_heads: self.num_heads,
             num_kv_heads: self.num_kv_heads,
@@ -125,7 +132,9 @@ impl Backbone {
         [num_experts, d_ff]: [usize; 2],
         router: DroplessConfig,
     ) -> Checked<MoeConfig> {
-        let load_balance_coef = fields.or("router_aux_loss_coef", 0.001)?;
+        // The second is DeepSeek's name.
+        let own = fields.or("aux_loss_alpha", 0.001)?;
+        let load_balance_coef = fields.or("router_aux_loss_coef", own)?;
         if !(0.0..f64::INFINITY).contains(&load_balance_coef) {
             return Err(format!("router_aux_loss_coef must be 0 or more, got {load_balance_coef}"));
         }
@@ -180,7 +189,12 @@ fn eos_token_id(fields: &mut Fields, vocab_size: usize) -> Checked<Option<u32>> 
 }
 
 /// `rope_parameters`, or `rope_theta` and `rope_scaling` as files before transformers 5 have it.
-fn rotary(fields: &mut Fields, head_dim: usize, max_seq_len: usize, defaults: &Defaults) -> Checked<RotaryConfig> {
+fn rotary(
+    fields: &mut Fields,
+    head_dim: usize,
+    max_seq_len: usize,
+    defaults: &Defaults,
+) -> Checked<(RotaryConfig, f64)> {
     let mut theta = fields.positive_or("rope_theta", defaults.rope_theta)?;
     let partial: f64 = fields.or("partial_rotary_factor", defaults.partial_rotary_factor)?;
     let (old, new) = (fields.take("rope_scaling"), fields.take("rope_parameters"));
@@ -189,26 +203,27 @@ fn rotary(fields: &mut Fields, head_dim: usize, max_seq_len: usize, defaults: &D
         (false, true) => ("rope_scaling", old),
         _ => ("rope_parameters", new),
     };
-    let (mut factor, mut scaling) = (partial, RotaryScaling::None);
+    let (mut factor, mut scaling, mut score_factor) = (partial, RotaryScaling::None, 1.0);
     if !value.is_null() {
         let mut rope = Fields::of(&value, at)?;
         theta = rope.positive_or("rope_theta", theta)?;
         factor = rope.or("partial_rotary_factor", partial)?;
-        scaling = rotary_scaling(&mut rope, max_seq_len)?;
+        (scaling, score_factor) = rotary_scaling(&mut rope, max_seq_len)?;
         rope.finish()?;
     }
     let rotary_dim = (head_dim as f64 * factor) as usize;
     if !(factor > 0.0 && factor <= 1.0) || rotary_dim == 0 || !rotary_dim.is_multiple_of(2) {
         return Err(format!("partial_rotary_factor must leave an even number of the {head_dim} columns, got {factor}"));
     }
-    Ok(RotaryConfig { layout: RotaryLayout::Halves, rotary_dim, theta, scaling })
+    Ok((RotaryConfig { layout: RotaryLayout::Halves, rotary_dim, theta, scaling }, score_factor))
 }
 
-fn rotary_scaling(rope: &mut Fields, max_seq_len: usize) -> Checked<RotaryScaling> {
+fn rotary_scaling(rope: &mut Fields, max_seq_len: usize) -> Checked<(RotaryScaling, f64)> {
     let (old, new) = (rope.optional::<String>("type")?, rope.optional::<String>("rope_type")?);
     let kind = new.or(old).unwrap_or_else(|| "default".into());
     let original = |rope: &mut Fields| rope.size_or("original_max_position_embeddings", max_seq_len, MOST_WIDTH);
-    Ok(match kind.as_str() {
+    let mut score_factor = 1.0;
+    let scaling = match kind.as_str() {
         "default" => RotaryScaling::None,
         "linear" => RotaryScaling::Linear { factor: rope.positive_or("factor", f64::NAN)? },
         "llama3" => {
@@ -229,7 +244,9 @@ fn rotary_scaling(rope: &mut Fields, max_seq_len: usize) -> Checked<RotaryScalin
             let original_positions = original(rope)?;
             let factor = rope.positive_or("factor", max_seq_len as f64 / original_positions as f64)?;
             let mscale = |rope: &mut Fields, name| Checked::Ok(rope.optional::<f64>(name)?.filter(|m| *m != 0.0));
-            let inferred = match (mscale(rope, "mscale")?, mscale(rope, "mscale_all_dim")?) {
+            let (up, down) = (mscale(rope, "mscale")?, mscale(rope, "mscale_all_dim")?);
+            score_factor = down.map_or(1.0, |mscale| yarn_factor(factor, mscale).powi(2));
+            let inferred = match (up, down) {
                 (Some(up), Some(down)) => yarn_factor(factor, up) / yarn_factor(factor, down),
                 _ => yarn_factor(factor, 1.0),
             };
@@ -243,5 +260,6 @@ fn rotary_scaling(rope: &mut Fields, max_seq_len: usize) -> Checked<RotaryScalin
             }
         }
         other => return Err(format!("{}.rope_type {other:?} is not implemented", rope.at())),
-    })
+    };
+    Ok((scaling, score_factor))
 }

@@ -5,7 +5,7 @@
 
 use super::backbone::{Backbone, Defaults, MOST, MOST_WIDTH, num_experts};
 use super::published::Form;
-use crate::config::{AttentionConfig, DecoderConfig, FeedForwardConfig, LayerConfig};
+use crate::config::{AttentionConfig, DecoderConfig, FeedForwardConfig, GroupedQueryConfig, LayerConfig};
 use crate::fields::{Checked, Fields};
 use crate::hf::NameTable;
 use moe_core::DroplessConfig;
@@ -23,9 +23,13 @@ pub(super) const FORM: Form = Form {
 fn read(fields: &mut Fields) -> Checked<DecoderConfig> {
     let backbone = Backbone::read(fields, &Defaults { rms_norm_eps: 1e-5, rope_theta: 1e6, ..Defaults::LLAMA })?;
     fields.expect_none(&["router_jitter_noise"])?;
-    let attention = AttentionConfig { window: fields.optional("sliding_window")?, ..backbone.attention() };
+    let attention = GroupedQueryConfig { window: fields.optional("sliding_window")?, ..backbone.attention() };
     let sizes = [num_experts(fields)?, fields.size("intermediate_size", MOST_WIDTH)?];
     let router = DroplessConfig::softmax(fields.size("num_experts_per_tok", MOST)?, true);
     let feed_forward = FeedForwardConfig::Moe(backbone.experts(fields, sizes, router)?);
-    Ok(backbone.decoder(|_| LayerConfig { norm: backbone.norm(), attention, feed_forward }))
+    Ok(backbone.decoder(|_| LayerConfig {
+        norm: backbone.norm(),
+        attention: AttentionConfig::GroupedQuery(attention),
+        feed_forward,
+    }))
 }

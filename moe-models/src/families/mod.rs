@@ -2,6 +2,7 @@
 //! tensors in published files.
 
 mod backbone;
+mod deepseek;
 mod glm4_moe;
 pub mod gpt;
 mod mixtral;

@@ -6,7 +6,9 @@
 use super::backbone::{Backbone, Defaults, MOST, MOST_WIDTH, num_experts};
 use super::published::Form;
 use super::qwen3_moe;
-use crate::config::{AttentionConfig, DecoderConfig, FeedForwardConfig, LayerConfig, NormSpan, QkNorm};
+use crate::config::{
+    AttentionConfig, DecoderConfig, FeedForwardConfig, GroupedQueryConfig, LayerConfig, NormSpan, QkNorm,
+};
 use crate::fields::{Checked, Fields};
 use moe_core::DroplessConfig;
 
@@ -16,7 +18,7 @@ fn read(fields: &mut Fields) -> Checked<DecoderConfig> {
     let backbone = Backbone::read(fields, &Defaults { rms_norm_eps: 1e-5, ..Defaults::LLAMA })?;
     fields.expect_none(&["clip_qkv"])?;
     let bias = fields.or("attention_bias", false)?;
-    let attention = AttentionConfig {
+    let attention = GroupedQueryConfig {
         qkv_bias: bias,
         out_bias: bias,
         qk_norm: Some(QkNorm { epsilon: backbone.epsilon, span: NormSpan::Heads }),
@@ -26,5 +28,9 @@ fn read(fields: &mut Fields) -> Checked<DecoderConfig> {
     let router =
         DroplessConfig::softmax(fields.size("num_experts_per_tok", MOST)?, fields.or("norm_topk_prob", false)?);
     let feed_forward = FeedForwardConfig::Moe(backbone.experts(fields, sizes, router)?);
-    Ok(backbone.decoder(|_| LayerConfig { norm: backbone.norm(), attention, feed_forward }))
+    Ok(backbone.decoder(|_| LayerConfig {
+        norm: backbone.norm(),
+        attention: AttentionConfig::GroupedQuery(attention),
+        feed_forward,
+    }))
 }

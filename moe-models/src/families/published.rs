@@ -20,7 +20,9 @@ pub(super) struct Form {
 }
 
 /// All of them.
-const FORMS: [&Form; 5] = [
+const FORMS: [&Form; 7] = [
+    &super::deepseek::V2,
+    &super::deepseek::V3,
     &super::glm4_moe::FORM,
     &super::mixtral::FORM,
     &super::olmoe::FORM,

@@ -6,7 +6,7 @@
 use super::backbone::{Backbone, Defaults, MOST_WIDTH};
 use super::published::Form;
 use super::qwen3_moe;
-use crate::config::{AttentionConfig, DecoderConfig};
+use crate::config::{AttentionConfig, DecoderConfig, GroupedQueryConfig};
 use crate::fields::{Checked, Fields};
 use moe_core::{BranchConfig, MoeConfig};
 
@@ -15,9 +15,9 @@ pub(super) const FORM: Form = Form { model_type: "qwen2_moe", names: qwen3_moe::
 fn read(fields: &mut Fields) -> Checked<DecoderConfig> {
     let backbone = Backbone::read(fields, &Defaults::LLAMA)?;
     qwen3_moe::refuse_windows(fields)?;
-    let attention = AttentionConfig { qkv_bias: fields.or("qkv_bias", true)?, ..backbone.attention() };
+    let attention = GroupedQueryConfig { qkv_bias: fields.or("qkv_bias", true)?, ..backbone.attention() };
     let shared = backbone.mlp(fields.size("shared_expert_intermediate_size", MOST_WIDTH)?);
     let sparse = qwen3_moe::Sparse::read(fields, &backbone)?;
     let experts = MoeConfig { branch: BranchConfig::Shared { mlp: shared, gate: true }, ..sparse.experts };
-    Ok(sparse.with_experts(experts).decoder(&backbone, attention))
+    Ok(sparse.with_experts(experts).decoder(&backbone, AttentionConfig::GroupedQuery(attention)))
 }

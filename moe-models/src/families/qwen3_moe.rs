@@ -5,7 +5,9 @@
 
 use super::backbone::{Backbone, Defaults, MOST, MOST_WIDTH, num_experts};
 use super::published::Form;
-use crate::config::{AttentionConfig, DecoderConfig, FeedForwardConfig, LayerConfig, NormSpan, QkNorm};
+use crate::config::{
+    AttentionConfig, DecoderConfig, FeedForwardConfig, GroupedQueryConfig, LayerConfig, NormSpan, QkNorm,
+};
 use crate::fields::{Checked, Fields};
 use crate::hf::NameTable;
 use moe_core::{DroplessConfig, MlpConfig, MoeConfig};
@@ -21,13 +23,13 @@ fn read(fields: &mut Fields) -> Checked<DecoderConfig> {
     let backbone = Backbone::read(fields, &Defaults::LLAMA)?;
     refuse_windows(fields)?;
     let bias = fields.or("attention_bias", false)?;
-    let attention = AttentionConfig {
+    let attention = GroupedQueryConfig {
         qkv_bias: bias,
         out_bias: bias,
         qk_norm: Some(QkNorm { epsilon: backbone.epsilon, span: NormSpan::Head }),
         ..backbone.attention()
     };
-    Ok(Sparse::read(fields, &backbone)?.decoder(&backbone, attention))
+    Ok(Sparse::read(fields, &backbone)?.decoder(&backbone, AttentionConfig::GroupedQuery(attention)))
 }
 
 /// Windows are off in every published model of Qwen2-MoE and Qwen3-MoE, whatever length is written beside that.

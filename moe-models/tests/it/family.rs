@@ -203,6 +203,16 @@ fn mixtral_equals_transformers() {
 }
 
 #[test]
+fn deepseek_v2_equals_transformers() {
+    check("deepseek_v2");
+}
+
+#[test]
+fn deepseek_v3_equals_transformers() {
+    check("deepseek_v3");
+}
+
+#[test]
 fn glm4_moe_equals_transformers() {
     check("glm4_moe");
 }
@@ -241,6 +251,24 @@ fn families_refuse_what_they_do_not_implement() {
             ("\"num_local_experts\": 6", "\"num_local_experts\": 0", "num_experts must be between 1"),
             ("\"num_local_experts\": 6", "\"num_local_experts\": 6, \"num_experts\": 5", "must be the same"),
             ("\"eos_token_id\": 2", "\"eos_token_id\": [2, 97]", "eos_token_id 97 is outside the vocabulary"),
+        ],
+    );
+    refuses(
+        "deepseek_v2",
+        &[
+            ("\"topk_method\": \"group_limited_greedy\"", "\"topk_method\": \"noaux_tc\"", "topk_method"),
+            ("\"norm_topk_prob\": false", "\"norm_topk_prob\": true", "norm_topk_prob"),
+            ("\"mlp_bias\": false", "\"mlp_bias\": true", "mlp_bias"),
+            ("\"pretraining_tp\": 1", "\"moe_layer_freq\": 2", "moe_layer_freq must be null or 1"),
+        ],
+    );
+    refuses(
+        "deepseek_v3",
+        &[
+            ("\"q_lora_rank\": 14", "\"q_lora_rank\": 0", "q_lora_rank"),
+            ("\"kv_lora_rank\": 20", "\"kv_lora_rank\": 0", "kv_lora_rank must be between 1"),
+            ("\"qk_rope_head_dim\": 6", "\"qk_rope_head_dim\": 5", "head_dim must be even"),
+            ("\"v_head_dim\": 8", "\"v_head_dim\": null", "v_head_dim is missing"),
         ],
     );
     refuses(

@@ -5,6 +5,7 @@ use crate::golden::{fixtures, logits};
 use candle_core::Device;
 use moe_core::CounterRng;
 use moe_kernels::KernelOps;
+use moe_models::config::AttentionConfig;
 use moe_models::gpt::{Gpt, GptConfig};
 use moe_models::{
     CachedSequence, CausalLm, Decoder, EvalRouting, Family, LogitsOf, ParamSource, PoolConfig, Precision, ReadFamily,
@@ -26,6 +27,8 @@ fn decoders() -> Vec<(String, Decoder)> {
     for precision in [Precision::F32, Precision::Bf16] {
         let qwen = Decoder::load(&fixtures().join("qwen3_moe"), precision).unwrap();
         all.push((format!("qwen3_moe {precision:?}"), qwen));
+        let latent = Decoder::load(&fixtures().join("deepseek_v3"), precision).unwrap();
+        all.push((format!("deepseek_v3 {precision:?}"), latent));
         for top_k in [1, 2, 3] {
             let model = gpt(|c| c.moe.as_mut().unwrap().top_k = top_k).with_precision(precision).unwrap();
             all.push((format!("pr-moe top-{top_k} {precision:?}"), model.into_packed().unwrap()));
@@ -33,7 +36,10 @@ fn decoders() -> Vec<(String, Decoder)> {
     }
     let windowed = <Box<dyn Family>>::read_file(&fixtures().join("qwen3_moe/config.json")).unwrap();
     let mut config = windowed.decoder().unwrap();
-    (config.layers[0].attention.window, config.layers[2].attention.window) = (Some(9), Some(40));
+    for (layer, window) in [(0, 9), (2, 40)] {
+        let AttentionConfig::GroupedQuery(attention) = &mut config.layers[layer].attention else { unreachable!() };
+        attention.window = Some(window);
+    }
     let source = ParamSource::initial(Arc::new(config.params()), 3, moe_parallel::Placement::WHOLE);
     let ops = Arc::new(KernelOps::packing(Precision::Bf16));
     let windowed = Decoder::new(config, source.builder(&Device::Cpu), ops).unwrap();

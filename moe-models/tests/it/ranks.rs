@@ -118,9 +118,14 @@ fn inference_over_ranks_equals_one_rank() {
 /// Families from their published files: loss, logits and gradients of each rank's part.
 #[test]
 fn published_families_over_ranks_equal_one_rank() {
-    for (family, tensor_slicing) in
-        [("qwen3_moe", true), ("qwen2_moe", true), ("mixtral", true), ("olmoe", false), ("glm4_moe", true)]
-    {
+    for (family, tensor_slicing) in [
+        ("qwen3_moe", true),
+        ("qwen2_moe", true),
+        ("mixtral", true),
+        ("olmoe", false),
+        ("glm4_moe", true),
+        ("deepseek_v3", false),
+    ] {
         family_over_ranks_equals_one_rank(family, tensor_slicing);
     }
 }
@@ -177,7 +182,8 @@ fn family_over_ranks_equals_one_rank(family: &str, tensor_slicing: bool) {
 #[test]
 fn heads_that_ranks_cannot_share_are_refused() {
     refuses_tensor_slicing("qwen3_moe", 4, "layer 0: tp 4 must divide num_kv_heads 2");
-    refuses_tensor_slicing("olmoe", 2, "layer 0: tp must be 1, got 2");
+    refuses_tensor_slicing("olmoe", 2, "layer 0: tp must be 1, got 2: the norms");
+    refuses_tensor_slicing("deepseek_v3", 2, "layer 0: tp must be 1, got 2: latent attention");
 }
 
 fn refuses_tensor_slicing(family: &str, tp: usize, reason: &str) {

@@ -1,7 +1,10 @@
 //! What the family's configuration means for the layers of a decoder.
 
 use super::{GptConfig, GptMoeConfig};
-use crate::config::{AttentionConfig, DecoderConfig, FeedForwardConfig, LayerConfig, NormConfig, NormKind, Projection};
+use crate::config::{
+    AttentionConfig, DecoderConfig, FeedForwardConfig, GroupedQueryConfig, LayerConfig, NormConfig, NormKind,
+    Projection,
+};
 use moe_core::{
     Activation, BranchConfig, DropPolicy, MlpConfig, MoeConfig, NoisyGate, RouterConfig, Top1Config, Top2Config,
     TopKConfig,
@@ -15,7 +18,7 @@ use moe_core::{
 pub(super) fn decoder(config: &GptConfig) -> DecoderConfig {
     let norm = NormConfig { kind: NormKind::LayerNorm, width: config.d_model, epsilon: config.layer_norm_eps };
     let (in_std, out_std) = (config.init_std, config.init_std / (2.0 * config.num_layers as f64).sqrt());
-    let attention = AttentionConfig {
+    let attention = GroupedQueryConfig {
         d_model: config.d_model,
         num_heads: config.num_heads,
         num_kv_heads: config.num_heads,
@@ -42,6 +45,7 @@ pub(super) fn decoder(config: &GptConfig) -> DecoderConfig {
         (Some(num_experts), Some(moe)) => FeedForwardConfig::Moe(experts(moe, num_experts, mlp)),
         _ => FeedForwardConfig::Dense(mlp),
     };
+    let attention = AttentionConfig::GroupedQuery(attention);
     let layer = |index| LayerConfig { norm, attention, feed_forward: feed_forward(index) };
     DecoderConfig {
         vocab_size: config.vocab_size,

@@ -320,8 +320,7 @@ impl At<'_> {
     fn activations(&self) -> usize {
         let (d_model, tp) = (self.size.decoder.d_model, self.placement.dims().tp);
         let of_layer = |layer: &LayerConfig| {
-            let attention = &layer.attention;
-            let projections = (attention.q_width() * 2 + attention.kv_width() * 2) / tp;
+            let projections = layer.attention.kept_columns() / tp;
             let inner = match &layer.feed_forward {
                 FeedForwardConfig::Dense(mlp) => 2 * mlp.d_ff / tp,
                 FeedForwardConfig::Moe(moe) => {

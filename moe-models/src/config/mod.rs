@@ -1,9 +1,14 @@
 //! [`DecoderConfig`]: what every layer of a decoder is made of. Plain data; a family's configuration becomes one.
 
+mod attention;
+mod rotary;
+
+pub use attention::{AttentionConfig, GroupedQueryConfig, LatentConfig, NormSpan, Projection, QkNorm};
+pub(crate) use rotary::yarn_factor;
+pub use rotary::{RotaryConfig, RotaryScaling};
+
 use crate::params::ParamTable;
-pub use crate::rotary::{RotaryConfig, RotaryScaling};
 use crate::{Error, Result};
-use moe_core::ops::KvShape;
 use moe_core::{BranchConfig, MlpConfig, MoeConfig, ParamInit, ParamSpec, SplitKind};
 use moe_parallel::Placement;
 
@@ -59,64 +64,6 @@ pub enum NormKind {
     LayerNorm,
     /// Root of the mean square, with weight.
     RmsNorm,
-}
-
-/// Causal attention.
-#[derive(Debug, Clone, Copy, PartialEq)]
-pub struct AttentionConfig {
-    /// Width of the residual stream.
-    pub d_model: usize,
-    /// Heads of the queries.
-    pub num_heads: usize,
-    /// Heads of the keys and values; divides `num_heads`.
-    pub num_kv_heads: usize,
-    /// Width of a head.
-    pub head_dim: usize,
-    /// How queries, keys and values are projected.
-    pub projection: Projection,
-    /// Whether the projections of queries, keys and values have a bias.
-    pub qkv_bias: bool,
-    /// Whether the output projection has a bias.
-    pub out_bias: bool,
-    /// Norms of queries and keys.
-    pub qk_norm: Option<QkNorm>,
-    /// Rotary positions; none if `None`.
-    pub rotary: Option<RotaryConfig>,
-    /// Most tokens that a query sees, itself included; all before it if `None`.
-    pub window: Option<usize>,
-    /// Factor on the product of a query and a key; `head_dim^-1/2` if `None`.
-    pub scale: Option<f64>,
-    /// Standard deviation of the initial projections.
-    pub in_std: f64,
-    /// The same of the output projection.
-    pub out_std: f64,
-}
-
-/// Whether queries, keys and values come from one matrix.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Projection {
-    /// `qkv_proj`: queries, keys and values of one width, so that a split over ranks cuts each of them alike.
-    Fused,
-    /// `q_proj`, `k_proj`, `v_proj`
-    Separate,
-}
-
-/// An RMSNorm of queries and keys, before they turn.
-#[derive(Debug, Clone, Copy, PartialEq)]
-pub struct QkNorm {
-    /// Added to the mean square.
-    pub epsilon: f64,
-    /// What has a norm.
-    pub span: NormSpan,
-}
-
-/// What of a token's queries or keys has one norm.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum NormSpan {
-    /// Each head, all with the same weight (Qwen3).
-    Head,
-    /// All heads together (OLMoE).
-    Heads,
 }
 
 /// The part of a layer that looks at each token alone.
@@ -200,76 +147,6 @@ impl NormConfig {
     }
 }
 
-impl AttentionConfig {
-    /// Columns of keys and of values.
-    pub fn kv_width(&self) -> usize {
-        self.kv_shape().width()
-    }
-
-    /// What a layer's cache keeps of a token.
-    pub fn kv_shape(&self) -> KvShape {
-        KvShape { num_kv_heads: self.num_kv_heads, head_dim: self.head_dim }
-    }
-
-    /// Columns of the queries.
-    pub fn q_width(&self) -> usize {
-        self.num_heads * self.head_dim
-    }
-
-    /// The projections with their names: one, or those of queries, keys and values.
-    pub fn projections(&self) -> Vec<(&'static str, LinearConfig)> {
-        let linear = |out_features, parts| LinearConfig {
-            in_features: self.d_model,
-            out_features,
-            bias: self.qkv_bias,
-            split: LinearSplit::Columns { parts },
-            std: self.in_std,
-        };
-        match self.projection {
-            Projection::Fused => vec![("qkv_proj", linear(self.q_width() + 2 * self.kv_width(), 3))],
-            Projection::Separate => vec![
-                ("q_proj", linear(self.q_width(), 1)),
-                ("k_proj", linear(self.kv_width(), 1)),
-                ("v_proj", linear(self.kv_width(), 1)),
-            ],
-        }
-    }
-
-    /// `o_proj`
-    pub fn out(&self) -> LinearConfig {
-        LinearConfig {
-            in_features: self.q_width(),
-            out_features: self.d_model,
-            bias: self.out_bias,
-            split: LinearSplit::Rows,
-            std: self.out_std,
-        }
-    }
-
-    /// The norms of queries (`q_norm`) and keys (`k_norm`).
-    pub fn qk_norms(&self) -> Option<[NormConfig; 2]> {
-        self.qk_norm.map(|QkNorm { epsilon, span }| {
-            let widths = match span {
-                NormSpan::Head => [self.head_dim; 2],
-                NormSpan::Heads => [self.q_width(), self.kv_width()],
-            };
-            widths.map(|width| NormConfig { kind: NormKind::RmsNorm, width, epsilon })
-        })
-    }
-
-    fn params(&self) -> Vec<ParamSpec> {
-        let mut params = Vec::new();
-        for (name, linear) in self.projections() {
-            params.extend(below(name, linear.params()));
-        }
-        params.extend(below("o_proj", self.out().params()));
-        for (name, norm) in ["q_norm", "k_norm"].into_iter().zip(self.qk_norms().into_iter().flatten()) {
-            params.extend(below(name, norm.params()));
-        }
-        params
-    }
-}
-
 impl FeedForwardConfig {
     fn params(&self) -> Vec<ParamSpec> {
         match self {
@@ -295,22 +172,7 @@ impl LayerConfig {
     /// [`Error::Config`] if heads or columns cannot be split over so many ranks.
     pub fn on_rank(&self, placement: &Placement) -> Result<Self> {
         let (_, ranks) = placement.tensor();
-        let attention = &self.attention;
-        for (name, heads) in [("num_heads", attention.num_heads), ("num_kv_heads", attention.num_kv_heads)] {
-            if !heads.is_multiple_of(ranks) {
-                return Err(Error::Config(format!("tp {ranks} must divide {name} {heads}")));
-            }
-        }
-        if ranks > 1 && attention.qk_norm.is_some_and(|norm| norm.span == NormSpan::Heads) {
-            return Err(Error::Config(format!(
-                "tp must be 1, got {ranks}: the norms of queries and keys span all heads of this model"
-            )));
-        }
-        let attention = AttentionConfig {
-            num_heads: attention.num_heads / ranks,
-            num_kv_heads: attention.num_kv_heads / ranks,
-            ..*attention
-        };
+        let attention = self.attention.on_rank(ranks)?;
         let feed_forward = match self.feed_forward {
             FeedForwardConfig::Dense(mlp) => FeedForwardConfig::Dense(placement.mlp(mlp)?),
             FeedForwardConfig::Moe(moe) => FeedForwardConfig::Moe(placement.moe(&moe)?),
@@ -360,29 +222,7 @@ impl DecoderConfig {
             return refuse(format!("num_layers must be between 1 and {MOST_LAYERS}, got {}", self.layers.len()));
         }
         for (index, layer) in self.layers.iter().enumerate() {
-            let attention = &layer.attention;
-            let (heads, kv_heads, dim) = (attention.num_heads, attention.num_kv_heads, attention.head_dim);
-            if heads == 0 || kv_heads == 0 || !heads.is_multiple_of(kv_heads) || !(1..=MOST).contains(&dim) {
-                return refuse(format!(
-                    "layer {index}: num_kv_heads {kv_heads} must divide num_heads {heads}, and neither they nor head_dim {dim} may be 0"
-                ));
-            }
-            if attention.projection == Projection::Fused && kv_heads != heads {
-                return refuse(format!(
-                    "layer {index}: projection Fused needs as many num_kv_heads as num_heads, got {kv_heads} and {heads}; use Separate"
-                ));
-            }
-            if attention.window == Some(0) {
-                return refuse(format!(
-                    "layer {index}: window must be at least 1, got 0; leave it out to see all tokens"
-                ));
-            }
-            if let Some(scale) = attention.scale.filter(|scale| !(*scale > 0.0 && scale.is_finite())) {
-                return refuse(format!("layer {index}: scale must be a positive number, got {scale}"));
-            }
-            if heads.saturating_mul(dim) > MOST {
-                return refuse(format!("layer {index}: {heads} heads of {dim} columns are more than {MOST}"));
-            }
+            layer.attention.validate().or_else(|reason| refuse(format!("layer {index}: {reason}")))?;
             let width = match &layer.feed_forward {
                 FeedForwardConfig::Dense(mlp) => mlp.d_model,
                 FeedForwardConfig::Moe(moe) => {
@@ -390,7 +230,7 @@ impl DecoderConfig {
                     moe.expert.d_model
                 }
             };
-            for got in [width, attention.d_model, layer.norm.width] {
+            for got in [width, layer.attention.d_model(), layer.norm.width] {
                 if got != self.d_model {
                     return refuse(format!("layer {index} has width {got}, but d_model is {}", self.d_model));
                 }
@@ -432,7 +272,6 @@ impl DecoderConfig {
     pub fn products_per_token(&self) -> usize {
         let mlp = |mlp: &MlpConfig| (mlp.activation.inputs() + 1) * mlp.d_model * mlp.d_ff;
         let layer = |layer: &LayerConfig| {
-            let attention = &layer.attention;
             let feed_forward = match &layer.feed_forward {
                 FeedForwardConfig::Dense(dense) => mlp(dense),
                 FeedForwardConfig::Moe(moe) => {
@@ -443,7 +282,7 @@ impl DecoderConfig {
                     moe.num_experts * moe.expert.d_model + moe.router.top_k() * mlp(&moe.expert) + branch
                 }
             };
-            attention.d_model * 2 * (attention.q_width() + attention.kv_width()) + feed_forward
+            layer.attention.products_per_token() + feed_forward
         };
         self.layers.iter().map(layer).sum::<usize>() + self.vocab_size * self.d_model
     }
@@ -461,9 +300,10 @@ mod tests {
     use crate::families::{Family, gpt::GptConfig};
 
     #[track_caller]
-    fn check(change: impl FnOnce(&mut AttentionConfig), refusal: Option<&str>) {
+    fn check(change: impl FnOnce(&mut GroupedQueryConfig), refusal: Option<&str>) {
         let mut config = GptConfig::preset("tiny-dense").unwrap().decoder().unwrap();
-        change(&mut config.layers[1].attention);
+        let AttentionConfig::GroupedQuery(attention) = &mut config.layers[1].attention else { unreachable!() };
+        change(attention);
         let text = config.validate().map_err(|e| e.to_string());
         match refusal {
             None => text.unwrap(),

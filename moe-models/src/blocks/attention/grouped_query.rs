@@ -1,57 +1,31 @@
-//! [`Attention`]: projections, norms of heads, rotary positions and the attention itself, over whole sequences or over pages.
+//! [`GroupedQuery`]: projections, norms of heads, rotary positions and the attention itself.
 
-use super::{Linear, Norm};
+use super::Rotaries;
 use crate::Result;
+use crate::blocks::{Linear, Norm};
 use crate::cache::PagedStep;
-use crate::config::{AttentionConfig, NormSpan, Projection, RotaryConfig};
+use crate::config::{GroupedQueryConfig, NormSpan, Projection};
 use candle_core::{D, Tensor};
 use candle_nn::VarBuilder;
-use moe_core::ops::{AttentionShape, Dropout, HeadDropout, KvShape, PagedKv, Positions, RotaryTable, check_sequences};
+use moe_core::ops::{AttentionShape, Dropout, HeadDropout, PagedKv, Positions, RotaryTable, check_sequences};
 use moe_core::{Ops, Weight};
 use std::sync::Arc;
 
-/// Causal attention.
+/// Attention whose query heads share key and value heads, or each have their own.
 #[derive(Debug)]
-pub struct Attention {
+pub(super) struct GroupedQuery {
     projections: Vec<Linear>,
     out: Linear,
     /// Of queries and keys.
     qk_norms: Option<[Norm; 2]>,
     rotary: Option<RotaryTable>,
-    config: AttentionConfig,
+    config: GroupedQueryConfig,
     ops: Arc<dyn Ops>,
 }
 
-/// Tables of angles, one for all layers that turn alike.
-#[derive(Debug)]
-pub struct Rotaries {
-    max_positions: usize,
-    tables: Vec<(RotaryConfig, usize, RotaryTable)>,
-}
-
-impl Rotaries {
-    /// For sequences of up to `max_positions` tokens.
-    pub fn new(max_positions: usize) -> Self {
-        Self { max_positions, tables: Vec::new() }
-    }
-
-    fn get(&mut self, config: RotaryConfig, head_dim: usize) -> Result<RotaryTable> {
-        if let Some((_, _, table)) = self.tables.iter().find(|(c, dim, _)| *c == config && *dim == head_dim) {
-            return Ok(table.clone());
-        }
-        let table = config.table(head_dim, self.max_positions)?;
-        self.tables.push((config, head_dim, table.clone()));
-        Ok(table)
-    }
-}
-
-impl Attention {
-    /// The attention whose parameters lie under `vb`.
-    ///
-    /// # Errors
-    /// If a parameter is missing or has another shape.
-    pub fn new(
-        config: &AttentionConfig,
+impl GroupedQuery {
+    pub(super) fn new(
+        config: &GroupedQueryConfig,
         vb: VarBuilder<'_>,
         ops: Arc<dyn Ops>,
         rotaries: &mut Rotaries,
@@ -72,14 +46,8 @@ impl Attention {
         })
     }
 
-    /// What it multiplies with.
-    pub fn weights(&self) -> Vec<&Weight> {
+    pub(super) fn weights(&self) -> Vec<&Weight> {
         self.projections.iter().chain([&self.out]).map(Linear::weight).collect()
-    }
-
-    /// What a cache keeps of a token, on this rank.
-    pub fn kv_shape(&self) -> KvShape {
-        self.config.kv_shape()
     }
 
     fn shape(&self) -> AttentionShape {
@@ -114,14 +82,7 @@ impl Attention {
         Ok([q, k, v])
     }
 
-    /// Whole sequences of `seq_len` tokens, one after the other; `dropout` is of the probabilities.
-    ///
-    /// # Shapes
-    /// `[batch * seq_len, d_model]` to the same
-    ///
-    /// # Errors
-    /// If a shape does not fit.
-    pub fn forward(&self, x: &Tensor, seq_len: usize, dropout: Option<Dropout>) -> Result<Tensor> {
+    pub(super) fn forward(&self, x: &Tensor, seq_len: usize, dropout: Option<Dropout>) -> Result<Tensor> {
         let tokens = x.dim(0)?;
         check_sequences(tokens, seq_len)?;
         let plain = self.qk_norms.is_none()
@@ -148,14 +109,7 @@ impl Attention {
         self.out.forward(&attended)
     }
 
-    /// The new tokens of a ragged batch, whose keys and values go into `pages`.
-    ///
-    /// # Shapes
-    /// `[new tokens, d_model]` to the same
-    ///
-    /// # Errors
-    /// If a shape does not fit.
-    pub fn forward_paged(&self, x: &Tensor, step: &PagedStep, pages: PagedKv<'_>) -> Result<Tensor> {
+    pub(super) fn forward_paged(&self, x: &Tensor, step: &PagedStep, pages: PagedKv<'_>) -> Result<Tensor> {
         let [q, k, v] = self.qkv(x, Positions::Each(&step.positions))?;
         self.ops.write_pages(pages, &k, &v, &step.slots)?;
         let attended = self.ops.paged_attention(&q, pages, &step.sequences(), self.shape())?;
