@@ -7,6 +7,8 @@ mod peers;
 mod ranks;
 mod training;
 
+pub(crate) use peers::split_output;
+
 use crate::shell::{cargo, command, machine, output, root};
 use anyhow::Result;
 use std::path::{Path, PathBuf};
@@ -58,7 +60,7 @@ enum What {
 }
 
 /// Machine, commit, compiler and command: a number without them is a rumour.
-fn header() -> Result<String> {
+pub(crate) fn header() -> Result<String> {
     let commit = output(&mut command("git", &["describe", "--always", "--dirty"]))?;
     let compiler = output(&mut command("rustc", &["--version"]))?;
     let mut arguments: Vec<String> = std::env::args().skip(1).collect();
@@ -145,7 +147,7 @@ pub(crate) fn run(args: &Args) -> Result<()> {
 }
 
 /// Prints a report and writes it.
-fn keep(file: &Path, report: &str) -> Result<()> {
+pub(crate) fn keep(file: &Path, report: &str) -> Result<()> {
     print!("{report}");
     std::fs::write(file, report)?;
     println!("\nkept in {}", file.display());

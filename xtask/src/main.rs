@@ -34,7 +34,7 @@ enum Task {
     },
     /// Measure layer forward and training step on this machine.
     Bench(bench::Args),
-    /// Rebuild a table or figure from `xtask/repro/<id>.toml`.
+    /// Rebuild the tables and figures of the paper at a size for this machine.
     Repro(repro::Args),
     /// Regenerate the test fixtures that are made with Python.
     Golden(golden::Args),

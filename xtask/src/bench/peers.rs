@@ -8,7 +8,7 @@ use std::path::PathBuf;
 use std::process::Command;
 
 /// A bench's rows, from its lines that begin with `json`, and the rest of what it printed.
-pub(super) fn split_output(printed: &str) -> Result<(Vec<Value>, String)> {
+pub(crate) fn split_output(printed: &str) -> Result<(Vec<Value>, String)> {
     let (json, table): (Vec<&str>, Vec<&str>) = printed.lines().partition(|line| line.starts_with("json "));
     let rows = json.iter().map(|line| serde_json::from_str(&line["json ".len()..])).collect::<Result<_, _>>()?;
     Ok((rows, table.join("\n") + "\n"))

@@ -18,7 +18,9 @@ pub(crate) use config::read_config;
 pub use save::{MatrixToQuantize, nearest, save};
 pub(crate) use stored::StoredMatrix;
 
+use super::write::FileTensor;
 use moe_core::ParamSpec;
+use moe_kernels::quantized::QuantFormat;
 
 /// Ends of the names of linear maps: those of attention, and the two of a feed-forward network, an expert or not.
 const PRODUCTS: [&str; 3] = ["_proj.weight", "fc_in.weight", "fc_out.weight"];
@@ -26,4 +28,14 @@ const PRODUCTS: [&str; 3] = ["_proj.weight", "fc_in.weight", "fc_out.weight"];
 /// Whether a parameter is a matrix that is multiplied with and nothing else: what [`moe_core::WeightUse::Product`] is asked for.
 fn is_product(spec: &ParamSpec) -> bool {
     PRODUCTS.iter().any(|end| spec.name.ends_with(end))
+}
+
+/// The integers of a tensor of the files, if it is one that is quantized.
+pub(super) fn as_integers(tensor: &FileTensor<'_>, format: QuantFormat) -> Option<StoredMatrix> {
+    match tensor.header.shape.as_slice() {
+        &[out, inner] if is_product(tensor.spec) => {
+            Some(StoredMatrix { name: tensor.header.name.clone(), format, shape: [out, inner] })
+        }
+        _ => None,
+    }
 }

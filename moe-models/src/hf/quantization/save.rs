@@ -1,8 +1,8 @@
 //! [`save`]: from a folder of floats to one of integers, matrix by matrix.
 
 use super::config::{FIELD, QuantizationConfig, read_config};
-use super::is_product;
 use super::stored::StoredMatrix;
+use super::{as_integers, is_product};
 use crate::hf::checkpoint::{Checkpoint, WEIGHTS_FILE};
 use crate::hf::file::copy_if_there;
 use crate::hf::tensor_file::{TensorHeader, write_header};
@@ -135,14 +135,13 @@ enum Form {
 
 impl<'a> Unit<'a> {
     fn new(from: &'a FileTensor<'a>, format: QuantFormat, checkpoint: &Checkpoint) -> Result<Self> {
-        let (name, shape) = (from.header.name.clone(), from.header.shape.clone());
-        let (form, headers) = match shape.as_slice() {
-            &[out, inner] if is_product(from.spec) => {
-                let stored = StoredMatrix { name, format, shape: [out, inner] };
+        let (form, headers) = match as_integers(from, format) {
+            Some(stored) => {
                 let headers = stored.tensors();
                 (Form::Integers(stored), headers)
             }
-            _ => {
+            None => {
+                let (name, shape) = (from.header.name.clone(), from.header.shape.clone());
                 let dtype = checkpoint.file_dtype(&name, from.spec)?;
                 (Form::AsItIs, vec![TensorHeader { name, dtype, shape }])
             }

@@ -110,7 +110,7 @@ fn percent(of: Option<&Mean>) -> String {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::repro::record::tests::record;
+    use crate::repro::quality::record::tests::record;
 
     fn records(curves: &[&[(u64, f64)]]) -> Records {
         (1..).zip(curves.iter().map(|curve| record(curve))).collect()

@@ -127,7 +127,7 @@ fn section(text: &mut String, found: &Found<'_>) -> Result<()> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::repro::record::tests::record;
+    use crate::repro::quality::record::tests::record;
 
     const TEXT: &str = r#"
         title = "t"

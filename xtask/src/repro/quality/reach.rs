@@ -164,7 +164,7 @@ pub(super) fn section(text: &mut String, found: &Found<'_>) -> Result<Vec<Curve>
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::repro::record::tests::record;
+    use crate::repro::quality::record::tests::record;
 
     fn cost(tokens: f64) -> Cost {
         Cost { tokens, minutes: 10.0 * tokens, flops: 3.0 * tokens }

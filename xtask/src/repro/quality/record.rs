@@ -114,7 +114,7 @@ pub(super) mod tests {
     use super::*;
 
     /// One that is all alike but for its curve.
-    pub(in crate::repro) fn record(curve: &[(u64, f64)]) -> Record {
+    pub(in crate::repro::quality) fn record(curve: &[(u64, f64)]) -> Record {
         Record {
             experiment: "x".into(),
             run: "r".into(),
