@@ -76,13 +76,7 @@ impl IntegerMatrix {
     /// # Errors
     /// [`Error::Argument`] if `weights` has another size, a weight is not finite, or `format` cannot hold such a matrix.
     pub fn nearest(format: QuantFormat, weights: &[f32], [n, k]: [usize; 2]) -> Result<Self> {
-        format.validate(k).map_err(Error::Argument)?;
-        if weights.len() != n * k {
-            return Err(Error::Argument(format!("weights of {n} x {k} need {} values, got {}", n * k, weights.len())));
-        }
-        if let Some(at) = weights.iter().position(|w| !w.is_finite()) {
-            return Err(Error::Argument(format!("weights[{}, {}] is {}", at / k, at % k, weights[at])));
-        }
+        format.check(weights, [n, k])?;
         let groups = format.groups(k);
         let (mut integers, mut scales) = (vec![0; n * k], vec![0.0; n * groups]);
         let (all_integers, all_scales) = (SharedMut::new(&mut integers), SharedMut::new(&mut scales));
@@ -91,13 +85,9 @@ impl IntegerMatrix {
             // SAFETY: each task writes the integers and scales of its own row.
             let (integers, scales) =
                 unsafe { (all_integers.slice(row * k, k), all_scales.slice(row * groups, groups)) };
-            match format {
-                QuantFormat::Int8 => scales[0] = int8_row(weights, integers),
-                QuantFormat::Int4 { group_size } => {
-                    let parts = weights.chunks(group_size).zip(integers.chunks_mut(group_size));
-                    parts.zip(scales).for_each(|((weights, integers), scale)| *scale = int4_group(weights, integers));
-                }
-            }
+            let size = format.group_size(k);
+            let parts = weights.chunks(size).zip(integers.chunks_mut(size));
+            parts.zip(scales).for_each(|((weights, integers), scale)| *scale = Grid::round(format, weights, integers));
         });
         Ok(Self { format, shape: [n, k], integers, scales })
     }
@@ -135,6 +125,22 @@ impl IntegerMatrix {
 }
 
 impl QuantFormat {
+    /// Refuses weights `[out, in]` that cannot be rounded to this format.
+    ///
+    /// # Errors
+    /// [`Error::Argument`] if there are more or fewer of them, one is not finite, or the format cannot hold such a matrix.
+    pub fn check(self, weights: &[f32], [n, k]: [usize; 2]) -> Result<()> {
+        self.validate(k).map_err(Error::Argument)?;
+        if weights.len() != n * k {
+            return Err(Error::Argument(format!("weights of {n} x {k} need {} values, got {}", n * k, weights.len())));
+        }
+        match weights.iter().position(|w| !w.is_finite()) {
+            Some(at) => Err(Error::Argument(format!("weights[{}, {}] is {}", at / k, at % k, weights[at]))),
+            None => Ok(()),
+        }
+    }
+
+    /// Whether matrices of `k` inputs can be stored so; if not, why.
     pub(super) fn validate(self, k: usize) -> std::result::Result<(), String> {
         match self {
             Self::Int4 { group_size } if group_size == 0 || !group_size.is_multiple_of(32) || group_size > 16384 => {
@@ -145,8 +151,8 @@ impl QuantFormat {
         }
     }
 
-    /// Inputs that share a scale.
-    fn group_size(self, k: usize) -> usize {
+    /// Inputs that share a scale, of a matrix of `k`; the last ones may be fewer.
+    pub fn group_size(self, k: usize) -> usize {
         match self {
             Self::Int8 => k.max(1),
             Self::Int4 { group_size } => group_size,
@@ -159,28 +165,49 @@ fn bf16_up(value: f32) -> f32 {
     f32::from_bits(value.to_bits().next_multiple_of(1 << 16))
 }
 
-/// The integers of a row; returns their scale.
-fn int8_row(weights: &[f32], integers: &mut [i8]) -> f32 {
-    let (scale, _) = scale_and_inverse(f32::from_bits(largest(weights)), 127.0);
-    let scale = bf16_up(scale);
-    let factor = if scale == 0.0 { 0.0 } else { 1.0 / scale };
-    for (q, w) in integers.iter_mut().zip(weights) {
-        *q = nearest((w * factor).clamp(-127.0, 127.0)) as i8;
-    }
-    scale
+/// The values that the integers of one row or group stand for: multiples of its scale.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub struct Grid {
+    scale: f32,
+    /// Its inverse; 0 for the scale 0.
+    factor: f32,
+    /// The first and the last integer.
+    bounds: [f32; 2],
 }
 
-/// The integers of a group; returns their scale.
-fn int4_group(weights: &[f32], integers: &mut [i8]) -> f32 {
-    let most = weights.iter().fold(0.0f32, |most, &w| if w.abs() > most.abs() { w } else { most });
-    if most == 0.0 {
-        integers.fill(0);
-        return 0.0;
+impl Grid {
+    /// The grid that [`IntegerMatrix::nearest`] lays over these weights: a row's for 8 bits, a group's for 4.
+    pub fn of(format: QuantFormat, weights: &[f32]) -> Self {
+        let (scale, bounds) = match format {
+            QuantFormat::Int8 => {
+                let (scale, _) = scale_and_inverse(f32::from_bits(largest(weights)), 127.0);
+                (bf16_up(scale), [-127.0, 127.0])
+            }
+            QuantFormat::Int4 { .. } => {
+                let most = weights.iter().fold(0.0f32, |most, &w| if w.abs() > most.abs() { w } else { most });
+                let scale = bf16_round(most.abs().max(8.0 * LEAST_SCALE).copysign(most) / -8.0);
+                (if most == 0.0 { 0.0 } else { scale }, [-8.0, 7.0])
+            }
+        };
+        let factor = if scale == 0.0 { 0.0 } else { 1.0 / scale };
+        Self { scale, factor, bounds }
     }
-    let scale = bf16_round(most.abs().max(8.0 * LEAST_SCALE).copysign(most) / -8.0);
-    let factor = 1.0 / scale;
-    for (q, w) in integers.iter_mut().zip(weights) {
-        *q = nearest((w * factor).clamp(-8.0, 7.0)) as i8;
+
+    /// What the integers are multiplied by, a value of bf16.
+    pub fn scale(&self) -> f32 {
+        self.scale
     }
-    scale
+
+    /// The integer nearest to a finite weight, ties to even; beyond the ends of the grid the first or the last.
+    #[inline(always)]
+    pub fn nearest(&self, weight: f32) -> i8 {
+        nearest((weight * self.factor).clamp(self.bounds[0], self.bounds[1])) as i8
+    }
+
+    /// The scale of `weights`, whose integers it writes.
+    fn round(format: QuantFormat, weights: &[f32], integers: &mut [i8]) -> f32 {
+        let grid = Self::of(format, weights);
+        integers.iter_mut().zip(weights).for_each(|(q, &w)| *q = grid.nearest(w));
+        grid.scale
+    }
 }

@@ -24,7 +24,7 @@ mod reference;
 mod tests;
 
 pub(crate) use cross_entropy::linear_cross_entropy;
-pub use integers::IntegerMatrix;
+pub use integers::{Grid, IntegerMatrix};
 pub use reference::quantized_gemm as quantized_gemm_reference;
 
 use crate::gemm::PANEL_COLS;
@@ -58,7 +58,7 @@ impl QuantFormat {
     }
 
     /// Groups of inputs; one that spans them all for [`QuantFormat::Int8`].
-    fn groups(self, k: usize) -> usize {
+    pub fn groups(self, k: usize) -> usize {
         match self {
             Self::Int8 => 1,
             Self::Int4 { group_size } => k.div_ceil(group_size),
