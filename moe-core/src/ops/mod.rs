@@ -13,6 +13,7 @@ mod dropout;
 pub mod host;
 mod loss;
 mod moe;
+mod observed;
 mod rotary;
 #[cfg(test)]
 mod tests;
@@ -26,6 +27,7 @@ pub use distillation::{Distillation, DistilledLoss, SoftTargets, StudentOutput};
 pub use dropout::{Dropout, DropoutRow, HeadDropout};
 pub use loss::{IGNORED, LossOps, check_targets};
 pub use moe::{Choices, MoeOps, experts_stepwise, parts_per_expert, whole_experts};
+pub use observed::{ObservedOps, ProductObserver};
 pub use rotary::{Positions, RotaryLayout, RotaryTable};
 pub use vocabulary::{PartStatistics, VocabularyPart, VocabularyParts};
 
