@@ -37,6 +37,13 @@ pub(crate) struct Backend<'a> {
     mesh: Option<&'a Mesh>,
 }
 
+impl<'a> Backend<'a> {
+    /// These operations on one rank.
+    pub(crate) fn alone(ops: &'a Arc<dyn Ops>) -> Self {
+        Self { ops, mesh: None }
+    }
+}
+
 impl Backend<'_> {
     /// The operations before the first layer and after the last.
     fn ops(&self) -> Result<Arc<dyn Ops>> {
@@ -70,12 +77,55 @@ fn scalar(t: &Tensor) -> Result<f64> {
     Ok(t.to_dtype(DType::F64)?.to_scalar()?)
 }
 
+/// What the first layer reads is made of: tokens, and positions where they are learned.
+#[derive(Debug)]
+pub(crate) struct Embeddings {
+    tokens: Embedding,
+    positions: Option<Embedding>,
+}
+
+impl Embeddings {
+    /// Those of a decoder whose layers lie under `model`.
+    pub(crate) fn new(config: &DecoderConfig, model: &VarBuilder<'_>, ops: &Arc<dyn Ops>) -> Result<Self> {
+        let embed = |name: &str, spec| Embedding::new(&spec, model.pp(name), Arc::clone(ops));
+        let tokens = embed("embed_tokens", config.embed_tokens())?;
+        let positions = || embed("embed_positions", config.table(config.max_seq_len));
+        Ok(Self { tokens, positions: config.learned_positions.then(positions).transpose()? })
+    }
+
+    fn embed(&self, ids: &[u32], positions: impl Iterator<Item = u32>) -> Result<Stream> {
+        let positions = self.positions.as_ref().map(|table| table.forward(&positions.collect::<Vec<_>>()));
+        Ok(Stream { x: self.tokens.forward(ids)?, added: positions.transpose()? })
+    }
+
+    /// Whole sequences of `seq_len` tokens, one after the other, for a decoder of `config`.
+    ///
+    /// # Errors
+    /// If the ids do not fit the model.
+    pub(crate) fn sequences(&self, config: &DecoderConfig, ids: &[u32], seq_len: usize) -> Result<Stream> {
+        check_sequences(ids.len(), seq_len)?;
+        check_ids(config, ids, seq_len)?;
+        self.embed(ids, (0..ids.len()).map(|i| (i % seq_len) as u32))
+    }
+}
+
+fn check_ids(config: &DecoderConfig, ids: &[u32], len: usize) -> Result<()> {
+    if let Some(id) = ids.iter().find(|&&id| id as usize >= config.vocab_size) {
+        let vocab = config.vocab_size;
+        return Err(Error::Argument(format!("token id {id} is outside the vocabulary of {vocab}")));
+    }
+    if len > config.max_seq_len {
+        let max = config.max_seq_len;
+        return Err(Error::Argument(format!("{len} tokens exceed the model's longest sequence of {max}")));
+    }
+    Ok(())
+}
+
 /// A decoder-only language model over one set of weights.
 #[derive(Debug)]
 pub struct Decoder {
     config: DecoderConfig,
-    embed_tokens: Embedding,
-    embed_positions: Option<Embedding>,
+    embeddings: Embeddings,
     layers: Vec<Arc<Layer>>,
     norm: Norm,
     head: OutputHead,
@@ -92,7 +142,7 @@ impl Decoder {
     /// # Errors
     /// [`Error::Config`] for an impossible configuration; if a parameter is missing or has another shape.
     pub fn new(config: DecoderConfig, vb: VarBuilder<'_>, ops: Arc<dyn Ops>) -> Result<Self> {
-        Self::build(config, vb, Backend { ops: &ops, mesh: None })
+        Self::build(config, vb, Backend::alone(&ops))
     }
 
     /// One rank's part of a decoder: `config` is the whole one's, `vb` gives that rank's parts. Called by all ranks of `mesh`;
@@ -108,10 +158,7 @@ impl Decoder {
         config.validate()?;
         let ops = backend.ops()?;
         let model = vb.pp("model");
-        let embed = |name: &str, spec| Embedding::new(&spec, model.pp(name), Arc::clone(&ops));
-        let embed_tokens = embed("embed_tokens", config.embed_tokens())?;
-        let positions = || embed("embed_positions", config.table(config.max_seq_len));
-        let embed_positions = config.learned_positions.then(positions).transpose()?;
+        let embeddings = Embeddings::new(&config, &model, &ops)?;
         let mut rotaries = Rotaries::new(config.max_seq_len);
         let layer = |(index, layer): (usize, &LayerConfig)| {
             Ok(Arc::new(Layer::new(index, layer, model.pp("layers").pp(index), backend, &mut rotaries)?))
@@ -119,24 +166,12 @@ impl Decoder {
         let layers = config.layers.iter().enumerate().map(layer).collect::<Result<Vec<_>>>()?;
         let head = match config.lm_head() {
             Some(spec) => OutputHead::new(&spec, vb.pp("lm_head"), Arc::clone(&ops))?,
-            None => OutputHead::tied(embed_tokens.table(), Arc::clone(&ops)),
+            None => OutputHead::tied(embeddings.tokens.table(), Arc::clone(&ops)),
         };
         let norm = Norm::new(&config.norm, model.pp("norm"), Arc::clone(&ops))?;
         let (eval_routing, recompute, dropout) = Default::default();
         let device = vb.device().clone();
-        Ok(Self {
-            config,
-            embed_tokens,
-            embed_positions,
-            layers,
-            norm,
-            head,
-            eval_routing,
-            recompute,
-            dropout,
-            ops,
-            device,
-        })
+        Ok(Self { config, embeddings, layers, norm, head, eval_routing, recompute, dropout, ops, device })
     }
 
     /// The same with another choice of what training passes compute again.
@@ -177,7 +212,8 @@ impl Decoder {
 
     /// What it multiplies with and looks up, each once: norms and biases aside.
     pub fn weights(&self) -> Vec<&Weight> {
-        let tables = [&self.embed_tokens].into_iter().chain(&self.embed_positions).map(Embedding::table);
+        let Embeddings { tokens, positions } = &self.embeddings;
+        let tables = [tokens].into_iter().chain(positions).map(Embedding::table);
         let head = (!self.config.tie_embeddings).then(|| self.head.weight());
         tables.chain(self.layers.iter().flat_map(|layer| layer.weights())).chain(head).collect()
     }
@@ -187,20 +223,13 @@ impl Decoder {
         &self.head
     }
 
-    fn embed(&self, ids: &[u32], positions: impl Iterator<Item = u32>) -> Result<Stream> {
-        let positions = self.embed_positions.as_ref().map(|table| table.forward(&positions.collect::<Vec<_>>()));
-        Ok(Stream { x: self.embed_tokens.forward(ids)?, added: positions.transpose()? })
-    }
-
     /// What the output layer sees of whole sequences, `[batch * seq_len, d_model]`, with its graph in a training pass; and the
     /// output of each MoE layer.
     ///
     /// # Errors
     /// If the ids do not fit the model.
     pub fn hidden(&self, ids: &[u32], seq_len: usize, pass: Pass) -> Result<(Tensor, Vec<LayerOutput>)> {
-        check_sequences(ids.len(), seq_len)?;
-        self.check_ids(ids, seq_len)?;
-        let mut stream = self.embed(ids, (0..ids.len()).map(|i| (i % seq_len) as u32))?;
+        let mut stream = self.embeddings.sequences(&self.config, ids, seq_len)?;
         let mut outputs = Vec::new();
         let (mode, seed) = match (pass, self.eval_routing) {
             (Pass::Train(pass), _) => (Mode::Train, pass.seed),
@@ -228,13 +257,9 @@ impl Decoder {
     /// # Errors
     /// If the ids do not fit the model; those of the observers.
     pub fn observe<O: ExpertObserver>(&self, ids: &[u32], seq_len: usize, observer: impl Fn(usize) -> O) -> Result<()> {
-        check_sequences(ids.len(), seq_len)?;
-        self.check_ids(ids, seq_len)?;
-        let mut stream = self.embed(ids, (0..ids.len()).map(|i| (i % seq_len) as u32))?;
-        let (mode, recompute, dropout) = (Mode::Infer, Recompute::None, DropoutConfig::default());
+        let mut stream = self.embeddings.sequences(&self.config, ids, seq_len)?;
         for (index, layer) in self.layers.iter().enumerate() {
-            let pass = LayerPass { mode, seed: 0, layer: index, seq_len, recompute, dropout };
-            stream = layer.observed_sequences(stream, pass, &observer(index))?;
+            stream = layer.observed_sequences(stream, LayerPass::infer(index, seq_len), &observer(index))?;
         }
         Ok(())
     }
@@ -285,18 +310,6 @@ impl Decoder {
         Ok(LossOutput { loss, parts, layers })
     }
 
-    fn check_ids(&self, ids: &[u32], len: usize) -> Result<()> {
-        if let Some(id) = ids.iter().find(|&&id| id as usize >= self.config.vocab_size) {
-            let vocab = self.config.vocab_size;
-            return Err(Error::Argument(format!("token id {id} is outside the vocabulary of {vocab}")));
-        }
-        if len > self.config.max_seq_len {
-            let max = self.config.max_seq_len;
-            return Err(Error::Argument(format!("{len} tokens exceed the model's longest sequence of {max}")));
-        }
-        Ok(())
-    }
-
     /// Refuses what an inference pass cannot do token by token.
     fn check_routing(&self) -> Result<()> {
         if self.eval_routing == EvalRouting::TokenByToken {
@@ -332,7 +345,10 @@ impl Decoder {
         if batch.iter().any(|step| !pool.owns(step.sequence)) {
             return Err(Error::Argument("a sequence belongs to another pool; make it with KvPool::sequence".into()));
         }
-        batch.iter().try_for_each(|step| self.check_ids(step.token_ids, step.sequence.len() + step.token_ids.len()))?;
+        let check = |step: &SequenceStep<'_>| {
+            check_ids(&self.config, step.token_ids, step.sequence.len() + step.token_ids.len())
+        };
+        batch.iter().try_for_each(check)?;
         self.check_routing()
     }
 
@@ -347,7 +363,7 @@ impl Decoder {
         }
 
         // 2. The blocks.
-        let mut stream = self.embed(&ids, step.positions.iter().copied())?;
+        let mut stream = self.embeddings.embed(&ids, step.positions.iter().copied())?;
         let mut experts = Vec::new();
         for (index, layer) in self.layers.iter().enumerate() {
             let noise = PositionedNoise::new(&step.draws, index as u64);

@@ -109,7 +109,11 @@ impl Layer {
         Ok(Stream { x, added: Some(added) })
     }
 
-    fn sequences(&self, stream: Stream, pass: LayerPass) -> Result<(Stream, Option<MoeOutput>)> {
+    /// Whole sequences.
+    ///
+    /// # Errors
+    /// If a part refuses the input.
+    pub(crate) fn sequences(&self, stream: Stream, pass: LayerPass) -> Result<(Stream, Option<MoeOutput>)> {
         let [x, normed] = self.attended_sequences(stream, pass)?;
         let (added, output) = self.fed(&normed, pass)?;
         Ok((Stream { x, added: Some(added) }, output))
@@ -156,6 +160,7 @@ impl Layer {
 }
 
 /// The residual stream: what has been summed, and what a block has added since.
+#[derive(Debug, Clone)]
 pub(crate) struct Stream {
     pub(crate) x: Tensor,
     pub(crate) added: Option<Tensor>,
@@ -196,6 +201,12 @@ pub(crate) struct LayerPass {
 }
 
 impl LayerPass {
+    /// Token by token, without a backward pass.
+    pub(crate) fn infer(layer: usize, seq_len: usize) -> Self {
+        let (recompute, dropout) = (Recompute::None, DropoutConfig::default());
+        Self { mode: Mode::Infer, seed: 0, layer, seq_len, recompute, dropout }
+    }
+
     fn noise(&self) -> SeededNoise {
         SeededNoise::new(self.seed, self.layer as u64)
     }

@@ -349,7 +349,7 @@ fn read_folder<F: ReadFamily>(dir: &Path) -> Result<(F, Option<QuantizationConfi
 }
 
 /// The family of a folder whose weights are variables to be.
-fn read_plain<F: ReadFamily>(dir: &Path) -> Result<F> {
+pub(crate) fn read_plain<F: ReadFamily>(dir: &Path) -> Result<F> {
     refuse_quantized(read_folder(dir)?, &dir.join("config.json"))
 }
 

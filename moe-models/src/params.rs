@@ -7,6 +7,7 @@ use candle_core::{DType, Device, Shape, Tensor, Var};
 use candle_nn::VarBuilder;
 use candle_nn::var_builder::SimpleBackend;
 use moe_core::{ParamSpec, StoredIntegers};
+use moe_kernels::quantized::IntegerMatrix;
 use moe_parallel::Placement;
 use std::collections::HashMap;
 use std::sync::Arc;
@@ -69,9 +70,15 @@ pub struct ParamSource {
     table: Arc<ParamTable>,
     placement: Placement,
     values: Values,
+    /// Matrices that are integers whatever `values` has in their place, by name, an expert's by its own.
+    integers: Arc<HashMap<String, IntegerMatrix>>,
 }
 
 impl ParamSource {
+    fn whole(table: Arc<ParamTable>, values: Values) -> Self {
+        Self { table, placement: Placement::WHOLE, values, integers: Arc::default() }
+    }
+
     /// The variables of a training run, with their gradients.
     pub fn variables(table: Arc<ParamTable>, variables: &[(String, Var)]) -> Self {
         Self::tensors(table, variables.iter().map(|(name, var)| (name.clone(), var.as_tensor().clone())))
@@ -84,23 +91,30 @@ impl ParamSource {
 
     /// These very tensors: some with gradients, some without.
     pub(crate) fn tensors(table: Arc<ParamTable>, tensors: impl IntoIterator<Item = (String, Tensor)>) -> Self {
-        Self { table, placement: Placement::WHOLE, values: Values::Variables(tensors.into_iter().collect()) }
+        Self::whole(table, Values::Variables(tensors.into_iter().collect()))
     }
 
     /// The initial values that `seed` draws: the same on every rank for the same element.
     pub fn initial(table: Arc<ParamTable>, seed: u64, placement: Placement) -> Self {
-        Self { table, placement, values: Values::Initial { seed } }
+        Self::whole(table, Values::Initial { seed }).at(placement)
     }
 
     /// The tensors of a checkpoint.
     pub fn checkpoint(table: Arc<ParamTable>, checkpoint: Arc<Checkpoint>, placement: Placement) -> Self {
-        Self { table, placement, values: Values::Files(checkpoint) }
+        Self::whole(table, Values::Files(checkpoint)).at(placement)
     }
 
     /// The same for a rank of a layout: variables are then that rank's parts.
     #[must_use]
     pub fn at(self, placement: Placement) -> Self {
         Self { placement, ..self }
+    }
+
+    /// The same with these matrices as integers, by name, an expert's by its own. Of all ranks' parameters only.
+    #[must_use]
+    pub(crate) fn with_integers(self, integers: HashMap<String, IntegerMatrix>) -> Self {
+        debug_assert_eq!(self.placement, Placement::WHOLE);
+        Self { integers: Arc::new(integers), ..self }
     }
 
     /// As candle's builder, f32.
@@ -151,40 +165,61 @@ impl ParamSource {
 }
 
 /// One of the two tensors of a matrix of integers.
+#[derive(Clone, Copy)]
 enum Stored {
     Integers,
     Scales,
 }
 
+/// Where a matrix of integers is.
+enum IntegersAt<'a> {
+    Given(&'a IntegerMatrix),
+    Files(&'a Checkpoint, &'a ParamSpec, Option<usize>),
+}
+
 impl ParamSource {
-    /// The matrix of integers that `name` asks a tensor of, if the files hold it so. A rank's part of one is not: what is split is
-    /// floats.
-    fn stored(&self, name: &str) -> Option<(&Checkpoint, &ParamSpec, Option<usize>, Stored)> {
-        let Values::Files(files) = &self.values else { return None };
+    /// The matrix of integers that `name` asks a tensor of, if it is given or the files hold it so. A rank's part of one is not:
+    /// what is split is floats.
+    fn stored(&self, name: &str) -> Option<(IntegersAt<'_>, Stored)> {
         let (name, stored) = match name.strip_suffix(StoredIntegers::INTEGERS) {
             Some(name) => (name, Stored::Integers),
             None => (name.strip_suffix(StoredIntegers::SCALES)?, Stored::Scales),
         };
+        if let Some(matrix) = self.integers.get(name) {
+            return Some((IntegersAt::Given(matrix), stored));
+        }
+        let Values::Files(files) = &self.values else { return None };
         let (spec, expert) = self.table.find(name)?;
         (self.placement == Placement::WHOLE && files.holds_integers(spec, expert))
-            .then_some((files, spec, expert, stored))
+            .then_some((IntegersAt::Files(files, spec, expert), stored))
     }
 
-    fn fetch_stored(
-        (files, spec, expert, stored): (&Checkpoint, &ParamSpec, Option<usize>, Stored),
-        device: &Device,
-    ) -> Result<Tensor> {
-        let out = spec.shape[spec.shape.len() - 2];
+    fn fetch_stored(at: &IntegersAt<'_>, stored: Stored, device: &Device) -> Result<Tensor> {
+        let shape = match at {
+            IntegersAt::Given(matrix) => matrix.shape(),
+            IntegersAt::Files(_, spec, _) => {
+                let &[.., out, inner] = spec.shape.as_slice() else {
+                    return Err(Error::Config(format!("{} is no matrix", spec.name)));
+                };
+                [out, inner]
+            }
+        };
         match stored {
             Stored::Integers => {
-                let integers = files.integers_of(spec, expert)?.into_iter();
-                let bytes = integers.map(|q| (q as u8).wrapping_add(StoredIntegers::ZERO)).collect();
-                Ok(Tensor::from_vec(bytes, &spec.shape[spec.shape.len() - 2..], device)?)
+                let integers = match at {
+                    IntegersAt::Given(matrix) => matrix.integers().to_vec(),
+                    IntegersAt::Files(files, spec, expert) => files.integers_of(spec, *expert)?,
+                };
+                let bytes = integers.into_iter().map(|q| (q as u8).wrapping_add(StoredIntegers::ZERO)).collect();
+                Ok(Tensor::from_vec(bytes, &shape, device)?)
             }
             Stored::Scales => {
-                let scales = files.scales_of(spec, expert)?;
-                let groups = scales.len() / out.max(1);
-                Ok(Tensor::from_vec(scales, (out, groups), device)?)
+                let scales = match at {
+                    IntegersAt::Given(matrix) => matrix.scales().to_vec(),
+                    IntegersAt::Files(files, spec, expert) => files.scales_of(spec, *expert)?,
+                };
+                let groups = scales.len() / shape[0].max(1);
+                Ok(Tensor::from_vec(scales, (shape[0], groups), device)?)
             }
         }
     }
@@ -213,7 +248,7 @@ impl SimpleBackend for ParamSource {
 
     fn get_unchecked(&self, name: &str, dtype: DType, device: &Device) -> candle_core::Result<Tensor> {
         let tensor = match self.stored(name) {
-            Some(stored) => Self::fetch_stored(stored, device),
+            Some((at, stored)) => Self::fetch_stored(&at, stored, device),
             None => self.fetch(name, device),
         };
         tensor.map_err(candle_core::Error::wrap)?.to_dtype(dtype)

@@ -44,6 +44,8 @@ pub struct MatrixToQuantize<'a> {
     pub parameter: &'a str,
     /// Which of the parameter's rows it is: the first, counted from 0.
     pub first_row: usize,
+    /// Which expert of its layer it belongs to.
+    pub expert: Option<usize>,
     /// `[out, in]`
     pub shape: [usize; 2],
     /// Row-major.
@@ -60,7 +62,7 @@ pub fn nearest(matrix: &MatrixToQuantize<'_>) -> Result<IntegerMatrix> {
 
 /// Writes the model in the folder `from` with its matrices in `format` into the new folder `to`, with its tokenizer and what it says
 /// of generation: whole or not at all. `quantize` gives the integers of one matrix after the other ([`nearest`], or what has been
-/// calibrated); one tensor is in memory at a time. Everything else stays in the type it has.
+/// calibrated), in the order of the model; one tensor is in memory at a time. Everything else stays in the type it has.
 ///
 /// The last group of a row may be shorter than the others here; the `compressed-tensors` library reads no such matrix, so for other
 /// readers choose a size that divides the inputs.
@@ -169,8 +171,8 @@ impl<'a> Unit<'a> {
         let values = to_f32_vec(&own)?;
         let first_row = from.elements.start / stored.shape[1].max(1);
         let (name, parameter) = (&stored.name, &from.unit.name);
-        let (format, shape) = (stored.format, stored.shape);
-        let wanted = MatrixToQuantize { format, name, parameter, first_row, shape, values: &values };
+        let (format, shape, expert) = (stored.format, stored.shape, from.expert);
+        let wanted = MatrixToQuantize { format, name, parameter, first_row, expert, shape, values: &values };
         let refused = |reason: String| Error::Argument(format!("tensor {name} {reason}"));
         let matrix = quantize(&wanted).map_err(|e| match e {
             Error::Kernel(e) => refused(format!("cannot be quantized: {e}")),
