@@ -4,8 +4,9 @@
 use crate::blocks::{Norm, Rotaries};
 use crate::decoder::{Backend, Embeddings};
 use crate::hf::Checkpoint;
+use crate::hf::quantization::refuse_quantized;
 use crate::layer::{Layer, LayerPass, Stream};
-use crate::model::read_plain;
+use crate::model::read_folder;
 use crate::params::ParamSource;
 use crate::{DecoderConfig, Error, Family, PackedForms, Precision, QuantFormat, Result, TokenBatch};
 use candle_core::{Device, Tensor};
@@ -35,7 +36,8 @@ impl LayerwisePass {
     /// If a file is missing, damaged, or does not fit the configuration; if the weights are quantized; if the ids do not fit the
     /// model.
     pub fn open(dir: &Path, batches: &[TokenBatch]) -> Result<Self> {
-        let family: Box<dyn Family> = read_plain(dir)?;
+        let (family, quantization) = read_folder::<Box<dyn Family>>(dir)?;
+        refuse_quantized(quantization.as_ref(), &dir.join("config.json"))?;
         let config = family.decoder()?;
         let (table, checkpoint) = (Arc::new(config.params()), Checkpoint::open(dir, family.names())?);
         checkpoint.check(&table)?;

@@ -342,14 +342,14 @@ impl<F: ReadFamily> Model<F> {
     }
 }
 
-fn read_folder<F: ReadFamily>(dir: &Path) -> Result<(F, Option<QuantizationConfig>)> {
+pub(crate) fn read_folder<F: ReadFamily>(dir: &Path) -> Result<(F, Option<QuantizationConfig>)> {
     let path = dir.join("config.json");
     let json = std::fs::read(&path).map_err(|e| Error::io(&path, e))?;
     read_config(&json, &path)
 }
 
 /// The family of a folder whose weights are variables to be.
-pub(crate) fn read_plain<F: ReadFamily>(dir: &Path) -> Result<F> {
+fn read_plain<F: ReadFamily>(dir: &Path) -> Result<F> {
     refuse_quantized(read_folder(dir)?, &dir.join("config.json"))
 }
 

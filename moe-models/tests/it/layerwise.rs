@@ -133,5 +133,5 @@ fn what_does_not_fit_is_refused() {
     let to = root.path().join("four");
     save(&from, &to, QuantFormat::INT4, nearest).unwrap();
     let text = LayerwisePass::open(&to, &batches()).unwrap_err().to_string();
-    assert!(text.contains("quantized"), "{text}");
+    assert!(text.contains("config.json") && text.contains("quantized already, in int4"), "{text}");
 }

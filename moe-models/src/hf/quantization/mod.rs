@@ -15,6 +15,7 @@ mod tests;
 
 pub use config::QuantizationConfig;
 pub(crate) use config::read_config;
+pub(crate) use save::refuse_quantized;
 pub use save::{MatrixToQuantize, nearest, save};
 pub(crate) use stored::StoredMatrix;
 

@@ -94,10 +94,7 @@ pub(super) fn save_sharded(
     let path = from.join("config.json");
     let json = std::fs::read(&path).map_err(|e| Error::io(&path, e))?;
     let (family, quantization) = read_config::<Box<dyn Family>>(&json, &path)?;
-    if let Some(QuantizationConfig { format, .. }) = quantization {
-        let reason = format!("the weights are quantized already, in {format}; start from the folder they were made of");
-        return Err(Error::format(path, reason));
-    }
+    refuse_quantized(quantization.as_ref(), &path)?;
     let decoder = family.decoder()?;
     let (table, checkpoint) = (decoder.params(), Checkpoint::of_family(from, &family)?);
     checkpoint.check(&table)?;
@@ -112,6 +109,17 @@ pub(super) fn save_sharded(
         write_json(&dir.join("config.json"), &fields.into())?;
         OTHER_FILES.iter().try_for_each(|name| copy_if_there(&from.join(name), &dir.join(name)))
     })
+}
+
+/// Refuses a folder whose matrices are to become integers and are.
+pub(crate) fn refuse_quantized(quantization: Option<&QuantizationConfig>, path: &Path) -> Result<()> {
+    match quantization {
+        None => Ok(()),
+        Some(QuantizationConfig { format, .. }) => Err(Error::format(
+            path,
+            format!("the weights are quantized already, in {format}; start from the folder they were made of"),
+        )),
+    }
 }
 
 /// Modules of linear maps that are not quantized, as other readers must know.
