@@ -1,8 +1,9 @@
 //! Smaller mixture-of-experts language models, and how good they are: Mixture-of-Students by staged distillation, experts pruned
-//! and merged, dense models upcycled; evaluation on text and on tasks.
+//! and merged, integers calibrated on a text, dense models upcycled; evaluation on text and on tasks.
 //!
 //! Nothing here trains by itself: students are trained by [`moe_models::train::Trainer`].
 
+pub mod calibrate;
 pub mod distill;
 mod error;
 pub mod eval;

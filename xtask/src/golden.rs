@@ -4,8 +4,12 @@ use crate::shell::{self, command, root};
 use anyhow::Result;
 
 /// Each script writes its fixtures beside itself.
-const SCRIPTS: &[&str] =
-    &["moe-core/tests/fixtures/make.py", "moe-kernels/tests/fixtures/make.py", "moe-models/tests/fixtures/make.py"];
+const SCRIPTS: &[&str] = &[
+    "moe-core/tests/fixtures/make.py",
+    "moe-kernels/tests/fixtures/make.py",
+    "moe-models/tests/fixtures/make.py",
+    "moe-compress/tests/fixtures/gptq/make.py",
+];
 
 #[derive(clap::Args)]
 pub(crate) struct Args {

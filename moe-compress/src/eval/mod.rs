@@ -25,4 +25,4 @@ pub use report::{Report, TaskReport, TextReport};
 pub use request::{Request, RequestEncoder, TokenRequest};
 pub use scorer::{LogLikelihood, Scorer};
 pub use tasks::{TASKS, Task, TaskModel};
-pub use text::{TextOptions, evaluate_text};
+pub use text::{TextOptions, evaluate_sources, evaluate_text};

@@ -3,7 +3,7 @@
 
 use super::report::TextReport;
 use crate::{Error, Result};
-use moe_models::train::data::{DataCache, ValidSource};
+use moe_models::train::data::{DataCache, PackedSource, ValidSource};
 use moe_models::train::evaluate::{SourceLoss, evaluate_by};
 use moe_models::train::{Observer, RunText, tokenizer};
 use moe_models::{Decoder, Pass, TokenBatch};
@@ -67,13 +67,28 @@ pub fn evaluate_text(
     options: &TextOptions,
     observer: &mut dyn Observer,
 ) -> Result<TextReport> {
-    let TextOptions { paths, seq_len, max_tokens } = options;
-    let max_windows = max_tokens.map_or(Ok(0), |tokens| windows(tokens, *seq_len))?;
+    let &TextOptions { ref paths, seq_len, max_tokens } = options;
+    max_tokens.map_or(Ok(0), |tokens| windows(tokens, seq_len))?;
     let text = RunText::read_valid(paths, observer)?;
     let (_, packed) = text.pack(tokenizer, decoder.config().vocab_size, &DataCache::Memory, observer)?;
-    let sources = packed
+    evaluate_sources(decoder, tokenizer, packed, seq_len, max_tokens)
+}
+
+/// [`evaluate_text`] of sources that are tokenised, cut into windows of `seq_len` tokens.
+///
+/// # Errors
+/// If a source is shorter than a window; what the model returns.
+pub fn evaluate_sources(
+    decoder: &Decoder,
+    tokenizer: &Tokenizer,
+    sources: Vec<PackedSource>,
+    seq_len: usize,
+    max_tokens: Option<usize>,
+) -> Result<TextReport> {
+    let max_windows = max_tokens.map_or(Ok(0), |tokens| windows(tokens, seq_len))?;
+    let sources = sources
         .into_iter()
-        .map(|source| Ok(ValidSource::new(source, *seq_len, max_windows)?))
+        .map(|source| Ok(ValidSource::new(source, seq_len, max_windows)?))
         .collect::<Result<Vec<_>>>()?;
     let batch_size = (BATCH_TOKENS / seq_len).max(1);
     let losses = evaluate_by(|batch| decoder.loss(batch, Pass::Eval), &sources, batch_size)?.sources;
@@ -85,7 +100,7 @@ pub fn evaluate_text(
         rows.push(SourceText { loss, words });
     }
     rows.push(SourceText::total(&rows));
-    Ok(TextReport { counted: counted(options), sources: rows })
+    Ok(TextReport { counted: counted(seq_len, max_tokens), sources: rows })
 }
 
 /// Whole windows of at most `tokens`.
@@ -98,9 +113,8 @@ fn windows(tokens: usize, seq_len: usize) -> Result<usize> {
     }
 }
 
-fn counted(options: &TextOptions) -> String {
-    let seq_len = options.seq_len;
-    let part = match options.max_tokens {
+fn counted(seq_len: usize, max_tokens: Option<usize>) -> String {
+    let part = match max_tokens {
         None => "the whole text of each source, but for what fills no window at its end".to_owned(),
         Some(tokens) => format!("of each source at most {tokens} tokens, in windows spread evenly over it"),
     };

@@ -97,10 +97,50 @@ fn weights_become_integers() {
     assert!(whole != eight && (whole - eight).abs() < 0.1 * whole, "{whole} {eight}");
 }
 
+/// The report says what was calibrated on, and what both models are worth on text that was not.
+#[test]
+fn integers_are_calibrated_on_a_text() {
+    let dir = folder();
+    let run = |out: &str, more: &[&str]| {
+        let words = [&["quantize", "--model", "teacher", "--out", out, "--format", "int4"][..], more].concat();
+        succeed(&moe_compress(dir.path(), &words))
+    };
+    let bits = |said: &str, model: &str| -> f64 {
+        let row = said.lines().rfind(|line| line.starts_with(model)).unwrap_or_else(|| panic!("no {model} in {said}"));
+        row.split_whitespace().nth(2).unwrap().parse().unwrap()
+    };
+    let said = run("calibrated", &["--calibrate", "--data", "text.txt", "--calibration-tokens", "2048"]);
+    assert!(said.contains("calibrated on 2048 tokens; 0.") && said.contains(" of 10 experts got fewer"), "{said}");
+    let (before, after) = (bits(&said, "teacher"), bits(&said, "calibrated"));
+    assert!(before != after && (before - after).abs() < 0.2 * before, "{said}");
+    // The same text by its name, for either kind; what is held out of it alone is another text.
+    let measure = ["--text", "text.txt", "--max-tokens", "1024"];
+    let said = run("again", &[&["--calibrate", "--calibration-tokens", "2048"][..], &measure].concat());
+    assert!(said.contains("at most 1024 tokens") && bits(&said, "teacher") != before, "{said}");
+    let plain = run("plain", &measure);
+    assert_eq!(bits(&plain, "teacher"), bits(&said, "teacher"));
+    assert!(!plain.contains("calibrated") && bits(&plain, "plain") != bits(&plain, "teacher"), "{plain}");
+    let weights = |model: &str| std::fs::read(dir.path().join(model).join("model.safetensors")).unwrap();
+    assert!(weights("plain") != weights("calibrated") && weights("again") != weights("calibrated"));
+    let said = run("unmeasured", &[]);
+    assert!(!said.contains("bits per byte") && weights("unmeasured") == weights("plain"), "{said}");
+}
+
 #[test]
 fn bad_input_is_told() {
     let dir = folder();
     write_teacher(&GptConfig { moe: None, ..shape() }, &dir.path().join("dense"));
+    std::fs::write(dir.path().join("short.txt"), "1 and 2, 3 and 4").unwrap();
+    const INT8: [&str; 7] = ["quantize", "--model", "teacher", "--out", "x", "--format", "int8"];
+    let int8 = |more: &[&'static str]| [&INT8[..], more].concat();
+    let calibrations: [(Vec<&str>, &str); 6] = [
+        (int8(&["--data", "text.txt"]), "are for --calibrate"),
+        (int8(&["--calibration-tokens", "64"]), "are for --calibrate"),
+        (int8(&["--max-tokens", "64"]), "give --text"),
+        (int8(&["--calibrate", "--calibration-tokens", "3"]), "--calibration-tokens 3 must be at least 16"),
+        (int8(&["--text", "text.txt", "--max-tokens", "3"]), "--max-tokens 3 must be at least 16"),
+        (int8(&["--calibrate", "--data", "short.txt"]), "too few to calibrate on and to hold a window out"),
+    ];
     let cases: [(&[&str], &str); 11] = [
         (&["prune", "--model", "dense", "--out", "x", "--keep", "0.5"], "is a dense model"),
         (&["prune", "--model", "teacher", "--out", "x"], "--keep <SHARE>"),
@@ -114,7 +154,7 @@ fn bad_input_is_told() {
         (&["upcycle", "--model", "teacher", "--out", "x", "--num-experts", "4"], "experts already"),
         (&["upcycle", "--model", "dense", "--out", "x", "--num-experts", "4", "--topk", "1"], "2 or more"),
     ];
-    for (words, part) in cases {
+    for (words, part) in cases.into_iter().chain(calibrations.iter().map(|(words, part)| (words.as_slice(), *part))) {
         let output = moe_compress(dir.path(), words);
         let text = String::from_utf8_lossy(&output.stderr);
         assert!(!output.status.success() && text.contains(part), "{words:?}: {text}");

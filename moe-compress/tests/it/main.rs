@@ -1,5 +1,6 @@
 //! The crate from outside.
 
+mod calibrate;
 mod compress_cli;
 mod distill;
 mod distill_cli;

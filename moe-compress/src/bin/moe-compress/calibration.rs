@@ -1,15 +1,21 @@
-//! Text on which experts show what they do.
+//! Text that a model is run on to see what it makes of it.
 
-use anyhow::{Result, ensure};
+use anyhow::{Context, Result, ensure};
 use clap::Args;
-use moe_models::gpt::{Gpt, GptConfig};
-use moe_models::train::data::{DataCache, ValidSource};
+use moe_models::DecoderConfig;
+use moe_models::train::data::{DataCache, PackedSource, ValidSource};
 use moe_models::train::model::TokenBatch;
 use moe_models::train::{RunText, Silent, tokenizer};
 use std::path::Path;
 
-/// Sequences that run at once.
-const BATCH: usize = 8;
+/// Tokens that run at once, unless one window is longer.
+const BATCH_TOKENS: usize = 2048;
+/// Tokens of a window at most: attention over more would take longer than all else.
+const LONGEST_WINDOW: usize = 2048;
+/// Of --calibration-tokens.
+const DEFAULT_TOKENS: usize = 65536;
+/// What of each source is held out where nothing else is: as much as `moe-train` does.
+const HELD_OUT: f64 = 0.02;
 
 #[derive(Debug, Args)]
 pub(crate) struct CalibrationArgs {
@@ -17,28 +23,56 @@ pub(crate) struct CalibrationArgs {
     /// is part of the program.
     #[arg(long, value_name = "PATH")]
     data: Vec<String>,
-    /// Tokens of it, spread evenly over the sources and each of them.
-    #[arg(long, value_name = "N", default_value = "65536")]
-    calibration_tokens: usize,
+    /// Tokens of it, spread evenly over the sources and each of them [default: 65536].
+    #[arg(long, value_name = "N")]
+    calibration_tokens: Option<usize>,
+}
+
+/// Tokens of a window of text, for a model of `config`.
+pub(crate) fn window(config: &DecoderConfig) -> usize {
+    config.max_seq_len.min(LONGEST_WINDOW)
 }
 
 impl CalibrationArgs {
-    /// Windows as long as the model allows.
-    pub(crate) fn batches(&self, folder: &Path, model: &Gpt) -> Result<Vec<TokenBatch>> {
-        let &GptConfig { vocab_size, max_seq_len, .. } = model.config();
-        ensure!(
-            self.calibration_tokens >= max_seq_len,
-            "--calibration-tokens {} must be at least {max_seq_len}, one window of the model",
-            self.calibration_tokens
-        );
+    /// Whether any of them is there.
+    pub(crate) fn is_given(&self) -> bool {
+        !self.data.is_empty() || self.calibration_tokens.is_some()
+    }
+
+    fn tokens(&self, config: &DecoderConfig) -> Result<usize> {
+        let (tokens, window) = (self.calibration_tokens.unwrap_or(DEFAULT_TOKENS), window(config));
+        ensure!(tokens >= window, "--calibration-tokens {tokens} must be at least {window}, one window of the model");
+        Ok(tokens)
+    }
+
+    /// The tokenised sources, for the model in `folder`.
+    pub(crate) fn sources(&self, folder: &Path, config: &DecoderConfig) -> Result<Vec<PackedSource>> {
+        self.tokens(config)?;
         let tokenizer = tokenizer::load(&folder.join("tokenizer.json"))?;
         let text = RunText::read(&self.data, &[], &mut Silent)?;
-        let (packed, _) = text.pack(&tokenizer, vocab_size, &DataCache::Memory, &mut Silent)?;
-        let windows = (self.calibration_tokens / max_seq_len).div_ceil(packed.len().max(1)).max(1);
+        Ok(text.pack(&tokenizer, config.vocab_size, &DataCache::Memory, &mut Silent)?.0)
+    }
+
+    /// Windows of the sources, as many as were asked for.
+    pub(crate) fn batches(&self, sources: Vec<PackedSource>, config: &DecoderConfig) -> Result<Vec<TokenBatch>> {
+        let (tokens, window) = (self.tokens(config)?, window(config));
+        let windows = (tokens / window).div_ceil(sources.len().max(1)).max(1);
         let mut batches = Vec::new();
-        for source in packed {
-            batches.extend(ValidSource::new(source, max_seq_len, windows)?.batches(BATCH));
+        for source in sources {
+            batches.extend(ValidSource::new(source, window, windows)?.batches((BATCH_TOKENS / window).max(1)));
         }
         Ok(batches)
     }
+}
+
+/// Cuts the end off each source: a share, but a window at least.
+pub(crate) fn hold_out(sources: &mut [PackedSource], window: usize) -> Result<Vec<PackedSource>> {
+    let held_out = |source: &mut PackedSource| {
+        let (name, tokens) = (source.name.clone(), source.num_tokens());
+        let fraction = HELD_OUT.max((window + 2) as f64 / tokens as f64);
+        ensure!(fraction <= 0.5, "{name} has {tokens} tokens, too few to calibrate on and to hold a window out of");
+        Ok(source.split_tail(fraction))
+    };
+    let all = sources.iter_mut().map(held_out).collect::<Result<Vec<_>>>();
+    all.context("--data: the end of each source is held out to measure on; give more text, or other with --text")
 }

@@ -1,4 +1,4 @@
-//! `moe-compress`: model folders with fewer experts, or with experts instead of dense networks. Reads arguments and prints what it
+//! `moe-compress`: model folders with fewer experts, of integers, or with experts instead of dense networks. Reads arguments and prints what it
 //! does; everything else is the library.
 
 mod calibration;
@@ -31,7 +31,7 @@ enum Command {
     Merge(reduce::ReduceArgs),
     /// Make a mixture of experts of a dense model; it says what the dense one says until it is trained.
     Upcycle(upcycle::UpcycleArgs),
-    /// Keep the weights of matrix products as integers, as compressed-tensors does.
+    /// Keep the weights of matrix products as integers, as compressed-tensors does: the nearest, or calibrated on a text.
     Quantize(quantize::QuantizeArgs),
 }
 

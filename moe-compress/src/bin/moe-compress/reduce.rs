@@ -57,7 +57,8 @@ impl ReduceArgs {
         let layers = model.config().moe_layers().len();
         ensure!(layers > 0, "{} is a dense model, without experts to drop", self.folders.model.display());
         println!("{}: {}", self.folders.model.display(), sizes(model.config()));
-        let usage = measure(model.decoder(), &self.calibration.batches(&self.folders.model, &model)?)?;
+        let sources = self.calibration.sources(&self.folders.model, model.decoder_config())?;
+        let usage = measure(model.decoder(), &self.calibration.batches(sources, model.decoder_config())?)?;
         let budget = match (self.keep, self.keep_experts.as_slice()) {
             (Some(share), _) if self.across_layers => Budget::ShareOfAll(share),
             (Some(share), _) => Budget::Share(share),
