@@ -55,12 +55,14 @@ fn assert_bits(pass: &LayerwisePass, whole: &Decoder) {
     }
 }
 
-/// With no integers it is the model of the folder, in both families; with all of them that of the quantized folder.
+/// With no integers it is the model of the folder, in every family; with all of them that of the quantized folder.
 #[test]
 fn layer_by_layer_it_is_the_same_model() {
     let root = tempfile::tempdir().unwrap();
     let gpt = gpt(root.path());
-    for from in [gpt.clone(), fixtures().join("qwen3_moe")] {
+    let published =
+        ["qwen3_moe", "qwen2_moe", "mixtral", "olmoe", "glm4_moe", "deepseek_v3"].map(|family| fixtures().join(family));
+    for from in [gpt.clone()].into_iter().chain(published) {
         let mut pass = LayerwisePass::open(&from, &batches()).unwrap();
         for _ in 0..pass.config().layers.len() {
             pass.advance(QuantFormat::INT4, HashMap::new()).unwrap();

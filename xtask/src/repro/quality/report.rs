@@ -155,15 +155,13 @@ mod tests {
     #[test]
     fn a_report_has_the_tables_and_pictures_that_its_experiment_asks_for() {
         let dir = std::env::temp_dir().join(format!("repro-report-{}", std::process::id()));
-        let runs: [(&str, &str, &[(u64, f64)]); 3] = [
-            ("kinds", "PR", &[(8_000_000, 2.0)]),
-            ("x", "whole", &[(0, 2.0), (500_000, 1.98), (1_000_000, 1.95)]),
-            ("x", "cut", &[(0, 2.4), (500_000, 2.1), (1_000_000, 1.9)]),
-        ];
-        for (experiment, run, curve) in runs {
+        let write_run = |experiment: &str, run: &str, curve: &[(u64, f64)]| {
             let own = Record { experiment: experiment.into(), run: run.into(), ..record(curve) };
             own.write(&Record::path(&dir, experiment, run)).unwrap();
-        }
+        };
+        write_run("kinds", "PR", &[(8_000_000, 2.0)]);
+        write_run("x", "whole", &[(0, 2.0), (500_000, 1.98), (1_000_000, 1.95)]);
+        write_run("x", "cut", &[(0, 2.4), (500_000, 2.1), (1_000_000, 1.9)]);
         write(&[Experiment::parse(TEXT, "x".into(), false).unwrap()], &dir).unwrap();
         let text = std::fs::read_to_string(dir.join("report.md")).unwrap();
         for part in [
