@@ -143,6 +143,10 @@ impl ParamSource {
         let Some((spec, expert)) = self.table.find(name) else {
             return Err(Error::Config(format!("the model has no parameter {name}")));
         };
+        if let Some(matrix) = self.integers.get(name) {
+            // Asked for as floats, as by latent attention, which takes its matrix apart: the values that the integers stand for.
+            return Ok(Tensor::from_vec(matrix.dequantize(), &matrix.shape(), device)?);
+        }
         let Some(index) = expert else {
             let whole = match &self.values {
                 Values::Variables(tensors) => return variable(tensors, name),
