@@ -62,7 +62,7 @@ pub(super) fn write(experiments: &[Experiment], records: &Path) -> Result<()> {
         if !experiment.reach.is_empty() {
             let curves = reach::section(&mut text, &found)?;
             if !curves.is_empty() {
-                picture(&mut text, "-reach", "bits per byte above the goal, by budget", &curves)?;
+                picture(&mut text, "-above-goal", "bits per byte above the goal, by budget", &curves)?;
             }
         }
     }
@@ -172,11 +172,11 @@ mod tests {
             "| cut against whole | less than 1.00 | more than 1.00 | - | more than 1.00 | - | more than 1.00 | - | 5x |",
             "(x.svg)",
             "(x-won-back.svg)",
-            "(x-reach.svg)",
+            "(x-above-goal.svg)",
         ] {
             assert!(text.contains(part), "{part}: {text}");
         }
-        for picture in ["x.svg", "x-won-back.svg", "x-reach.svg"] {
+        for picture in ["x.svg", "x-won-back.svg", "x-above-goal.svg"] {
             assert!(std::fs::read_to_string(dir.join(picture)).unwrap().contains("cut"), "{picture}");
         }
         std::fs::remove_dir_all(&dir).unwrap();
