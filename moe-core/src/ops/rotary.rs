@@ -47,6 +47,14 @@ impl RotaryTable {
     /// [`Error::Input`] if `rotary_dim` is odd, 0 or above `head_dim`, `theta` is not positive, or there are more
     /// than 2^32 positions.
     pub fn new(head_dim: usize, rotary_dim: usize, theta: f64, max_positions: usize) -> Result<Self> {
+        Self::from_frequencies(head_dim, &Self::frequencies(rotary_dim, theta)?, max_positions)
+    }
+
+    /// These frequencies, in radians per position, one for each pair.
+    ///
+    /// # Errors
+    /// [`Error::Input`] if `rotary_dim` is odd or `theta` is not positive.
+    pub fn frequencies(rotary_dim: usize, theta: f64) -> Result<Vec<f64>> {
         if !rotary_dim.is_multiple_of(2) {
             return Err(Error::Input(format!("rotary_dim must be even, as columns turn in pairs; got {rotary_dim}")));
         }
@@ -56,8 +64,7 @@ impl RotaryTable {
             )));
         }
         let frequency = |i: usize| theta.powf(-2.0 * i as f64 / rotary_dim as f64);
-        let frequencies: Vec<f64> = (0..rotary_dim / 2).map(frequency).collect();
-        Self::from_frequencies(head_dim, &frequencies, max_positions)
+        Ok((0..rotary_dim / 2).map(frequency).collect())
     }
 
     /// Any frequencies, one per pair, in radians per position: for models that scale them.

@@ -1,6 +1,6 @@
 //! [`RotaryConfig`]: which columns of a head turn, how fast, and how models stretch that to longer sequences.
 
-use crate::{Error, Result};
+use crate::Result;
 use moe_core::ops::{RotaryLayout, RotaryTable};
 use std::f64::consts::PI;
 
@@ -66,20 +66,20 @@ pub(crate) fn yarn_factor(scale: f64, mscale: f64) -> f64 {
 
 impl RotaryConfig {
     /// Frequencies in radians per position, one for each pair of columns.
-    pub fn frequencies(&self) -> Vec<f64> {
-        let plain = |pair: usize| self.theta.powf(-2.0 * pair as f64 / self.rotary_dim as f64);
-        let pairs = self.rotary_dim / 2;
+    ///
+    /// # Errors
+    /// [`crate::Error::Moe`] if columns do not turn in pairs, or `theta` is not positive.
+    pub fn frequencies(&self) -> Result<Vec<f64>> {
+        let mut frequencies = RotaryTable::frequencies(self.rotary_dim, self.theta)?;
         match self.scaling {
-            RotaryScaling::None => (0..pairs).map(plain).collect(),
-            RotaryScaling::Linear { factor } => (0..pairs).map(|pair| plain(pair) / factor).collect(),
+            RotaryScaling::None => {}
+            RotaryScaling::Linear { factor } => frequencies.iter_mut().for_each(|frequency| *frequency /= factor),
             RotaryScaling::Llama3 { factor, low_freq_factor: low, high_freq_factor: high, original_positions } => {
-                let stretched = |pair| {
-                    let frequency = plain(pair);
-                    let turns = original_positions as f64 * frequency / (2.0 * PI);
+                for frequency in &mut frequencies {
+                    let turns = original_positions as f64 * *frequency / (2.0 * PI);
                     let kept = ((turns - low) / (high - low)).clamp(0.0, 1.0);
-                    (1.0 - kept) * frequency / factor + kept * frequency
-                };
-                (0..pairs).map(stretched).collect()
+                    *frequency = (1.0 - kept) * *frequency / factor + kept * *frequency;
+                }
             }
             RotaryScaling::Yarn { factor, beta_fast, beta_slow, original_positions, truncate, .. } => {
                 // The pair that makes so many turns over the original length.
@@ -93,27 +93,23 @@ impl RotaryConfig {
                 }
                 (first, last) = (first.max(0.0), last.min(self.rotary_dim as f64 - 1.0));
                 let width = if first == last { 1e-3 } else { last - first };
-                let stretched = |pair: usize| {
+                for (pair, frequency) in frequencies.iter_mut().enumerate() {
                     let divided = ((pair as f64 - first) / width).clamp(0.0, 1.0);
-                    plain(pair) / factor * divided + plain(pair) * (1.0 - divided)
-                };
-                (0..pairs).map(stretched).collect()
+                    *frequency = *frequency / factor * divided + *frequency * (1.0 - divided);
+                }
             }
         }
+        Ok(frequencies)
     }
 
     /// Cosines and sines for positions `0..max_positions` of heads of `head_dim` columns.
     ///
     /// # Errors
-    /// [`Error::Config`] if columns do not turn in pairs inside a head, or a number is none.
+    /// As [`Self::frequencies`]; if they need more columns than a head has.
     pub fn table(&self, head_dim: usize, max_positions: usize) -> Result<RotaryTable> {
-        if !self.rotary_dim.is_multiple_of(2) {
-            let got = self.rotary_dim;
-            return Err(Error::Config(format!("rotary_dim must be even, as columns turn in pairs; got {got}")));
-        }
-        let table = RotaryTable::from_frequencies(head_dim, &self.frequencies(), max_positions)?;
+        let table = RotaryTable::from_frequencies(head_dim, &self.frequencies()?, max_positions)?;
         Ok(match self.scaling {
-            RotaryScaling::Yarn { attention_factor, .. } if attention_factor != 1.0 => table.scaled(attention_factor),
+            RotaryScaling::Yarn { attention_factor, .. } => table.scaled(attention_factor),
             _ => table,
         })
     }
@@ -130,7 +126,7 @@ mod tests {
     #[test]
     fn frequencies_are_those_of_transformers() {
         let check = |scaling, want: [f64; 4]| {
-            let got = RotaryConfig { scaling, ..PLAIN }.frequencies();
+            let got = RotaryConfig { scaling, ..PLAIN }.frequencies().unwrap();
             let off = got.iter().zip(want).map(|(g, w)| ((g - w) / w).abs()).fold(0.0, f64::max);
             assert!(off < 1e-6, "{scaling:?}: {got:?} want {want:?}");
         };
