@@ -39,7 +39,7 @@ impl LayerwisePass {
         let (family, quantization) = read_folder::<Box<dyn Family>>(dir)?;
         refuse_quantized(quantization.as_ref(), &dir.join("config.json"))?;
         let config = family.decoder()?;
-        let (table, checkpoint) = (Arc::new(config.params()), Checkpoint::open(dir, family.names())?);
+        let (table, checkpoint) = (Arc::new(config.params()), Checkpoint::of_family(dir, &family)?);
         checkpoint.check(&table)?;
         let source = ParamSource::checkpoint(table, Arc::new(checkpoint), Placement::WHOLE);
         let vb = source.clone().builder(&Device::Cpu);

@@ -337,7 +337,7 @@ impl<F: ReadFamily> Model<F> {
     pub fn from_bytes(config_json: &[u8], weights: impl Into<Cow<'static, [u8]>>, device: &Device) -> Result<Self> {
         let path = Path::new("config.json");
         let family: F = refuse_quantized(read_config(config_json, path)?, path)?;
-        let checkpoint = Checkpoint::from_bytes(weights.into(), family.names())?;
+        let checkpoint = Checkpoint::from_bytes(weights.into(), family.names())?.without_extra(&family);
         Self::from_checkpoint(family, &checkpoint, device)
     }
 }
@@ -414,7 +414,7 @@ impl Decoder {
     ) -> Result<Self> {
         let path = Path::new("config.json");
         let config = read_config::<Box<dyn Family>>(config_json, path)?;
-        let checkpoint = Checkpoint::from_bytes(weights.into(), config.0.names())?;
+        let checkpoint = Checkpoint::from_bytes(weights.into(), config.0.names())?.without_extra(&config.0);
         Self::from_checkpoint(config, checkpoint, forms.into(), path)
     }
 

@@ -110,9 +110,14 @@ impl Checkpoint {
     /// # Errors
     /// As [`Self::open`].
     pub fn of_family<F: Family + ?Sized>(dir: &Path, family: &F) -> Result<Self> {
-        let mut all = Self::open(dir, family.names())?;
-        all.by_name.retain(|name, _| !family.is_extra(name));
-        Ok(all)
+        Ok(Self::open(dir, family.names())?.without_extra(family))
+    }
+
+    /// Without tensors that the decoder of `family` has no use for.
+    #[must_use]
+    pub(crate) fn without_extra<F: Family + ?Sized>(mut self, family: &F) -> Self {
+        self.by_name.retain(|name, _| !family.is_extra(name));
+        self
     }
 
     /// The weights in the content of one safetensors file.
