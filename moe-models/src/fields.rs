@@ -78,9 +78,19 @@ impl Fields {
         }
     }
 
-    /// A number above 0 that is not infinite; `default` if it is null or not there.
+    /// A number above 0 that is not infinite.
+    pub(crate) fn positive(&mut self, name: &str) -> Checked<f64> {
+        let value = self.required(name)?;
+        self.above_zero(name, value)
+    }
+
+    /// The same, and `default` if it is null or not there.
     pub(crate) fn positive_or(&mut self, name: &str, default: f64) -> Checked<f64> {
         let value = self.or(name, default)?;
+        self.above_zero(name, value)
+    }
+
+    fn above_zero(&self, name: &str, value: f64) -> Checked<f64> {
         match value > 0.0 && value.is_finite() {
             true => Ok(value),
             false => Err(format!("{} must be a positive number, got {value}", self.path(name))),
@@ -137,6 +147,7 @@ mod tests {
         refused(fields.optional::<usize>("c"), "c: invalid type");
         refused(fields.size("d", 4), "d must be between 1 and 4, got 0");
         refused(fields.positive_or("e", 1.0), "e must be a positive number");
+        refused(fields.positive("missing"), "missing is missing");
         fields.expect_none(&["h", "absent"]).unwrap();
         let mut inner = Fields::of(&fields.take("f"), "f").unwrap();
         refused(inner.expect("g", &[2.into(), Value::Null]), "f.g must be 2 or null, got 1");

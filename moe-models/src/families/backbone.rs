@@ -125,20 +125,14 @@ impl Backbone {
         }
     }
 
-    /// Experts of inner width `d_ff` chosen by `router`, with nothing beside them; takes the factor of their loss.
+    /// Experts of inner width `d_ff` chosen by `router`, with nothing beside them.
     pub(super) fn experts(
         &self,
-        fields: &mut Fields,
         [num_experts, d_ff]: [usize; 2],
         router: DroplessConfig,
-    ) -> Checked<MoeConfig> {
-        // The second is DeepSeek's name.
-        let own = fields.or("aux_loss_alpha", 0.001)?;
-        let load_balance_coef = fields.or("router_aux_loss_coef", own)?;
-        if !(0.0..f64::INFINITY).contains(&load_balance_coef) {
-            return Err(format!("router_aux_loss_coef must be 0 or more, got {load_balance_coef}"));
-        }
-        Ok(MoeConfig {
+        load_balance_coef: f64,
+    ) -> MoeConfig {
+        MoeConfig {
             num_experts,
             expert: self.mlp(d_ff),
             router: RouterConfig::Dropless { config: router, selection_bias: false },
@@ -146,7 +140,7 @@ impl Backbone {
             gate_bound: self.std * 3f64.sqrt(),
             load_balance_coef,
             router_z_coef: 0.0,
-        })
+        }
     }
 
     /// The decoder whose layers `layer` makes.
@@ -165,13 +159,25 @@ impl Backbone {
     }
 }
 
-/// `num_experts`, or `num_local_experts` as other versions of transformers name it.
-pub(super) fn num_experts(fields: &mut Fields) -> Checked<usize> {
-    match (fields.optional::<usize>("num_experts")?, fields.optional("num_local_experts")?) {
-        (Some(a), Some(b)) if a != b => Err(format!("num_experts {a} and num_local_experts {b} must be the same")),
-        (Some(count), _) | (None, Some(count)) if (1..=MOST).contains(&count) => Ok(count),
-        (Some(count), _) | (None, Some(count)) => Err(format!("num_experts must be between 1 and {MOST}, got {count}")),
-        (None, None) => Err("num_experts is missing".into()),
+/// Experts, under the family's own `name`, or `num_local_experts` as some versions of transformers call them in every family.
+pub(super) fn num_experts(fields: &mut Fields, name: &str) -> Checked<usize> {
+    const ALSO: &str = "num_local_experts";
+    match (fields.left().contains_key(name), fields.left().contains_key(ALSO)) {
+        (true, true) => match (fields.size(name, MOST)?, fields.size(ALSO, MOST)?) {
+            (a, b) if a == b => Ok(a),
+            (a, b) => Err(format!("{name} {a} and {ALSO} {b} must be the same")),
+        },
+        (false, true) => fields.size(ALSO, MOST),
+        _ => fields.size(name, MOST),
+    }
+}
+
+/// The factor of the load-balance loss.
+pub(super) fn load_balance_coef(fields: &mut Fields, name: &str, default: f64) -> Checked<f64> {
+    let coef = fields.or(name, default)?;
+    match (0.0..f64::INFINITY).contains(&coef) {
+        true => Ok(coef),
+        false => Err(format!("{name} must be 0 or more, got {coef}")),
     }
 }
 
@@ -225,10 +231,10 @@ fn rotary_scaling(rope: &mut Fields, max_seq_len: usize) -> Checked<(RotaryScali
     let mut score_factor = 1.0;
     let scaling = match kind.as_str() {
         "default" => RotaryScaling::None,
-        "linear" => RotaryScaling::Linear { factor: rope.positive_or("factor", f64::NAN)? },
+        "linear" => RotaryScaling::Linear { factor: rope.positive("factor")? },
         "llama3" => {
             let [factor, low_freq_factor, high_freq_factor] =
-                ["factor", "low_freq_factor", "high_freq_factor"].map(|name| rope.positive_or(name, f64::NAN));
+                ["factor", "low_freq_factor", "high_freq_factor"].map(|name| rope.positive(name));
             let (low_freq_factor, high_freq_factor) = (low_freq_factor?, high_freq_factor?);
             if low_freq_factor >= high_freq_factor {
                 return Err(format!("{}.low_freq_factor must be below high_freq_factor", rope.at()));

@@ -4,7 +4,7 @@
 //! # Source
 //! transformers 5.23 `models/deepseek_v2`, `models/deepseek_v3`; DeepSeek-V2 (2405.04434), DeepSeek-V3 (2412.19437).
 
-use super::backbone::{Backbone, Defaults, MOST, MOST_WIDTH};
+use super::backbone::{Backbone, Defaults, MOST, MOST_WIDTH, load_balance_coef, num_experts};
 use super::published::Form;
 use crate::config::{AttentionConfig, DecoderConfig, FeedForwardConfig, LatentConfig, LayerConfig, RotaryConfig};
 use crate::fields::{Checked, Fields};
@@ -123,17 +123,15 @@ impl SparseAfterDense {
         let width = fields.size("moe_intermediate_size", MOST_WIDTH)?;
         let shared = fields.or("n_shared_experts", 1usize)?;
         let router = selection.router(fields)?;
-        let num_experts = match fields.optional("num_local_experts")? {
-            Some(count) => count,
-            None => fields.size("n_routed_experts", MOST)?,
-        };
+        let sizes = [num_experts(fields, "n_routed_experts")?, width];
+        let coef = load_balance_coef(fields, "aux_loss_alpha", 0.001)?;
         let experts = MoeConfig {
             router: RouterConfig::Dropless { config: router, selection_bias: selection == Selection::BiasedSigmoid },
             branch: match shared {
                 0 => BranchConfig::None,
                 _ => BranchConfig::Shared { mlp: backbone.mlp(width.saturating_mul(shared)), gate: false },
             },
-            ..backbone.experts(fields, [num_experts, width], router)?
+            ..backbone.experts(sizes, router, coef)
         };
         Ok(Self {
             dense_layers: fields.or("first_k_dense_replace", 1)?,

@@ -3,7 +3,7 @@
 //! # Source
 //! transformers 5.23 `models/mixtral`; Mixtral of Experts (2401.04088).
 
-use super::backbone::{Backbone, Defaults, MOST, MOST_WIDTH, num_experts};
+use super::backbone::{Backbone, Defaults, MOST, MOST_WIDTH, load_balance_coef, num_experts};
 use super::published::Form;
 use crate::config::{AttentionConfig, DecoderConfig, FeedForwardConfig, GroupedQueryConfig, LayerConfig};
 use crate::fields::{Checked, Fields};
@@ -24,9 +24,10 @@ fn read(fields: &mut Fields) -> Checked<DecoderConfig> {
     let backbone = Backbone::read(fields, &Defaults { rms_norm_eps: 1e-5, rope_theta: 1e6, ..Defaults::LLAMA })?;
     fields.expect_none(&["router_jitter_noise"])?;
     let attention = GroupedQueryConfig { window: fields.optional("sliding_window")?, ..backbone.attention() };
-    let sizes = [num_experts(fields)?, fields.size("intermediate_size", MOST_WIDTH)?];
+    let sizes = [num_experts(fields, "num_experts")?, fields.size("intermediate_size", MOST_WIDTH)?];
     let router = DroplessConfig::softmax(fields.size("num_experts_per_tok", MOST)?, true);
-    let feed_forward = FeedForwardConfig::Moe(backbone.experts(fields, sizes, router)?);
+    let coef = load_balance_coef(fields, "router_aux_loss_coef", 0.001)?;
+    let feed_forward = FeedForwardConfig::Moe(backbone.experts(sizes, router, coef));
     Ok(backbone.decoder(|_| LayerConfig {
         norm: backbone.norm(),
         attention: AttentionConfig::GroupedQuery(attention),

@@ -3,7 +3,7 @@
 //! # Source
 //! transformers 5.23 `models/olmoe`; OLMoE (2409.02060).
 
-use super::backbone::{Backbone, Defaults, MOST, MOST_WIDTH, num_experts};
+use super::backbone::{Backbone, Defaults, MOST, MOST_WIDTH, load_balance_coef, num_experts};
 use super::published::Form;
 use super::qwen3_moe;
 use crate::config::{
@@ -24,10 +24,11 @@ fn read(fields: &mut Fields) -> Checked<DecoderConfig> {
         qk_norm: Some(QkNorm { epsilon: backbone.epsilon, span: NormSpan::Heads }),
         ..backbone.attention()
     };
-    let sizes = [num_experts(fields)?, fields.size("intermediate_size", MOST_WIDTH)?];
+    let sizes = [num_experts(fields, "num_experts")?, fields.size("intermediate_size", MOST_WIDTH)?];
     let router =
         DroplessConfig::softmax(fields.size("num_experts_per_tok", MOST)?, fields.or("norm_topk_prob", false)?);
-    let feed_forward = FeedForwardConfig::Moe(backbone.experts(fields, sizes, router)?);
+    let coef = load_balance_coef(fields, "router_aux_loss_coef", 0.01)?;
+    let feed_forward = FeedForwardConfig::Moe(backbone.experts(sizes, router, coef));
     Ok(backbone.decoder(|_| LayerConfig {
         norm: backbone.norm(),
         attention: AttentionConfig::GroupedQuery(attention),

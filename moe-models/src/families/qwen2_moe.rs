@@ -5,19 +5,18 @@
 
 use super::backbone::{Backbone, Defaults, MOST_WIDTH};
 use super::published::Form;
-use super::qwen3_moe;
+use super::qwen3_moe::{NAMES, Sparse, refuse_windows};
 use crate::config::{AttentionConfig, DecoderConfig, GroupedQueryConfig};
 use crate::fields::{Checked, Fields};
-use moe_core::{BranchConfig, MoeConfig};
+use moe_core::BranchConfig;
 
-pub(super) const FORM: Form = Form { model_type: "qwen2_moe", names: qwen3_moe::NAMES, read };
+pub(super) const FORM: Form = Form { model_type: "qwen2_moe", names: NAMES, read };
 
 fn read(fields: &mut Fields) -> Checked<DecoderConfig> {
     let backbone = Backbone::read(fields, &Defaults::LLAMA)?;
-    qwen3_moe::refuse_windows(fields)?;
+    refuse_windows(fields)?;
     let attention = GroupedQueryConfig { qkv_bias: fields.or("qkv_bias", true)?, ..backbone.attention() };
     let shared = backbone.mlp(fields.size("shared_expert_intermediate_size", MOST_WIDTH)?);
-    let sparse = qwen3_moe::Sparse::read(fields, &backbone)?;
-    let experts = MoeConfig { branch: BranchConfig::Shared { mlp: shared, gate: true }, ..sparse.experts };
-    Ok(sparse.with_experts(experts).decoder(&backbone, AttentionConfig::GroupedQuery(attention)))
+    let sparse = Sparse::read(fields, &backbone, BranchConfig::Shared { mlp: shared, gate: true })?;
+    Ok(sparse.decoder(&backbone, AttentionConfig::GroupedQuery(attention)))
 }

@@ -3,14 +3,14 @@
 //! # Source
 //! transformers 5.23 `models/qwen3_moe`; Qwen3 technical report (2505.09388).
 
-use super::backbone::{Backbone, Defaults, MOST, MOST_WIDTH, num_experts};
+use super::backbone::{Backbone, Defaults, MOST, MOST_WIDTH, load_balance_coef, num_experts};
 use super::published::Form;
 use crate::config::{
     AttentionConfig, DecoderConfig, FeedForwardConfig, GroupedQueryConfig, LayerConfig, NormSpan, QkNorm,
 };
 use crate::fields::{Checked, Fields};
 use crate::hf::NameTable;
-use moe_core::{DroplessConfig, MlpConfig, MoeConfig};
+use moe_core::{BranchConfig, DroplessConfig, MlpConfig, MoeConfig};
 use serde_json::Value;
 
 pub(super) const FORM: Form = Form { model_type: "qwen3_moe", names: NAMES, read };
@@ -29,7 +29,8 @@ fn read(fields: &mut Fields) -> Checked<DecoderConfig> {
         qk_norm: Some(QkNorm { epsilon: backbone.epsilon, span: NormSpan::Head }),
         ..backbone.attention()
     };
-    Ok(Sparse::read(fields, &backbone)?.decoder(&backbone, AttentionConfig::GroupedQuery(attention)))
+    Ok(Sparse::read(fields, &backbone, BranchConfig::None)?
+        .decoder(&backbone, AttentionConfig::GroupedQuery(attention)))
 }
 
 /// Windows are off in every published model of Qwen2-MoE and Qwen3-MoE, whatever length is written beside that.
@@ -50,24 +51,22 @@ pub(super) struct Sparse {
     step: usize,
     dense_layers: Vec<usize>,
     dense: MlpConfig,
-    pub(super) experts: MoeConfig,
+    experts: MoeConfig,
 }
 
 impl Sparse {
-    pub(super) fn read(fields: &mut Fields, backbone: &Backbone) -> Checked<Self> {
-        let sizes = [num_experts(fields)?, fields.size("moe_intermediate_size", MOST_WIDTH)?];
+    /// With `branch` beside the experts.
+    pub(super) fn read(fields: &mut Fields, backbone: &Backbone, branch: BranchConfig) -> Checked<Self> {
+        let sizes = [num_experts(fields, "num_experts")?, fields.size("moe_intermediate_size", MOST_WIDTH)?];
         let router =
             DroplessConfig::softmax(fields.size("num_experts_per_tok", MOST)?, fields.or("norm_topk_prob", false)?);
+        let coef = load_balance_coef(fields, "router_aux_loss_coef", 0.001)?;
         Ok(Self {
             step: fields.size_or("decoder_sparse_step", 1, MOST)?,
             dense_layers: fields.or("mlp_only_layers", Vec::new())?,
             dense: backbone.mlp(fields.size("intermediate_size", MOST_WIDTH)?),
-            experts: backbone.experts(fields, sizes, router)?,
+            experts: MoeConfig { branch, ..backbone.experts(sizes, router, coef) },
         })
-    }
-
-    pub(super) fn with_experts(self, experts: MoeConfig) -> Self {
-        Self { experts, ..self }
     }
 
     pub(super) fn decoder(&self, backbone: &Backbone, attention: AttentionConfig) -> DecoderConfig {
