@@ -382,3 +382,63 @@ impl AttentionConfig {
         }
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::config::RotaryScaling;
+    use moe_core::ops::RotaryLayout;
+
+    /// DeepSeek-V2-Lite's.
+    fn latent(q_rank: Option<usize>) -> LatentConfig {
+        LatentConfig {
+            d_model: 2048,
+            num_heads: 16,
+            q_rank,
+            kv_rank: 512,
+            nope_dim: 128,
+            rope_dim: 64,
+            value_dim: 128,
+            bias: false,
+            epsilon: 1e-6,
+            rotary: RotaryConfig {
+                layout: RotaryLayout::Interleaved,
+                rotary_dim: 64,
+                theta: 1e4,
+                scaling: RotaryScaling::None,
+            },
+            scale: 0.1,
+            std: 0.02,
+        }
+    }
+
+    /// By hand: queries, the row, the matrices of the heads, the output.
+    #[test]
+    fn latent_attention_costs_what_its_matrices_and_rows_are() {
+        let whole = AttentionConfig::Latent(latent(None));
+        assert_eq!(whole.products_per_token(), 2048 * 3072 + 2048 * 576 + 512 * 4096 + 2048 * 2048);
+        let low = AttentionConfig::Latent(latent(Some(1536)));
+        let saved = 2048 * 3072 - (2048 * 1536 + 1536 * 3072);
+        assert_eq!(whole.products_per_token() as isize - low.products_per_token() as isize, saved);
+        let elements: usize = whole.params().iter().map(ParamSpec::elem_count).sum();
+        assert_eq!(elements, whole.products_per_token() + 512, "and one norm");
+        // The row before and after its norm; of each head a query, the same absorbed, its sum and its value.
+        assert_eq!(whole.kept_columns(), 2 * 576 + 16 * (2 * 192 + 2 * 576 + 128));
+        assert_eq!(whole.kv_shape().width(), 576);
+    }
+
+    #[test]
+    fn impossible_latent_attention_is_refused() {
+        let refused = |change: fn(&mut LatentConfig), part: &str| {
+            let mut config = latent(Some(1536));
+            change(&mut config);
+            let reason = config.validate().unwrap_err();
+            assert!(reason.contains(part), "{reason:?} should name {part:?}");
+        };
+        latent(Some(1536)).validate().unwrap();
+        refused(|c| c.q_rank = Some(0), "q_rank must be between 1");
+        refused(|c| c.value_dim = 0, "value_dim must be between 1");
+        refused(|c| c.num_heads = 1 << 20, "heads of");
+        refused(|c| c.scale = f64::NAN, "scale must be a positive number");
+    }
+}

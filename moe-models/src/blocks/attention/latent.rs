@@ -46,7 +46,7 @@ enum Queries {
 #[derive(Debug)]
 enum Heads {
     /// `kv_b_proj` as it is; it may change from pass to pass.
-    Stored(Tensor),
+    Stored(Weight),
     /// Those of keys, transposed, and those of values, in the form that is multiplied with.
     Packed([Weight; 2]),
 }
@@ -82,7 +82,7 @@ impl Latent {
             Queries::Low(low, _, high) => vec![low, high],
         };
         let heads = match &self.heads {
-            Heads::Stored(_) => &[][..],
+            Heads::Stored(weight) => std::slice::from_ref(weight),
             Heads::Packed(weights) => weights,
         };
         queries.into_iter().chain([&self.keys, &self.out]).map(Linear::weight).chain(heads).collect()
@@ -157,21 +157,18 @@ impl Latent {
 
 impl Heads {
     fn new(config: &LatentConfig, vb: &VarBuilder<'_>, ops: &dyn Ops) -> Result<Self> {
-        let spec = config.heads().weight();
-        match ops.weight(&WeightSource::new(vb, &spec), WeightUse::Product)? {
-            Weight::Tensor(stored) => Ok(Self::Stored(stored)),
-            Weight::Packed(_) => {
-                let stored = spec.get(vb)?.to_dtype(DType::F32)?;
-                let [of_keys, of_values] = cut(config, &stored)?;
-                Ok(Self::Packed([packed(of_keys, ops)?, packed(of_values, ops)?]))
-            }
-        }
+        let stored = config.heads().weight().get(vb)?;
+        let [of_keys, of_values] = cut(config, &stored)?;
+        Ok(match packed(of_keys, ops)? {
+            Weight::Tensor(_) => Self::Stored(stored.into()),
+            of_keys => Self::Packed([of_keys, packed(of_values, ops)?]),
+        })
     }
 
     /// Those of keys `[heads, kv_rank, nope_dim]` and those of values `[heads, value_dim, kv_rank]`.
     fn matrices(&self, config: &LatentConfig) -> Result<[Weight; 2]> {
         Ok(match self {
-            Self::Stored(stored) => cut(config, stored)?.map(Weight::Tensor),
+            Self::Stored(stored) => cut(config, stored.tensor()?)?.map(Weight::Tensor),
             Self::Packed(weights) => weights.clone(),
         })
     }
@@ -185,7 +182,7 @@ fn cut(config: &LatentConfig, stored: &Tensor) -> Result<[Tensor; 2]> {
     Ok([of_keys, stored.narrow(1, nope_dim, value_dim)?.contiguous()?])
 }
 
-/// A stack of matrices in the form that `ops` multiplies with.
+/// A stack of matrices in the form that `ops` multiplies with; a tensor still if that is one.
 fn packed(stack: Tensor, ops: &dyn Ops) -> Result<Weight> {
     let (heads, out, inner) = stack.dims3()?;
     let spec = ParamSpec::new("weight", &[out, inner], ParamInit::Zeros).stacked(heads);
