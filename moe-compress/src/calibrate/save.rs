@@ -43,7 +43,8 @@ pub struct Calibration {
 /// Writes the model in the folder `from` with its matrices in `format` into the new folder `to`, as
 /// [`moe_models::hf::quantization::save`] does, with integers that change least of what the matrices make of their inputs on
 /// `batches`; an expert's inputs are the tokens that are routed to it. A matrix that gets fewer tokens than it has inputs, or that is
-/// not multiplied with as it is (`kv_b_proj` of latent attention, which is taken apart), is rounded to the nearest. Tells `observer` of each layer that is done.
+/// not multiplied with as it is (`kv_b_proj` of latent attention, which is taken apart), is rounded to the nearest. Tells
+/// `observer` of each layer that is done.
 ///
 /// # Errors
 /// [`Error::Argument`] for no batch, or inputs that are not finite; as there; if a batch does not fit the model.

@@ -9,7 +9,8 @@ use moe_models::train::checkpoint::CheckpointStore;
 use moe_models::train::export::export;
 use moe_models::train::{Event, TrainConfig, Trainer};
 use moe_models::{
-    CausalLm, Decoder, Family, LogitsOf, Model, PoolConfig, Precision, ReadFamily, SequenceStep, TokenBatch,
+    CausalLm, Decoder, Family, LayerwisePass, LogitsOf, Model, PoolConfig, Precision, ReadFamily, SequenceStep,
+    TokenBatch,
 };
 use std::collections::HashMap;
 use std::path::{Path, PathBuf};
@@ -217,6 +218,56 @@ fn glm4_moe_equals_transformers() {
     check("glm4_moe");
 }
 
+/// Files of GLM-4.5 and DeepSeek-V3 have a layer more, which predicts the token after the next; the model is the same without.
+#[test]
+fn a_folder_with_layers_after_the_last_is_read_without_them() {
+    let (from, dir) = (fixtures().join("glm4_moe"), tempfile::tempdir().unwrap());
+    let model = Any::load(&from, &Device::Cpu).unwrap();
+    model.save(dir.path(), DType::F32).unwrap();
+    let file = dir.path().join("model.safetensors");
+    let mut tensors = candle_core::safetensors::load(&file, &Device::Cpu).unwrap();
+    let extra = Tensor::ones(7, DType::F32, &Device::Cpu).unwrap();
+    tensors.insert("model.layers.3.enorm.weight".into(), extra.clone());
+    candle_core::safetensors::save(&tensors, &file).unwrap();
+
+    let ids = [5, 9, 2, 40];
+    let want = values(&logits(model.decoder(), &ids));
+    assert_eq!(values(&logits(Any::load(dir.path(), &Device::Cpu).unwrap().decoder(), &ids)), want);
+    let packed = Decoder::load(&from, Precision::F32).unwrap();
+    let got = Decoder::load(dir.path(), Precision::F32).unwrap();
+    assert_eq!(values(&logits(&got, &ids)), values(&logits(&packed, &ids)));
+    let (json, bytes) = (std::fs::read(dir.path().join("config.json")).unwrap(), std::fs::read(&file).unwrap());
+    let held = Any::from_bytes(&json, bytes, &Device::Cpu).unwrap();
+    assert_eq!(values(&logits(held.decoder(), &ids)), want);
+    let batch = TokenBatch { input_ids: ids.to_vec(), target_ids: ids.to_vec(), batch: 1, seq_len: 4 };
+    LayerwisePass::open(dir.path(), &[batch]).unwrap();
+
+    // No other tensor is left out.
+    tensors.insert("model.layers.2.enorm.weight".into(), extra);
+    candle_core::safetensors::save(&tensors, &file).unwrap();
+    let refused = Any::load(dir.path(), &Device::Cpu).unwrap_err().to_string();
+    assert!(refused.contains("model.layers.2.enorm.weight does not belong"), "{refused}");
+}
+
+/// What gradients do not change is no weight that could be rounded.
+#[test]
+fn biases_of_scores_stay_f32_in_files() {
+    let (model, dir) = (Fixture::load("glm4_moe").model(), tempfile::tempdir().unwrap());
+    model.save(dir.path(), DType::BF16).unwrap();
+    let saved = candle_core::safetensors::load(dir.path().join("model.safetensors"), &Device::Cpu).unwrap();
+    let again = Any::load(dir.path(), &Device::Cpu).unwrap();
+    let mut biases = 0;
+    for ((spec, (name, var)), (_, read)) in model.table().specs().iter().zip(model.params()).zip(again.params()) {
+        if !spec.trained {
+            let bias = &saved[&name.replace("gate.selection_bias", "gate.e_score_correction_bias")];
+            assert_eq!((bias.dtype(), values(read)), (DType::F32, values(var)), "{name}");
+            biases += 1;
+        }
+    }
+    assert_eq!(biases, 2);
+    assert!(saved.values().any(|tensor| tensor.dtype() == DType::BF16));
+}
+
 /// What the decoder has no use for in published files, and what it could not do without.
 #[test]
 fn layers_after_the_last_are_left_out() {
@@ -248,7 +299,7 @@ fn families_refuse_what_they_do_not_implement() {
         &[
             ("\"router_jitter_noise\": 0.0", "\"router_jitter_noise\": 0.1", "router_jitter_noise"),
             ("\"sliding_window\": 12", "\"sliding_window\": 0", "window must be at least 1"),
-            ("\"num_local_experts\": 6", "\"num_local_experts\": 0", "num_experts must be between 1"),
+            ("\"num_local_experts\": 6", "\"num_local_experts\": 0", "num_local_experts must be between 1"),
             ("\"num_local_experts\": 6", "\"num_local_experts\": 6, \"num_experts\": 5", "must be the same"),
             ("\"eos_token_id\": 2", "\"eos_token_id\": [2, 97]", "eos_token_id 97 is outside the vocabulary"),
         ],
@@ -269,6 +320,7 @@ fn families_refuse_what_they_do_not_implement() {
             ("\"kv_lora_rank\": 20", "\"kv_lora_rank\": 0", "kv_lora_rank must be between 1"),
             ("\"qk_rope_head_dim\": 6", "\"qk_rope_head_dim\": 5", "head_dim must be even"),
             ("\"v_head_dim\": 8", "\"v_head_dim\": null", "v_head_dim is missing"),
+            ("\"n_routed_experts\": 8", "\"num_local_experts\": 0", "num_local_experts must be between 1"),
         ],
     );
     refuses(

@@ -38,12 +38,12 @@ fn decoders() -> Vec<(String, Decoder)> {
     let mut config = windowed.decoder().unwrap();
     for (layer, window) in [(0, 9), (2, 40)] {
         let AttentionConfig::GroupedQuery(attention) = &mut config.layers[layer].attention else { unreachable!() };
-        attention.window = Some(window);
+        (attention.window, attention.scale) = (Some(window), Some(0.2));
     }
     let source = ParamSource::initial(Arc::new(config.params()), 3, moe_parallel::Placement::WHOLE);
     let ops = Arc::new(KernelOps::packing(Precision::Bf16));
     let windowed = Decoder::new(config, source.builder(&Device::Cpu), ops).unwrap();
-    all.push(("windows".into(), windowed));
+    all.push(("windows, with a scale".into(), windowed));
     let drawn = gpt(|c| {
         let moe = c.moe.as_mut().unwrap();
         (moe.top_k, moe.capacity.eval_factor) = (2, None);
