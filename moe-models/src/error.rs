@@ -10,10 +10,10 @@ use std::path::PathBuf;
 pub enum Error {
     /// A tensor operation failed.
     #[error(transparent)]
-    Candle(#[from] candle_core::Error),
+    Candle(candle_core::Error),
     /// An MoE layer refused its configuration or input.
     #[error(transparent)]
-    Moe(#[from] moe_core::Error),
+    Moe(moe_core::Error),
     /// A kernel refused its input.
     #[error(transparent)]
     Kernel(#[from] moe_kernels::Error),
@@ -136,6 +136,26 @@ impl Error {
     }
 }
 
+/// A fault between ranks comes out as itself, whichever operation it passed through: all ranks tell it in the same words.
+impl From<candle_core::Error> for Error {
+    fn from(error: candle_core::Error) -> Self {
+        match Fault::of_candle(&error) {
+            Some(fault) => Self::Parallel(fault.clone().into()),
+            None => Self::Candle(error),
+        }
+    }
+}
+
+/// As from candle's error.
+impl From<moe_core::Error> for Error {
+    fn from(error: moe_core::Error) -> Self {
+        match Fault::of_core(&error) {
+            Some(fault) => Self::Parallel(fault.clone().into()),
+            None => Self::Moe(error),
+        }
+    }
+}
+
 /// For parts of a model that run inside of an operation.
 impl From<Error> for moe_core::Error {
     fn from(error: Error) -> Self {
@@ -151,3 +171,23 @@ impl From<Error> for moe_core::Error {
 
 /// The crate's result.
 pub type Result<T> = std::result::Result<T, Error>;
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use moe_parallel::comm::{Cause, Kind, Phase, Site, Stamp};
+
+    #[test]
+    fn a_fault_has_the_same_words_whatever_it_passed_through() {
+        let stamp = Stamp { context: 0, sequence: 1, kind: Kind::AllGather, site: Site::layer(Phase::Forward, 0) };
+        let fault = Fault { rank: 3, stamp, cause: Cause::Left { peer: 1 } };
+        let candle = || candle_core::Error::from(fault.clone()).bt();
+        let core = || moe_core::Error::from(candle());
+        for error in
+            [Error::from(candle()), Error::from(core()), Error::from(moe_core::Error::from(Error::from(core())))]
+        {
+            assert_eq!(error.fault(), Some(&fault));
+            assert_eq!(error.to_string(), fault.to_string());
+        }
+    }
+}
