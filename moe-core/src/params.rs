@@ -4,6 +4,7 @@
 use crate::{CounterRng, Result};
 use candle_core::{DType, Device, Tensor};
 use candle_nn::VarBuilder;
+use std::ops::Range;
 
 /// How a parameter starts.
 #[derive(Debug, Clone, Copy, PartialEq)]
@@ -155,7 +156,8 @@ impl ParamSpec {
     /// If the tensor cannot be made.
     pub fn initial(&self, seed: u64, device: &Device) -> Result<Tensor> {
         let stack = if self.is_stacked() { self.shape[0] } else { 1 };
-        let values = (0..stack).flat_map(|index| self.drawn(seed, index, self.elem_count() / stack)).collect();
+        let each = self.elem_count() / stack.max(1);
+        let values = (0..stack).flat_map(|index| self.initial_range(seed, index, 0..each)).collect();
         Ok(Tensor::from_vec::<_, f32>(values, self.shape.as_slice(), device)?)
     }
 
@@ -165,18 +167,25 @@ impl ParamSpec {
     /// If the tensor cannot be made.
     pub fn initial_expert(&self, seed: u64, index: usize, device: &Device) -> Result<Tensor> {
         let shape = &self.shape[1..];
-        Ok(Tensor::from_vec(self.drawn(seed, index, shape.iter().product()), shape, device)?)
+        Ok(Tensor::from_vec(self.initial_range(seed, index, 0..shape.iter().product()), shape, device)?)
     }
 
-    fn drawn(&self, seed: u64, index: usize, count: usize) -> Vec<f32> {
-        let mut rng = CounterRng::new(CounterRng::mix(seed, &[index as u64]), stream_of(&self.name));
-        let draw = |_| match self.init {
-            ParamInit::Zeros => 0.0,
-            ParamInit::Ones => 1.0,
-            ParamInit::Normal(std) => (rng.normal_f64() * std) as f32,
-            ParamInit::Uniform(bound) => ((2.0 * rng.uniform_f64() - 1.0) * bound) as f32,
-        };
-        (0..count).map(draw).collect()
+    /// The same of elements `range` alone, of expert `index` of a stack; of a parameter that is none, `index` is 0.
+    pub fn initial_range(&self, seed: u64, index: usize, range: Range<usize>) -> Vec<f32> {
+        let rng = || CounterRng::new(CounterRng::mix(seed, &[index as u64]), stream_of(&self.name));
+        let first = range.start as u64;
+        match self.init {
+            ParamInit::Zeros => vec![0.0; range.len()],
+            ParamInit::Ones => vec![1.0; range.len()],
+            ParamInit::Normal(std) => {
+                let mut rng = rng().skipping(4 * first);
+                range.map(|_| (rng.normal_f64() * std) as f32).collect()
+            }
+            ParamInit::Uniform(bound) => {
+                let mut rng = rng().skipping(2 * first);
+                range.map(|_| ((2.0 * rng.uniform_f64() - 1.0) * bound) as f32).collect()
+            }
+        }
     }
 
     /// The dtype parameters are trained in.

@@ -42,6 +42,16 @@ impl CounterRng {
         Self { seed, stream, block: 0, buffer: [0; 4], used: 4 }
     }
 
+    /// The same generator `numbers` draws of 32 bits further on than at the start.
+    #[must_use]
+    pub fn skipping(self, numbers: u64) -> Self {
+        let mut further = Self { block: numbers / 4, used: 4, ..self };
+        for _ in 0..numbers % 4 {
+            further.next_u32();
+        }
+        further
+    }
+
     /// The next 32 random bits.
     pub fn next_u32(&mut self) -> u32 {
         if self.used == 4 {
@@ -126,6 +136,9 @@ mod tests {
             (0..8).map(|_| 0).scan(CounterRng::new(seed, stream), |r, _| Some(r.next_u32())).collect::<Vec<_>>()
         };
         assert_eq!(draw(1, 2), draw(1, 2));
+        for skipped in [0, 3, 4, 6] {
+            assert_eq!(CounterRng::new(1, 2).skipping(skipped).next_u32(), draw(1, 2)[skipped as usize]);
+        }
         assert_ne!(draw(1, 2), draw(1, 3));
         assert_ne!(draw(1, 2), draw(2, 2));
         assert_ne!(CounterRng::mix(1, &[2, 3]), CounterRng::mix(1, &[3, 2]));

@@ -20,6 +20,7 @@ mod layer;
 mod layerwise;
 mod model;
 mod params;
+pub mod random;
 pub mod train;
 
 pub use batch::{IGNORED, LayerLoad, LossOutput, LossParts, Pass, TokenBatch, TrainPass};

@@ -2,9 +2,11 @@
 //! the environment.
 
 pub mod allocator;
+pub mod init;
 pub mod train;
 
 use crate::{PackedForms, Precision, QuantFormat};
+use candle_core::DType;
 use moe_kernels::select;
 use std::process::ExitCode;
 
@@ -66,4 +68,25 @@ impl From<QuantizeArg> for QuantFormat {
 pub fn packed_forms(precision: PrecisionArg, quantize: Option<QuantizeArg>) -> PackedForms {
     let forms = PackedForms::from(Precision::from(precision));
     quantize.map_or(forms, |format| forms.with_products(QuantFormat::from(format)))
+}
+
+/// Number format of weights in files, on the command line.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, clap::ValueEnum)]
+pub enum DtypeArg {
+    /// 32 bits.
+    F32,
+    /// 16 bits, of which 8 are the exponent's.
+    Bf16,
+    /// 16 bits, of which 5 are the exponent's.
+    F16,
+}
+
+impl From<DtypeArg> for DType {
+    fn from(dtype: DtypeArg) -> Self {
+        match dtype {
+            DtypeArg::F32 => Self::F32,
+            DtypeArg::Bf16 => Self::BF16,
+            DtypeArg::F16 => Self::F16,
+        }
+    }
 }

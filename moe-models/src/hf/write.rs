@@ -20,11 +20,11 @@ pub(crate) const SHARD_BYTES: usize = 5_000_000_000;
 /// A tensor in files, and what of a model it holds.
 #[derive(Debug, Clone)]
 pub(crate) struct FileTensor<'a> {
-    pub(super) header: TensorHeader,
+    pub(crate) header: TensorHeader,
     /// The parameter.
-    pub(super) spec: &'a ParamSpec,
+    pub(crate) spec: &'a ParamSpec,
     /// Which expert of a stack.
-    pub(super) expert: Option<usize>,
+    pub(crate) expert: Option<usize>,
     /// The same by the name that it has alone.
     pub(crate) unit: Extent,
     /// Elements of it.

@@ -46,7 +46,7 @@ pub(crate) fn fill_target(dir: &Path, fill: impl FnOnce(&Path) -> Result<()>) ->
 }
 
 /// The files of a tokenizer.
-pub(super) fn write_tokenizer(max_seq_len: usize, tokenizer_json: &str, dir: &Path) -> Result<()> {
+pub(crate) fn write_tokenizer(max_seq_len: usize, tokenizer_json: &str, dir: &Path) -> Result<()> {
     write_synced(&dir.join("tokenizer.json"), tokenizer_json.as_bytes())?;
     let config = serde_json::json!({
         "tokenizer_class": "PreTrainedTokenizerFast",

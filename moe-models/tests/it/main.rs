@@ -4,6 +4,7 @@ mod equality;
 mod examples;
 mod family;
 mod golden;
+mod init_cli;
 mod layerwise;
 mod quantized;
 mod ragged;

@@ -7,9 +7,9 @@ mod reduce;
 mod upcycle;
 
 use anyhow::{Context, Result};
-use candle_core::{DType, Device};
-use clap::{Args, Parser, Subcommand, ValueEnum};
-use moe_models::cli::exit_code;
+use candle_core::Device;
+use clap::{Args, Parser, Subcommand};
+use moe_models::cli::{DtypeArg, exit_code};
 use moe_models::gpt::{Gpt, GptConfig};
 use moe_models::train::export::{check_target, export};
 use std::path::PathBuf;
@@ -49,13 +49,6 @@ pub(crate) struct Folders {
     dtype: DtypeArg,
 }
 
-#[derive(Debug, Clone, Copy, ValueEnum)]
-enum DtypeArg {
-    F32,
-    Bf16,
-    F16,
-}
-
 impl Folders {
     /// The model to read, once it is certain that the result can be written.
     pub(crate) fn load(&self) -> Result<Gpt> {
@@ -67,12 +60,7 @@ impl Folders {
     pub(crate) fn save(&self, model: &Gpt) -> Result<()> {
         let path = self.model.join("tokenizer.json");
         let tokenizer = std::fs::read_to_string(&path).with_context(|| format!("cannot read {}", path.display()))?;
-        let dtype = match self.dtype {
-            DtypeArg::F32 => DType::F32,
-            DtypeArg::Bf16 => DType::BF16,
-            DtypeArg::F16 => DType::F16,
-        };
-        export(model, &tokenizer, &self.out, dtype)?;
+        export(model, &tokenizer, &self.out, self.dtype.into())?;
         println!("{}: {}", self.out.display(), sizes(model.config()));
         Ok(())
     }

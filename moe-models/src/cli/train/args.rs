@@ -3,10 +3,9 @@
 use super::model_args::ModelArgs;
 use super::rank_args::RankArgs;
 use crate::Recompute;
-use crate::cli::PrecisionArg;
+use crate::cli::{DtypeArg, PrecisionArg};
 use crate::train::{Blend, TrainConfig};
 use anyhow::{Result, bail};
-use candle_core::DType;
 use clap::ValueEnum;
 use std::path::PathBuf;
 
@@ -129,7 +128,7 @@ pub struct TrainArgs {
     pub(crate) export: Option<PathBuf>,
     /// Number format of the exported weights.
     #[arg(long, value_enum, default_value = "bf16", requires = "export")]
-    pub(crate) export_dtype: ExportDtype,
+    pub(crate) export_dtype: DtypeArg,
     /// Export the best checkpoint instead of the last.
     #[arg(long, requires = "export")]
     pub(crate) export_best: bool,
@@ -184,23 +183,6 @@ impl From<RecomputeArg> for Recompute {
             RecomputeArg::None => Self::None,
             RecomputeArg::Block => Self::Block,
             RecomputeArg::Moe => Self::Moe,
-        }
-    }
-}
-
-#[derive(Debug, Clone, Copy, ValueEnum)]
-pub(crate) enum ExportDtype {
-    F32,
-    Bf16,
-    F16,
-}
-
-impl From<ExportDtype> for DType {
-    fn from(dtype: ExportDtype) -> Self {
-        match dtype {
-            ExportDtype::F32 => Self::F32,
-            ExportDtype::Bf16 => Self::BF16,
-            ExportDtype::F16 => Self::F16,
         }
     }
 }
