@@ -69,4 +69,4 @@ pub use router::{
     SeededNoise, Top1Config, Top1Router, Top2Config, Top2Router, TopKConfig, TopKRouter,
 };
 pub use routing::{Capacity, DROPPED, ExpertLoad, RouterLosses, Routing, capacity_rows};
-pub use weight::{PackedWeight, StoredIntegers, Weight, WeightSource, WeightUse};
+pub use weight::{PackedWeight, StoredIntegers, StoredRows, Weight, WeightSource, WeightUse};

@@ -5,6 +5,7 @@ use candle_core::{DType, Tensor};
 use candle_nn::VarBuilder;
 use std::any::Any;
 use std::fmt::Debug;
+use std::ops::Range;
 use std::sync::Arc;
 
 /// A matrix `[out, in]`, or one per expert, `[experts, out, in]`.
@@ -105,6 +106,26 @@ impl StoredIntegers {
     pub const SCALES: &str = "_scales";
 }
 
+/// A stretch of a matrix's rows, as a source is asked for it by name: so that whoever packs a matrix never holds it whole.
+#[derive(Debug, Clone, Copy)]
+pub struct StoredRows;
+
+impl StoredRows {
+    const MARK: &str = "_rows_";
+
+    /// The name of rows `rows` of `matrix`.
+    pub fn name(matrix: &str, rows: &Range<usize>) -> String {
+        format!("{matrix}{}{}_{}", Self::MARK, rows.start, rows.end)
+    }
+
+    /// Which rows of which matrix a name asks for, if it does for any.
+    pub fn parse(name: &str) -> Option<(&str, Range<usize>)> {
+        let (matrix, rows) = name.rsplit_once(Self::MARK)?;
+        let (start, end) = rows.split_once('_')?;
+        Some((matrix, start.parse().ok()?..end.parse().ok()?))
+    }
+}
+
 /// A parameter that is still where it came from: fetched whole, or matrix by matrix so that no stack is ever held.
 #[derive(Clone)]
 pub struct WeightSource<'a> {
@@ -161,6 +182,25 @@ impl<'a> WeightSource<'a> {
     /// If there is no such tensor or it has another shape.
     pub fn matrix(&self, index: usize) -> Result<Tensor> {
         if self.spec.is_stacked() { self.spec.get_expert(self.vb, index) } else { self.whole() }
+    }
+
+    /// Rows `rows` of matrix `index` alone, `[rows, in]`, in the type that the source has them in; `None` if it gives whole
+    /// matrices only.
+    ///
+    /// # Errors
+    /// If the source cannot give them, or they have another shape.
+    pub fn rows(&self, index: usize, rows: Range<usize>) -> Result<Option<Tensor>> {
+        let matrix = self.spec.expert_name(index).unwrap_or_else(|| self.spec.name.clone());
+        let name = StoredRows::name(&matrix, &rows);
+        if !self.vb.contains_tensor(&name) {
+            return Ok(None);
+        }
+        let tensor = self.vb.get_unchecked(&name)?;
+        let want = [rows.len(), self.dims().last().copied().unwrap_or(0)];
+        match tensor.dims() {
+            got if got == want => Ok(Some(tensor)),
+            got => Err(Error::Input(format!("rows {rows:?} of {matrix} are {got:?}, but a layer asks for {want:?}"))),
+        }
     }
 
     /// Matrix `index` alone as the integers that the source holds of it; `None` if it holds floats.

@@ -5,6 +5,7 @@ use crate::gemm::{PackedWeights, bf16_round};
 use crate::quantized::{IntegerMatrix, QuantFormat};
 use crate::stack::{PackedStack, WeightFormat};
 use crate::{Error, Isa, Precision, Result};
+use candle_core::DType;
 use half::bf16;
 use moe_core::ops::host::to_f32_vec;
 use moe_core::{PackedWeight, StoredIntegers, Weight, WeightSource, WeightUse};
@@ -73,6 +74,9 @@ impl PackedMatrices {
         let (dims, format) = (source.dims().to_vec(), forms.of(purpose));
         let (mut matrices, mut table) = (PackedStack::new(format), None);
         for index in 0..source.num_matrices() {
+            if Self::push_rows(&mut matrices, source, index, isa, purpose)? {
+                continue;
+            }
             let values = to_f32_vec(&source.matrix(index)?)?;
             pack(&mut matrices, isa, &values, &dims)?;
             if purpose == WeightUse::Table {
@@ -80,6 +84,34 @@ impl PackedMatrices {
             }
         }
         Ok(Self { dims, format, matrices: RwLock::new(Arc::new(matrices)), table })
+    }
+
+    /// Packs matrix `index` some rows at a time, if the source has them so and nothing else is to be kept of it.
+    fn push_rows(
+        matrices: &mut PackedStack,
+        source: &WeightSource<'_>,
+        index: usize,
+        isa: Isa,
+        purpose: WeightUse,
+    ) -> Result<bool> {
+        let &[.., out, inner] = source.dims() else { return Ok(false) };
+        let Some(first) = source.rows(index, 0..out.min(1))? else { return Ok(false) };
+        let is_kept = match matrices.format() {
+            WeightFormat::Float(Precision::F32) => true,
+            WeightFormat::Float(Precision::Bf16) => first.dtype() == DType::BF16,
+            WeightFormat::Quantized(_) => false,
+        };
+        if purpose == WeightUse::Table && !is_kept {
+            // Its rows are looked up too, and have to stay as they are.
+            return Ok(false);
+        }
+        matrices.push_rows(isa, [out, inner], |rows| match source.rows(index, rows)? {
+            Some(rows) => Ok(to_f32_vec(&rows)?),
+            None => {
+                Err(Error::Argument(format!("{} has its first row alone, and others not", source.matrix_name(index))))
+            }
+        })?;
+        Ok(true)
     }
 
     fn fetch_integers(source: &WeightSource<'_>, first: StoredIntegers, format: QuantFormat) -> Result<Self> {

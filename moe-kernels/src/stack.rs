@@ -5,6 +5,7 @@ use crate::grouped_linear::packed_groups;
 use crate::quantized::{IntegerMatrix, QuantFormat, QuantGroup, QuantizedWeights, quantized_gemm};
 use crate::{Isa, Precision, Result};
 use std::fmt;
+use std::ops::Range;
 
 /// How weights that never change are kept.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
@@ -68,6 +69,26 @@ impl PackedStack {
                 all.push(PackedWeights::new(isa, *precision, &Operand::rows(values, out, inner, inner)));
             }
             Self::Quantized(format, all) => all.push(QuantizedWeights::new(*format, values, [out, inner])?),
+        }
+        Ok(())
+    }
+
+    /// The same of a matrix of which `rows` gives some rows at a time, row-major.
+    ///
+    /// # Errors
+    /// As [`PackedStack::push`], and those of `rows`.
+    ///
+    /// # Panics
+    /// If `rows` gives more or fewer values.
+    pub fn push_rows(
+        &mut self,
+        isa: Isa,
+        shape: [usize; 2],
+        rows: impl Fn(Range<usize>) -> Result<Vec<f32>> + Sync,
+    ) -> Result<()> {
+        match self {
+            Self::Float(precision, all) => all.push(PackedWeights::from_rows(isa, *precision, shape, rows)?),
+            Self::Quantized(format, all) => all.push(QuantizedWeights::from_rows(*format, shape, rows)?),
         }
         Ok(())
     }
@@ -166,4 +187,59 @@ fn quantized_groups<'a>(
         }
     };
     offsets.windows(2).zip(weights).enumerate().filter(|(_, (pair, _))| pair[1] > pair[0]).map(group).collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::{Error, select};
+
+    /// Rows that come a stretch at a time make the matrix that all of them make at once.
+    #[test]
+    fn rows_at_a_time_make_the_same_matrix() {
+        let forms = [
+            WeightFormat::from(Precision::F32),
+            Precision::Bf16.into(),
+            QuantFormat::Int8.into(),
+            QuantFormat::INT4.into(),
+        ];
+        for (form, [out, inner]) in
+            forms.into_iter().flat_map(|form| [[1, 5], [31, 64], [200, 1030]].map(|s| (form, s)))
+        {
+            let values: Vec<f32> = (0..out * inner).map(|i| ((i * 7919 % 1013) as f32 - 506.0) * 0.003).collect();
+            let [mut whole, mut by_rows] = [PackedStack::new(form), PackedStack::new(form)];
+            whole.push(select::current(), &values, [out, inner]).unwrap();
+            let rows = |range: Range<usize>| Ok(values[range.start * inner..range.end * inner].to_vec());
+            by_rows.push_rows(select::current(), [out, inner], rows).unwrap();
+            let x: Vec<f32> = (0..3 * inner).map(|i| ((i * 31 % 47) as f32 - 23.0) * 0.05).collect();
+            let product = |stack: &PackedStack| stack.product_new(select::current(), &x, None, &[0, 3], 3 * out);
+            assert_eq!(product(&whole), product(&by_rows), "{form} {out} x {inner}");
+            assert_eq!((whole.bytes(), whole.shape()), (by_rows.bytes(), by_rows.shape()));
+            let (mut a, mut b) = (vec![0.0; inner], vec![0.0; inner]);
+            for row in 0..out {
+                whole.copy_row(0, row, &mut a);
+                by_rows.copy_row(0, row, &mut b);
+                assert_eq!(a, b, "{form} {out} x {inner}, row {row}");
+            }
+        }
+    }
+
+    #[test]
+    fn what_rows_cannot_be_is_told_with_its_place() {
+        let mut stack = PackedStack::new(QuantFormat::Int8.into());
+        let nan = |range: Range<usize>| {
+            Ok(range
+                .flat_map(|row| (0..1030).map(move |col| if (row, col) == (170, 3) { f32::NAN } else { 1.0 }))
+                .collect())
+        };
+        let text = stack.push_rows(select::current(), [200, 1030], nan).unwrap_err().to_string();
+        assert!(text.contains("weights[170, 3] is NaN"), "{text}");
+        let failing = |range: Range<usize>| match range.start {
+            0 => Ok(vec![1.0; range.len() * 1030]),
+            _ => Err(Error::Argument("the disk is gone".into())),
+        };
+        let mut stack = PackedStack::new(Precision::Bf16.into());
+        assert!(stack.push_rows(select::current(), [200, 1030], failing).unwrap_err().to_string().contains("the disk"));
+        assert!(stack.is_empty());
+    }
 }

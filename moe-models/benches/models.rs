@@ -148,23 +148,23 @@ fn main() -> Result<()> {
     let [folder, form] = arguments.as_slice() else {
         bail!("give a model folder and a form of weights: `cargo bench -p moe-models --bench models -- DIR bf16`");
     };
-    let before = Peaks::measure();
     let start = Instant::now();
     let decoder = Decoder::load(Path::new(folder), forms(form)?).context(folder.clone())?;
     let load = start.elapsed().as_secs_f64();
     let peak = memory::peak_bytes().unwrap_or(0);
     let packed: usize = decoder.weights().iter().map(|weight| weight.bytes()).sum();
-    let mut bench = Bench { decoder, rng: CounterRng::new(1, 0) };
-    let cases = [bench.prefill()?, bench.decode("decode_b1", 1)?, bench.decode("decode_b8", 8)?];
-    let peaks = before.highest(Peaks::measure());
     println!("{} {form}: {}, {}", folder, machine::name(), select::current());
     println!(
-        "loaded in {load:.2} s; {:.2} GB packed, {:.2} GB at most ({:.2} times); read rate {:.1} GB/s",
+        "loaded in {load:.2} s; {:.2} GB packed, {:.2} GB at most ({:.2} times)",
         packed as f64 / 1e9,
         peak as f64 / 1e9,
         peak as f64 / packed as f64,
-        peaks.read_gbps
     );
+    let before = Peaks::measure();
+    let mut bench = Bench { decoder, rng: CounterRng::new(1, 0) };
+    let cases = [bench.prefill()?, bench.decode("decode_b1", 1)?, bench.decode("decode_b8", 8)?];
+    let peaks = before.highest(Peaks::measure());
+    println!("read rate {:.1} GB/s, bf16 {:.0} GFLOP/s", peaks.read_gbps, peaks.bf16_gflops);
     println!("{:>12}{:>12}{:>12}{:>12}{:>10}{:>12}", "case", "tokens/s", "best", "GB/s", "of read", "GFLOP/s");
     for Case { name, tokens, seconds, best, bytes, flops } in &cases {
         let (rate, gbps) = (*tokens as f64 / seconds, bytes / seconds / 1e9);

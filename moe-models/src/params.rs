@@ -6,10 +6,11 @@ use crate::{Error, Result};
 use candle_core::{DType, Device, Shape, Tensor, Var};
 use candle_nn::VarBuilder;
 use candle_nn::var_builder::SimpleBackend;
-use moe_core::{ParamSpec, StoredIntegers};
+use moe_core::{ParamSpec, StoredIntegers, StoredRows};
 use moe_kernels::quantized::IntegerMatrix;
 use moe_parallel::Placement;
 use std::collections::HashMap;
+use std::ops::Range;
 use std::sync::Arc;
 
 /// The parameters of a model, in the order of its forward pass.
@@ -198,6 +199,25 @@ impl ParamSource {
             .then_some((IntegersAt::Files(files, spec, expert), stored))
     }
 
+    /// Of which matrix in files a name asks for rows, and for which, if they can be had by themselves: a rank that splits matrices
+    /// takes its part of whole ones.
+    fn rows_of(&self, name: &str) -> Option<(&Checkpoint, &ParamSpec, Option<usize>, Range<usize>)> {
+        let (Values::Files(files), (matrix, rows)) = (&self.values, StoredRows::parse(name)?) else { return None };
+        if self.integers.contains_key(matrix) {
+            return None;
+        }
+        let (spec, index) = self.table.find(matrix)?;
+        let inner = spec.shape.len().saturating_sub(2);
+        if self.placement.local_shape(spec)[inner..] != spec.shape[inner..] {
+            return None;
+        }
+        let expert = match index {
+            Some(index) => Some(self.placement.experts(spec.shape[0]).nth(index)?),
+            None => None,
+        };
+        files.has_rows(spec, expert).then_some((files, spec, expert, rows))
+    }
+
     fn fetch_stored(at: &IntegersAt<'_>, stored: Stored, device: &Device) -> Result<Tensor> {
         let shape = match at {
             IntegersAt::Given(matrix) => matrix.shape(),
@@ -251,6 +271,9 @@ impl SimpleBackend for ParamSource {
     }
 
     fn get_unchecked(&self, name: &str, dtype: DType, device: &Device) -> candle_core::Result<Tensor> {
+        if let Some((files, spec, expert, rows)) = self.rows_of(name) {
+            return files.rows(spec, expert, rows).map_err(candle_core::Error::wrap);
+        }
         let tensor = match self.stored(name) {
             Some((at, stored)) => Self::fetch_stored(&at, stored, device),
             None => self.fetch(name, device),
@@ -259,7 +282,7 @@ impl SimpleBackend for ParamSource {
     }
 
     fn contains_tensor(&self, name: &str) -> bool {
-        self.table.find(name).is_some() || self.stored(name).is_some()
+        self.table.find(name).is_some() || self.stored(name).is_some() || self.rows_of(name).is_some()
     }
 }
 

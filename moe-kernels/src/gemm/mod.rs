@@ -25,11 +25,13 @@ mod run;
 mod tests;
 
 use crate::parallel::SharedMut;
-use crate::{Isa, buffer, parallel};
+use crate::{Isa, Result, buffer, parallel};
 pub use pack::bf16_round;
 pub use rounded::Rounded;
 pub(crate) use rows::{Panels, panel_words, with_packed_rows};
 use run::LEAST_WORK;
+use std::ops::Range;
+use std::sync::{Mutex, PoisonError};
 
 /// What the multiplier reads; sums are f32 in either case.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Default, serde::Serialize, serde::Deserialize)]
@@ -174,17 +176,56 @@ impl PackedWeights {
     /// If this machine cannot run `isa`.
     pub fn new(isa: Isa, precision: Precision, weights: &Operand<'_>) -> Self {
         isa.require();
-        let words_per_col = Format::of_b(precision).words(weights.inner);
+        let mut packed = Self::zeros(precision, [weights.outer, weights.inner], buffer::Words::zeros);
+        let (format, len) = (Format::of_b(precision), packed.panel_words());
+        let shared = SharedMut::new(packed.words.as_mut_slice());
         let panels = weights.outer.div_ceil(PANEL_COLS);
-        let mut words = buffer::Words::zeros(panels * PANEL_COLS * words_per_col);
-        let shared = SharedMut::new(words.as_mut_slice());
         parallel::for_each_if(weights.outer * weights.inner, LEAST_WORK, panels, |panel| {
-            let len = PANEL_COLS * words_per_col;
             // SAFETY: each panel belongs to one task.
             let to = unsafe { shared.slice(panel * len, len) };
-            pack::pack(isa, Format::of_b(precision), weights, panel * PANEL_COLS, PANEL_COLS, to);
+            pack::pack(isa, format, weights, panel * PANEL_COLS, PANEL_COLS, to);
         });
-        Self { words, shape: [weights.outer, weights.inner], precision }
+        packed
+    }
+
+    /// Packs an `[n, k]` matrix of which `rows` gives some rows at a time, row-major, on all threads at once.
+    ///
+    /// # Errors
+    /// Those of `rows`, one of them if there are several.
+    ///
+    /// # Panics
+    /// If this machine cannot run `isa`, or `rows` gives more or fewer values.
+    pub fn from_rows(
+        isa: Isa,
+        precision: Precision,
+        [n, k]: [usize; 2],
+        rows: impl Fn(Range<usize>) -> Result<Vec<f32>> + Sync,
+    ) -> Result<Self> {
+        isa.require();
+        let mut packed = Self::zeros(precision, [n, k], buffer::Words::lasting);
+        let (format, len) = (Format::of_b(precision), packed.panel_words());
+        let shared = SharedMut::new(packed.words.as_mut_slice());
+        rows_at_a_time([n, k], |range| {
+            let values = rows(range.clone())?;
+            let part = Operand::rows(&values, range.len(), k, k);
+            for (at, panel) in (range.start / PANEL_COLS..range.end.div_ceil(PANEL_COLS)).enumerate() {
+                // SAFETY: rows begin at a panel, so each panel belongs to one call.
+                let to = unsafe { shared.slice(panel * len, len) };
+                pack::pack(isa, format, &part, at * PANEL_COLS, PANEL_COLS, to);
+            }
+            Ok(())
+        })?;
+        Ok(packed)
+    }
+
+    fn zeros(precision: Precision, shape: [usize; 2], new_words: fn(usize) -> buffer::Words) -> Self {
+        let words_per_col = Format::of_b(precision).words(shape[1]);
+        let len = shape[0].next_multiple_of(PANEL_COLS) * words_per_col;
+        Self { words: new_words(len), shape, precision }
+    }
+
+    fn panel_words(&self) -> usize {
+        PANEL_COLS * Format::of_b(self.precision).words(self.shape[1])
     }
 
     /// `[n, k]`
@@ -220,6 +261,21 @@ impl PackedWeights {
             }),
         }
     }
+}
+
+/// Values of a matrix that a thread packs at a time: they stay in its cache from the source to the panel.
+const PACKED_AT_ONCE: usize = 1 << 17;
+
+/// Calls `work` for stretches of the rows of an `[n, k]` matrix that each begin at a panel, on all threads.
+pub(crate) fn rows_at_a_time([n, k]: [usize; 2], work: impl Fn(Range<usize>) -> Result<()> + Sync) -> Result<()> {
+    let each = (PACKED_AT_ONCE / k.max(1)).next_multiple_of(PANEL_COLS);
+    let failed = Mutex::new(None);
+    parallel::for_each_if(n * k, LEAST_WORK, n.div_ceil(each), |index| {
+        if let Err(error) = work(index * each..n.min((index + 1) * each)) {
+            *failed.lock().unwrap_or_else(PoisonError::into_inner) = Some(error);
+        }
+    });
+    failed.into_inner().unwrap_or_else(PoisonError::into_inner).map_or(Ok(()), Err)
 }
 
 /// One product of a [`gemm`].

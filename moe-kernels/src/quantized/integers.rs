@@ -77,6 +77,11 @@ impl IntegerMatrix {
     /// [`Error::Argument`] if `weights` has another size, a weight is not finite, or `format` cannot hold such a matrix.
     pub fn nearest(format: QuantFormat, weights: &[f32], [n, k]: [usize; 2]) -> Result<Self> {
         format.check(weights, [n, k])?;
+        Ok(Self::rounded(format, weights, [n, k]))
+    }
+
+    /// The same of weights that have been checked.
+    pub(super) fn rounded(format: QuantFormat, weights: &[f32], [n, k]: [usize; 2]) -> Self {
         let groups = format.groups(k);
         let (mut integers, mut scales) = (vec![0; n * k], vec![0.0; n * groups]);
         let (all_integers, all_scales) = (SharedMut::new(&mut integers), SharedMut::new(&mut scales));
@@ -89,7 +94,7 @@ impl IntegerMatrix {
             let parts = weights.chunks(size).zip(integers.chunks_mut(size));
             parts.zip(scales).for_each(|((weights, integers), scale)| *scale = Grid::round(format, weights, integers));
         });
-        Ok(Self { format, shape: [n, k], integers, scales })
+        Self { format, shape: [n, k], integers, scales }
     }
 
     /// How the weights are stored.
@@ -130,12 +135,17 @@ impl QuantFormat {
     /// # Errors
     /// [`Error::Argument`] if there are more or fewer of them, one is not finite, or the format cannot hold such a matrix.
     pub fn check(self, weights: &[f32], [n, k]: [usize; 2]) -> Result<()> {
+        self.check_rows(weights, [n, k], 0)
+    }
+
+    /// The same of rows that are counted from `first` on.
+    pub(super) fn check_rows(self, weights: &[f32], [n, k]: [usize; 2], first: usize) -> Result<()> {
         self.validate(k).map_err(Error::Argument)?;
         if weights.len() != n * k {
             return Err(Error::Argument(format!("weights of {n} x {k} need {} values, got {}", n * k, weights.len())));
         }
         match weights.iter().position(|w| !w.is_finite()) {
-            Some(at) => Err(Error::Argument(format!("weights[{}, {}] is {}", at / k, at % k, weights[at]))),
+            Some(at) => Err(Error::Argument(format!("weights[{}, {}] is {}", first + at / k, at % k, weights[at]))),
             None => Ok(()),
         }
     }

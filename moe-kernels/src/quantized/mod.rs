@@ -27,10 +27,11 @@ pub(crate) use cross_entropy::linear_cross_entropy;
 pub use integers::{Grid, IntegerMatrix};
 pub use reference::quantized_gemm as quantized_gemm_reference;
 
-use crate::gemm::PANEL_COLS;
+use crate::gemm::{PANEL_COLS, rows_at_a_time};
 use crate::parallel::SharedMut;
 use crate::{Isa, Result, Words, buffer, parallel};
 use std::fmt;
+use std::ops::Range;
 
 /// How weights are stored.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, serde::Serialize, serde::Deserialize)]
@@ -109,38 +110,65 @@ impl QuantizedWeights {
         Ok(Self::pack(&IntegerMatrix::nearest(format, weights, shape)?))
     }
 
+    /// The same of a matrix of which `rows` gives some rows at a time, row-major, on all threads at once.
+    ///
+    /// # Errors
+    /// As there, and those of `rows`.
+    ///
+    /// # Panics
+    /// If `rows` gives more or fewer values.
+    pub fn from_rows(
+        format: QuantFormat,
+        [n, k]: [usize; 2],
+        rows: impl Fn(Range<usize>) -> Result<Vec<f32>> + Sync,
+    ) -> Result<Self> {
+        let mut packed = Self::zeros(format, [n, k]);
+        let panels = packed.panels();
+        rows_at_a_time([n, k], |range| {
+            let values = rows(range.clone())?;
+            format.check_rows(&values, [range.len(), k], range.start)?;
+            let matrix = parallel::serially(|| IntegerMatrix::rounded(format, &values, [range.len(), k]));
+            for (at, panel) in (range.start / PANEL_COLS..range.end.div_ceil(PANEL_COLS)).enumerate() {
+                // SAFETY: rows begin at a panel, so each panel belongs to one call.
+                unsafe { panels.pack(&matrix, at, panel) };
+            }
+            Ok(())
+        })?;
+        Ok(packed)
+    }
+
     /// Packs integers as they are.
     pub fn pack(matrix: &IntegerMatrix) -> Self {
-        let (format, [n, k]) = (matrix.format(), matrix.shape());
-        let (panels, per_panel, groups) = (n.div_ceil(PANEL_COLS), format.panel_words(k), format.groups(k));
-        let mut packed = Self {
-            words: Words::zeros(panels * per_panel),
-            scales: Vec::new(),
-            offsets: Vec::new(),
-            shape: [n, k],
-            format,
-        };
-        if format == QuantFormat::Int8 {
-            packed.scales = matrix.scales().to_vec();
-            packed.scales.resize(panels * PANEL_COLS, 0.0);
-            packed.offsets = vec![0; panels * PANEL_COLS];
-        }
-        let (words, offsets) = (SharedMut::new(packed.words.as_mut_slice()), SharedMut::new(&mut packed.offsets));
-        parallel::for_each_if(n * k, 1 << 16, panels, |panel| {
-            let (first, end) = (panel * PANEL_COLS, (panel * PANEL_COLS + PANEL_COLS).min(n));
-            let rows = &matrix.integers()[first * k..end * k];
-            // SAFETY: each task writes its own panel, and the offsets of its outputs.
-            unsafe {
-                let to = words.slice(panel * per_panel, per_panel);
-                match format {
-                    QuantFormat::Int8 => pack::int8_panel(rows, k, to, offsets.slice(first, PANEL_COLS)),
-                    QuantFormat::Int4 { group_size } => {
-                        pack::int4_panel(rows, &matrix.scales()[first * groups..end * groups], k, group_size, to);
-                    }
-                }
-            }
+        let [n, k] = matrix.shape();
+        let mut packed = Self::zeros(matrix.format(), [n, k]);
+        let panels = packed.panels();
+        parallel::for_each_if(n * k, 1 << 16, n.div_ceil(PANEL_COLS), |panel| {
+            // SAFETY: each panel belongs to one task.
+            unsafe { panels.pack(matrix, panel, panel) };
         });
         packed
+    }
+
+    fn zeros(format: QuantFormat, [n, k]: [usize; 2]) -> Self {
+        let padded = n.next_multiple_of(PANEL_COLS);
+        let of_rows = if format == QuantFormat::Int8 { padded } else { 0 };
+        Self {
+            words: Words::lasting(padded / PANEL_COLS * format.panel_words(k)),
+            scales: vec![0.0; of_rows],
+            offsets: vec![0; of_rows],
+            shape: [n, k],
+            format,
+        }
+    }
+
+    fn panels(&mut self) -> PanelsMut {
+        let [_, k] = self.shape;
+        PanelsMut {
+            words: SharedMut::new(self.words.as_mut_slice()),
+            scales: SharedMut::new(&mut self.scales),
+            offsets: SharedMut::new(&mut self.offsets),
+            per_panel: self.format.panel_words(k),
+        }
     }
 
     /// The integers and scales that were packed.
@@ -207,6 +235,39 @@ impl QuantizedWeights {
         for (p, value) in to.iter_mut().enumerate() {
             let (integer, scale) = self.value(row, p);
             *value = integer as f32 * scale;
+        }
+    }
+}
+
+/// What threads write, each its own panels.
+#[derive(Clone, Copy)]
+struct PanelsMut {
+    words: SharedMut<u32>,
+    scales: SharedMut<f32>,
+    offsets: SharedMut<i32>,
+    per_panel: usize,
+}
+
+impl PanelsMut {
+    /// Packs panel `from` of `matrix` as panel `to` of these.
+    ///
+    /// # Safety
+    /// Nobody else writes that panel, and it is one of the weights that these are of.
+    unsafe fn pack(&self, matrix: &IntegerMatrix, from: usize, to: usize) {
+        let (format, [n, k]) = (matrix.format(), matrix.shape());
+        let (first, end, groups) = (from * PANEL_COLS, (from * PANEL_COLS + PANEL_COLS).min(n), format.groups(k));
+        let rows = &matrix.integers()[first * k..end * k];
+        let scales = &matrix.scales()[first * groups..end * groups];
+        // SAFETY: by this function's own condition.
+        unsafe {
+            let words = self.words.slice(to * self.per_panel, self.per_panel);
+            match format {
+                QuantFormat::Int8 => {
+                    self.scales.slice(to * PANEL_COLS, scales.len()).copy_from_slice(scales);
+                    pack::int8_panel(rows, k, words, self.offsets.slice(to * PANEL_COLS, PANEL_COLS));
+                }
+                QuantFormat::Int4 { group_size } => pack::int4_panel(rows, scales, k, group_size, words),
+            }
         }
     }
 }

@@ -174,7 +174,7 @@ impl Checkpoint {
     }
 
     /// A tensor that must be there in this shape.
-    fn found(&self, name: &str, shape: &[usize]) -> Result<(&TensorFile, &TensorInfo)> {
+    pub(super) fn found(&self, name: &str, shape: &[usize]) -> Result<(&TensorFile, &TensorInfo)> {
         let shard = self.by_name.get(name).map(|&shard| &self.shards[shard]);
         let Some((shard, info)) = shard.and_then(|shard| Some((shard, shard.info(name)?))) else {
             return Err(Error::format(self.shards[0].path(), format!("tensor {name} is missing")));
@@ -298,7 +298,7 @@ impl Checkpoint {
     }
 
     /// Whether a stack of experts lies in the files under its own name, whole.
-    fn is_whole(&self, spec: &ParamSpec) -> bool {
+    pub(super) fn is_whole(&self, spec: &ParamSpec) -> bool {
         spec.is_stacked() && self.by_name.contains_key(&spec.name)
     }
 
@@ -315,7 +315,7 @@ impl Checkpoint {
     }
 
     /// The tensors that hold a parameter that is no stack, or one expert of a stack.
-    fn parts_of(&self, spec: &ParamSpec, expert: Option<usize>) -> Result<Vec<(String, Vec<usize>)>> {
+    pub(super) fn parts_of(&self, spec: &ParamSpec, expert: Option<usize>) -> Result<Vec<(String, Vec<usize>)>> {
         match expert.and_then(|index| spec.expert_name(index)) {
             Some(name) => self.names.tensors(&name, &spec.shape[1..]),
             None => self.names.tensors(&spec.name, &spec.shape),

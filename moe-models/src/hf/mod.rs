@@ -9,6 +9,7 @@ mod file;
 mod map;
 mod names;
 pub mod quantization;
+mod rows;
 pub mod size;
 mod tensor_file;
 #[cfg(test)]

@@ -77,6 +77,16 @@ impl TensorFile {
         &self.bytes.as_ref()[self.start + from..self.start + to]
     }
 
+    /// Tells the system that this part of [`Self::data`] is not going to be read again soon.
+    pub(crate) fn let_go(&self, data: &[u8]) {
+        self.bytes.let_go(data);
+    }
+
+    /// Tells the system that this part of [`Self::data`] is going to be read.
+    pub(crate) fn will_need(&self, data: &[u8]) {
+        self.bytes.will_need(data);
+    }
+
     /// A tensor, copied.
     ///
     /// # Errors
