@@ -154,9 +154,17 @@ impl<'a> WeightSource<'a> {
         self.spec
     }
 
+    /// The whole name of the parameter.
+    pub fn name(&self) -> String {
+        self.prefixed(self.spec.name.clone())
+    }
+
     /// The whole name of matrix `index`: the parameter's, or an expert's own of a stack.
     pub fn matrix_name(&self, index: usize) -> String {
-        let own = self.spec.expert_name(index).unwrap_or_else(|| self.spec.name.clone());
+        self.prefixed(self.spec.expert_name(index).unwrap_or_else(|| self.spec.name.clone()))
+    }
+
+    fn prefixed(&self, own: String) -> String {
         match self.vb.prefix() {
             root if root.is_empty() => own,
             prefix => format!("{prefix}.{own}"),

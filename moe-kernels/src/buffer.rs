@@ -4,7 +4,9 @@
 use std::alloc::{Layout, alloc_zeroed, dealloc, handle_alloc_error};
 use std::cell::RefCell;
 use std::fmt;
+use std::ops::Range;
 use std::ptr::{self, NonNull};
+use std::sync::Arc;
 
 /// Bytes of a cache line.
 const LINE: usize = 64;
@@ -18,8 +20,44 @@ pub struct Words {
     len: usize,
     /// Words there is memory for, all of them initialised.
     capacity: usize,
-    /// Whether the memory is a map of its own.
-    is_map: bool,
+    memory: Memory,
+}
+
+/// Whose the words are.
+enum Memory {
+    /// The allocator's.
+    Allocated,
+    /// A map of their own.
+    #[cfg(target_os = "linux")]
+    Mapped,
+    /// Somebody's who shares them: only read.
+    Shared { _owner: Arc<dyn AsRef<[u8]> + Send + Sync> },
+}
+
+/// A stretch of somebody's bytes, which stay where they are as long as anybody has it.
+#[derive(Clone)]
+pub struct SharedBytes {
+    owner: Arc<dyn AsRef<[u8]> + Send + Sync>,
+    range: Range<usize>,
+}
+
+impl SharedBytes {
+    /// `range` of the bytes of `owner`, which are always the same ones; `None` if it has fewer.
+    pub fn new(owner: Arc<dyn AsRef<[u8]> + Send + Sync>, range: Range<usize>) -> Option<Self> {
+        (*owner).as_ref().get(range.clone())?;
+        Some(Self { owner, range })
+    }
+
+    /// The bytes.
+    pub fn as_slice(&self) -> &[u8] {
+        &(*self.owner).as_ref()[self.range.clone()]
+    }
+}
+
+impl fmt::Debug for SharedBytes {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("SharedBytes").field("range", &self.range).finish_non_exhaustive()
+    }
 }
 
 // SAFETY: the memory belongs to the value alone, and words have no ties to a thread.
@@ -31,7 +69,7 @@ impl Words {
     /// `len` zero words.
     pub fn zeros(len: usize) -> Self {
         if len == 0 {
-            return Self { start: NonNull::dangling(), len: 0, capacity: 0, is_map: false };
+            return Self { start: NonNull::dangling(), len: 0, capacity: 0, memory: Memory::Allocated };
         }
         let layout = Self::layout(len);
         // SAFETY: the layout is not empty. Fresh memory is zero without being touched, so that it is the threads that fill it
@@ -44,7 +82,7 @@ impl Words {
             }
             start
         };
-        Self { start, len, capacity: len, is_map: false }
+        Self { start, len, capacity: len, memory: Memory::Allocated }
     }
 
     /// `len` zero words that are going to stay: large ones in pages of their own, since an allocator that aligns to huge pages
@@ -54,9 +92,19 @@ impl Words {
         if len * size_of::<u32>() >= HUGE_PAGE
             && let Some(start) = map_huge(len * size_of::<u32>())
         {
-            return Self { start: start.cast(), len, capacity: len, is_map: true };
+            return Self { start: start.cast(), len, capacity: len, memory: Memory::Mapped };
         }
         Self::zeros(len)
+    }
+
+    /// Words that lie in `bytes`, without copying them; `None` if they do not begin at a cache line or end inside of a word.
+    pub(crate) fn shared(bytes: SharedBytes) -> Option<Self> {
+        let slice = bytes.as_slice();
+        let (len, start) = (slice.len() / 4, NonNull::from(slice).cast::<u32>());
+        if !slice.len().is_multiple_of(4) || !start.addr().get().is_multiple_of(LINE) {
+            return None;
+        }
+        Some(Self { start, len, capacity: len, memory: Memory::Shared { _owner: bytes.owner } })
     }
 
     fn layout(len: usize) -> Layout {
@@ -79,24 +127,29 @@ impl Words {
         unsafe { std::slice::from_raw_parts(self.start.as_ptr(), self.len) }
     }
 
-    /// The words.
+    /// The words; those of somebody who shares them are copied first.
     pub fn as_mut_slice(&mut self) -> &mut [u32] {
-        // SAFETY: as in `as_slice`; the borrow is exclusive.
+        if let Memory::Shared { .. } = self.memory {
+            *self = self.clone();
+        }
+        // SAFETY: as in `as_slice`; the borrow is exclusive, and the words are nobody else's.
         unsafe { std::slice::from_raw_parts_mut(self.start.as_ptr(), self.len) }
     }
 }
 
 impl Drop for Words {
     fn drop(&mut self) {
-        #[cfg(target_os = "linux")]
-        if self.is_map {
-            // SAFETY: mapped in `lasting`, with as many bytes, and by nobody else.
-            unsafe { libc::munmap(self.start.as_ptr().cast(), map_bytes(self.capacity * size_of::<u32>())) };
-            return;
-        }
-        if self.capacity > 0 {
+        match self.memory {
             // SAFETY: allocated in `zeros` with the layout of as many words.
-            unsafe { dealloc(self.start.as_ptr().cast(), Self::layout(self.capacity)) };
+            Memory::Allocated if self.capacity > 0 => unsafe {
+                dealloc(self.start.as_ptr().cast(), Self::layout(self.capacity));
+            },
+            // SAFETY: mapped in `lasting`, with as many bytes, and by nobody else.
+            #[cfg(target_os = "linux")]
+            Memory::Mapped => unsafe {
+                libc::munmap(self.start.as_ptr().cast(), map_bytes(self.capacity * size_of::<u32>()));
+            },
+            Memory::Allocated | Memory::Shared { .. } => {}
         }
     }
 }
@@ -183,6 +236,29 @@ pub(crate) fn with_scratch<R>(len: usize, body: impl FnOnce(&mut [u32]) -> R) ->
     result
 }
 
+/// The bytes of numbers.
+pub(crate) fn as_bytes<T: Number>(numbers: &[T]) -> &[u8] {
+    // SAFETY: numbers have no padding, and any byte is initialised.
+    unsafe { std::slice::from_raw_parts(numbers.as_ptr().cast(), size_of_val(numbers)) }
+}
+
+/// Numbers of 4 bytes.
+pub(crate) trait Number: Copy {
+    /// From its bytes in memory.
+    fn of_bytes(bytes: [u8; 4]) -> Self;
+}
+
+macro_rules! numbers {
+    ($($number:ty),*) => {
+        $(impl Number for $number {
+            fn of_bytes(bytes: [u8; 4]) -> Self {
+                Self::from_ne_bytes(bytes)
+            }
+        })*
+    };
+}
+numbers!(u32, i32, f32);
+
 /// The words as f32.
 pub(crate) fn as_f32(words: &[u32]) -> &[f32] {
     // SAFETY: both are 4 bytes of the same alignment, and every bit pattern is an f32.
@@ -212,6 +288,28 @@ mod tests {
             assert_eq!(outer, [7; 5]);
         });
         with_scratch(0, |none| assert!(none.is_empty()));
+    }
+
+    #[test]
+    fn shared_words_stay_where_they_are_until_they_are_written_to() {
+        let mut owner = Words::zeros(64);
+        owner.as_mut_slice().iter_mut().enumerate().for_each(|(i, w)| *w = i as u32);
+        struct Owner(Words);
+        impl AsRef<[u8]> for Owner {
+            fn as_ref(&self) -> &[u8] {
+                as_bytes(self.0.as_slice())
+            }
+        }
+        let (bytes, owner): (_, Arc<Owner>) = (owner.as_slice().as_ptr(), Arc::new(Owner(owner)));
+        let part = |range: Range<usize>| SharedBytes::new(owner.clone(), range);
+        assert!(part(0..257).is_none() && part(3..2).is_none());
+        assert!(Words::shared(part(4..64).unwrap()).is_none() && Words::shared(part(64..66).unwrap()).is_none());
+        let mut words = Words::shared(part(64..128).unwrap()).unwrap();
+        assert_eq!((words.as_slice()[0], words.as_slice().as_ptr()), (16, bytes.wrapping_add(16)));
+        drop(owner);
+        words.as_mut_slice()[1] = 7;
+        assert!(words.as_slice()[..2] == [16, 7] && words.as_slice().as_ptr() != bytes.wrapping_add(16));
+        assert_eq!(f32::of_bytes(1.5f32.to_ne_bytes()), 1.5);
     }
 
     #[test]

@@ -7,8 +7,8 @@ use crate::packed::{PackedMatrices, only_float};
 use crate::quantized;
 use crate::stack::PackedStack;
 use crate::{
-    PackedForms, Precision, Result, activation, add_norm, attention, cross_entropy, distillation, dropout, embedding,
-    grouped_linear, layer_norm, mlp, parallel, permute, rms_norm, rotary, select, sums,
+    KeptWeights, PackedForms, Precision, Result, activation, add_norm, attention, cross_entropy, distillation, dropout,
+    embedding, grouped_linear, layer_norm, mlp, parallel, permute, rms_norm, rotary, select, sums,
 };
 use candle_core::{Device, Tensor};
 use moe_core::ops::{
@@ -21,11 +21,13 @@ use moe_core::{Activation, DispatchTable, DroplessConfig, MlpWeights, Ops, Weigh
 use std::sync::Arc;
 
 /// The kernels, for f32 tensors on the CPU; others are refused, [`moe_core::CandleOps`] takes them.
-#[derive(Debug, Clone, Copy, Default)]
+#[derive(Debug, Clone, Default)]
 pub struct KernelOps {
     precision: Precision,
     /// For inference alone.
     packs: Option<PackedForms>,
+    /// Weights that are packed already.
+    kept: Option<Arc<dyn KeptWeights>>,
 }
 
 /// Multiply-adds of a chain from which on it is worth waking threads for. On two EPYC cores (2026-11-24) one token of 3 million
@@ -35,14 +37,20 @@ const LEAST_CHAIN: usize = 12 << 20;
 impl KernelOps {
     /// Operations whose matrix products have this precision; router logits, sums, softmax and norms are f32 always.
     pub fn new(precision: Precision) -> Self {
-        Self { precision, packs: None }
+        Self { precision, packs: None, kept: None }
     }
 
     /// The same for inference: weights are packed as they are fetched, in one precision or each use in a form of its own, and
     /// have no gradient.
     pub fn packing(forms: impl Into<PackedForms>) -> Self {
         let forms = forms.into();
-        Self { precision: forms.precision(), packs: Some(forms) }
+        Self { precision: forms.precision(), packs: Some(forms), kept: None }
+    }
+
+    /// The same, with weights that are not packed again: those that an earlier start has kept.
+    #[must_use]
+    pub fn with_kept(self, kept: Arc<dyn KeptWeights>) -> Self {
+        Self { kept: Some(kept), ..self }
     }
 
     /// The precision of the products.
@@ -115,6 +123,9 @@ impl KernelOps {
 impl WeightOps for KernelOps {
     fn weight(&self, source: &WeightSource<'_>, purpose: WeightUse) -> moe_core::Result<Weight> {
         let Some(forms) = &self.packs else { return Ok(Weight::Tensor(source.whole()?)) };
+        if let Some(kept) = self.kept.as_ref().and_then(|kept| kept.find(&source.name(), source.dims())) {
+            return Ok(Weight::Packed(Arc::new(kept)));
+        }
         Ok(Weight::Packed(Arc::new(PackedMatrices::fetch(source, purpose, select::current(), forms)?)))
     }
 }

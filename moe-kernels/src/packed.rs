@@ -15,6 +15,8 @@ use std::sync::{Arc, PoisonError, RwLock};
 /// One matrix, or one per expert, packed.
 #[derive(Debug)]
 pub struct PackedMatrices {
+    /// Of the parameter, with all prefixes.
+    name: String,
     dims: Vec<usize>,
     format: WeightFormat,
     matrices: RwLock<Arc<PackedStack>>,
@@ -83,7 +85,7 @@ impl PackedMatrices {
                 table = Rows::beside(format, values);
             }
         }
-        Ok(Self { dims, format, matrices: RwLock::new(Arc::new(matrices)), table })
+        Ok(Self { name: source.name(), dims, format, matrices: RwLock::new(Arc::new(matrices)), table })
     }
 
     /// Packs matrix `index` some rows at a time, if the source has them so and nothing else is to be kept of it.
@@ -126,7 +128,7 @@ impl PackedMatrices {
         let of_stored = |stored: Result<StoredIntegers>| integer_matrix(format, &stored?);
         let matrices = [Ok(first)].into_iter().chain(rest).map(of_stored).collect::<Result<Vec<_>>>()?;
         let matrices = RwLock::new(Arc::new(PackedStack::of_integers(format, matrices)));
-        Ok(Self { dims, format: format.into(), matrices, table: None })
+        Ok(Self { name: source.name(), dims, format: format.into(), matrices, table: None })
     }
 
     /// The packed form inside `weight`, if there is one.
@@ -144,6 +146,33 @@ impl PackedMatrices {
                 ))),
             },
         }
+    }
+
+    /// A parameter whose matrices are these; `None` if they are not of its shape.
+    pub fn of_stack(name: impl Into<String>, dims: &[usize], matrices: PackedStack) -> Option<Self> {
+        let (count, shape) = match *dims {
+            [out, inner] => (1, [out, inner]),
+            [count, out, inner] => (count, [out, inner]),
+            _ => return None,
+        };
+        let fits = matrices.len() == count && (count == 0 || matrices.shape() == Some(shape));
+        let (dims, format) = (dims.to_vec(), matrices.format());
+        fits.then(|| Self { name: name.into(), dims, format, matrices: RwLock::new(Arc::new(matrices)), table: None })
+    }
+
+    /// The name of the parameter, with all prefixes.
+    pub fn name(&self) -> &str {
+        &self.name
+    }
+
+    /// How the matrices are kept.
+    pub fn format(&self) -> WeightFormat {
+        self.format
+    }
+
+    /// Whether rows to look up lie beside the matrices.
+    pub fn has_table(&self) -> bool {
+        self.table.is_some()
     }
 
     /// All matrices as they are now.

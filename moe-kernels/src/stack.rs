@@ -8,7 +8,8 @@ use std::fmt;
 use std::ops::Range;
 
 /// How weights that never change are kept.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, serde::Serialize, serde::Deserialize)]
+#[serde(rename_all = "lowercase")]
 pub enum WeightFormat {
     /// As numbers of this precision; the products' inputs have it too.
     Float(Precision),

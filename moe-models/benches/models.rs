@@ -1,6 +1,6 @@
 //! A whole model from its folder: loading, a prompt, and decoding one and eight sequences, beside the machine's ceilings.
 //!
-//! Arguments: a model folder and the form of its weights (bf16, f32, int8, int4). `cargo xtask bench models` makes folders, runs
+//! Arguments: a model folder, the form of its weights (bf16, f32, int8, int4), and perhaps a folder to keep them packed in. `cargo xtask bench models` makes folders, runs
 //! this for each, and sets peers beside it.
 
 use anyhow::{Context, Result, bail};
@@ -149,11 +149,18 @@ fn main() -> Result<()> {
         select::force(name.parse()?)?;
     }
     let arguments: Vec<String> = std::env::args().skip(1).filter(|a| !a.starts_with("--")).collect();
-    let [folder, form] = arguments.as_slice() else {
+    let ([folder, form] | [folder, form, _]) = arguments.as_slice() else {
         bail!("give a model folder and a form of weights: `cargo bench -p moe-models --bench models -- DIR bf16`");
     };
     let start = Instant::now();
-    let decoder = Decoder::load(Path::new(folder), forms(form)?).context(folder.clone())?;
+    let decoder = match arguments.get(2) {
+        Some(cache) => {
+            let (decoder, kept) = Decoder::load_kept(Path::new(folder), forms(form)?, Path::new(cache))?;
+            println!("{kept:?}");
+            decoder
+        }
+        None => Decoder::load(Path::new(folder), forms(form)?).context(folder.clone())?,
+    };
     let load = start.elapsed().as_secs_f64();
     let peak = memory::peak_bytes().unwrap_or(0);
     let packed: usize = decoder.weights().iter().map(|weight| weight.bytes()).sum();

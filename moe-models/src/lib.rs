@@ -33,7 +33,7 @@ pub use error::{Error, Result};
 pub use families::{Family, ReadFamily, gpt};
 pub use layer::Recompute;
 pub use layerwise::LayerwisePass;
-pub use model::Model;
+pub use model::{Kept, Model};
 pub use moe_kernels::quantized::QuantFormat;
 pub use moe_kernels::{PackedForms, Precision};
 pub use params::{ParamSource, ParamTable};

@@ -4,17 +4,17 @@
 use crate::batch::{LossOutput, Pass, TokenBatch};
 use crate::families::{Family, ReadFamily};
 use crate::hf::quantization::{QuantizationConfig, read_config};
-use crate::hf::{self, Checkpoint};
+use crate::hf::{self, Checkpoint, KeptPath};
 use crate::params::{ParamSource, ParamTable};
 use crate::{Decoder, DecoderConfig, DropoutConfig, Error, Recompute, Result};
 use candle_core::{DType, Device, Tensor, Var};
 use moe_core::{CandleOps, Ops, ParamSpec, WeightUse};
 use moe_kernels::quantized::QuantFormat;
-use moe_kernels::{KernelOps, PackedForms, Precision, WeightFormat};
+use moe_kernels::{KeptWeights, KernelOps, PackedForms, Precision, WeightFormat};
 use moe_parallel::{Mesh, Placement};
 use std::borrow::Cow;
 use std::collections::HashSet;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 /// A model of family `F`, with its weights.
@@ -388,6 +388,25 @@ impl Decoder {
         Self::from_checkpoint(config, checkpoint, forms.into(), &dir.join("config.json"))
     }
 
+    /// The same, with the packed weights kept in a file in the folder `cache`: the first start with these files and forms writes it, and
+    /// later ones map it and pack nothing. Whether it was there.
+    ///
+    /// # Errors
+    /// As [`Decoder::load`]; [`Error::Io`] if the file cannot be written.
+    pub fn load_kept(dir: &Path, forms: impl Into<PackedForms>, cache: &Path) -> Result<(Self, Kept)> {
+        let (config, forms) = (read_folder::<Box<dyn Family>>(dir)?, forms.into());
+        let checkpoint = Checkpoint::of_family(dir, &config.0)?;
+        let kept = KeptPath::of(cache, dir, &forms)?;
+        let file = kept.open().map(|file| Arc::new(file) as Arc<dyn KeptWeights>);
+        let is_there = file.is_some();
+        let decoder = Self::packed_from((config, checkpoint), forms, file, &dir.join("config.json"))?;
+        if is_there {
+            return Ok((decoder, Kept::Found(kept.path().to_owned())));
+        }
+        kept.write(&decoder.weights())?;
+        Ok((decoder, Kept::Written(kept.path().to_owned())))
+    }
+
     /// One rank's part of a Hugging Face folder's model, of which only this part is read, packed as it is read. Called by all ranks
     /// of `mesh`, as are passes.
     ///
@@ -418,10 +437,14 @@ impl Decoder {
         Self::from_checkpoint(config, checkpoint, forms.into(), path)
     }
 
-    fn from_checkpoint(
-        (family, quantization): (Box<dyn Family>, Option<QuantizationConfig>),
-        checkpoint: Checkpoint,
+    fn from_checkpoint(config: FolderConfig, checkpoint: Checkpoint, forms: PackedForms, path: &Path) -> Result<Self> {
+        Self::packed_from((config, checkpoint), forms, None, path)
+    }
+
+    fn packed_from(
+        ((family, quantization), checkpoint): (FolderConfig, Checkpoint),
         forms: PackedForms,
+        kept: Option<Arc<dyn KeptWeights>>,
         path: &Path,
     ) -> Result<Self> {
         let config = family.decoder()?;
@@ -433,8 +456,22 @@ impl Decoder {
         let checkpoint = with_integers(checkpoint, quantization);
         checkpoint.check(&table)?;
         let source = ParamSource::checkpoint(table, Arc::new(checkpoint), Placement::WHOLE);
-        packed(config, source, forms, &Device::Cpu)
+        let ops = KernelOps::packing(forms);
+        let ops = kept.into_iter().fold(ops, KernelOps::with_kept);
+        Self::new(config, source.builder(&Device::Cpu), Arc::new(ops))
     }
+}
+
+/// What a folder's `config.json` says.
+type FolderConfig = (Box<dyn Family>, Option<QuantizationConfig>);
+
+/// A file of packed weights, after a model was loaded.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Kept {
+    /// It was there.
+    Found(PathBuf),
+    /// It was written for the next start.
+    Written(PathBuf),
 }
 
 /// The forms for a folder of integers in `format`: which matrices are quantized is the folder's choice.

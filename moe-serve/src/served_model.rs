@@ -4,7 +4,7 @@ use crate::engine::EngineConfig;
 use crate::generation_config::GenerationDefaults;
 use crate::text::{ChatMessage, ChatTemplate, TextTokenizer};
 use crate::{Error, Result};
-use moe_models::{CausalLm, Decoder, PackedForms};
+use moe_models::{CausalLm, Decoder, Kept, PackedForms};
 use std::collections::BTreeMap;
 use std::path::Path;
 use std::sync::Arc;
@@ -77,7 +77,28 @@ impl ServedModel {
     /// # Errors
     /// What is wrong with which file.
     pub fn from_dir(dir: &Path, name: Option<String>, forms: impl Into<PackedForms>) -> Result<Self> {
-        let lm = Decoder::load(dir, forms)?;
+        Self::with_text_of(dir, name, Decoder::load(dir, forms)?)
+    }
+
+    /// The same with the packed weights kept in a file in the folder `cache`: a later start maps it and packs nothing.
+    ///
+    /// # Errors
+    /// As [`Self::from_dir`], and if the file cannot be written.
+    pub fn from_dir_kept(
+        dir: &Path,
+        name: Option<String>,
+        forms: impl Into<PackedForms>,
+        cache: &Path,
+    ) -> Result<Self> {
+        let (lm, kept) = Decoder::load_kept(dir, forms, cache)?;
+        match kept {
+            Kept::Found(path) => tracing::info!("packed weights: mapped from {}", path.display()),
+            Kept::Written(path) => tracing::info!("packed weights: kept in {} for the next start", path.display()),
+        }
+        Self::with_text_of(dir, name, lm)
+    }
+
+    fn with_text_of(dir: &Path, name: Option<String>, lm: Decoder) -> Result<Self> {
         let tokenizer = read(&dir.join("tokenizer.json"))?;
         let tokenizer_config = read_if_there(&dir.join("tokenizer_config.json"))?;
         let generation_config = read_if_there(&dir.join("generation_config.json"))?;

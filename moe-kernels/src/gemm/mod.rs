@@ -243,6 +243,17 @@ impl PackedWeights {
         self.words.as_slice().len() * 4
     }
 
+    /// What the products read.
+    pub(crate) fn words(&self) -> &buffer::Words {
+        &self.words
+    }
+
+    /// From what [`Self::words`] were; `None` if they are more or fewer than such a matrix has.
+    pub(crate) fn of_words(precision: Precision, shape: [usize; 2], words: buffer::Words) -> Option<Self> {
+        let len = shape[0].next_multiple_of(PANEL_COLS).checked_mul(Format::of_b(precision).words(shape[1]))?;
+        (words.as_slice().len() == len).then_some(Self { words, shape, precision })
+    }
+
     /// Row `row` of the weights, as it was rounded.
     ///
     /// # Panics

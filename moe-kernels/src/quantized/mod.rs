@@ -200,6 +200,25 @@ impl QuantizedWeights {
         self.words.as_slice().len() * 4 + (self.scales.len() + self.offsets.len()) * 4
     }
 
+    /// What the products read.
+    pub(crate) fn parts(&self) -> (&Words, &[f32], &[i32]) {
+        (&self.words, &self.scales, &self.offsets)
+    }
+
+    /// From what [`Self::parts`] were; `None` if they are more or fewer than such a matrix has.
+    pub(crate) fn of_parts(
+        format: QuantFormat,
+        shape: [usize; 2],
+        (words, scales, offsets): (Words, Vec<f32>, Vec<i32>),
+    ) -> Option<Self> {
+        format.validate(shape[1]).ok()?;
+        let padded = shape[0].next_multiple_of(PANEL_COLS);
+        let of_rows = if format == QuantFormat::Int8 { padded } else { 0 };
+        let len = (padded / PANEL_COLS).checked_mul(format.panel_words(shape[1]))?;
+        let fits = words.as_slice().len() == len && scales.len() == of_rows && offsets.len() == of_rows;
+        fits.then_some(Self { words, scales, offsets, shape, format })
+    }
+
     /// The integer of output `col` and input `p`, and its scale.
     fn value(&self, col: usize, p: usize) -> (i32, f32) {
         let [_, k] = self.shape;

@@ -73,7 +73,7 @@ fn refuse_parts(dir: &Path) -> Result<()> {
 }
 
 /// `model.safetensors`, or the shards that `model.safetensors.index.json` names.
-fn weight_files(dir: &Path) -> Result<Vec<PathBuf>> {
+pub(super) fn weight_files(dir: &Path) -> Result<Vec<PathBuf>> {
     let index_path = dir.join(WEIGHTS_INDEX);
     if !index_path.exists() {
         refuse_parts(dir)?;

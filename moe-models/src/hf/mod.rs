@@ -6,6 +6,7 @@
 
 mod checkpoint;
 mod file;
+mod kept;
 mod map;
 mod names;
 pub mod quantization;
@@ -20,6 +21,7 @@ pub use checkpoint::{Checkpoint, WeightForm};
 pub(crate) use checkpoint::{RANKS_INDEX, WEIGHTS_FILE, WEIGHTS_INDEX};
 pub use file::write_atomically;
 pub(crate) use file::{copy_if_there, is_plain_name};
+pub(crate) use kept::KeptPath;
 pub(crate) use map::Bytes;
 pub use names::{NameRule, NameTable};
 pub(crate) use tensor_file::{TensorFile, TensorHeader, write_header, write_values};

@@ -5,6 +5,7 @@ mod examples;
 mod family;
 mod golden;
 mod init_cli;
+mod kept;
 mod layerwise;
 mod quantized;
 mod ragged;

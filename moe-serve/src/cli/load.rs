@@ -23,6 +23,12 @@ pub struct ModelArgs {
     /// by row.
     #[arg(long, value_enum, value_name = "FORMAT")]
     pub quantize: Option<QuantizeArg>,
+    /// Keeps the packed weights in a file in this folder, and maps it at later starts instead of packing them again.
+    ///
+    /// The file is as large as the weights in memory and holds for these files, forms and this version; processes that serve the
+    /// same model share it. It may be removed at any time.
+    #[arg(long, value_name = "DIR", requires = "model")]
+    pub packed_cache: Option<PathBuf>,
 }
 
 impl ModelArgs {
@@ -35,10 +41,13 @@ impl ModelArgs {
             select::force(isa.parse()?)?;
         }
         let forms = packed_forms(self.precision, self.quantize);
-        match &self.model {
-            Some(dir) => ServedModel::from_dir(dir, name, forms)
-                .with_context(|| format!("loading the model in {}", dir.display())),
-            None => ServedModel::embedded(name, forms).context("loading the built-in model"),
+        let loading = |dir: &PathBuf| format!("loading the model in {}", dir.display());
+        match (&self.model, &self.packed_cache) {
+            (Some(dir), Some(cache)) => {
+                ServedModel::from_dir_kept(dir, name, forms, cache).with_context(|| loading(dir))
+            }
+            (Some(dir), None) => ServedModel::from_dir(dir, name, forms).with_context(|| loading(dir)),
+            (None, _) => ServedModel::embedded(name, forms).context("loading the built-in model"),
         }
     }
 }
