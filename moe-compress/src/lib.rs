@@ -20,3 +20,11 @@ pub use kept::KeptTargets;
 pub use schedule::KdSchedule;
 pub use student::{KeptLayers, StudentPlan};
 pub use teacher::Teacher;
+
+/// The models' crate, in the version whose types are in these signatures.
+pub use moe_models;
+
+/// The example of the README, which runs with the tests.
+#[cfg(doctest)]
+#[doc = include_str!("../README.md")]
+struct Readme;

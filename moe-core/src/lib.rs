@@ -1,38 +1,6 @@
 //! Mixture-of-experts layers for candle: routers, dispatch by table, experts, losses, all with gradients.
 //!
 //! The vocabulary and the reference semantics of the workspace. Does no I/O, has no unsafe code, reads no environment.
-//!
-//! ```
-//! use candle_core::{DType, Device, Tensor};
-//! use candle_nn::{VarBuilder, VarMap};
-//! use moe_core::{Activation, BranchConfig, CandleOps, MlpConfig, Mode, MoeBlock, MoeConfig};
-//! use moe_core::{RouteContext, RouterConfig, SeededNoise, Top1Config};
-//! use std::sync::Arc;
-//!
-//! # fn main() -> moe_core::Result<()> {
-//! let expert =
-//!     MlpConfig { d_model: 8, d_ff: 16, activation: Activation::GeluTanh, bias: true, in_std: 0.1, out_std: 0.1 };
-//! let config = MoeConfig {
-//!     num_experts: 4,
-//!     expert,
-//!     router: RouterConfig::Top1(Top1Config::default()),
-//!     branch: BranchConfig::Residual(expert),
-//!     gate_bound: 0.3,
-//!     load_balance_coef: 0.01,
-//!     router_z_coef: 0.0,
-//! };
-//! let variables = VarMap::new();
-//! let vb = VarBuilder::from_varmap(&variables, DType::F32, &Device::Cpu);
-//! let layer = MoeBlock::new(&config, vb.pp("moe"), Arc::new(CandleOps))?;
-//!
-//! let tokens = Tensor::randn(0f32, 1.0, (32, 8), &Device::Cpu)?;
-//! let noise = SeededNoise::new(42, 0);
-//! let output = layer.forward(&tokens, &RouteContext::new(Mode::Train, &noise))?;
-//! assert_eq!(output.hidden.dims(), [32, 8]);
-//! println!("tokens per expert {:?}, imbalance {:.2}", output.load.tokens_per_expert, output.load.imbalance());
-//! # Ok(())
-//! # }
-//! ```
 
 mod block;
 mod config;
@@ -70,3 +38,11 @@ pub use router::{
 };
 pub use routing::{Capacity, DROPPED, ExpertLoad, RouterLosses, Routing, capacity_rows};
 pub use weight::{PackedWeight, StoredIntegers, StoredRows, Weight, WeightSource, WeightUse};
+
+/// The tensor library, in the version whose types are in these layers' signatures.
+pub use {candle_core, candle_nn};
+
+/// The example of the README, which runs with the tests.
+#[cfg(doctest)]
+#[doc = include_str!("../README.md")]
+struct Readme;

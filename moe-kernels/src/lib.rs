@@ -50,3 +50,11 @@ pub use ops::KernelOps;
 pub use packed::PackedMatrices;
 pub use select::Isa;
 pub use stack::{PackedStack, WeightFormat};
+
+/// The layers' crate, in the version whose types are in these signatures.
+pub use moe_core;
+
+/// The example of the README, which runs with the tests.
+#[cfg(doctest)]
+#[doc = include_str!("../README.md")]
+struct Readme;

@@ -37,3 +37,11 @@ pub use model::{Kept, Model};
 pub use moe_kernels::quantized::QuantFormat;
 pub use moe_kernels::{PackedForms, Precision};
 pub use params::{ParamSource, ParamTable};
+
+/// The layers' crate, in the version whose types are in these signatures.
+pub use moe_core;
+
+/// The example of the README, which runs with the tests.
+#[cfg(doctest)]
+#[doc = include_str!("../README.md")]
+struct Readme;

@@ -42,3 +42,11 @@ pub use mesh::{ExchangeConfig, Mesh};
 pub use placement::Placement;
 pub use tensor::RankOps;
 pub use tensor_box::TensorBox;
+
+/// The layers' crate, in the version whose types are in these signatures.
+pub use moe_core;
+
+/// The example of the README, which runs with the tests.
+#[cfg(doctest)]
+#[doc = include_str!("../README.md")]
+struct Readme;

@@ -15,3 +15,11 @@ pub mod text;
 pub use error::{Error, Result};
 pub use generation_config::GenerationDefaults;
 pub use served_model::ServedModel;
+
+/// The models' crate, in the version whose types are in these signatures.
+pub use moe_models;
+
+/// The example of the README, which runs with the tests.
+#[cfg(doctest)]
+#[doc = include_str!("../README.md")]
+struct Readme;

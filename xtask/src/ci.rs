@@ -1,6 +1,9 @@
 //! `cargo xtask test` and `cargo xtask ci`.
 
-use crate::shell::{self, cargo};
+use crate::{
+    api,
+    shell::{self, cargo},
+};
 use anyhow::Result;
 
 /// Unit, integration and documentation tests of the whole workspace.
@@ -8,10 +11,35 @@ pub(crate) fn test() -> Result<()> {
     shell::run(&mut cargo(&["test", "--workspace"]))
 }
 
-/// Format, lints with warnings as errors, documentation, and the tests unless they are left out.
+/// Features that need nothing of the system, each by itself. Those of MPI are linted by `.ci/run`.
+const FEATURES: [(&str, &str); 5] = [
+    ("moe-core", ""),
+    ("moe-core", "x86-v4"),
+    ("moe-core", "testing"),
+    ("moe-parallel", "testing"),
+    ("moe-parallel", "nccl"),
+];
+
+/// Format, lints with warnings as errors, features one by one, documentation, public interfaces, packages, and the tests unless
+/// they are left out.
 pub(crate) fn run(skip_tests: bool) -> Result<()> {
     shell::run(&mut cargo(&["fmt", "--all", "--check"]))?;
     shell::run(&mut cargo(&["clippy", "--workspace", "--all-targets", "--", "-D", "warnings"]))?;
-    shell::run(cargo(&["doc", "--workspace", "--no-deps"]).env("RUSTDOCFLAGS", "-D warnings"))?;
+    for (package, feature) in FEATURES {
+        let lint =
+            ["clippy", "--package", package, "--no-default-features", "--features", feature, "--", "-D", "warnings"];
+        shell::run(&mut cargo(&lint))?;
+    }
+    api::document()?;
+    api::check()?;
+    shell::run(&mut cargo(&[
+        "package",
+        "--workspace",
+        "--exclude",
+        "xtask",
+        "--no-verify",
+        "--allow-dirty",
+        "--quiet",
+    ]))?;
     if skip_tests { Ok(()) } else { test() }
 }

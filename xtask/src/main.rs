@@ -1,5 +1,6 @@
 //! Every task of the workspace: `cargo xtask help` lists them. Drives cargo and the binaries, links none of the crates.
 
+mod api;
 mod bench;
 mod ci;
 mod golden;
@@ -32,6 +33,8 @@ enum Task {
         #[arg(long)]
         skip_tests: bool,
     },
+    /// List the public interface of each crate in its `API.txt`.
+    Api(api::Args),
     /// Measure layer forward and training step on this machine.
     Bench(bench::Args),
     /// Rebuild the tables and figures of the paper at a size for this machine.
@@ -60,6 +63,7 @@ fn run(task: Task) -> Result<()> {
     match task {
         Task::Test => ci::test(),
         Task::Ci { skip_tests } => ci::run(skip_tests),
+        Task::Api(args) => api::run(&args),
         Task::Bench(args) => bench::run(&args),
         Task::Repro(args) => repro::run(&args),
         Task::Golden(args) => golden::run(&args),
