@@ -5,7 +5,7 @@ use crate::batch::{LayerLoad, LossOutput, LossParts, Pass, TokenBatch};
 use crate::blocks::{Attention, Embedding, Norm, OutputHead, Rotaries};
 use crate::cache::{CacheLayout, KvPool, PagedStep, PoolConfig};
 use crate::causal_lm::{CausalLm, LayerExperts, LogitsOf, SequenceStep, StepOutput};
-use crate::config::{DecoderConfig, LayerConfig};
+use crate::config::{DecoderConfig, LayerConfig, Multipliers};
 use crate::dropout::{DropoutConfig, Place};
 use crate::layer::{Layer, LayerPass, Recompute, Stream};
 use crate::{Error, Result};
@@ -82,6 +82,8 @@ fn scalar(t: &Tensor) -> Result<f64> {
 pub(crate) struct Embeddings {
     tokens: Embedding,
     positions: Option<Embedding>,
+    /// Factor on those of tokens.
+    multiplier: f64,
 }
 
 impl Embeddings {
@@ -90,12 +92,14 @@ impl Embeddings {
         let embed = |name: &str, spec| Embedding::new(&spec, model.pp(name), Arc::clone(ops));
         let tokens = embed("embed_tokens", config.embed_tokens())?;
         let positions = || embed("embed_positions", config.table(config.max_seq_len));
-        Ok(Self { tokens, positions: config.learned_positions.then(positions).transpose()? })
+        let positions = config.learned_positions.then(positions).transpose()?;
+        Ok(Self { tokens, positions, multiplier: config.multipliers.embedding })
     }
 
     fn embed(&self, ids: &[u32], positions: impl Iterator<Item = u32>) -> Result<Stream> {
         let positions = self.positions.as_ref().map(|table| table.forward(&positions.collect::<Vec<_>>()));
-        Ok(Stream { x: self.tokens.forward(ids)?, added: positions.transpose()? })
+        let x = Multipliers::apply(self.multiplier, self.tokens.forward(ids)?)?;
+        Ok(Stream { x, added: positions.transpose()? })
     }
 
     /// Whole sequences of `seq_len` tokens, one after the other, for a decoder of `config`.
@@ -161,7 +165,8 @@ impl Decoder {
         let embeddings = Embeddings::new(&config, &model, &ops)?;
         let mut rotaries = Rotaries::new(config.max_seq_len);
         let layer = |(index, layer): (usize, &LayerConfig)| {
-            Ok(Arc::new(Layer::new(index, layer, model.pp("layers").pp(index), backend, &mut rotaries)?))
+            let layer = Layer::new(index, layer, model.pp("layers").pp(index), backend, &mut rotaries)?;
+            Ok(Arc::new(layer.with_residual(config.multipliers.residual)))
         };
         let layers = config.layers.iter().enumerate().map(layer).collect::<Result<Vec<_>>>()?;
         let head = match config.lm_head() {
@@ -212,7 +217,7 @@ impl Decoder {
 
     /// What it multiplies with and looks up, each once: norms and biases aside.
     pub fn weights(&self) -> Vec<&Weight> {
-        let Embeddings { tokens, positions } = &self.embeddings;
+        let Embeddings { tokens, positions, .. } = &self.embeddings;
         let tables = [tokens].into_iter().chain(positions).map(Embedding::table);
         let head = (!self.config.tie_embeddings).then(|| self.head.weight());
         tables.chain(self.layers.iter().flat_map(|layer| layer.weights())).chain(head).collect()
@@ -248,7 +253,7 @@ impl Decoder {
             outputs.extend(output.map(|output| (index, output)));
         }
         let [_, normed] = stream.normed(&self.norm)?;
-        Ok((normed, outputs))
+        Ok((Multipliers::apply(self.config.multipliers.output, normed)?, outputs))
     }
 
     /// Runs whole sequences token by token as in [`Pass::Eval`], and shows what the experts of each layer make of their rows to the
@@ -380,7 +385,10 @@ impl Decoder {
         // 3. Logits of the rows asked for; the sequences grow only now.
         let logits = match self.wanted(&stream.sum(&*self.ops)?, batch)? {
             none if none.dim(0)? == 0 => Tensor::zeros((0, self.config.vocab_size), DType::F32, &self.device)?,
-            rows => self.head.logits(&self.norm.forward(&rows)?)?,
+            rows => {
+                let normed = self.norm.forward(&rows)?;
+                self.head.logits(&Multipliers::apply(self.config.multipliers.output, normed)?)?
+            }
         };
         batch.iter_mut().for_each(|step| step.sequence.grow(step.token_ids.len()));
         Ok(StepOutput { logits, experts })

@@ -2,7 +2,7 @@
 
 use crate::Result;
 use crate::blocks::{Attention, FeedForward, Norm, Rotaries};
-use crate::config::LayerConfig;
+use crate::config::{LayerConfig, Multipliers};
 use crate::decoder::Backend;
 use crate::dropout::{DropoutConfig, Place};
 use candle_core::Tensor;
@@ -20,6 +20,8 @@ pub(crate) struct Layer {
     pub(crate) attention: Attention,
     feed_forward_norm: Norm,
     feed_forward: FeedForward,
+    /// Factor on what both add to the residual stream.
+    residual: f64,
     ops: Arc<dyn Ops>,
 }
 
@@ -43,8 +45,14 @@ impl Layer {
             attention: Attention::new(&config.attention, vb.pp("self_attn"), Arc::clone(ops), rotaries)?,
             feed_forward_norm: norm("post_attention_layernorm")?,
             feed_forward: FeedForward::new(&config.feed_forward, vb.pp("mlp"), Arc::clone(ops), dispatcher)?,
+            residual: 1.0,
             ops: Arc::clone(ops),
         })
+    }
+
+    /// The same with a factor on what its parts add to the residual stream.
+    pub(crate) fn with_residual(self, residual: f64) -> Self {
+        Self { residual, ..self }
     }
 
     /// The sum that attention ends with, and its norm, which the feed-forward part reads; `attend` maps the normed
@@ -55,7 +63,8 @@ impl Layer {
         attend: impl FnOnce(&Attention, &Tensor) -> Result<Tensor>,
     ) -> Result<[Tensor; 2]> {
         let [x, normed] = stream.normed(&self.attention_norm)?;
-        self.feed_forward_norm.add(&x, &attend(&self.attention, &normed)?)
+        let added = Multipliers::apply(self.residual, attend(&self.attention, &normed)?)?;
+        self.feed_forward_norm.add(&x, &added)
     }
 
     /// What it multiplies with.
@@ -74,8 +83,14 @@ impl Layer {
         attend: impl FnOnce(&Attention, &Tensor) -> Result<Tensor>,
     ) -> Result<(Stream, Option<MoeOutput>)> {
         let [x, normed] = self.attended(stream, attend)?;
-        let (added, output) = self.feed_forward.forward(&normed, context)?;
+        let (added, output) = self.feed(&normed, context)?;
         Ok((Stream { x, added: Some(added) }, output))
+    }
+
+    /// What the feed-forward part adds.
+    fn feed(&self, normed: &Tensor, context: &RouteContext<'_>) -> Result<(Tensor, Option<MoeOutput>)> {
+        let (added, output) = self.feed_forward.forward(normed, context)?;
+        Ok((Multipliers::apply(self.residual, added)?, output))
     }
 
     /// The sum after attention over whole sequences, and its norm.
@@ -88,7 +103,7 @@ impl Layer {
 
     /// What the feed-forward part adds over whole sequences.
     fn fed(&self, normed: &Tensor, pass: LayerPass) -> Result<(Tensor, Option<MoeOutput>)> {
-        let (added, output) = self.feed_forward.forward(normed, &pass.context(&pass.noise()))?;
+        let (added, output) = self.feed(normed, &pass.context(&pass.noise()))?;
         Ok((pass.dropped(&*self.ops, added, Place::FeedForward)?, output))
     }
 
@@ -105,7 +120,7 @@ impl Layer {
         let [x, normed] = self.attended_sequences(stream, pass)?;
         let noise = pass.noise();
         let context = RouteContext { observer: Some(observer), ..pass.context(&noise) };
-        let (added, _) = self.feed_forward.forward(&normed, &context)?;
+        let (added, _) = self.feed(&normed, &context)?;
         Ok(Stream { x, added: Some(added) })
     }
 

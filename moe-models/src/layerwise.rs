@@ -2,6 +2,7 @@
 //! each layer by what those before it, changed already, make of the text.
 
 use crate::blocks::{Norm, Rotaries};
+use crate::config::Multipliers;
 use crate::decoder::{Backend, Embeddings};
 use crate::hf::Checkpoint;
 use crate::hf::quantization::refuse_quantized;
@@ -100,7 +101,11 @@ impl LayerwisePass {
     pub fn hidden(&self) -> Result<Vec<Tensor>> {
         let vb = self.source.clone().builder(&Device::Cpu);
         let norm = Norm::new(&self.config.norm, vb.pp("model.norm"), ops(Precision::F32))?;
-        self.streams.iter().map(|(stream, _)| stream.clone().normed(&norm).map(|[_, normed]| normed)).collect()
+        let hidden = |(stream, _): &(Stream, usize)| {
+            let [_, normed] = stream.clone().normed(&norm)?;
+            Multipliers::apply(self.config.multipliers.output, normed)
+        };
+        self.streams.iter().map(hidden).collect()
     }
 
     fn layer(&self, source: ParamSource, ops: Arc<dyn Ops>) -> Result<Layer> {
@@ -108,7 +113,9 @@ impl LayerwisePass {
             return Err(Error::Argument(format!("all {} layers have been run", self.next)));
         };
         let vb = source.builder(&Device::Cpu).pp("model.layers").pp(self.next);
-        Layer::new(self.next, config, vb, Backend::alone(&ops), &mut Rotaries::new(self.config.max_seq_len))
+        let mut rotaries = Rotaries::new(self.config.max_seq_len);
+        let layer = Layer::new(self.next, config, vb, Backend::alone(&ops), &mut rotaries)?;
+        Ok(layer.with_residual(self.config.multipliers.residual))
     }
 }
 

@@ -32,7 +32,7 @@ pub struct Written {
 /// Elements that a thread draws at a time.
 const DRAWN_AT_ONCE: usize = 1 << 16;
 
-/// Writes a folder of initial weights: whole or not at all. One tensor is in memory at a time.
+/// Writes a folder of initial weights: whole or not at all. One tensor, or one expert of one, is in memory at a time.
 ///
 /// # Errors
 /// As [`crate::train::export::check_target`]; [`crate::Error::Io`] if a file cannot be written; [`crate::Error::Argument`] for a
@@ -47,12 +47,12 @@ pub fn write_random<F: Family + ?Sized>(family: &F, folder: &RandomFolder<'_>, d
         bytes: tensors.iter().map(|tensor| tensor.header.bytes()).sum(),
     };
     fill_target(dir, |dir| {
-        write_weights(dir, tensors, SHARD_BYTES, |tensor| {
-            let (index, elements) = (tensor.expert.unwrap_or(0), tensor.elements.clone());
+        write_weights(dir, tensors, SHARD_BYTES, |spec, piece| {
+            let (index, elements) = (piece.expert.unwrap_or(0), piece.elements.clone());
             let parts = elements.clone().step_by(DRAWN_AT_ONCE).collect::<Vec<_>>();
             let draw = |&start: &usize| {
                 let end = elements.end.min(start + DRAWN_AT_ONCE);
-                tensor.spec.initial_range(folder.seed, index, start..end)
+                spec.initial_range(folder.seed, index, start..end)
             };
             Ok(parts.par_iter().flat_map_iter(draw).collect())
         })?;

@@ -32,14 +32,16 @@ fn one_tensor_is_in_memory_at_a_time() {
     (config.vocab_size, config.max_seq_len, config.d_model, config.num_heads, config.d_ff) = (8192, 64, 256, 4, 512);
     let model = Gpt::new(config, 1, &Device::Cpu).unwrap();
     let (specs, dir) = (model.table().specs(), tempfile::tempdir().unwrap());
-    let plan = WritePlan::new(specs, ParallelDims::SINGLE).unwrap();
+    let plan = WritePlan::new(specs, model.config().names(), ParallelDims::SINGLE).unwrap();
     let extents: Vec<Vec<Extent>> = specs.iter().map(|spec| Placement::WHOLE.extents(spec)).collect();
     let read = |param: usize| model.params()[param].1.flatten_all().unwrap().to_vec1::<f32>().unwrap();
     let values: Vec<Vec<f32>> = (0..specs.len()).map(read).collect();
     assert!(values.iter().map(Vec::len).sum::<usize>() * size_of::<f32>() > 2 * LARGEST);
     let writes: Vec<_> = extents.iter().map(|extents| plan.ranges(0, extents)).collect();
     let each = || extents.iter().zip(&values).zip(&writes);
-    let weights = each().map(|((extents, values), writes)| WeightsPart { extents, values, writes }).collect::<Vec<_>>();
+    let weights = specs.iter().zip(each());
+    let weights = weights.map(|(spec, ((extents, values), writes))| WeightsPart { spec, extents, values, writes });
+    let weights = weights.collect::<Vec<_>>();
     let moments = each().map(|((extents, values), owned)| MomentsPart {
         extents,
         owned,

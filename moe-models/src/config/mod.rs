@@ -9,6 +9,7 @@ pub use rotary::{RotaryConfig, RotaryScaling};
 
 use crate::params::ParamTable;
 use crate::{Error, Result};
+use candle_core::Tensor;
 use moe_core::{BranchConfig, MlpConfig, MoeConfig, ParamInit, ParamSpec, SplitKind};
 use moe_parallel::Placement;
 
@@ -33,6 +34,32 @@ pub struct DecoderConfig {
     pub init_std: f64,
     /// Token that separates and ends documents.
     pub eos_token_id: Option<u32>,
+    /// Factors on what is computed.
+    pub multipliers: Multipliers,
+}
+
+/// Factors on what is computed (Granite); 1 in most models.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub struct Multipliers {
+    /// On the embedding of a token.
+    pub embedding: f64,
+    /// On what each part of a layer adds to the residual stream.
+    pub residual: f64,
+    /// On what the output layer sees, and with it on the logits.
+    pub output: f64,
+}
+
+impl Default for Multipliers {
+    fn default() -> Self {
+        Self { embedding: 1.0, residual: 1.0, output: 1.0 }
+    }
+}
+
+impl Multipliers {
+    /// `x` times `factor`, without an operation where that is 1.
+    pub(crate) fn apply(factor: f64, x: Tensor) -> Result<Tensor> {
+        if factor == 1.0 { Ok(x) } else { Ok((x * factor)?) }
+    }
 }
 
 /// One layer: attention and a feed-forward part, each behind a norm and added to the residual stream.
@@ -220,6 +247,12 @@ impl DecoderConfig {
         }
         if self.layers.is_empty() || self.layers.len() > MOST_LAYERS {
             return refuse(format!("num_layers must be between 1 and {MOST_LAYERS}, got {}", self.layers.len()));
+        }
+        let Multipliers { embedding, residual, output } = self.multipliers;
+        for (name, factor) in [("embedding", embedding), ("residual", residual), ("output", output)] {
+            if !(factor.is_finite() && factor > 0.0) {
+                return refuse(format!("multipliers.{name} must be a positive number, got {factor}"));
+            }
         }
         for (index, layer) in self.layers.iter().enumerate() {
             layer.attention.validate().or_else(|reason| refuse(format!("layer {index}: {reason}")))?;

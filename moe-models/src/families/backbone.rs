@@ -1,8 +1,8 @@
 //! [`Backbone`]: what published decoders of Llama's form have in common, read from the names that transformers gives it.
 
 use crate::config::{
-    DecoderConfig, GroupedQueryConfig, LayerConfig, MOST_LAYERS, NormConfig, NormKind, Projection, RotaryConfig,
-    RotaryScaling, yarn_factor,
+    DecoderConfig, GroupedQueryConfig, LayerConfig, MOST_LAYERS, Multipliers, NormConfig, NormKind, Projection,
+    RotaryConfig, RotaryScaling, yarn_factor,
 };
 use crate::fields::{Checked, Fields};
 use moe_core::ops::RotaryLayout;
@@ -155,6 +155,7 @@ impl Backbone {
             tie_embeddings: self.tie_embeddings,
             init_std: self.std,
             eos_token_id: self.eos_token_id,
+            multipliers: Multipliers::default(),
         }
     }
 }

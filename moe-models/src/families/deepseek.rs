@@ -17,7 +17,7 @@ pub(super) const V2: Form = Form { model_type: "deepseek_v2", names: NAMES, read
 pub(super) const V3: Form = Form { model_type: "deepseek_v3", names: NAMES, read: read_v3 };
 
 /// Their names.
-pub(super) const NAMES: NameTable = NameTable(&[
+pub(super) const NAMES: NameTable = NameTable::new(&[
     ("fc_in.weight", &["gate_proj.weight", "up_proj.weight"]),
     ("fc_out.weight", &["down_proj.weight"]),
     ("shared_expert.", &["shared_experts."]),

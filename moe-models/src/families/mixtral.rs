@@ -12,7 +12,7 @@ use moe_core::DroplessConfig;
 
 pub(super) const FORM: Form = Form {
     model_type: "mixtral",
-    names: NameTable(&[
+    names: NameTable::new(&[
         (".mlp.", &[".block_sparse_moe."]),
         ("fc_in.weight", &["w1.weight", "w3.weight"]),
         ("fc_out.weight", &["w2.weight"]),

@@ -5,6 +5,7 @@ mod backbone;
 mod deepseek;
 mod glm4_moe;
 pub mod gpt;
+mod granitemoe;
 mod mixtral;
 mod olmoe;
 mod published;

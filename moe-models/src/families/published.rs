@@ -20,10 +20,12 @@ pub(super) struct Form {
 }
 
 /// All of them.
-const FORMS: [&Form; 7] = [
+const FORMS: [&Form; 9] = [
     &super::deepseek::V2,
     &super::deepseek::V3,
     &super::glm4_moe::FORM,
+    &super::granitemoe::FORM,
+    &super::granitemoe::SHARED,
     &super::mixtral::FORM,
     &super::olmoe::FORM,
     &super::qwen2_moe::FORM,

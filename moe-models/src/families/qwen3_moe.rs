@@ -16,8 +16,10 @@ use serde_json::Value;
 pub(super) const FORM: Form = Form { model_type: "qwen3_moe", names: NAMES, read };
 
 /// Gate, up and down of every network.
-pub(super) const NAMES: NameTable =
-    NameTable(&[("fc_in.weight", &["gate_proj.weight", "up_proj.weight"]), ("fc_out.weight", &["down_proj.weight"])]);
+pub(super) const NAMES: NameTable = NameTable::new(&[
+    ("fc_in.weight", &["gate_proj.weight", "up_proj.weight"]),
+    ("fc_out.weight", &["down_proj.weight"]),
+]);
 
 fn read(fields: &mut Fields) -> Checked<DecoderConfig> {
     let backbone = Backbone::read(fields, &Defaults::LLAMA)?;

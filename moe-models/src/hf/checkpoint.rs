@@ -5,7 +5,7 @@
 
 use super::file::is_plain_name;
 use super::map::Bytes;
-use super::names::NameTable;
+use super::names::{FilePart, NameTable, StackPlace};
 use super::quantization::StoredMatrix;
 use super::tensor_file::{TensorFile, TensorHeader};
 use crate::params::ParamTable;
@@ -14,7 +14,6 @@ use candle_core::{DType, Device, Tensor};
 use moe_core::ParamSpec;
 use moe_core::ops::host::to_f32_vec;
 use moe_kernels::quantized::{IntegerMatrix, QuantFormat};
-use moe_parallel::Placement;
 use safetensors::Dtype;
 use safetensors::tensor::TensorInfo;
 use serde::{Deserialize, Serialize};
@@ -65,8 +64,8 @@ fn refuse_parts(dir: &Path) -> Result<()> {
     match serde_json::from_slice(&json) {
         Ok(Form { weights: WeightForm::Parts }) => Err(Error::format(
             path,
-            "these weights were saved by ranks that split matrices (tp or expert_slices above 1), each its part; export the \
-             checkpoint to a folder of whole tensors first (moe_models::train::shards::export) and open that",
+            "these weights were saved by ranks that split matrices (tp or expert_slices above 1), or that hold some of the experts \
+             each of a family that publishes them as one tensor (ep above 1), each its part; export the checkpoint to a folder of whole tensors first (moe_models::train::shards::export) and open that",
         )),
         _ => Ok(()),
     }
@@ -253,7 +252,8 @@ impl Checkpoint {
         if self.quantized.is_none() || (self.is_whole(spec) && expert.is_some()) {
             return Ok(None);
         }
-        Ok(self.parts_of(spec, expert)?.into_iter().map(|(name, shape)| self.stored(&name, &shape)).collect())
+        let stored = |part: FilePart| self.stored(&part.name, &part.shape).filter(|_| part.place.is_none());
+        Ok(self.names.parts(spec, expert)?.into_iter().map(stored).collect())
     }
 
     /// Whether a parameter or one expert of it is there as integers.
@@ -307,42 +307,53 @@ impl Checkpoint {
         if self.is_whole(spec) {
             return Ok(vec![(spec.name.clone(), spec.shape.clone())]);
         }
+        // Of a stack in the files one expert stands for all.
+        let in_stack = spec.is_stacked() && self.names.stack(&spec.name).is_some();
+        let experts = match spec.is_stacked() {
+            true => (0..if in_stack { 1 } else { spec.shape[0] }).map(Some).collect(),
+            false => vec![None],
+        };
         let mut parts = Vec::new();
-        for unit in Placement::WHOLE.extents(spec) {
-            parts.extend(self.names.tensors(&unit.name, &unit.shape)?);
+        for expert in experts {
+            parts.extend(self.names.parts(spec, expert)?.into_iter().map(|part| (part.name, part.shape)));
         }
         Ok(parts)
     }
 
-    /// The tensors that hold a parameter that is no stack, or one expert of a stack.
-    pub(super) fn parts_of(&self, spec: &ParamSpec, expert: Option<usize>) -> Result<Vec<(String, Vec<usize>)>> {
-        match expert.and_then(|index| spec.expert_name(index)) {
-            Some(name) => self.names.tensors(&name, &spec.shape[1..]),
-            None => self.names.tensors(&spec.name, &spec.shape),
+    /// The parts of tensors that make up a parameter that is no stack, or one expert of one.
+    pub(super) fn parts_of(&self, spec: &ParamSpec, expert: Option<usize>) -> Result<Vec<FilePart>> {
+        self.names.parts(spec, expert)
+    }
+
+    /// The file that has a tensor.
+    fn shard(&self, name: &str) -> Result<&TensorFile> {
+        match self.by_name.get(name) {
+            Some(&shard) => Ok(&self.shards[shard]),
+            None => Err(Error::format(self.shards[0].path(), format!("tensor {name} is missing"))),
         }
     }
 
     /// A tensor as it is in the files.
     fn one(&self, name: &str, device: &Device) -> Result<Tensor> {
-        match self.by_name.get(name) {
-            Some(&shard) => self.shards[shard].tensor(name, device),
-            None => Err(Error::format(self.shards[0].path(), format!("tensor {name} is missing"))),
-        }
+        self.shard(name)?.tensor(name, device)
     }
 
-    /// A tensor, or what the integers in its place stand for, f32.
-    fn floats(&self, name: &str, shape: &[usize], device: &Device) -> Result<Tensor> {
+    /// A tensor or one expert of it, or what the integers in its place stand for, f32.
+    fn floats(&self, part: &FilePart, device: &Device) -> Result<Tensor> {
+        let FilePart { name, shape, place } = part;
+        if let Some(StackPlace { index, layout }) = *place {
+            return layout.from_files(&self.shard(name)?.slice(name, index, device)?);
+        }
         let Some(stored) = self.stored(name, shape) else { return self.one(name, device) };
         let refused = |e: moe_kernels::Error| Error::format(self.shards[0].path(), format!("tensor {name}: {e}"));
         let (integers, scales) = (self.integers(&stored)?, self.scales(&stored)?);
         let matrix = IntegerMatrix::new(stored.format, stored.shape, integers, scales).map_err(refused)?;
-        Ok(Tensor::from_vec(matrix.dequantize(), shape, device)?)
+        Ok(Tensor::from_vec(matrix.dequantize(), shape.as_slice(), device)?)
     }
 
     fn joined(&self, spec: &ParamSpec, expert: Option<usize>, device: &Device) -> Result<Tensor> {
-        let parts = self.parts_of(spec, expert)?;
-        let parts: Vec<Tensor> =
-            parts.iter().map(|(name, shape)| self.floats(name, shape, device)).collect::<Result<_>>()?;
+        let parts = self.names.parts(spec, expert)?;
+        let parts: Vec<Tensor> = parts.iter().map(|part| self.floats(part, device)).collect::<Result<_>>()?;
         match parts.as_slice() {
             [one] => Ok(one.clone()),
             many if many.iter().all(|part| part.dtype() == many[0].dtype()) => Ok(Tensor::cat(many, 0)?),
@@ -375,7 +386,7 @@ impl Checkpoint {
     /// [`Error::Format`] if a tensor is missing.
     pub fn expert(&self, spec: &ParamSpec, index: usize, device: &Device) -> Result<Tensor> {
         if self.is_whole(spec) {
-            return Ok(self.one(&spec.name, device)?.get(index)?);
+            return self.shard(&spec.name)?.slice(&spec.name, index, device);
         }
         self.joined(spec, Some(index), device)
     }

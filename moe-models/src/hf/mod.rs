@@ -1,12 +1,13 @@
 //! Checkpoints the Hugging Face way: `config.json`, `model.safetensors` (or shards with an index), one tensor per expert.
 //!
 //! In memory the experts of a layer are stacked, `mlp.experts.fc_in.weight` `[experts, d_ff, d_model]`; files hold one tensor
-//! per expert under the names their family publishes ([`NameTable`]), so that any layout of ranks can read its own. A folder may
-//! hold its matrices as integers ([`quantization`]).
+//! per expert under the names their family publishes, or one for all of them ([`NameTable`], [`Layout`]), of which one expert is
+//! read at a time, so that any layout of ranks can read its own. A folder may hold its matrices as integers ([`quantization`]).
 
 mod checkpoint;
 mod file;
 mod kept;
+mod layout;
 mod map;
 mod names;
 pub mod quantization;
@@ -22,7 +23,8 @@ pub(crate) use checkpoint::{RANKS_INDEX, WEIGHTS_FILE, WEIGHTS_INDEX};
 pub use file::write_atomically;
 pub(crate) use file::{copy_if_there, is_plain_name};
 pub(crate) use kept::KeptPath;
+pub use layout::Layout;
 pub(crate) use map::Bytes;
-pub use names::{NameRule, NameTable};
+pub use names::{FilePart, NameRule, NameTable, StackPlace, StackRule};
 pub(crate) use tensor_file::{TensorFile, TensorHeader, write_header, write_values};
 pub(crate) use write::{SHARD_BYTES, file_tensors, save, write_config, write_weight_index, write_weights};

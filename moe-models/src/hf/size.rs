@@ -1,6 +1,6 @@
 //! How large a model's weights are in files, counted from its configuration: no weight is read or made.
 
-use super::quantization::as_integers;
+use super::quantization::{as_integers, refuse_stacks};
 use super::tensor_file::TensorHeader;
 use super::write::file_tensors;
 use crate::{Family, Result};
@@ -24,12 +24,16 @@ pub enum StoredForm {
 /// Bytes of all tensors of a model in files, without the files' headers.
 ///
 /// # Errors
-/// [`crate::Error::Argument`] for a type that weights do not have; the family's for an impossible configuration.
+/// [`crate::Error::Argument`] for a type that weights do not have, and for integers of a family whose experts lie in stacks; the
+/// family's for an impossible configuration.
 pub fn tensor_bytes<F: Family + ?Sized>(family: &F, form: StoredForm) -> Result<u64> {
     let (format, dtype) = match form {
         StoredForm::Floats(dtype) => (None, dtype),
         StoredForm::Integers { format, rest } => (Some(format), rest),
     };
+    if format.is_some() {
+        refuse_stacks(family.names()).map_err(crate::Error::Argument)?;
+    }
     let decoder = family.decoder()?;
     let table = decoder.params();
     let tensors = file_tensors(&table, family.names(), dtype)?;

@@ -98,6 +98,35 @@ impl TensorFile {
         Ok(Tensor::from_raw_buffer(self.data(info), self.dtype(name, info.dtype)?, &info.shape, device)?)
     }
 
+    /// The part of a tensor at `index` of its first dimension, copied.
+    ///
+    /// # Errors
+    /// As [`TensorFile::tensor`]; [`Error::Format`] if it has no such part.
+    pub(crate) fn slice(&self, name: &str, index: usize, device: &Device) -> Result<Tensor> {
+        let bytes = self.bytes_of(name, index)?;
+        let Some(info) = self.info(name) else {
+            return Err(Error::format(&self.path, format!("tensor {name} is missing")));
+        };
+        Ok(Tensor::from_raw_buffer(bytes, self.dtype(name, info.dtype)?, &info.shape[1..], device)?)
+    }
+
+    /// The bytes of the part of a tensor at `index` of its first dimension.
+    ///
+    /// # Errors
+    /// [`Error::Format`] if there is no such tensor or part.
+    pub(crate) fn bytes_of(&self, name: &str, index: usize) -> Result<&[u8]> {
+        let Some(info) = self.info(name) else {
+            return Err(Error::format(&self.path, format!("tensor {name} is missing")));
+        };
+        let Some(&count) = info.shape.first().filter(|count| index < **count) else {
+            let reason = format!("tensor {name} {:?} has no part {index} along its first dimension", info.shape);
+            return Err(Error::format(&self.path, reason));
+        };
+        let data = self.data(info);
+        let bytes = data.len() / count;
+        Ok(&data[index * bytes..][..bytes])
+    }
+
     /// The type of a tensor of weights.
     ///
     /// # Errors

@@ -1,7 +1,8 @@
-//! Writing weights: per expert, in one file or in shards with an index, tensor by tensor.
+//! Writing weights: per expert or as the stacks that a family publishes, in one file or in shards with an index, piece by piece.
 
 use super::checkpoint::{WEIGHTS_FILE, WEIGHTS_INDEX};
 use super::file::try_write_atomically;
+use super::layout::Layout;
 use super::tensor_file::{TensorHeader, write_header, write_values};
 use super::{NameTable, write_atomically};
 use crate::params::ParamTable;
@@ -22,10 +23,19 @@ pub(crate) const SHARD_BYTES: usize = 5_000_000_000;
 pub(crate) struct FileTensor<'a> {
     pub(crate) header: TensorHeader,
     /// The parameter.
-    pub(crate) spec: &'a ParamSpec,
+    pub(super) spec: &'a ParamSpec,
+    /// What it holds: one piece, or all experts one after the other.
+    pub(super) pieces: Vec<FilePiece>,
+    /// How each piece lies in it.
+    layout: Layout,
+}
+
+/// What of a model lies together in a tensor.
+#[derive(Debug, Clone)]
+pub(crate) struct FilePiece {
     /// Which expert of a stack.
     pub(crate) expert: Option<usize>,
-    /// The same by the name that it has alone.
+    /// The parameter or expert by the name that it has alone.
     pub(crate) unit: Extent,
     /// Elements of it.
     pub(crate) elements: Range<usize>,
@@ -38,13 +48,13 @@ pub(crate) fn save<F: Family>(model: &Model<F>, dir: &Path, dtype: DType) -> Res
 /// [`save`] with a given size of shards.
 pub(super) fn save_sharded<F: Family>(model: &Model<F>, dir: &Path, dtype: DType, shard_bytes: usize) -> Result<()> {
     let vars: BTreeMap<&str, &Var> = model.params().iter().map(|(name, var)| (name.as_str(), var)).collect();
-    let values = |tensor: &FileTensor<'_>| {
-        let Some(var) = vars.get(tensor.spec.name.as_str()) else {
-            return Err(Error::Config(format!("the model has no variable {}", tensor.spec.name)));
+    let values = |spec: &ParamSpec, piece: &FilePiece| {
+        let Some(var) = vars.get(spec.name.as_str()) else {
+            return Err(Error::Config(format!("the model has no variable {}", spec.name)));
         };
         let whole = var.detach();
-        let own: Tensor = tensor.expert.map_or(Ok(whole.clone()), |expert| whole.get(expert))?;
-        Ok(own.flatten_all()?.narrow(0, tensor.elements.start, tensor.elements.len())?.to_vec1::<f32>()?)
+        let own: Tensor = piece.expert.map_or(Ok(whole.clone()), |expert| whole.get(expert))?;
+        Ok(own.flatten_all()?.narrow(0, piece.elements.start, piece.elements.len())?.to_vec1::<f32>()?)
     };
     write_weights(dir, file_tensors(model.table(), model.config().names(), dtype)?, shard_bytes, values)?;
     write_config(model.config(), dir, dtype)
@@ -92,22 +102,34 @@ pub(crate) fn file_tensors(table: &ParamTable, names: NameTable, dtype: DType) -
     };
     let mut tensors = Vec::new();
     for spec in table.specs() {
-        for (index, unit) in Placement::WHOLE.extents(spec).into_iter().enumerate() {
+        let dtype = if spec.trained { dtype } else { Dtype::F32 };
+        let units = Placement::WHOLE.extents(spec).into_iter().enumerate();
+        if let Some((name, layout)) = names.stack(&spec.name) {
+            let shape = [&spec.shape[..1], &layout.in_files(&spec.shape[1..])].concat();
+            let piece = |(index, unit): (usize, Extent)| {
+                let elements = 0..unit.elements();
+                FilePiece { expert: Some(index), unit, elements }
+            };
+            let (header, pieces) = (TensorHeader { name, dtype, shape }, units.map(piece).collect());
+            tensors.push(FileTensor { header, spec, pieces, layout });
+            continue;
+        }
+        for (index, unit) in units {
             let (expert, mut start) = (spec.is_stacked().then_some(index), 0);
             for (name, shape) in names.tensors(&unit.name, &unit.shape)? {
                 let elements = start..start + shape.iter().product::<usize>();
                 start = elements.end;
-                let dtype = if spec.trained { dtype } else { Dtype::F32 };
-                let (header, unit) = (TensorHeader { name, dtype, shape }, unit.clone());
-                tensors.push(FileTensor { header, spec, expert, unit, elements });
+                let pieces = vec![FilePiece { expert, unit: unit.clone(), elements }];
+                let header = TensorHeader { name, dtype, shape };
+                tensors.push(FileTensor { header, spec, pieces, layout: Layout::Rows });
             }
         }
     }
     Ok(tensors)
 }
 
-/// Writes tensors, of which `values` has the values, into one file, or into several of at most `shard_bytes` (unless one tensor is
-/// larger) and an index. One tensor is in memory at a time.
+/// Writes tensors, of whose pieces `values` has the values, into one file, or into several of at most `shard_bytes` (unless one
+/// tensor is larger) and an index. One piece is in memory at a time.
 ///
 /// # Errors
 /// [`Error::Io`] if a file cannot be written; those of `values`.
@@ -115,7 +137,7 @@ pub(crate) fn write_weights(
     dir: &Path,
     tensors: Vec<FileTensor<'_>>,
     shard_bytes: usize,
-    mut values: impl FnMut(&FileTensor<'_>) -> Result<Vec<f32>>,
+    mut values: impl FnMut(&ParamSpec, &FilePiece) -> Result<Vec<f32>>,
 ) -> Result<()> {
     let mut shards = in_shards(tensors, shard_bytes);
     if let [only] = shards.as_mut_slice() {
@@ -167,7 +189,7 @@ fn in_shards(tensors: Vec<FileTensor<'_>>, shard_bytes: usize) -> Vec<Vec<FileTe
 fn write_shard(
     path: &Path,
     tensors: &mut [FileTensor<'_>],
-    values: &mut impl FnMut(&FileTensor<'_>) -> Result<Vec<f32>>,
+    values: &mut impl FnMut(&ParamSpec, &FilePiece) -> Result<Vec<f32>>,
 ) -> Result<()> {
     tensors.sort_by(|a, b| a.header.order(&b.header));
     let headers: Vec<TensorHeader> = tensors.iter().map(|tensor| tensor.header.clone()).collect();
@@ -175,7 +197,10 @@ fn write_shard(
         let failed = |e| Error::io(path, e);
         write_header(out, &[("format", "pt".into())], &headers).map_err(failed)?;
         for tensor in tensors {
-            write_values(out, &values(tensor)?, tensor.header.dtype).map_err(failed)?;
+            for piece in &tensor.pieces {
+                let stored = tensor.layout.to_files(values(tensor.spec, piece)?, &piece.unit.shape);
+                write_values(out, &stored, tensor.header.dtype).map_err(failed)?;
+            }
         }
         Ok(())
     })

@@ -36,7 +36,7 @@ pub trait TrainModel: Sync {
     }
     /// What weights are called in files. By default as here.
     fn names(&self) -> NameTable {
-        NameTable(&[])
+        NameTable::new(&[])
     }
     /// What [`TrainModel::loss`] reads of parameters that are not trained, each the very tensor. By default nothing.
     fn frozen(&self) -> &[Tensor] {

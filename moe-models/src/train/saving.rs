@@ -44,7 +44,7 @@ impl Saving {
     pub fn new<M: TrainModel>(model: &M, placement: Placement) -> Result<Self> {
         let specs = model.specs();
         let extents: Vec<_> = specs.iter().map(|spec| placement.extents(spec)).collect();
-        let plan = WritePlan::new(&specs, placement.dims())?;
+        let plan = WritePlan::new(&specs, model.names(), placement.dims())?;
         let writes = extents.iter().map(|extents| plan.ranges(placement.rank(), extents)).collect();
         let by_name: HashMap<&str, usize> = specs.iter().enumerate().map(|(i, spec)| (spec.name.as_str(), i)).collect();
         let place = |name: &String| {
@@ -166,7 +166,12 @@ impl Saving {
         let Saved { model, division, moments, .. } = *saved;
         let memory = model.weights().iter().map(|(_, var)| Memory::of(var)).collect::<Result<Vec<_>>>()?;
         let weights: Vec<WeightsPart<'_>> = (0..self.specs.len())
-            .map(|i| WeightsPart { extents: &self.extents[i], values: memory[i].values(), writes: &self.writes[i] })
+            .map(|i| WeightsPart {
+                spec: &self.specs[i],
+                extents: &self.extents[i],
+                values: memory[i].values(),
+                writes: &self.writes[i],
+            })
             .collect();
         let writes = self.moment_writes(division)?;
         let moments: Vec<MomentsPart<'_>> = (self.trained.iter().enumerate().zip(moments))

@@ -29,6 +29,10 @@ fn decoders() -> Vec<(String, Decoder)> {
         all.push((format!("qwen3_moe {precision:?}"), qwen));
         let latent = Decoder::load(&fixtures().join("deepseek_v3"), precision).unwrap();
         all.push((format!("deepseek_v3 {precision:?}"), latent));
+        for family in ["granitemoe"] {
+            let decoder = Decoder::load(&fixtures().join(family), precision).unwrap();
+            all.push((format!("{family} {precision:?}"), decoder));
+        }
         for top_k in [1, 2, 3] {
             let model = gpt(|c| c.moe.as_mut().unwrap().top_k = top_k).with_precision(precision).unwrap();
             all.push((format!("pr-moe top-{top_k} {precision:?}"), model.into_packed().unwrap()));

@@ -125,6 +125,8 @@ fn published_families_over_ranks_equal_one_rank() {
         ("olmoe", false),
         ("glm4_moe", true),
         ("deepseek_v3", false),
+        ("granitemoe", true),
+        ("granitemoeshared", true),
     ] {
         family_over_ranks_equals_one_rank(family, tensor_slicing);
     }

@@ -22,6 +22,8 @@ use std::path::Path;
 use std::sync::OnceLock;
 use std::sync::atomic::AtomicBool;
 
+/// Families that publish stacks.
+const STACKED: [&str; 1] = ["granitemoe"];
 const SAVE: Save = Save { step: 12, id: 0x5eed };
 /// Not trained, so without moments.
 const FROZEN: &str = "model.embed_positions.weight";
@@ -131,7 +133,7 @@ struct Part {
 
 /// What each rank of a layout holds.
 fn parts(state: &State, layout: &Layout) -> Vec<Vec<Part>> {
-    let plan = WritePlan::new(state.specs(), layout.dims).unwrap();
+    let plan = WritePlan::new(state.specs(), state.model.config().names(), layout.dims).unwrap();
     let ranks: Vec<Placement> =
         (0..layout.dims.world_size()).map(|rank| Placement::new(layout.dims, rank).unwrap()).collect();
     let mut holders: HashMap<String, Vec<usize>> = HashMap::new();
@@ -165,7 +167,12 @@ fn parts(state: &State, layout: &Layout) -> Vec<Vec<Part>> {
 
 /// Writes the files of one rank; its report as another rank gets it.
 fn write_rank(state: &State, dir: &Path, part: SavingRank, own: &[Part]) -> PartReport {
-    let weights = own.iter().map(|p| WeightsPart { extents: &p.extents, values: &p.weights, writes: &p.writes });
+    let weights = own.iter().map(|p| WeightsPart {
+        spec: &state.specs()[p.param],
+        extents: &p.extents,
+        values: &p.weights,
+        writes: &p.writes,
+    });
     let trained = own.iter().filter(|p| state.specs()[p.param].name != FROZEN);
     let moments = trained.map(|p| MomentsPart {
         extents: &p.extents,
@@ -244,7 +251,8 @@ fn check_model(state: &State, layout: &Layout) {
     write(state, layout, SAVE, dir.path());
     std::fs::write(dir.path().join("tokenizer.json"), "{}").unwrap();
     let loaded = Any::load(dir.path(), &Device::Cpu);
-    if layout.dims.tp == 1 && layout.dims.expert_slices == 1 {
+    let spread = layout.dims.ep > 1 && state.model.config().names().has_stacks();
+    if layout.dims.tp == 1 && layout.dims.expert_slices == 1 && !spread {
         let loaded = loaded.unwrap();
         for (param, (name, var)) in loaded.params().iter().enumerate() {
             let got = var.flatten_all().unwrap().to_vec1::<f32>().unwrap();
@@ -289,6 +297,42 @@ fn weights_lie_under_published_names() {
     check_reading(&state, &layout("tp 2 x ep 2"), &reader, "under published names");
     let index = std::fs::read_to_string(dir.path().join("model.safetensors.index.json")).unwrap();
     assert!(index.contains("experts.0.gate_proj.weight") && index.contains("experts.0.up_proj.weight"), "{index}");
+}
+
+/// Families that publish all experts of a layer as one tensor: that tensor, where a rank has all of them; else experts singly,
+/// until they are exported.
+#[test]
+fn stacks_of_experts_are_written_whole_or_in_parts() {
+    for family in STACKED {
+        let state = State::of(Any::load(&fixtures().join(family), &Device::Cpu).unwrap());
+        for name in ["one rank", "dp 3", "ep 2 x dp 2", "tp 2 x dp 2, divided", "8 ranks mixed, divided"] {
+            check_model(&state, &layout(name));
+        }
+        for (from, to) in [("dp 3", "tp 2 x ep 2"), ("ep 2 x dp 2", "dp 3"), ("one rank", "8 ranks mixed, divided")] {
+            let dir = tempfile::tempdir().unwrap();
+            write(&state, &layout(from), SAVE, dir.path());
+            let reader = Reader::open(dir.path()).unwrap();
+            check_reading(&state, &layout(to), &reader, &format!("{family} from {from} to {to}"));
+        }
+    }
+}
+
+/// An index whose places of experts are wrong.
+#[test]
+fn places_that_experts_do_not_have_are_refused() {
+    let state = State::of(Any::load(&fixtures().join(STACKED[0]), &Device::Cpu).unwrap());
+    let edited = |change: fn(&mut serde_json::Value)| {
+        let dir = tempfile::tempdir().unwrap();
+        write(&state, &layout("one rank"), SAVE, dir.path());
+        edit_index(dir.path(), |json| {
+            change(entries(json).iter_mut().find(|entry| entry["place"]["index"] == 2).unwrap());
+        });
+        Reader::open(dir.path()).unwrap_err().to_string()
+    };
+    says(&edited(|entry| entry["place"]["index"] = 1.into()), &["is in two entries"]);
+    says(&edited(|entry| entry["place"]["index"] = 99.into()), &["must be F32 [100, "]);
+    says(&edited(|entry| entry["place"]["layout"] = "sideways".into()), &["sideways"]);
+    says(&edited(|entry| entry["size"][0] = 1.into()), &["only all of an expert"]);
 }
 
 /// Ranks of one layout write the same bytes each time, and no rank writes much more than its share.

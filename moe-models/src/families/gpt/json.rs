@@ -160,7 +160,7 @@ impl Family for GptConfig {
 
     /// Published as it is in memory, expert by expert.
     fn names(&self) -> NameTable {
-        NameTable(&[])
+        NameTable::new(&[])
     }
 
     fn to_json(&self, _: DType) -> Result<String> {

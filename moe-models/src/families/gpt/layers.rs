@@ -2,8 +2,8 @@
 
 use super::{GptConfig, GptMoeConfig};
 use crate::config::{
-    AttentionConfig, DecoderConfig, FeedForwardConfig, GroupedQueryConfig, LayerConfig, NormConfig, NormKind,
-    Projection,
+    AttentionConfig, DecoderConfig, FeedForwardConfig, GroupedQueryConfig, LayerConfig, Multipliers, NormConfig,
+    NormKind, Projection,
 };
 use moe_core::{
     Activation, BranchConfig, DropPolicy, MlpConfig, MoeConfig, NoisyGate, RouterConfig, Top1Config, Top2Config,
@@ -57,6 +57,7 @@ pub(super) fn decoder(config: &GptConfig) -> DecoderConfig {
         tie_embeddings: true,
         init_std: config.init_std,
         eos_token_id: config.eos_token_id,
+        multipliers: Multipliers::default(),
     }
 }
 

@@ -19,7 +19,9 @@ pub(crate) use save::refuse_quantized;
 pub use save::{MatrixToQuantize, nearest, save};
 pub(crate) use stored::StoredMatrix;
 
+use super::names::NameTable;
 use super::write::FileTensor;
+use crate::fields::Checked;
 use moe_core::ParamSpec;
 use moe_kernels::quantized::QuantFormat;
 
@@ -29,6 +31,16 @@ const PRODUCTS: [&str; 3] = ["_proj.weight", "fc_in.weight", "fc_out.weight"];
 /// Whether a parameter is a matrix that is multiplied with and nothing else: what [`moe_core::WeightUse::Product`] is asked for.
 fn is_product(spec: &ParamSpec) -> bool {
     PRODUCTS.iter().any(|end| spec.name.ends_with(end))
+}
+
+/// Refuses families whose experts lie in files as stacks: the format has integers of single matrices only.
+pub(super) fn refuse_stacks(names: NameTable) -> Checked<()> {
+    match names.has_stacks() {
+        false => Ok(()),
+        true => Err("the experts of this family lie in files as one tensor of all of them, for which the format of integers has no \
+                     form; serve it with --quantize, which rounds matrices while they are loaded"
+            .into()),
+    }
 }
 
 /// The integers of a tensor of the files, if it is one that is quantized.

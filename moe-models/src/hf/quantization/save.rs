@@ -2,7 +2,7 @@
 
 use super::config::{FIELD, QuantizationConfig, read_config};
 use super::stored::StoredMatrix;
-use super::{as_integers, is_product};
+use super::{as_integers, is_product, refuse_stacks};
 use crate::hf::checkpoint::{Checkpoint, WEIGHTS_FILE};
 use crate::hf::file::copy_if_there;
 use crate::hf::tensor_file::{TensorHeader, write_header};
@@ -71,7 +71,8 @@ pub fn nearest(matrix: &MatrixToQuantize<'_>) -> Result<IntegerMatrix> {
 /// format, if `quantize` is [`nearest`].
 ///
 /// # Errors
-/// [`Error::Argument`] if `to` exists and is not an empty folder; [`Error::Format`] if `from` is damaged, or quantized already;
+/// [`Error::Argument`] if `to` exists and is not an empty folder; [`Error::Format`] if `from` is damaged, quantized already, or of a
+/// family whose experts lie in stacks;
 /// those of `quantize`, and [`Error::Argument`] for integers that are not as was asked; [`Error::Io`].
 pub fn save(
     from: &Path,
@@ -95,6 +96,7 @@ pub(super) fn save_sharded(
     let json = std::fs::read(&path).map_err(|e| Error::io(&path, e))?;
     let (family, quantization) = read_config::<Box<dyn Family>>(&json, &path)?;
     refuse_quantized(quantization.as_ref(), &path)?;
+    refuse_stacks(family.names()).map_err(|reason| Error::format(&path, reason))?;
     let decoder = family.decoder()?;
     let (table, checkpoint) = (decoder.params(), Checkpoint::of_family(from, &family)?);
     checkpoint.check(&table)?;
@@ -126,7 +128,7 @@ pub(crate) fn refuse_quantized(quantization: Option<&QuantizationConfig>, path: 
 fn ignored(decoder: &DecoderConfig, table: &ParamTable, family: &dyn Family) -> Vec<String> {
     let is_linear = |name: &str, dims: usize| dims == 2 && name.ends_with(".weight") && !name.contains(".embed_");
     let plain = table.specs().iter().filter(|spec| is_linear(&spec.name, spec.shape.len()) && !is_product(spec));
-    let modules = plain.flat_map(|spec| family.names().in_files(spec, None));
+    let modules = plain.flat_map(|spec| family.names().in_files(&spec.name));
     let tied = decoder.tie_embeddings.then(|| "lm_head.weight".to_owned());
     modules.chain(tied).map(|name| name.trim_end_matches(".weight").to_owned()).collect()
 }
@@ -169,10 +171,12 @@ impl<'a> Unit<'a> {
         checkpoint: &Checkpoint,
         quantize: &mut impl FnMut(&MatrixToQuantize<'_>) -> Result<IntegerMatrix>,
     ) -> Result<Vec<Vec<u8>>> {
-        let from = self.from;
+        let spec = self.from.spec;
+        // Tensors of several pieces are stacks, which have been refused.
+        let from = &self.from.pieces[0];
         let own = match from.expert {
-            Some(expert) => checkpoint.expert(from.spec, expert, &Device::Cpu)?,
-            None => checkpoint.tensor(from.spec, &Device::Cpu)?,
+            Some(expert) => checkpoint.expert(spec, expert, &Device::Cpu)?,
+            None => checkpoint.tensor(spec, &Device::Cpu)?,
         };
         let own = own.flatten_all()?.narrow(0, from.elements.start, from.elements.len())?;
         let Form::Integers(stored) = &self.form else { return Ok(vec![raw_bytes(&own)?]) };

@@ -25,9 +25,9 @@ pub fn export(folder: &Path, out: &Path, dtype: DType) -> Result<()> {
     reader.check_shapes(&tensors(table.specs(), |_| true))?;
     reader.verify(0..reader.files().len())?;
     fill_target(out, |dir| {
-        write_weights(dir, file_tensors(&table, family.names(), dtype)?, SHARD_BYTES, |tensor| {
-            let mut values = vec![0.0; tensor.elements.len()];
-            let (unit, elements) = (std::slice::from_ref(&tensor.unit), std::slice::from_ref(&tensor.elements));
+        write_weights(dir, file_tensors(&table, family.names(), dtype)?, SHARD_BYTES, |_, piece| {
+            let mut values = vec![0.0; piece.elements.len()];
+            let (unit, elements) = (std::slice::from_ref(&piece.unit), std::slice::from_ref(&piece.elements));
             reader.read(Kind::Weight, unit, elements, &mut values)?;
             Ok(values)
         })?;

@@ -2,7 +2,7 @@
 
 use super::super::checkpoint::FileCheck;
 use super::super::files::write_synced;
-use crate::hf::{RANKS_INDEX, WeightForm, is_plain_name};
+use crate::hf::{RANKS_INDEX, StackPlace, WeightForm, is_plain_name};
 use crate::{Error, Result};
 use moe_core::ParamSpec;
 use moe_parallel::tensor_box::{TilingFault, checked_volume, tiling_fault};
@@ -99,6 +99,9 @@ pub struct Entry {
     pub file: String,
     /// Name of the tensor in that file, which is the box.
     pub tensor: String,
+    /// The box's place in that tensor, where it holds all experts of a layer, as a family publishes them.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub place: Option<StackPlace>,
 }
 
 impl Entry {
@@ -185,7 +188,7 @@ impl Index {
         let mut places = HashSet::new();
         for entry in &self.entries {
             self.check_entry(entry, &files).or_else(refuse)?;
-            if !places.insert((&entry.file, &entry.tensor)) {
+            if !places.insert((&entry.file, &entry.tensor, entry.place.map(|place| place.index))) {
                 return refuse(format!("tensor {} of {} is in two entries", entry.tensor, entry.file));
             }
         }
@@ -204,6 +207,10 @@ impl Index {
         if !entry.tensor_box().fits(&info.shape) {
             let (start, size, shape) = (&entry.start, &entry.size, &info.shape);
             return Err(format!("{kind} of {name}: a box at {start:?} of size {size:?} is not inside of {shape:?}"));
+        }
+        if entry.place.is_some() && entry.tensor_box() != TensorBox::whole(&info.shape) {
+            let tensor = &entry.tensor;
+            return Err(format!("{kind} of {name}: only all of an expert can be a part of {tensor}"));
         }
         if !files.contains(file.as_str()) {
             return Err(format!("{kind} of {name}: {file} is not one of the files of this index"));

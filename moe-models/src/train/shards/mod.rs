@@ -9,7 +9,9 @@
 //!
 //! An entry of the index says which box of which tensor lies where, and a reader asks for the boxes it wants: neither knows the
 //! layout of the other. Where ranks split no matrix, one of those that hold a weight writes it whole, under the name its family
-//! publishes, so the folder is a Hugging Face folder whoever wrote it.
+//! publishes, so the folder is a Hugging Face folder whoever wrote it. Families that publish all experts of a layer as one tensor
+//! have that where every rank holds all experts; where ranks hold some of them each, no rank could write it, so experts lie singly
+//! under the names they have here, and the folder is one of parts, as where matrices are split.
 //!
 //! One save, in this order; what ranks send each other is the caller's:
 //!

@@ -3,8 +3,9 @@
 use super::index::{Entry, Kind, Save};
 use super::report::PartReport;
 use super::write::{Planned, Source, write_file};
-use crate::hf::{NameTable, WeightForm};
+use crate::hf::{Layout, NameTable, StackPlace, WeightForm};
 use crate::{Error, Result};
+use moe_core::ParamSpec;
 use moe_parallel::{Extent, TensorBox};
 use std::ops::Range;
 use std::path::Path;
@@ -32,6 +33,8 @@ impl SavingRank {
 /// The values of a parameter on one rank.
 #[derive(Debug, Clone, Copy)]
 pub struct WeightsPart<'a> {
+    /// The parameter.
+    pub spec: &'a ParamSpec,
     /// What they are of the whole, in the order of the elements ([`moe_parallel::Placement::extents`]).
     pub extents: &'a [Extent],
     /// All that is held here, row-major.
@@ -95,12 +98,20 @@ pub fn write_part(
 
 impl<'a> WeightsPart<'a> {
     fn plan(&self, names: NameTable, file: &str, planned: &mut Vec<Planned<'a>>) -> Result<WeightForm> {
-        let Self { extents, values, writes } = *self;
+        let Self { spec, extents, values, writes } = *self;
         let elements = elements(extents);
         if values.len() != elements {
             return refuse(extents, &format!("has {elements} elements here, but {} values are given", values.len()));
         }
         check_ranges(extents, "writes", writes)?;
+        let stack = names.stack(&spec.name);
+        if let Some((tensor, layout)) = &stack
+            && is_whole_stack(spec, extents)
+            && writes == std::slice::from_ref(&(0..elements))
+        {
+            plan_stack(extents, values, (tensor, *layout), file, planned);
+            return Ok(WeightForm::Whole);
+        }
         let mut form = WeightForm::Whole;
         for (extent, own) in units(extents) {
             let writes: Vec<_> = overlaps(writes, &own).collect();
@@ -111,7 +122,8 @@ impl<'a> WeightsPart<'a> {
                 return refuse(extents, &format!("is written whole or not at all: {writes:?} cuts elements {own:?}"));
             }
             let values = &values[own];
-            if extent.is_whole() {
+            // An expert of a stack that this rank has only some of is no tensor that its family publishes.
+            if extent.is_whole() && stack.is_none() {
                 plan_whole(extent, values, names, file, planned)?;
             } else {
                 form = WeightForm::Parts;
@@ -119,6 +131,34 @@ impl<'a> WeightsPart<'a> {
             }
         }
         Ok(form)
+    }
+}
+
+/// Whether these are all experts of a stack, each whole.
+pub(super) fn is_whole_stack(spec: &ParamSpec, extents: &[Extent]) -> bool {
+    spec.is_stacked() && extents.len() == spec.shape[0] && extents.iter().all(Extent::is_whole)
+}
+
+/// All experts as one tensor, as their family publishes it.
+fn plan_stack<'a>(
+    extents: &[Extent],
+    values: &'a [f32],
+    (tensor, layout): (&str, Layout),
+    file: &str,
+    planned: &mut Vec<Planned<'a>>,
+) {
+    for (index, (extent, own)) in units(extents).enumerate() {
+        let (kind, start, shape) = (Kind::Weight, vec![0; extent.shape.len()], extent.shape.clone());
+        let entry = Entry {
+            kind,
+            name: extent.name.clone(),
+            start: start.clone(),
+            size: shape.clone(),
+            file: file.to_owned(),
+            tensor: tensor.to_owned(),
+            place: Some(StackPlace { index, layout }),
+        };
+        planned.push(Planned { entry, source: Source { values: &values[own], first: 0, shape, start } });
     }
 }
 
@@ -135,7 +175,10 @@ fn plan_whole<'a>(
         let source = Source { values, first: 0, shape: extent.shape.clone(), start: start.clone() };
         let next = start.first().zip(size.first()).map(|(row, rows)| row + rows);
         let (kind, name, file) = (Kind::Weight, extent.name.clone(), file.to_owned());
-        planned.push(Planned { entry: Entry { kind, name, start: start.clone(), size, file, tensor }, source });
+        planned.push(Planned {
+            entry: Entry { kind, name, start: start.clone(), size, file, tensor, place: None },
+            source,
+        });
         start.iter_mut().zip(next).for_each(|(row, next)| *row = next);
     }
     Ok(())
@@ -157,7 +200,7 @@ fn plan_boxes<'a>(
         let TensorBox { start, size } = piece.whole;
         let source = Source { values, first, shape: shape.clone(), start: piece.local };
         let (name, file) = (extent.name.clone(), file.to_owned());
-        planned.push(Planned { entry: Entry { kind, name, start, size, file, tensor }, source });
+        planned.push(Planned { entry: Entry { kind, name, start, size, file, tensor, place: None }, source });
     }
 }
 

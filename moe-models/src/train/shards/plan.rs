@@ -1,6 +1,8 @@
 //! [`WritePlan`]: which of the ranks that hold the same part of a tensor writes it. Pure: every rank finds the same by itself.
 
+use super::part::is_whole_stack;
 use crate::Result;
+use crate::hf::NameTable;
 use moe_core::ParamSpec;
 use moe_parallel::{Extent, ParallelDims, Placement};
 use std::cmp::Reverse;
@@ -41,14 +43,31 @@ pub struct WritePlan {
 }
 
 impl WritePlan {
-    /// For the parameters `specs` over the ranks of `dims`.
+    /// For the parameters `specs` over the ranks of `dims`. A stack that `names` publishes as one tensor has one writer, if every
+    /// rank holds all of it.
     ///
     /// # Errors
     /// [`moe_parallel::Error::Layout`] if the layout is impossible.
-    pub fn new(specs: &[ParamSpec], dims: ParallelDims) -> Result<Self> {
-        let parts = held(specs, dims)?;
+    pub fn new(specs: &[ParamSpec], names: NameTable, dims: ParallelDims) -> Result<Self> {
+        let ranks = placements(dims)?;
+        let (mut parts, mut stacks) = (Vec::new(), Vec::new());
+        for spec in specs {
+            let whole = |rank: &Placement| is_whole_stack(spec, &rank.extents(spec));
+            if names.stack(&spec.name).is_some() && ranks.iter().all(whole) {
+                let (bytes, ranks) = (spec.elem_count() * size_of::<f32>(), (0..ranks.len()).collect());
+                stacks.push(spec);
+                parts.push(Held { key: spec.name.clone(), bytes, ranks });
+            } else {
+                parts.extend(held(spec, &ranks));
+            }
+        }
         let writers = writers(&parts);
-        Ok(Self { writers: parts.into_iter().map(|part| part.key).zip(writers).collect() })
+        let mut writers: HashMap<String, usize> = parts.into_iter().map(|part| part.key).zip(writers).collect();
+        for spec in stacks {
+            let Some(writer) = writers.remove(&spec.name) else { continue };
+            writers.extend(Placement::WHOLE.extents(spec).into_iter().map(|extent| (extent.key(), writer)));
+        }
+        Ok(Self { writers })
     }
 
     /// What `rank` writes of a parameter of which it holds these extents: runs of its elements, each of whole extents.
@@ -69,31 +88,33 @@ impl WritePlan {
     }
 }
 
-/// All parts of all ranks, in the order of the parameters, then of the ranks.
-fn held(specs: &[ParamSpec], dims: ParallelDims) -> Result<Vec<Held>> {
+fn placements(dims: ParallelDims) -> Result<Vec<Placement>> {
     dims.validate(dims.world_size())?;
-    let ranks = (0..dims.world_size()).map(|rank| Placement::new(dims, rank));
-    let ranks = ranks.collect::<moe_parallel::Result<Vec<_>>>()?;
+    Ok((0..dims.world_size()).map(|rank| Placement::new(dims, rank)).collect::<moe_parallel::Result<_>>()?)
+}
+
+/// All parts of a parameter that ranks hold, in the order of the ranks.
+fn held(spec: &ParamSpec, ranks: &[Placement]) -> Vec<Held> {
     let (mut parts, mut by_key) = (Vec::<Held>::new(), HashMap::new());
-    for spec in specs {
-        for placement in &ranks {
-            for extent in placement.extents(spec) {
-                let (key, bytes) = (extent.key(), extent.elements() * size_of::<f32>());
-                let index = *by_key.entry(key.clone()).or_insert(parts.len());
-                if index == parts.len() {
-                    parts.push(Held { key, bytes, ranks: Vec::new() });
-                }
-                parts[index].ranks.push(placement.rank());
+    for placement in ranks {
+        for extent in placement.extents(spec) {
+            let (key, bytes) = (extent.key(), extent.elements() * size_of::<f32>());
+            let index = *by_key.entry(key.clone()).or_insert(parts.len());
+            if index == parts.len() {
+                parts.push(Held { key, bytes, ranks: Vec::new() });
             }
+            parts[index].ranks.push(placement.rank());
         }
     }
-    Ok(parts)
+    parts
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
     use moe_core::{ParamInit, SplitKind};
+
+    const NO_RULES: NameTable = NameTable::new(&[]);
 
     fn part(key: &str, bytes: usize, ranks: &[usize]) -> Held {
         Held { key: key.into(), bytes, ranks: ranks.to_vec() }
@@ -119,7 +140,7 @@ mod tests {
         specs.extend((0..24).map(|i| spec(&format!("dense.{i}.weight"), &[11, 7])));
         for dims in [(1, 1, 1, 1), (4, 1, 1, 1), (4, 1, 4, 1), (2, 2, 2, 1), (4, 2, 4, 2), (3, 1, 3, 1)] {
             let dims = ParallelDims::new(dims.0, dims.1, dims.2, dims.3);
-            let plan = WritePlan::new(&specs, dims).unwrap();
+            let plan = WritePlan::new(&specs, NO_RULES, dims).unwrap();
             let world = dims.world_size();
             let mut written = vec![0; world];
             for (spec, rank) in specs.iter().flat_map(|spec| (0..world).map(move |rank| (spec, rank))) {
@@ -132,6 +153,6 @@ mod tests {
             assert_eq!(written.iter().sum::<usize>(), total, "{dims:?}");
             assert!(written.iter().all(|&own| own < 2 * total / world), "{dims:?}: {written:?}");
         }
-        assert!(WritePlan::new(&specs, ParallelDims::new(0, 1, 1, 1)).is_err());
+        assert!(WritePlan::new(&specs, NO_RULES, ParallelDims::new(0, 1, 1, 1)).is_err());
     }
 }

@@ -3,7 +3,7 @@
 use super::super::checkpoint::FileCheck;
 use super::index::{Entry, Index, Kind, Save, TensorInfo, Tensors};
 use super::part::{check_ranges, count, overlaps, units};
-use crate::hf::{RANKS_INDEX, TensorFile};
+use crate::hf::{Layout, RANKS_INDEX, StackPlace, TensorFile};
 use crate::{Error, Result};
 use moe_parallel::Extent;
 use moe_parallel::extent::Piece;
@@ -191,11 +191,23 @@ impl Target<'_> {
         let mut here = common.start_from(&piece.whole.start);
         here.iter_mut().zip(&piece.local).for_each(|(index, start)| *index += start);
         let (bytes, _) = file.data(info).as_chunks::<4>();
+        let (bytes, layout) = match entry.place {
+            None => (bytes, Layout::Rows),
+            Some(StackPlace { index, layout }) => {
+                let elements = stored.volume();
+                (&bytes[index * elements..][..elements], layout)
+            }
+        };
         let from = Place { shape: &stored.size, start: &in_file };
         for_each_run(&common.size, from, Place { shape: self.shape, start: &here }, |from, to| {
             let to = &mut self.values[to.start - self.first..to.end - self.first];
             self.filled += to.len();
-            to.iter_mut().zip(&bytes[from]).for_each(|(value, bytes)| *value = f32::from_le_bytes(*bytes));
+            if layout == Layout::Rows {
+                to.iter_mut().zip(&bytes[from]).for_each(|(value, bytes)| *value = f32::from_le_bytes(*bytes));
+            } else {
+                let bytes = from.map(|element| bytes[layout.index_in_files(element, &stored.size)]);
+                to.iter_mut().zip(bytes).for_each(|(value, bytes)| *value = f32::from_le_bytes(bytes));
+            }
         });
     }
 }
@@ -248,8 +260,16 @@ fn check_tensor(entry: &Entry, file: &TensorFile) -> Result<()> {
         Err(Error::format(file.path(), format!("{kind} of {name} {part}: tensor {tensor} {reason}")))
     };
     let Some(info) = file.info(tensor) else { return refuse("is missing".into()) };
-    if info.dtype != Dtype::F32 || info.shape != *size {
-        return refuse(format!("must be F32 {size:?}, got {:?} {:?}", info.dtype, info.shape));
+    let want = match entry.place {
+        None => size.clone(),
+        // As many experts as it has, this one among them.
+        Some(StackPlace { index, layout }) => {
+            let count = info.shape.first().copied().filter(|count| index < *count).unwrap_or(index + 1);
+            [&[count], layout.in_files(size).as_slice()].concat()
+        }
+    };
+    if info.dtype != Dtype::F32 || info.shape != want {
+        return refuse(format!("must be F32 {want:?}, got {:?} {:?}", info.dtype, info.shape));
     }
     Ok(())
 }

@@ -10,11 +10,19 @@ use std::ops::Range;
 use std::path::Path;
 
 const SAVE: Save = Save { step: 7, id: 0xabc };
-const NO_RULES: NameTable = NameTable(&[]);
+const NO_RULES: NameTable = NameTable::new(&[]);
 
 fn entry(kind: Kind, name: &str, start: &[usize], size: &[usize], file: &str) -> Entry {
     let tensor = format!("{kind}.{name}{start:?}");
-    Entry { kind, name: name.into(), start: start.to_vec(), size: size.to_vec(), file: file.into(), tensor }
+    Entry {
+        kind,
+        name: name.into(),
+        start: start.to_vec(),
+        size: size.to_vec(),
+        file: file.into(),
+        tensor,
+        place: None,
+    }
 }
 
 /// `w` `[4, 3]`, trained, in the files of two ranks; `n` `[2]`, frozen.
@@ -90,16 +98,17 @@ fn unknown_versions_and_fields_are_refused() {
 }
 
 /// Three experts of `[4]`.
-fn experts() -> Vec<Extent> {
-    Placement::WHOLE.extents(&ParamSpec::new("b", &[4], ParamInit::Zeros).stacked(3))
+fn experts() -> (ParamSpec, Vec<Extent>) {
+    let spec = ParamSpec::new("b", &[4], ParamInit::Zeros).stacked(3);
+    (spec.clone(), Placement::WHOLE.extents(&spec))
 }
 
 #[test]
 fn parts_that_do_not_fit_are_refused() {
-    let (dir, extents, values) = (tempfile::tempdir().unwrap(), experts(), [1.0; 12]);
+    let (dir, (spec, extents), values) = (tempfile::tempdir().unwrap(), experts(), [1.0; 12]);
     let part = SavingRank { save: SAVE, rank: 0, ranks: 2 };
     let weights = |values, writes| {
-        let weights = WeightsPart { extents: &extents, values, writes };
+        let weights = WeightsPart { spec: &spec, extents: &extents, values, writes };
         write_part(dir.path(), part, NO_RULES, &[weights], &[])
     };
     let moments = |owned, exp_avg, exp_avg_sq, writes| {
@@ -124,7 +133,7 @@ fn parts_that_do_not_fit_are_refused() {
     }
     let outside = SavingRank { rank: 2, ..part };
     assert!(write_part(dir.path(), outside, NO_RULES, &[], &[]).unwrap_err().to_string().contains("no rank 2 of 2"));
-    let twice = WeightsPart { extents: &extents, values: &values, writes: &[4..8] };
+    let twice = WeightsPart { spec: &spec, extents: &extents, values: &values, writes: &[4..8] };
     let text = write_part(dir.path(), part, NO_RULES, &[twice, twice], &[]).unwrap_err().to_string();
     assert!(text.contains("experts.1.b is given to a checkpoint twice"), "{text}");
     let gone = write_part(&dir.path().join("gone"), part, NO_RULES, &[twice], &[]).unwrap_err();
@@ -134,12 +143,12 @@ fn parts_that_do_not_fit_are_refused() {
 /// A rank with nothing to write leaves no file; what others write is in the files that its report names.
 #[test]
 fn reports_tell_what_was_written() {
-    let (dir, extents, values) = (tempfile::tempdir().unwrap(), experts(), [1.0; 12]);
+    let (dir, (spec, extents), values) = (tempfile::tempdir().unwrap(), experts(), [1.0; 12]);
     let of = |rank| SavingRank { save: SAVE, rank, ranks: 2 };
     let none = write_part(dir.path(), of(0), NO_RULES, &[], &[]).unwrap();
     assert_eq!((none.rank(), none.files().len(), none.entries().len()), (0, 0, 0));
     assert_eq!(std::fs::read_dir(dir.path()).unwrap().count(), 0);
-    let weights = WeightsPart { extents: &extents, values: &values, writes: &[4..12] };
+    let weights = WeightsPart { spec: &spec, extents: &extents, values: &values, writes: &[4..12] };
     let moments = MomentsPart {
         extents: &extents,
         owned: &[2..5, 5..9],
@@ -190,13 +199,13 @@ fn messages_that_are_no_reports_are_refused() {
 fn finish_wants_a_report_of_every_rank_and_every_element() {
     let spec = ParamSpec::new("w", &[2, 5], ParamInit::Zeros).split(SplitKind::Tensor, 1, 1);
     let (dir, dims) = (tempfile::tempdir().unwrap(), ParallelDims::new(1, 2, 2, 1));
-    let plan = WritePlan::new(std::slice::from_ref(&spec), dims).unwrap();
+    let plan = WritePlan::new(std::slice::from_ref(&spec), NO_RULES, dims).unwrap();
     let all = tensors(std::slice::from_ref(&spec), |_| false);
     let write = |rank: usize, save: Save| {
         let extents = Placement::new(dims, rank).unwrap().extents(&spec);
         let values: Vec<f32> = (0..10).filter(|i| (i % 5 < 3) == (rank == 0)).map(|i| i as f32).collect();
         let writes = plan.ranges(rank, &extents);
-        let weights = WeightsPart { extents: &extents, values: &values, writes: &writes };
+        let weights = WeightsPart { spec: &spec, extents: &extents, values: &values, writes: &writes };
         write_part(dir.path(), SavingRank { save, rank, ranks: 2 }, NO_RULES, &[weights], &[]).unwrap()
     };
     let reports = [write(0, SAVE), write(1, SAVE)];

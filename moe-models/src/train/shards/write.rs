@@ -3,7 +3,7 @@
 use super::super::checkpoint::FileCheck;
 use super::super::files::Crc32c;
 use super::index::{Entry, Save};
-use crate::hf::{TensorHeader, write_header, write_values};
+use crate::hf::{Layout, StackPlace, TensorHeader, write_header, write_values};
 use crate::{Error, Result};
 use moe_parallel::tensor_box::{Place, for_each_run};
 use safetensors::Dtype;
@@ -26,7 +26,7 @@ pub(super) struct Source<'a> {
     pub(super) start: Vec<usize>,
 }
 
-/// A tensor of a file, and its values.
+/// A tensor of a file or one expert's part of one, and its values.
 #[derive(Debug)]
 pub(super) struct Planned<'a> {
     pub(super) entry: Entry,
@@ -39,8 +39,11 @@ pub(super) struct Planned<'a> {
 /// # Errors
 /// [`Error::Argument`] for two tensors of one name; [`Error::Io`] if the file cannot be written.
 pub(super) fn write_file(dir: &Path, name: &str, save: Save, tensors: &mut [Planned<'_>]) -> Result<FileCheck> {
-    tensors.sort_by(|a, b| a.entry.tensor.cmp(&b.entry.tensor));
-    if let Some(pair) = tensors.windows(2).find(|pair| pair[0].entry.tensor == pair[1].entry.tensor) {
+    fn key<'a>(Planned { entry, .. }: &'a Planned<'_>) -> (&'a str, Option<usize>) {
+        (&entry.tensor, entry.place.map(|place| place.index))
+    }
+    tensors.sort_by(|a, b| key(a).cmp(&key(b)));
+    if let Some(pair) = tensors.windows(2).find(|pair| key(&pair[0]) == key(&pair[1])) {
         return Err(Error::Argument(format!("{} is given to a checkpoint twice", pair[0].entry.tensor)));
     }
     let path = dir.join(name);
@@ -55,14 +58,24 @@ pub(super) fn write_file(dir: &Path, name: &str, save: Save, tensors: &mut [Plan
 }
 
 fn write_tensors(out: &mut impl Write, save: Save, tensors: &[Planned<'_>]) -> std::io::Result<()> {
-    let header = |Planned { entry, .. }: &Planned<'_>| TensorHeader {
-        name: entry.tensor.clone(),
-        dtype: Dtype::F32,
-        shape: entry.size.clone(),
+    let header = |parts: &[Planned<'_>]| {
+        let Entry { tensor, size, place, .. } = &parts[0].entry;
+        let shape = match place {
+            None => size.clone(),
+            Some(StackPlace { layout, .. }) => [&[parts.len()], layout.in_files(size).as_slice()].concat(),
+        };
+        TensorHeader { name: tensor.clone(), dtype: Dtype::F32, shape }
     };
+    let headers = tensors.chunk_by(|a, b| a.entry.tensor == b.entry.tensor).map(header);
     let metadata = save.metadata().into_iter().chain([("format", "pt".to_owned())]);
-    write_header(out, &metadata.collect::<Vec<_>>(), &tensors.iter().map(header).collect::<Vec<_>>())?;
+    write_header(out, &metadata.collect::<Vec<_>>(), &headers.collect::<Vec<_>>())?;
     for Planned { entry, source } in tensors {
+        if let Some(StackPlace { layout, .. }) = entry.place.filter(|place| place.layout != Layout::Rows) {
+            // All of an expert, so its values are all of the source.
+            let stored = layout.to_files(source.values.to_vec(), &entry.size);
+            write_values(out, &stored, Dtype::F32)?;
+            continue;
+        }
         let zero = vec![0; entry.size.len()];
         let from = Place { shape: &source.shape, start: &source.start };
         let mut written = Ok(());
