@@ -7,7 +7,7 @@ use candle_core::{D, DType, Device, Result, Tensor};
 use candle_nn::{AdamW, Linear, Module, Optimizer, ParamsAdamW, VarBuilder, VarMap};
 use moe_core::{
     Activation, BranchConfig, CandleOps, DroplessConfig, MlpConfig, Mode, MoeBlock, MoeConfig, MoeOutput, RouteContext,
-    RouterConfig, SeededNoise,
+    RouterConfig, SeededNoise, Weighs,
 };
 use std::sync::Arc;
 
@@ -32,7 +32,12 @@ impl Classifier {
         let config = MoeConfig {
             num_experts: 8,
             expert,
-            router: RouterConfig::Dropless { config: DroplessConfig::softmax(2, true), selection_bias: false },
+            router: RouterConfig::Dropless {
+                config: DroplessConfig::softmax(2, true),
+                selection_bias: false,
+                bias: false,
+                weighs: Weighs::Outputs,
+            },
             branch: BranchConfig::None,
             gate_bound: 0.25,
             load_balance_coef: 0.01,

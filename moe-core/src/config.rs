@@ -1,7 +1,8 @@
 //! What an MoE layer is made of, as plain data: checked when a layer is built from it.
 
 use crate::{
-    Activation, DroplessConfig, Error, ParamInit, ParamSpec, Result, SplitKind, Top1Config, Top2Config, TopKConfig,
+    Activation, DroplessConfig, Error, ParamInit, ParamSpec, Result, SparseMixerConfig, SplitKind, Top1Config,
+    Top2Config, TopKConfig,
 };
 
 /// A two-layer feed-forward network: a dense layer, one expert, or a fixed branch.
@@ -76,7 +77,22 @@ pub enum RouterConfig {
         config: DroplessConfig,
         /// Whether a bias moves the choice and not the weights (DeepSeek-V3).
         selection_bias: bool,
+        /// Whether the gate has a bias, which moves both (gpt-oss).
+        bias: bool,
+        /// What a token's weights are factors on.
+        weighs: Weighs,
     },
+    /// Two experts, drawn in training (PhiMoE).
+    SparseMixer(SparseMixerConfig),
+}
+
+/// What a token's weights are factors on.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Weighs {
+    /// The results of its experts.
+    Outputs,
+    /// What its expert sees, of which there can be one only (Llama 4).
+    Input,
 }
 
 impl RouterConfig {
@@ -87,6 +103,7 @@ impl RouterConfig {
             Self::Top2(_) => 2,
             Self::TopK(config) => config.top_k,
             Self::Dropless { config, .. } => config.top_k,
+            Self::SparseMixer(_) => SparseMixerConfig::TOP_K,
         }
     }
 }
@@ -159,7 +176,14 @@ impl MoeConfig {
             RouterConfig::Top1(Top1Config { capacity, .. })
             | RouterConfig::Top2(Top2Config { capacity, .. })
             | RouterConfig::TopK(TopKConfig { capacity, .. }) => capacity.validate(),
-            RouterConfig::Dropless { config, .. } => config.validate(self.num_experts),
+            RouterConfig::Dropless { config, weighs, .. } => {
+                if weighs == Weighs::Input && config.top_k != 1 {
+                    let k = config.top_k;
+                    return Err(Error::Config(format!("top_k must be 1 where weights are factors on inputs, got {k}")));
+                }
+                config.validate(self.num_experts)
+            }
+            RouterConfig::SparseMixer(config) => config.validate(),
         }
     }
 
@@ -167,6 +191,12 @@ impl MoeConfig {
     pub fn gate(&self) -> ParamSpec {
         let shape = [self.num_experts, self.expert.d_model];
         ParamSpec::new("gate.weight", &shape, ParamInit::Uniform(self.gate_bound))
+    }
+
+    /// `gate.bias` `[num_experts]`
+    pub fn gate_bias(&self) -> Option<ParamSpec> {
+        let has = matches!(self.router, RouterConfig::Dropless { bias: true, .. });
+        has.then(|| ParamSpec::new("gate.bias", &[self.num_experts], ParamInit::Zeros))
     }
 
     /// `gate.selection_bias` `[num_experts]`
@@ -191,7 +221,8 @@ impl MoeConfig {
     /// All parameters, in the order of the forward pass; experts are stacked.
     pub fn params(&self) -> Vec<ParamSpec> {
         let experts = self.expert.params().into_iter().map(|spec| spec.stacked(self.num_experts));
-        let mut params: Vec<_> = [self.gate()].into_iter().chain(self.selection_bias()).chain(experts).collect();
+        let gate = [self.gate()].into_iter().chain(self.gate_bias()).chain(self.selection_bias());
+        let mut params: Vec<_> = gate.chain(experts).collect();
         match self.branch {
             BranchConfig::None => {}
             BranchConfig::Residual(mlp) => {

@@ -29,6 +29,18 @@ pub struct MoeLayer<R, D, E> {
     router: R,
     dispatcher: D,
     experts: E,
+    input: RowInput,
+}
+
+/// What an expert sees of a token.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub(crate) enum RowInput {
+    /// The token.
+    AsItIs,
+    /// The token times its weight, which is no factor on the result then; of one expert for each.
+    Weighed,
+    /// In training the token times two draws around 1 for each element, as does the router.
+    Jittered(f32),
 }
 
 impl<R: Router, D: Dispatcher, E: Experts> MoeLayer<R, D, E> {
@@ -44,7 +56,40 @@ impl<R: Router, D: Dispatcher, E: Experts> MoeLayer<R, D, E> {
                 "the router chooses among {all} experts, {want} of them here, but {held} are given"
             )));
         }
-        Ok(Self { router, dispatcher, experts })
+        Ok(Self { router, dispatcher, experts, input: RowInput::AsItIs })
+    }
+
+    /// The same whose experts see something else of a token.
+    pub(crate) fn with_input(self, input: RowInput) -> Self {
+        Self { input, ..self }
+    }
+
+    /// The decision, and what experts see of each token.
+    fn route(&self, tokens: &Tensor, context: &RouteContext<'_>) -> Result<(Routing, Tensor)> {
+        match self.input {
+            RowInput::Jittered(epsilon) if context.is_train() => {
+                let (rows, cols) = tokens.dims2()?;
+                let draws = context.noise.jitter(rows, 2 * cols, epsilon);
+                let factors =
+                    draws.chunks_exact((2 * cols).max(1)).flat_map(|row| (0..cols).map(|c| row[c] * row[cols + c]));
+                let factors = Tensor::from_iter(factors, tokens.device())?.reshape((rows, cols))?;
+                let tokens = (tokens * factors.to_dtype(tokens.dtype())?)?;
+                Ok((self.router.route(&tokens, context)?, tokens))
+            }
+            RowInput::AsItIs | RowInput::Jittered(_) => Ok((self.router.route(tokens, context)?, tokens.clone())),
+            RowInput::Weighed => {
+                let mut routing = self.router.route(tokens, context)?;
+                let weights = &routing.combine_weights;
+                let weighed = match tokens.dim(0)? {
+                    // candle leaves products of nothing out of the graph, and the gate would have no gradient.
+                    0 => (tokens.sum_all()? + weights.sum_all()?.to_dtype(tokens.dtype())?)?
+                        .broadcast_as(tokens.shape())?,
+                    _ => tokens.broadcast_mul(&weights.to_dtype(tokens.dtype())?)?,
+                };
+                routing.combine_weights = weights.ones_like()?;
+                Ok((routing, weighed))
+            }
+        }
     }
 
     /// Sends each token through its experts.
@@ -58,8 +103,8 @@ impl<R: Router, D: Dispatcher, E: Experts> MoeLayer<R, D, E> {
     /// # Source
     /// Paper section 3 (MoE layer); a token without expert gets zeros.
     pub fn forward(&self, tokens: &Tensor, context: &RouteContext<'_>) -> Result<MoeOutput> {
-        let routing = self.router.route(tokens, context)?;
-        let (rows, receipt) = self.dispatcher.dispatch(tokens, &routing)?;
+        let (routing, tokens) = self.route(tokens, context)?;
+        let (rows, receipt) = self.dispatcher.dispatch(&tokens, &routing)?;
         let rows = self.experts.forward(rows)?;
         context.observe(&routing, &rows)?;
         let hidden = self.dispatcher.combine(rows, receipt)?;
@@ -76,8 +121,8 @@ impl<R: Router, D: Dispatcher, E: Experts> MoeLayer<R, D, E> {
         context: &RouteContext<'_>,
         branch: impl FnOnce() -> Result<Tensor>,
     ) -> Result<(MoeOutput, Tensor)> {
-        let routing = self.router.route(tokens, context)?;
-        let (rows, receipt) = self.dispatcher.dispatch(tokens, &routing)?;
+        let (routing, tokens) = self.route(tokens, context)?;
+        let (rows, receipt) = self.dispatcher.dispatch(&tokens, &routing)?;
         let rows = self.experts.forward(rows)?;
         context.observe(&routing, &rows)?;
         let combining = self.dispatcher.begin_combine(rows, receipt)?;

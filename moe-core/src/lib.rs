@@ -21,7 +21,7 @@ pub mod testing;
 mod weight;
 
 pub use block::{MoeBlock, Routed};
-pub use config::{BranchConfig, MlpConfig, MoeConfig, RouterConfig};
+pub use config::{BranchConfig, MlpConfig, MoeConfig, RouterConfig, Weighs};
 pub use dispatch::{DispatchTable, Dispatcher, ExpertRows, LocalDispatcher, LocalReceipt};
 pub use einsum::{EinsumDispatcher, EinsumReceipt};
 pub use error::{Error, Result};
@@ -34,7 +34,8 @@ pub use rng::CounterRng;
 pub use router::{
     DropPolicy, DroplessConfig, DroplessRouter, ExpertChoiceConfig, ExpertChoiceRouter, ExpertObserver, Gate,
     GroupScore, HashRouter, Mode, NoiseSource, NoisyGate, PositionedNoise, RouteContext, Router, ScoreFunction,
-    SeededNoise, Top1Config, Top1Router, Top2Config, Top2Router, TopKConfig, TopKRouter,
+    SeededNoise, SparseMixerConfig, SparseMixerRouter, Top1Config, Top1Router, Top2Config, Top2Router, TopKConfig,
+    TopKRouter,
 };
 pub use routing::{Capacity, DROPPED, ExpertLoad, RouterLosses, Routing, capacity_rows};
 pub use weight::{PackedWeight, StoredIntegers, StoredRows, Weight, WeightSource, WeightUse};

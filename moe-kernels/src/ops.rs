@@ -243,6 +243,18 @@ impl DecoderOps for KernelOps {
         Ok(attention::grouped_query_attention(queries, keys, values, shape, seq_len, self.precision)?)
     }
 
+    fn attention_with_sinks(
+        &self,
+        qkv: [&Tensor; 3],
+        sinks: &Tensor,
+        shape: AttentionShape,
+        seq_len: usize,
+        dropout: Option<HeadDropout>,
+    ) -> moe_core::Result<Tensor> {
+        let precision = self.precision;
+        Ok(attention::grouped_query_attention_with_sinks(qkv, sinks, shape, seq_len, dropout, precision)?)
+    }
+
     fn attention_fused(&self, qkv: &Tensor, num_heads: usize, seq_len: usize) -> moe_core::Result<Tensor> {
         Ok(attention::causal_attention(qkv, num_heads, seq_len, self.precision)?)
     }
@@ -293,6 +305,17 @@ impl DecoderOps for KernelOps {
         shape: AttentionShape,
     ) -> moe_core::Result<Tensor> {
         Ok(attention::paged_attention(queries, pool, sequences, shape, self.precision)?)
+    }
+
+    fn paged_attention_with_sinks(
+        &self,
+        queries: &Tensor,
+        sinks: &Tensor,
+        pool: PagedKv<'_>,
+        sequences: &[PagedSequence<'_>],
+        shape: AttentionShape,
+    ) -> moe_core::Result<Tensor> {
+        Ok(attention::paged_attention_with_sinks(queries, sinks, pool, sequences, shape, self.precision)?)
     }
 
     fn chain(&self, work: usize, body: &mut dyn FnMut()) {
@@ -365,7 +388,7 @@ mod tests {
     use candle_core::{DType, Device};
     use candle_nn::VarBuilder;
     use moe_core::testing::{random, values};
-    use moe_core::{MoeBlock, MoeConfig, ParamInit, ParamSpec, RouteContext};
+    use moe_core::{MoeBlock, MoeConfig, ParamInit, ParamSpec, RouteContext, Weighs};
     use std::collections::HashMap;
 
     fn source(name: &str, tensor: &Tensor) -> VarBuilder<'static> {
@@ -437,7 +460,12 @@ mod tests {
                 (RouterConfig::Top1(Top1Config::default()), BranchConfig::Residual(expert)),
                 (RouterConfig::Top2(Top2Config::default()), BranchConfig::None),
                 (
-                    RouterConfig::Dropless { config: DroplessConfig::softmax(3, true), selection_bias: true },
+                    RouterConfig::Dropless {
+                        config: DroplessConfig::softmax(3, true),
+                        selection_bias: true,
+                        bias: false,
+                        weighs: Weighs::Outputs,
+                    },
                     BranchConfig::Shared { mlp: expert, gate: true },
                 ),
             ] {

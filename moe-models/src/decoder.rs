@@ -325,7 +325,7 @@ impl Decoder {
                 RouterConfig::Top1(router) => router.capacity.eval_factor,
                 RouterConfig::Top2(router) => router.capacity.eval_factor,
                 RouterConfig::TopK(router) => router.capacity.eval_factor,
-                RouterConfig::Dropless { .. } => None,
+                RouterConfig::Dropless { .. } | RouterConfig::SparseMixer(_) => None,
             });
             if let Some(factor) = capacity {
                 return Err(Error::Argument(format!(

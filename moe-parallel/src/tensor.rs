@@ -377,6 +377,18 @@ impl DecoderOps for RankOps {
         self.inner.attention(q, k, v, shape, seq_len)
     }
 
+    fn attention_with_sinks(
+        &self,
+        qkv: [&Tensor; 3],
+        sinks: &Tensor,
+        shape: AttentionShape,
+        seq_len: usize,
+        dropout: Option<HeadDropout>,
+    ) -> moe_core::Result<Tensor> {
+        let dropout = dropout.map(|dropout| self.own_heads(dropout, shape.num_heads));
+        self.inner.attention_with_sinks(qkv, sinks, shape, seq_len, dropout)
+    }
+
     fn attention_fused(&self, qkv: &Tensor, num_heads: usize, seq_len: usize) -> moe_core::Result<Tensor> {
         self.inner.attention_fused(qkv, num_heads, seq_len)
     }
@@ -431,6 +443,17 @@ impl DecoderOps for RankOps {
     }
 
     /// Ranks wait for each other inside of `body`, so no thread is kept awake.
+    fn paged_attention_with_sinks(
+        &self,
+        queries: &Tensor,
+        sinks: &Tensor,
+        pool: PagedKv<'_>,
+        sequences: &[PagedSequence<'_>],
+        shape: AttentionShape,
+    ) -> moe_core::Result<Tensor> {
+        self.inner.paged_attention_with_sinks(queries, sinks, pool, sequences, shape)
+    }
+
     fn chain(&self, _: usize, body: &mut dyn FnMut()) {
         body();
     }

@@ -1,4 +1,4 @@
-//! GELU (tanh form) and SwiGLU.
+//! GELU (tanh form), SwiGLU, and the latter with bounds.
 
 use crate::Result;
 use candle_core::Tensor;
@@ -12,14 +12,22 @@ pub enum Activation {
     GeluTanh,
     /// `silu(gate) * up` of an input `[gate | up]` of width `2 d_ff`.
     SwiGlu,
+    /// `(up + 1) gate sigmoid(1.702 gate)` of an input `[gate | up]` of width `2 d_ff`, with the gate at most 7 and `up` within 7
+    /// of 0 (gpt-oss).
+    SwiGluBounded,
 }
 
 impl Activation {
+    /// Of [`Activation::SwiGluBounded`]: what its inputs are bounded by.
+    pub const BOUND: f64 = 7.0;
+    /// Of the same: the factor in its sigmoid.
+    pub const SLOPE: f64 = 1.702;
+
     /// Columns of the first linear map per column of its output.
     pub fn inputs(self) -> usize {
         match self {
             Self::GeluTanh => 1,
-            Self::SwiGlu => 2,
+            Self::SwiGlu | Self::SwiGluBounded => 2,
         }
     }
 
@@ -29,16 +37,26 @@ impl Activation {
     /// `[.., inputs() * d_ff]` to `[.., d_ff]`
     ///
     /// # Errors
-    /// If the width is odd for [`Activation::SwiGlu`].
+    /// If the width is odd for one that has a gate.
     pub fn apply(self, x: &Tensor) -> Result<Tensor> {
         let width = x.dim(candle_core::D::Minus1)?;
-        if self == Self::SwiGlu && !width.is_multiple_of(2) {
+        if !width.is_multiple_of(self.inputs()) {
             return Err(crate::Error::Input(format!("swiglu needs an even width [gate | up], got {width}")));
         }
         match self {
             Self::GeluTanh => {
                 let inner = ((x + (x.powf(3.0)? * CUBIC)?)? * SQRT_2_OVER_PI)?;
                 Ok((((inner.tanh()? + 1.0)? * 0.5)? * x)?)
+            }
+            // candle takes no bound of nothing.
+            Self::SwiGluBounded if x.elem_count() == 0 => Self::SwiGlu.apply(x),
+            Self::SwiGluBounded => {
+                let half = width / 2;
+                let gate = x.narrow(candle_core::D::Minus1, 0, half)?.minimum(Self::BOUND)?;
+                let up = x.narrow(candle_core::D::Minus1, half, half)?;
+                let up = up.maximum(-Self::BOUND)?.minimum(Self::BOUND)?;
+                let sigmoid = (((&gate * -Self::SLOPE)?.exp()? + 1.0)?).recip()?;
+                Ok(((up + 1.0)? * (gate * sigmoid)?)?)
             }
             Self::SwiGlu => {
                 let half = x.dim(candle_core::D::Minus1)? / 2;

@@ -12,6 +12,8 @@ pub struct AttentionShape {
     pub num_kv_heads: usize,
     /// Most tokens that a query sees, itself included (`sliding_window`); all before it if `None`.
     pub window: Option<usize>,
+    /// Tokens of a chunk, if a query sees only those before it in the chunk it is in (Llama 4).
+    pub chunk: Option<usize>,
     /// Factor on the product of a query and a key; `head_dim^-1/2` if `None`.
     pub scale: Option<f32>,
 }
@@ -19,7 +21,7 @@ pub struct AttentionShape {
 impl AttentionShape {
     /// Without a window, with the usual scale.
     pub const fn new(num_heads: usize, num_kv_heads: usize) -> Self {
-        Self { num_heads, num_kv_heads, window: None, scale: None }
+        Self { num_heads, num_kv_heads, window: None, chunk: None, scale: None }
     }
 
     /// As many key heads as query heads, without a window.
@@ -36,7 +38,11 @@ impl AttentionShape {
     #[inline(always)]
     pub fn seen(self, position: usize) -> std::ops::Range<usize> {
         let end = position + 1;
-        end.saturating_sub(self.window.unwrap_or(end))..end
+        let start = end.saturating_sub(self.window.unwrap_or(end));
+        match self.chunk {
+            Some(chunk) => start.max(position / chunk * chunk)..end,
+            None => start..end,
+        }
     }
 
     /// The width of a head of queries `d_model` wide with keys and values `kv_width` wide.
@@ -44,12 +50,15 @@ impl AttentionShape {
     /// # Errors
     /// [`Error::Input`] if the heads do not divide the widths.
     pub fn head_dim(self, d_model: usize, kv_width: usize) -> Result<usize> {
-        let Self { num_heads, num_kv_heads, window, scale } = self;
+        let Self { num_heads, num_kv_heads, window, chunk, scale } = self;
         if let Some(scale) = scale.filter(|scale| !(*scale > 0.0 && scale.is_finite())) {
             return Err(Error::Input(format!("scale must be a positive number, got {scale}")));
         }
         if window == Some(0) {
             return Err(Error::Input("window must be at least 1, got 0; leave it out to see all tokens".into()));
+        }
+        if chunk == Some(0) {
+            return Err(Error::Input("chunk must be at least 1, got 0; leave it out to see all tokens".into()));
         }
         if num_heads == 0 || num_kv_heads == 0 || !num_heads.is_multiple_of(num_kv_heads) {
             return Err(Error::Input(format!(

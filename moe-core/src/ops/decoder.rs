@@ -104,6 +104,23 @@ pub trait DecoderOps: WeightOps {
         seq_len: usize,
     ) -> Result<Tensor>;
 
+    /// [`DecoderOps::attention`] of `[queries, keys, values]` where each head has a sink: a logit more in the softmax's denominator,
+    /// of which nothing goes into the result; with probabilities dropped, if any are.
+    ///
+    /// # Shapes
+    /// As there; `sinks` `[num_heads]`
+    ///
+    /// # Errors
+    /// If the shapes do not fit.
+    fn attention_with_sinks(
+        &self,
+        qkv: [&Tensor; 3],
+        sinks: &Tensor,
+        shape: AttentionShape,
+        seq_len: usize,
+        dropout: Option<HeadDropout>,
+    ) -> Result<Tensor>;
+
     /// [`DecoderOps::attention`] of `[q | k | v]` with as many key heads as query heads, without taking it apart.
     ///
     /// # Shapes
@@ -176,6 +193,19 @@ pub trait DecoderOps: WeightOps {
     fn paged_attention(
         &self,
         queries: &Tensor,
+        pool: PagedKv<'_>,
+        sequences: &[PagedSequence<'_>],
+        shape: AttentionShape,
+    ) -> Result<Tensor>;
+
+    /// [`DecoderOps::paged_attention`] where each head has a sink, as in [`DecoderOps::attention_with_sinks`].
+    ///
+    /// # Errors
+    /// As there.
+    fn paged_attention_with_sinks(
+        &self,
+        queries: &Tensor,
+        sinks: &Tensor,
         pool: PagedKv<'_>,
         sequences: &[PagedSequence<'_>],
         shape: AttentionShape,

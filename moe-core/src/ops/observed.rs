@@ -188,6 +188,17 @@ impl DecoderOps for ObservedOps {
         self.inner.attention(queries, keys, values, shape, seq_len)
     }
 
+    fn attention_with_sinks(
+        &self,
+        qkv: [&Tensor; 3],
+        sinks: &Tensor,
+        shape: AttentionShape,
+        seq_len: usize,
+        dropout: Option<HeadDropout>,
+    ) -> Result<Tensor> {
+        self.inner.attention_with_sinks(qkv, sinks, shape, seq_len, dropout)
+    }
+
     fn attention_fused(&self, qkv: &Tensor, num_heads: usize, seq_len: usize) -> Result<Tensor> {
         self.inner.attention_fused(qkv, num_heads, seq_len)
     }
@@ -232,6 +243,17 @@ impl DecoderOps for ObservedOps {
         shape: AttentionShape,
     ) -> Result<Tensor> {
         self.inner.paged_attention(queries, pool, sequences, shape)
+    }
+
+    fn paged_attention_with_sinks(
+        &self,
+        queries: &Tensor,
+        sinks: &Tensor,
+        pool: PagedKv<'_>,
+        sequences: &[PagedSequence<'_>],
+        shape: AttentionShape,
+    ) -> Result<Tensor> {
+        self.inner.paged_attention_with_sinks(queries, sinks, pool, sequences, shape)
     }
 
     fn chain(&self, work: usize, body: &mut dyn FnMut()) {

@@ -46,8 +46,10 @@ fn grouped_linear_has_the_gradients_of_central_differences() {
 
 #[test]
 fn activations_have_the_gradients_of_central_differences() {
-    for activation in [Activation::GeluTanh, Activation::SwiGlu] {
-        let x = random_var(5, &[3, 8], 1.5, DType::F64);
+    for (activation, scale) in
+        [(Activation::GeluTanh, 1.5), (Activation::SwiGlu, 1.5), (Activation::SwiGluBounded, 6.0)]
+    {
+        let x = random_var(5, &[3, 8], scale, DType::F64);
         check_gradients(&[("x", &x)], || activation.apply(&x).unwrap().sqr().unwrap().sum_all().unwrap());
     }
     assert!(Activation::SwiGlu.apply(&random(7, &[2, 3], 1.0, DType::F32)).is_err());

@@ -6,10 +6,11 @@ use crate::{DroplessConfig, Error, Result, Weight};
 use candle_core::Tensor;
 use std::sync::Arc;
 
-/// The gate: router logits `tokens W^T`, in f32 (or f64 if the weight is f64) whatever the tokens' type.
+/// The gate: router logits `tokens W^T`, perhaps with a bias, in f32 (or f64 if the weight is f64) whatever the tokens' type.
 #[derive(Debug, Clone)]
 pub struct Gate {
     weight: Weight,
+    bias: Option<Tensor>,
     ops: Arc<dyn MoeOps>,
 }
 
@@ -28,11 +29,22 @@ impl Gate {
     /// As [`Gate::new`].
     pub fn with_ops(weight: Weight, ops: Arc<dyn MoeOps>) -> Result<Self> {
         match weight.dims() {
-            [experts, width] if *experts > 0 && *width > 0 => Ok(Self { weight, ops }),
+            [experts, width] if *experts > 0 && *width > 0 => Ok(Self { weight, bias: None, ops }),
             dims => Err(Error::Config(format!(
                 "gate weight must be [num_experts, d_model] with num_experts of at least 1, got {dims:?}"
             ))),
         }
+    }
+
+    /// The same with a bias `[num_experts]` on the logits.
+    ///
+    /// # Errors
+    /// [`Error::Input`] if it has another shape.
+    pub fn with_bias(self, bias: Option<Tensor>) -> Result<Self> {
+        if let Some(bias) = &bias {
+            expect_shape("gate bias", bias, &[self.num_experts()])?;
+        }
+        Ok(Self { bias, ..self })
     }
 
     /// Experts to choose from.
@@ -54,10 +66,10 @@ impl Gate {
     /// [`Error::Input`] if the width differs from the weight's.
     pub fn logits(&self, tokens: &Tensor) -> Result<Tensor> {
         self.check(tokens)?;
-        self.ops.gate(tokens, &self.weight, None)
+        self.ops.gate(tokens, &self.weight, self.bias.as_ref())
     }
 
-    /// [`MoeOps::choose`] with this weight.
+    /// [`MoeOps::choose`] with this weight; `None` too where there is a bias.
     ///
     /// # Errors
     /// [`Error::Input`] if the width differs from the weight's.
@@ -68,6 +80,9 @@ impl Gate {
         config: &DroplessConfig,
     ) -> Result<Option<Choices>> {
         self.check(tokens)?;
+        if self.bias.is_some() {
+            return Ok(None);
+        }
         self.ops.choose(tokens, &self.weight, selection_bias, config)
     }
 

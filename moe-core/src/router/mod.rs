@@ -10,6 +10,7 @@ mod hash;
 mod infer;
 mod noise;
 mod select;
+mod sparse_mixer;
 #[cfg(test)]
 mod tests;
 mod top1;
@@ -21,6 +22,7 @@ pub use expert_choice::{ExpertChoiceConfig, ExpertChoiceRouter};
 pub use gate::Gate;
 pub use hash::HashRouter;
 pub use noise::{NoiseSource, PositionedNoise, SeededNoise};
+pub use sparse_mixer::{SparseMixerConfig, SparseMixerRouter};
 pub use top_k::{DropPolicy, TopKConfig, TopKRouter};
 pub use top1::{NoisyGate, Top1Config, Top1Router};
 pub use top2::{Top2Config, Top2Router};
@@ -115,7 +117,7 @@ impl<'a> RouteContext<'a> {
         self.observer.map_or(Ok(()), |observer| observer.observe(routing, outputs))
     }
 
-    fn is_train(&self) -> bool {
+    pub(crate) fn is_train(&self) -> bool {
         self.mode == Mode::Train
     }
 

@@ -6,7 +6,8 @@ use candle_core::{DType, Device, Tensor, Var};
 use moe_core::testing::{assert_close, values};
 use moe_core::{
     Activation, DroplessConfig, DroplessRouter, ExpertMlps, Gate, GroupScore, LocalDispatcher, Mlp, MlpWeights, Mode,
-    MoeLayer, MoeOutput, RouteContext, ScoreFunction, SeededNoise, SharedExpertMoe,
+    MoeLayer, MoeOutput, NoiseSource, RouteContext, ScoreFunction, SeededNoise, SharedExpertMoe, SparseMixerConfig,
+    SparseMixerRouter,
 };
 use std::collections::HashMap;
 use std::path::Path;
@@ -112,4 +113,57 @@ fn deepseek_v3_layer_equals_transformers() {
     let routed = fixture.layer(DroplessRouter::new(fixture.gate(), Some(bias), config).unwrap());
     let layer = SharedExpertMoe::new(routed, fixture.shared("shared_experts"), None).unwrap();
     fixture.check(|tokens, context| layer.forward(tokens, context));
+}
+
+/// The draws of a fixture.
+#[derive(Debug)]
+struct Recorded {
+    gumbel: Vec<f32>,
+    uniform: Vec<f32>,
+}
+
+impl NoiseSource for Recorded {
+    fn uniform(&self, rows: usize, cols: usize) -> Vec<f32> {
+        assert_eq!(rows * cols, self.uniform.len());
+        self.uniform.clone()
+    }
+    fn gumbel(&self, rows: usize, cols: usize) -> Vec<f32> {
+        assert_eq!(rows * cols, self.gumbel.len());
+        self.gumbel.clone()
+    }
+    fn jitter(&self, _: usize, _: usize, _: f32) -> Vec<f32> {
+        unreachable!("a router has no jitter")
+    }
+}
+
+/// PhiMoE's routing with the same draws: who is chosen, with what weight, and the gradient that it has for the logits.
+#[test]
+fn sparse_mixer_equals_transformers() {
+    let path = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/fixtures/sparse_mixer.safetensors");
+    let expected = candle_core::safetensors::load(path, &Device::Cpu).unwrap();
+    let plain = |name: &str| expected[name].flatten_all().unwrap().to_vec1::<f32>().unwrap();
+    let draws = Recorded { gumbel: plain("gumbel"), uniform: plain("uniform") };
+    let jitter_eps = f64::from(expected["jitter_eps"].to_scalar::<f32>().unwrap());
+    let gate = Gate::new(Tensor::zeros((6, 1), DType::F32, &Device::Cpu).unwrap()).unwrap();
+    let config = SparseMixerConfig { jitter_eps, input_jitter: 0.0 };
+    let router = SparseMixerRouter::new(gate, config).unwrap();
+    let mut chosen = Vec::new();
+    for (mode, name) in [(Mode::Infer, "eval"), (Mode::Eval, "eval"), (Mode::Train, "train")] {
+        let logits = Var::from_tensor(&expected["logits"]).unwrap();
+        let routing = router.route_logits(&logits, &RouteContext::new(mode, &draws)).unwrap();
+        let ids = expected[&format!("{name}.ids")].flatten_all().unwrap().to_vec1::<u32>().unwrap();
+        assert_eq!(routing.expert_ids, ids, "{mode:?}");
+        assert_close(&routing.combine_weights, &expected[&format!("{name}.weights")], 1e-5, &format!("{mode:?}"));
+        let sum = (&routing.combine_weights * &expected["factors"]).unwrap().sum_all().unwrap();
+        let grads = sum.backward().unwrap();
+        let what = format!("{mode:?}: gradient");
+        assert_close(grads.get(&logits).unwrap(), &expected[&format!("{name}.grad")], 1e-5, &what);
+        assert_eq!(routing.losses.load_balance.is_some(), mode != Mode::Infer);
+        chosen.push(ids);
+    }
+    assert!(chosen[1] != chosen[2], "draws change something");
+    for bad in [-0.1, 1.0, f64::NAN] {
+        let text = SparseMixerConfig { input_jitter: bad, ..config }.validate().unwrap_err().to_string();
+        assert!(text.contains("input_jitter_noise"), "{text}");
+    }
 }

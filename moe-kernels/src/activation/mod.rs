@@ -1,4 +1,4 @@
-//! GELU (tanh form) and SwiGLU, forward and backward.
+//! GELU (tanh form), SwiGLU and its bounded form, forward and backward.
 
 #[cfg(test)]
 mod tests;
@@ -14,10 +14,10 @@ use moe_core::ops::host::Real;
 /// Applies `activation` to the last dimension.
 ///
 /// # Shapes
-/// `[.., d_ff * activation.inputs()]`, f32 on the CPU, gate before up for SwiGLU; returns `[.., d_ff]`
+/// `[.., d_ff * activation.inputs()]`, f32 on the CPU, gate before up where there is a gate; returns `[.., d_ff]`
 ///
 /// # Errors
-/// [`Error::Argument`] if the width of a SwiGLU is odd.
+/// [`Error::Argument`] if the width is odd where there is a gate.
 pub fn activation(activation: Activation, x: &Tensor) -> Result<Tensor> {
     let width = x.dim(candle_core::D::Minus1)?;
     if !width.is_multiple_of(activation.inputs()) {
@@ -63,6 +63,37 @@ fn sigmoid(x: f32) -> f32 {
     1.0 / (1.0 + (-x).exp_())
 }
 
+/// Bound and slope of the bounded SwiGLU.
+const BOUND: f32 = Activation::BOUND as f32;
+const SLOPE: f32 = Activation::SLOPE as f32;
+
+/// `(up + 1) gate sigmoid(SLOPE gate)` of bounded inputs. NaN is within all bounds.
+#[inline(always)]
+fn swiglu_bounded(gate: f32, up: f32) -> f32 {
+    let (gate, up) = (at_most_bound(gate), within_bound(up));
+    (up + 1.0) * (gate * sigmoid(SLOPE * gate))
+}
+
+/// Its gradients for gate and up.
+#[inline(always)]
+fn swiglu_bounded_gradient(gate: f32, up: f32) -> [f32; 2] {
+    let (g, u) = (at_most_bound(gate), within_bound(up));
+    let s = sigmoid(SLOPE * g);
+    let of_gate = if gate > BOUND { 0.0 } else { (u + 1.0) * s * (1.0 + SLOPE * g * (1.0 - s)) };
+    let of_up = if up > BOUND || up < -BOUND { 0.0 } else { g * s };
+    [of_gate, of_up]
+}
+
+#[inline(always)]
+fn at_most_bound(x: f32) -> f32 {
+    if x > BOUND { BOUND } else { x }
+}
+
+#[inline(always)]
+fn within_bound(x: f32) -> f32 {
+    if x < -BOUND { -BOUND } else { at_most_bound(x) }
+}
+
 struct Elementwise {
     activation: Activation,
     isa: Isa,
@@ -106,6 +137,12 @@ impl Elementwise {
                     into.iter_mut().zip(gate).zip(up).for_each(|((y, &g), &u)| *y = g * sigmoid(g) * u);
                 }
             }),
+            Activation::SwiGluBounded => vectorize!(self.isa, (from: &[f32], width: usize, into: &mut [f32]) {
+                for (into, row) in into.chunks_exact_mut(width / 2).zip(from.chunks_exact(width)) {
+                    let (gate, up) = row.split_at(width / 2);
+                    into.iter_mut().zip(gate).zip(up).for_each(|((y, &g), &u)| *y = swiglu_bounded(g, u));
+                }
+            }),
         }
     }
 
@@ -141,6 +178,18 @@ impl Elementwise {
                         }
                     }
                 }),
+                Activation::SwiGluBounded => {
+                    vectorize!(self.isa, (x: &mut [f32], width: usize, grad: &mut [f32]) {
+                        let out_width = width / 2;
+                        for (row, grads) in x.chunks_exact_mut(width).zip(grad.chunks_exact_mut(out_width)) {
+                            let (gate, up) = row.split_at_mut(out_width);
+                            for ((g, u), d) in gate.iter_mut().zip(up).zip(grads) {
+                                let ([of_gate, of_up], value) = (swiglu_bounded_gradient(*g, *u), swiglu_bounded(*g, *u));
+                                (*g, *u, *d) = (*d * of_gate, *d * of_up, value);
+                            }
+                        }
+                    })
+                }
             }
         });
     }
@@ -159,6 +208,19 @@ impl Elementwise {
                         let rows = into.chunks_exact_mut(width).zip(from.chunks_exact(width));
                         for ((into, row), grads) in rows.zip(grads.chunks_exact(width / 2)) {
                             swiglu_gradient(row, grads, into);
+                        }
+                    })
+                }
+                Activation::SwiGluBounded => {
+                    vectorize!(self.isa, (from: &[f32], width: usize, grads: &[f32], into: &mut [f32]) {
+                        let rows = into.chunks_exact_mut(width).zip(from.chunks_exact(width));
+                        for ((into, row), grads) in rows.zip(grads.chunks_exact(width / 2)) {
+                            let (gate, up) = row.split_at(grads.len());
+                            let (d_gate, d_up) = into.split_at_mut(grads.len());
+                            for i in 0..grads.len() {
+                                let [of_gate, of_up] = swiglu_bounded_gradient(gate[i], up[i]);
+                                (d_gate[i], d_up[i]) = (grads[i] * of_gate, grads[i] * of_up);
+                            }
                         }
                     })
                 }
@@ -183,6 +245,7 @@ impl SliceOp for Elementwise {
         match self.activation {
             Activation::GeluTanh => "gelu_tanh",
             Activation::SwiGlu => "swiglu",
+            Activation::SwiGluBounded => "swiglu_bounded",
         }
     }
 

@@ -6,9 +6,9 @@ use moe_core::testing::{assert_close, random, random_var, values};
 
 #[test]
 fn values_and_gradients_equal_the_reference() {
-    for act in [Activation::GeluTanh, Activation::SwiGlu] {
+    for (act, scale) in [(Activation::GeluTanh, 2.5), (Activation::SwiGlu, 2.5), (Activation::SwiGluBounded, 6.0)] {
         for shape in [&[1, 2][..], &[3, 5, 8], &[700, 130], &[0, 6]] {
-            let x = random_var(1, shape, 2.5, DType::F32);
+            let x = random_var(1, shape, scale, DType::F32);
             let wide = Var::from_tensor(&x.to_dtype(DType::F64).unwrap()).unwrap();
             let (got, want) = (activation(act, &x).unwrap(), act.apply(&wide).unwrap());
             assert_close(&got, &want, 1e-6, &format!("{act:?} {shape:?}"));
@@ -19,6 +19,19 @@ fn values_and_gradients_equal_the_reference() {
         }
     }
     assert!(activation(Activation::SwiGlu, &random(3, &[2, 3], 1.0, DType::F32)).is_err());
+}
+
+/// Beyond its bounds the form of gpt-oss stays where it is, and has no gradient.
+#[test]
+fn bounds_hold() {
+    let x = |values: &[f32]| Tensor::from_slice(values, (1, values.len()), &candle_core::Device::Cpu).unwrap();
+    // gate, gate, gate | up, up, up
+    let far = x(&[9.0, 7.0, -30.0, 20.0, 7.0, -20.0]);
+    let got = values(&activation(Activation::SwiGluBounded, &far).unwrap());
+    assert!(got[0] == got[1] && (got[0] - 56.0).abs() < 1e-3, "{got:?}");
+    let op = Elementwise { activation: Activation::SwiGluBounded, isa: crate::select::current() };
+    let grad = op.gradient(&[9.0, 1.0, 8.0, 0.5], &[1.0, 1.0], 4);
+    assert!(grad[0] == 0.0 && grad[1] > 0.0 && grad[2] == 0.0 && grad[3] > 0.0, "{grad:?}");
 }
 
 #[test]
@@ -32,7 +45,9 @@ fn large_values_saturate() {
 #[test]
 fn nan_stays_nan_on_every_set() {
     for isa in Isa::available() {
-        for (act, nan) in [(Activation::GeluTanh, f32::NAN), (Activation::SwiGlu, -f32::NAN)] {
+        for (act, nan) in
+            [(Activation::GeluTanh, f32::NAN), (Activation::SwiGlu, -f32::NAN), (Activation::SwiGluBounded, f32::NAN)]
+        {
             let (width, inputs) = (37 * act.inputs(), act.inputs());
             let op = Elementwise { activation: act, isa };
             for at in 0..width {

@@ -123,9 +123,19 @@ impl Place {
     }
 }
 
+/// A logit of each head that takes part in its softmax and in nothing else, and where its gradient goes.
+#[derive(Debug, Clone, Copy)]
+pub(super) struct TrainedSinks<'a> {
+    /// `[num_heads]`
+    pub(super) values: &'a [f32],
+    /// One row.
+    pub(super) gradient: Place,
+}
+
 /// Queries, keys, values, output and gradient of the output of one sequence, and where the gradients go.
 #[derive(Debug, Clone, Copy)]
 pub(super) struct Training<'a> {
+    pub(super) sinks: Option<TrainedSinks<'a>>,
     pub(super) qkv: [Strip<'a>; 3],
     pub(super) out: Strip<'a>,
     pub(super) grad: Strip<'a>,
@@ -233,8 +243,22 @@ impl Heads {
         });
     }
 
-    /// Probabilities `[queries * group, visible]` of a block of which the last query sees `visible` keys.
-    fn probabilities(&self, folded: Strip<'_>, keys: &Source<'_>, kv_head: usize, queries: usize, probs: &mut [f32]) {
+    /// The sinks of the query heads of a key head.
+    fn own_sinks<'a>(&self, sinks: Option<&'a [f32]>, kv_head: usize) -> Option<&'a [f32]> {
+        sinks.map(|sinks| &sinks[kv_head * self.group..][..self.group])
+    }
+
+    /// Probabilities `[queries * group, visible]` of a block of which the last query sees `visible` keys; `sinks` are those of the
+    /// group.
+    fn probabilities(
+        &self,
+        folded: Strip<'_>,
+        keys: &Source<'_>,
+        kv_head: usize,
+        queries: usize,
+        sinks: Option<&[f32]>,
+        probs: &mut [f32],
+    ) {
         let rows = queries * self.group;
         let visible = probs.len() / rows;
         let scores = Place::new(SharedMut::new(probs), visible);
@@ -261,7 +285,12 @@ impl Heads {
             row[..start].fill(0.0);
             row[end..].fill(0.0);
             let seen = &mut row[start..end];
-            vectorize!(self.isa, (seen: &mut [f32], scale: f32) { softmax(seen, scale) });
+            match sinks.map(|sinks| sinks[i % group]) {
+                None => vectorize!(self.isa, (seen: &mut [f32], scale: f32) { softmax(seen, scale) }),
+                Some(sink) => vectorize!(self.isa, (seen: &mut [f32], scale: f32, sink: f32) {
+                    softmax_with_sink(seen, scale, sink);
+                }),
+            }
         }
     }
 
@@ -274,7 +303,7 @@ impl Heads {
     }
 
     /// Attention of each sequence's new tokens into `out` `[new tokens, d_model]`, sequence after sequence.
-    pub(super) fn forward(&self, sequences: &[Sequence<'_>], out: &mut [f32]) {
+    pub(super) fn forward(&self, sequences: &[Sequence<'_>], sinks: Option<&[f32]>, out: &mut [f32]) {
         let out = Place::new(SharedMut::new(out), self.d_model());
         let mut tasks = Vec::new();
         let (mut work, mut first_row) = (0, 0);
@@ -294,7 +323,7 @@ impl Heads {
             let dropped = self.dropped(index, kv_head, start);
             let to = to.from(0, self.query_column(kv_head));
             // SAFETY: each task writes the columns of its heads in the rows of its block.
-            unsafe { self.forward_block(sequence, kv_head, (start, queries), dropped, to) };
+            unsafe { self.forward_block(sequence, kv_head, (start, queries), (sinks, dropped), to) };
         });
     }
 
@@ -307,7 +336,7 @@ impl Heads {
         of: &Sequence<'_>,
         kv_head: usize,
         (start, queries): (usize, usize),
-        dropped: Option<impl Fn(usize) -> DropoutRow>,
+        (sinks, dropped): (Option<&[f32]>, Option<impl Fn(usize) -> DropoutRow>),
         to: Place,
     ) {
         let rows = queries * self.group;
@@ -315,7 +344,7 @@ impl Heads {
         let column = kv_head * self.head_dim;
         with_scratch_f32(rows * visible, |probs| {
             self.with_folded(of.queries.from(start, self.query_column(kv_head)), queries, |folded| {
-                self.probabilities(folded, &of.keys, kv_head, queries, probs);
+                self.probabilities(folded, &of.keys, kv_head, queries, self.own_sinks(sinks, kv_head), probs);
             });
             if let Some(dropped) = dropped {
                 self.drop_rows(probs, visible, dropped);
@@ -389,7 +418,13 @@ impl Heads {
         with_scratch_f32(2 * rows * visible, |scratch| {
             let (probs, d_scores) = scratch.split_at_mut(rows * visible);
             folded(&mut |[q, out, grad]| {
-                self.probabilities(q, &Source::Strip(of.qkv[1]), kv_head, queries, probs);
+                let sinks = self.own_sinks(of.sinks.map(|sinks| sinks.values), kv_head);
+                self.probabilities(q, &Source::Strip(of.qkv[1]), kv_head, queries, sinks, probs);
+                if let Some(TrainedSinks { gradient, .. }) = of.sinks {
+                    // SAFETY: each task has the sinks of its own heads.
+                    let to = unsafe { gradient.into.slice(gradient.first + kv_head * self.group, self.group) };
+                    self.add_sink_gradient((probs, visible), [grad, out], to);
+                }
                 // 1. d_probs = grad V^T; d_scores = probs * (d_probs - rowsum(grad * out)) * scale. Where probabilities are dropped,
                 //    d_probs are those of the dropped ones times the mask; the row's sum is the same.
                 // SAFETY: `d_scores` is borrowed for the call.
@@ -428,6 +463,19 @@ impl Heads {
         }
     }
 
+    /// Adds the gradients of the sinks of a key head's query heads: minus the share that a sink has of a row, which its other
+    /// probabilities leave, times what the row's result and its gradient make.
+    fn add_sink_gradient(&self, (probs, visible): (&[f32], usize), [grad, out]: [Strip<'_>; 2], to: &mut [f32]) {
+        for (row, probs) in probs.chunks_exact(visible).enumerate() {
+            let [g, o] = [grad, out].map(|strip| strip.row(row, self.head_dim));
+            let share = vectorize!(self.isa, (g: &[f32], o: &[f32], probs: &[f32]) -> f32 {
+                let left = 1.0 - host::sum_by(probs.len(), |i| probs[i]);
+                left * host::sum_by(g.len(), |i| g[i] * o[i])
+            });
+            to[row % self.group] -= share;
+        }
+    }
+
     /// `d_scores` `[rows, visible]`, which holds the gradient of the probabilities, becomes that of the scores, given
     /// the gradient and the output of each row.
     fn score_gradient(&self, (probs, visible): (&[f32], usize), d_scores: &mut [f32], [grad, out]: [Strip<'_>; 2]) {
@@ -453,6 +501,17 @@ fn softmax(scores: &mut [f32], scale: f32) {
         *score = ((*score - max) * scale).exp_();
     }
     let inverse = 1.0 / host::sum_by(scores.len(), |j| scores[j]);
+    scores.iter_mut().for_each(|score| *score *= inverse);
+}
+
+/// The same with a logit more in the denominator, which is not scaled.
+#[inline(always)]
+fn softmax_with_sink(scores: &mut [f32], scale: f32, sink: f32) {
+    let max = (row_max(scores) * scale).max_(sink);
+    for score in scores.iter_mut() {
+        *score = (*score * scale - max).exp_();
+    }
+    let inverse = 1.0 / (host::sum_by(scores.len(), |j| scores[j]) + (sink - max).exp_());
     scores.iter_mut().for_each(|score| *score *= inverse);
 }
 

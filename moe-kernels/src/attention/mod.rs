@@ -8,17 +8,19 @@
 mod blocks;
 mod paged;
 mod pages;
+mod sinks;
 #[cfg(test)]
 mod tests;
 
 pub(crate) use blocks::row_max;
 pub use moe_core::ops::{AttentionShape, HeadDropout, KvShape, PagedKv, PagedSequence};
-pub use paged::{new_pages, paged_attention, write_pages};
+pub use paged::{new_pages, paged_attention, paged_attention_with_sinks, write_pages};
+pub use sinks::grouped_query_attention_with_sinks;
 
 use crate::custom::{self, Input, SliceOp, Target, with_inputs};
 use crate::parallel::SharedMut;
 use crate::{Error, Precision, Result};
-use blocks::{Heads, Place, Sequence, Source, Strip, Training};
+use blocks::{Heads, Place, Sequence, Source, Strip, TrainedSinks, Training};
 use candle_core::{D, Tensor};
 use moe_core::ops::check_sequences;
 
@@ -130,7 +132,7 @@ pub fn grouped_query_attention_cached(
         let mut out = vec![0.0; new * d_model];
         let [keys, values] = [1, 2].map(|part| Source::Strip(Strip::new(qkv[part].values, kv_width)));
         let sequence = Sequence { queries: Strip::new(qkv[0].values, d_model), new, keys, values, len };
-        heads.forward(&[sequence], &mut out);
+        heads.forward(&[sequence], None, &mut out);
         out
     })?;
     Ok(Tensor::from_vec(out, (new, d_model), queries.device())?)
@@ -153,18 +155,19 @@ fn batch_of<'a>([q, k, v]: [Strip<'a>; 3], batch: usize, seq_len: usize) -> Vec<
 
 impl Heads {
     /// Of the output's shape; `[q, k, v]` hold `batch * seq_len` rows.
-    fn forward_batch(&self, qkv: [Strip<'_>; 3], batch: usize, seq_len: usize) -> Vec<f32> {
+    fn forward_batch(&self, qkv: [Strip<'_>; 3], sinks: Option<&[f32]>, (batch, seq_len): (usize, usize)) -> Vec<f32> {
         let mut out = vec![0.0; batch * seq_len * self.d_model()];
-        self.forward(&batch_of(qkv, batch, seq_len), &mut out);
+        self.forward(&batch_of(qkv, batch, seq_len), sinks, &mut out);
         out
     }
 
-    /// Adds the gradients of all rows into their places.
+    /// Adds the gradients of all rows into their places; each sequence has a row of those of sinks.
     ///
     /// # Safety
     /// The places must be the caller's, and must not overlap.
     unsafe fn backward_batch(&self, all: Training<'_>, batch: usize, seq_len: usize) {
         let sequence = |b: usize| Training {
+            sinks: all.sinks.map(|sinks| TrainedSinks { gradient: sinks.gradient.from(b, 0), ..sinks }),
             qkv: all.qkv.map(|strip| strip.from(b * seq_len, 0)),
             out: all.out.from(b * seq_len, 0),
             grad: all.grad.from(b * seq_len, 0),
@@ -189,6 +192,7 @@ impl Fused {
         let mut into = vec![0.0; qkv.len()];
         let place = Place::new(SharedMut::new(&mut into), 3 * d_model);
         let all = Training {
+            sinks: None,
             qkv: self.parts(qkv),
             out: Strip::new(out, d_model),
             grad: Strip::new(grad, d_model),
@@ -212,6 +216,7 @@ impl Grouped {
         let [dq, dk, dv] = &mut into;
         let place = |values: &mut [f32], stride| Place::new(SharedMut::new(values), stride);
         let all = Training {
+            sinks: None,
             qkv: self.parts(qkv),
             out: Strip::new(out, d_model),
             grad: Strip::new(grad, d_model),
@@ -234,7 +239,7 @@ impl SliceOp for Fused {
 
     fn forward(&self, inputs: &[Input<'_>]) -> (Vec<f32>, Vec<usize>) {
         let Input { values, dims } = inputs[0];
-        let out = self.0.forward_batch(self.parts(values), inputs[0].rows() / self.1, self.1);
+        let out = self.0.forward_batch(self.parts(values), None, (inputs[0].rows() / self.1, self.1));
         (out, [&dims[..dims.len() - 1], &[self.0.d_model()]].concat())
     }
 
@@ -256,7 +261,7 @@ impl SliceOp for Grouped {
     fn forward(&self, inputs: &[Input<'_>]) -> (Vec<f32>, Vec<usize>) {
         let dims = inputs[0].dims;
         let parts = self.parts([0, 1, 2].map(|part| inputs[part].values));
-        (self.0.forward_batch(parts, inputs[0].rows() / self.1, self.1), dims.to_vec())
+        (self.0.forward_batch(parts, None, (inputs[0].rows() / self.1, self.1)), dims.to_vec())
     }
 
     fn backward(&self, inputs: &[Input<'_>], out: &[f32], grad: &[f32], to: &mut [Target]) -> Result<()> {

@@ -157,15 +157,40 @@ pub fn paged_attention(
     precision: Precision,
 ) -> Result<Tensor> {
     pool.check_read(queries, sequences, shape)?;
-    attend_pages(&Heads::new(shape, pool.shape.head_dim, precision), queries, pool, sequences)
+    attend_pages(&Heads::new(shape, pool.shape.head_dim, precision), queries, None, pool, sequences)
+}
+
+/// [`paged_attention`] where each head has a sink, `[num_heads]`: a logit more in the softmax's denominator.
+///
+/// # Errors
+/// As there.
+pub fn paged_attention_with_sinks(
+    queries: &Tensor,
+    sinks: &Tensor,
+    pool: PagedKv<'_>,
+    sequences: &[PagedSequence<'_>],
+    shape: AttentionShape,
+    precision: Precision,
+) -> Result<Tensor> {
+    pool.check_read(queries, sequences, shape)?;
+    host::expect_shape("sinks", sinks, &[shape.num_heads])?;
+    let heads = Heads::new(shape, pool.shape.head_dim, precision);
+    let sinks = host::to_f32_vec(sinks)?;
+    attend_pages(&heads, queries, Some(&sinks), pool, sequences)
 }
 
 /// [`paged_attention`] of checked arguments.
-fn attend_pages(heads: &Heads, queries: &Tensor, pool: PagedKv<'_>, sequences: &[PagedSequence<'_>]) -> Result<Tensor> {
+fn attend_pages(
+    heads: &Heads,
+    queries: &Tensor,
+    sinks: Option<&[f32]>,
+    pool: PagedKv<'_>,
+    sequences: &[PagedSequence<'_>],
+) -> Result<Tensor> {
     let out = if pool.is_in_rows() {
         with_inputs("paged_attention", &[queries, pool.keys, pool.values], |inputs| {
             let [keys, values] = [inputs[1].values, inputs[2].values];
-            attend(heads, inputs[0].values, sequences, |blocks| {
+            attend(heads, (inputs[0].values, sinks), sequences, |blocks| {
                 [keys, values].map(|pool_rows| {
                     let (block_size, width) = (pool.block_size, heads.kv_width());
                     Source::Paged(PagedRows { pool: pool_rows, blocks, block_size, width })
@@ -177,7 +202,7 @@ fn attend_pages(heads: &Heads, queries: &Tensor, pool: PagedKv<'_>, sequences: &
         let (keys, values) = (pool.keys.storage_and_layout(), pool.values.storage_and_layout());
         let [keys, values] = [words(&keys)?, words(&values)?];
         with_inputs("paged_attention", &[queries], |inputs| {
-            attend(heads, inputs[0].values, sequences, |blocks| {
+            attend(heads, (inputs[0].values, sinks), sequences, |blocks| {
                 [Source::Packed(PackedPages { layout, keys, values, blocks }); 2]
             })
         })?
@@ -196,7 +221,7 @@ fn words<'a>((storage, layout): &'a (impl std::ops::Deref<Target = Storage>, &La
 /// `[new tokens, d_model]`; `memory` gives keys and values of the sequence that has these blocks.
 fn attend<'a>(
     heads: &Heads,
-    queries: &[f32],
+    (queries, sinks): (&[f32], Option<&[f32]>),
     sequences: &'a [PagedSequence<'a>],
     memory: impl Fn(&'a [u32]) -> [Source<'a>; 2],
 ) -> Vec<f32> {
@@ -211,7 +236,7 @@ fn attend<'a>(
             Sequence { queries, new, keys, values, len }
         })
         .collect();
-    heads.forward(&parts, &mut out);
+    heads.forward(&parts, sinks, &mut out);
     out
 }
 
@@ -380,7 +405,7 @@ mod tests {
                     let heads = Heads::new(case.shape, case.head_dim, precision).on(isa);
                     let pool = rayon::ThreadPoolBuilder::new().num_threads(threads).build().unwrap();
                     pool.install(|| {
-                        values(&attend_pages(&heads, &case.queries, case.pool(), &case.sequences()).unwrap())
+                        values(&attend_pages(&heads, &case.queries, None, case.pool(), &case.sequences()).unwrap())
                     })
                 };
                 for isa in Isa::available() {

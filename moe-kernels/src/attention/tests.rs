@@ -135,21 +135,23 @@ fn scales_have_the_values_and_gradients_of_the_reference() {
     }
 }
 
-/// Windows of one token, of some, and beyond the sequence.
+/// Windows and chunks of one token, of some, and beyond the sequence.
 #[test]
 fn windows_have_the_values_and_gradients_of_the_reference() {
-    for window in [1, 7, 48, 500] {
-        let shape = AttentionShape { window: Some(window), ..AttentionShape::new(4, 2) };
+    let windows = [1, 7, 48, 500].map(|window| (Some(window), None));
+    let chunks = [1, 16, 50, 500].map(|chunk| (None, Some(chunk)));
+    for (window, chunk) in windows.into_iter().chain(chunks) {
+        let shape = AttentionShape { window, chunk, ..AttentionShape::new(4, 2) };
         let vars = grouped(shape, 2, 70, 9, DType::F32);
         let wide = vars.each_ref().map(|v| Var::from_tensor(&v.to_dtype(DType::F64).unwrap()).unwrap());
         let [q, k, v] = &vars;
         let got = grouped_query_attention(q, k, v, shape, 70, Precision::F32).unwrap();
         let [q, k, v] = &wide;
         let want = CandleOps.attention(q, k, v, shape, 70).unwrap();
-        assert_close(&got, &want, 1e-5, &format!("window {window}"));
+        assert_close(&got, &want, 1e-5, &format!("{shape:?}"));
         let all = square_gradients(&got, &vars).concat();
         for (got, want) in all.iter().zip(square_gradients(&want, &wide).concat()) {
-            assert!((got - want).abs() <= 5e-5 * (1.0 + want.abs()), "window {window}: {got} want {want}");
+            assert!((got - want).abs() <= 5e-5 * (1.0 + want.abs()), "{shape:?}: {got} want {want}");
         }
     }
     let none = AttentionShape { window: Some(0), ..AttentionShape::new(4, 2) };
@@ -213,7 +215,7 @@ fn neither_threads_nor_instruction_sets_change_grouped_attention() {
                 let op = Grouped(Heads::new(shape, 17, precision).on(isa), 101);
                 let pool = rayon::ThreadPoolBuilder::new().num_threads(threads).build().unwrap();
                 pool.install(|| {
-                    let out = op.0.forward_batch(op.parts([q, k, v]), 2, 101);
+                    let out = op.0.forward_batch(op.parts([q, k, v]), None, (2, 101));
                     let gradients = op.gradient([q, k, v], [&out, q], (2, 101));
                     (out, gradients)
                 })
@@ -267,7 +269,7 @@ fn nan_reaches_the_rows_that_see_it_on_every_set() {
             let mut qkv: [Vec<f32>; 3] = std::array::from_fn(part);
             qkv[lost][at * width + 5] = -f32::NAN;
             let parts = qkv.each_ref().map(|values| Strip::new(values, width));
-            let out = Heads::new(shape, width, Precision::F32).on(isa).forward_batch(parts, 1, len);
+            let out = Heads::new(shape, width, Precision::F32).on(isa).forward_batch(parts, None, (1, len));
             for (row, values) in out.chunks_exact(width).enumerate() {
                 let nans = values.iter().filter(|v| v.is_nan()).count();
                 let want = match lost {
@@ -357,7 +359,7 @@ fn neither_set_nor_threads_change_a_bit_of_what_is_dropped() {
         let dropout = probability.map(|p| HeadDropout::of_all(Dropout::new(p, 3).unwrap()));
         let op = Grouped(dropout.map_or(heads, |dropout| heads.dropping(dropout)), 66);
         rayon::ThreadPoolBuilder::new().num_threads(threads).build().unwrap().install(|| {
-            let out = op.0.forward_batch(op.parts([&q, &k, &v]), 2, 66);
+            let out = op.0.forward_batch(op.parts([&q, &k, &v]), None, (2, 66));
             let gradients = op.gradient([&q, &k, &v], [&out, &grad], (2, 66));
             let all = [&out].into_iter().chain(&gradients).flatten();
             all.map(|value| value.to_bits()).collect::<Vec<u32>>()

@@ -3,8 +3,8 @@
 use super::{LinearConfig, LinearSplit, MOST, NormConfig, NormKind, RotaryConfig, below};
 use crate::fields::Checked;
 use crate::{Error, Result};
-use moe_core::ParamSpec;
 use moe_core::ops::KvShape;
+use moe_core::{ParamInit, ParamSpec, SplitKind};
 
 /// Causal attention.
 #[derive(Debug, Clone, Copy, PartialEq)]
@@ -34,10 +34,18 @@ pub struct GroupedQueryConfig {
     pub out_bias: bool,
     /// Norms of queries and keys.
     pub qk_norm: Option<QkNorm>,
+    /// An RMSNorm of each head of queries and keys without a weight, after they have turned: what is added to the mean square.
+    pub turned_norm: Option<f64>,
+    /// A factor on the queries that grows with their position.
+    pub temperature: Option<Temperature>,
+    /// Whether each head has a sink (`sinks`): a learned logit more in the softmax's denominator.
+    pub sinks: bool,
     /// Rotary positions; none if `None`.
     pub rotary: Option<RotaryConfig>,
     /// Most tokens that a query sees, itself included; all before it if `None`.
     pub window: Option<usize>,
+    /// Tokens of a chunk, if a query sees only those of its own.
+    pub chunk: Option<usize>,
     /// Factor on the product of a query and a key; `head_dim^-1/2` if `None`.
     pub scale: Option<f64>,
     /// Standard deviation of the initial projections.
@@ -62,6 +70,25 @@ pub struct QkNorm {
     pub epsilon: f64,
     /// What has a norm.
     pub span: NormSpan,
+}
+
+/// A factor on the queries at position `p`: `1 + scale ln(1 + floor((p + 1) / floor))`.
+///
+/// # Source
+/// Scalable-Softmax (2501.19399), as transformers 5.23 `models/llama4` has it.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub struct Temperature {
+    /// How fast it grows (`attn_scale`).
+    pub scale: f64,
+    /// Positions from one step to the next (`floor_scale`).
+    pub floor: f64,
+}
+
+impl Temperature {
+    /// The factor at a position.
+    pub fn at(&self, position: u32) -> f64 {
+        ((f64::from(position) + 1.0) / self.floor).floor().ln_1p() * self.scale + 1.0
+    }
 }
 
 /// What of a token's queries or keys has one norm.
@@ -130,6 +157,12 @@ impl GroupedQueryConfig {
         })
     }
 
+    /// `sinks` `[num_heads]`
+    pub fn sinks(&self) -> Option<ParamSpec> {
+        let spec = || ParamSpec::new("sinks", &[self.num_heads], ParamInit::Normal(self.in_std));
+        self.sinks.then(|| spec().split(SplitKind::Tensor, 0, 1))
+    }
+
     fn params(&self) -> Vec<ParamSpec> {
         let mut params = Vec::new();
         for (name, linear) in self.projections() {
@@ -139,6 +172,7 @@ impl GroupedQueryConfig {
         for (name, norm) in ["q_norm", "k_norm"].into_iter().zip(self.qk_norms().into_iter().flatten()) {
             params.extend(below(name, norm.params()));
         }
+        params.extend(self.sinks());
         params
     }
 
@@ -172,8 +206,21 @@ impl GroupedQueryConfig {
         if self.window == Some(0) {
             return Err("window must be at least 1, got 0; leave it out to see all tokens".into());
         }
+        if self.chunk == Some(0) {
+            return Err("chunk must be at least 1, got 0; leave it out to see all tokens".into());
+        }
+        if let Some(Temperature { scale, floor }) = self.temperature
+            && !(is_positive(floor) && scale >= 0.0 && scale.is_finite())
+        {
+            return Err(format!(
+                "temperature must have a positive floor and a scale of 0 or more, got {floor} and {scale}"
+            ));
+        }
         if let Some(scale) = self.scale.filter(|scale| !is_positive(*scale)) {
             return Err(format!("scale must be a positive number, got {scale}"));
+        }
+        if let Some(rotary) = self.rotary {
+            rotary.frequencies().map_err(|e| e.to_string())?;
         }
         if heads.saturating_mul(dim) > MOST {
             return Err(format!("{heads} heads of {dim} columns are more than {MOST}"));

@@ -3,7 +3,7 @@
 mod attention;
 mod rotary;
 
-pub use attention::{AttentionConfig, GroupedQueryConfig, LatentConfig, NormSpan, Projection, QkNorm};
+pub use attention::{AttentionConfig, GroupedQueryConfig, LatentConfig, NormSpan, Projection, QkNorm, Temperature};
 pub(crate) use rotary::yarn_factor;
 pub use rotary::{RotaryConfig, RotaryScaling};
 

@@ -6,7 +6,7 @@ use crate::config::{
 };
 use crate::fields::{Checked, Fields};
 use moe_core::ops::RotaryLayout;
-use moe_core::{Activation, BranchConfig, DroplessConfig, MlpConfig, MoeConfig, RouterConfig};
+use moe_core::{Activation, BranchConfig, DroplessConfig, MlpConfig, MoeConfig, RouterConfig, Weighs};
 use serde_json::Value;
 
 /// Most heads and experts; far above every published model, and small enough to size tables by.
@@ -106,8 +106,12 @@ impl Backbone {
             qkv_bias: false,
             out_bias: false,
             qk_norm: None,
+            turned_norm: None,
+            temperature: None,
+            sinks: false,
             rotary: Some(self.rotary),
             window: None,
+            chunk: None,
             scale: None,
             in_std: self.std,
             out_std: self.std,
@@ -135,7 +139,12 @@ impl Backbone {
         MoeConfig {
             num_experts,
             expert: self.mlp(d_ff),
-            router: RouterConfig::Dropless { config: router, selection_bias: false },
+            router: RouterConfig::Dropless {
+                config: router,
+                selection_bias: false,
+                bias: false,
+                weighs: Weighs::Outputs,
+            },
             branch: BranchConfig::None,
             gate_bound: self.std * 3f64.sqrt(),
             load_balance_coef,

@@ -10,7 +10,7 @@ use crate::config::{AttentionConfig, DecoderConfig, FeedForwardConfig, LatentCon
 use crate::fields::{Checked, Fields};
 use crate::hf::NameTable;
 use moe_core::ops::RotaryLayout;
-use moe_core::{BranchConfig, DroplessConfig, GroupScore, MoeConfig, RouterConfig, ScoreFunction};
+use moe_core::{BranchConfig, DroplessConfig, GroupScore, MoeConfig, RouterConfig, ScoreFunction, Weighs};
 use serde_json::Value;
 
 pub(super) const V2: Form = Form { model_type: "deepseek_v2", names: NAMES, read: read_v2 };
@@ -126,7 +126,12 @@ impl SparseAfterDense {
         let sizes = [num_experts(fields, "n_routed_experts")?, width];
         let coef = load_balance_coef(fields, "aux_loss_alpha", 0.001)?;
         let experts = MoeConfig {
-            router: RouterConfig::Dropless { config: router, selection_bias: selection == Selection::BiasedSigmoid },
+            router: RouterConfig::Dropless {
+                config: router,
+                selection_bias: selection == Selection::BiasedSigmoid,
+                bias: false,
+                weighs: Weighs::Outputs,
+            },
             branch: match shared {
                 0 => BranchConfig::None,
                 _ => BranchConfig::Shared { mlp: backbone.mlp(width.saturating_mul(shared)), gate: false },

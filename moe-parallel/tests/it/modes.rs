@@ -6,7 +6,7 @@ use candle_nn::VarBuilder;
 use moe_core::testing::random;
 use moe_core::{
     Activation, BranchConfig, Capacity, Dispatcher, DropPolicy, DroplessConfig, MlpConfig, Mode, MoeBlock, MoeConfig,
-    RouteContext, RouterConfig, Routing, SeededNoise, Top1Config, Top2Config, TopKConfig,
+    RouteContext, RouterConfig, Routing, SeededNoise, Top1Config, Top2Config, TopKConfig, Weighs,
 };
 use moe_kernels::KernelOps;
 use moe_parallel::all_to_all::Route;
@@ -41,7 +41,12 @@ const LOADS: [Load; 6] = [Load::Balanced, Load::Skewed, Load::OneExpert, Load::I
 fn routers() -> Vec<(&'static str, RouterConfig)> {
     let tight = Capacity { train_factor: Some(0.8), eval_factor: None, min_capacity: 1 };
     let top_k = |capacity| TopKConfig { top_k: 3, capacity, drop_policy: DropPolicy::Probs, jitter: false };
-    let dropless = |k| RouterConfig::Dropless { config: DroplessConfig::softmax(k, true), selection_bias: false };
+    let dropless = |k| RouterConfig::Dropless {
+        config: DroplessConfig::softmax(k, true),
+        selection_bias: false,
+        bias: false,
+        weighs: Weighs::Outputs,
+    };
     let top_2 = |capacity| Top2Config { capacity, ..Top2Config::default() };
     vec![
         ("top-1, capacity", RouterConfig::Top1(Top1Config { capacity: tight, ..Top1Config::default() })),

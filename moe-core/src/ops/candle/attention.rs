@@ -4,9 +4,10 @@ use crate::Result;
 use crate::ops::{AttentionShape, HeadDropout};
 use candle_core::{D, Tensor};
 
-/// `[batch, rows, heads * head_dim]` each; the queries may be the last rows only, where nothing is dropped.
+/// `[batch, rows, heads * head_dim]` each; the queries may be the last rows only, where nothing is dropped. `sinks` `[heads]`.
 pub(super) fn grouped_query_attention(
     [queries, keys, values]: [&Tensor; 3],
+    sinks: Option<&Tensor>,
     shape: AttentionShape,
     dropout: Option<HeadDropout>,
 ) -> Result<Tensor> {
@@ -23,20 +24,36 @@ pub(super) fn grouped_query_attention(
         Ok(x.reshape((batch, kv_heads * group, len, head_dim))?)
     };
     let scale = shape.scale(head_dim);
-    let out = attend([&split(queries, shape.num_heads)?, &repeated(keys)?, &repeated(values)?], scale, shape, dropout)?;
+    let qkv = [&split(queries, shape.num_heads)?, &repeated(keys)?, &repeated(values)?];
+    let sinks = sinks.map(|sinks| sinks.reshape((1, shape.num_heads, 1, 1))).transpose()?;
+    let out = attend(qkv, sinks, scale, shape, dropout)?;
     Ok(out.transpose(1, 2)?.reshape((batch, rows, d_model))?)
 }
 
 /// `[batch, heads, rows, head_dim]` each; the queries are the last rows.
-fn attend([q, k, v]: [&Tensor; 3], scale: f32, shape: AttentionShape, dropout: Option<HeadDropout>) -> Result<Tensor> {
+fn attend(
+    [q, k, v]: [&Tensor; 3],
+    sinks: Option<Tensor>,
+    scale: f32,
+    shape: AttentionShape,
+    dropout: Option<HeadDropout>,
+) -> Result<Tensor> {
     let (rows, len) = (q.dim(2)?, k.dim(2)?);
     let scores = (q.matmul(&k.t()?.contiguous()?)? * f64::from(scale))?;
     let seen = |i: usize| shape.seen(i / len + (len - rows)).contains(&(i % len));
     let hidden: Vec<f32> = (0..rows * len).map(|i| if seen(i) { 0.0 } else { f32::NEG_INFINITY }).collect();
     let mask = Tensor::from_vec(hidden, (rows, len), q.device())?.to_dtype(q.dtype())?;
     let scores = scores.broadcast_add(&mask)?;
-    let exp = scores.broadcast_sub(&scores.detach().max_keepdim(D::Minus1)?)?.exp()?;
-    let probs = exp.broadcast_div(&exp.sum_keepdim(D::Minus1)?)?;
+    let mut max = scores.detach().max_keepdim(D::Minus1)?;
+    if let Some(sinks) = &sinks {
+        max = max.broadcast_maximum(&sinks.detach())?;
+    }
+    let exp = scores.broadcast_sub(&max)?.exp()?;
+    let mut sum = exp.sum_keepdim(D::Minus1)?;
+    if let Some(sinks) = &sinks {
+        sum = (sum + sinks.broadcast_sub(&max)?.exp()?)?;
+    }
+    let probs = exp.broadcast_div(&sum)?;
     let Some(dropout) = dropout else { return Ok(probs.matmul(v)?) };
     let (batch, heads) = (q.dim(0)?, q.dim(1)?);
     let heads = (0..batch * heads).map(|i| dropout.head(i / heads, i % heads));

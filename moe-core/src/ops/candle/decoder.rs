@@ -62,12 +62,24 @@ impl DecoderOps for CandleOps {
         shape: AttentionShape,
         seq_len: usize,
     ) -> Result<Tensor> {
-        attend([queries, keys, values], shape, seq_len, None)
+        attend([queries, keys, values], None, shape, seq_len, None)
+    }
+
+    fn attention_with_sinks(
+        &self,
+        qkv: [&Tensor; 3],
+        sinks: &Tensor,
+        shape: AttentionShape,
+        seq_len: usize,
+        dropout: Option<HeadDropout>,
+    ) -> Result<Tensor> {
+        host::expect_shape("sinks", sinks, &[shape.num_heads])?;
+        attend(qkv, Some(sinks), shape, seq_len, dropout)
     }
 
     fn attention_fused(&self, qkv: &Tensor, num_heads: usize, seq_len: usize) -> Result<Tensor> {
         let [q, k, v] = parts(qkv, num_heads)?;
-        attend([&q, &k, &v], AttentionShape::equal(num_heads), seq_len, None)
+        attend([&q, &k, &v], None, AttentionShape::equal(num_heads), seq_len, None)
     }
 
     fn attention_dropped(
@@ -77,7 +89,7 @@ impl DecoderOps for CandleOps {
         seq_len: usize,
         dropout: HeadDropout,
     ) -> Result<Tensor> {
-        attend(qkv, shape, seq_len, Some(dropout))
+        attend(qkv, None, shape, seq_len, Some(dropout))
     }
 
     fn attention_fused_dropped(
@@ -88,7 +100,7 @@ impl DecoderOps for CandleOps {
         dropout: HeadDropout,
     ) -> Result<Tensor> {
         let [q, k, v] = parts(qkv, num_heads)?;
-        attend([&q, &k, &v], AttentionShape::equal(num_heads), seq_len, Some(dropout))
+        attend([&q, &k, &v], None, AttentionShape::equal(num_heads), seq_len, Some(dropout))
     }
 
     fn dropout(&self, x: &Tensor, dropout: Dropout) -> Result<Tensor> {
@@ -116,20 +128,19 @@ impl DecoderOps for CandleOps {
         sequences: &[PagedSequence<'_>],
         shape: AttentionShape,
     ) -> Result<Tensor> {
-        pool.check_read(queries, sequences, shape)?;
-        check_rows(pool)?;
-        let mut first = 0;
-        let mut outputs = Vec::new();
-        for &PagedSequence { blocks, len, new } in sequences.iter().filter(|sequence| sequence.new > 0) {
-            let used = len.div_ceil(pool.block_size);
-            let ids = Tensor::from_slice(&blocks[..used], used, queries.device())?;
-            let gather = |pool: &Tensor| pool.contiguous()?.index_select(&ids, 0)?.flatten(0, 1)?.narrow(0, 0, len);
-            let [q, k, v] = [queries.narrow(0, first, new)?, gather(pool.keys)?, gather(pool.values)?];
-            first += new;
-            let [q, k, v] = [q.unsqueeze(0)?, k.unsqueeze(0)?, v.unsqueeze(0)?];
-            outputs.push(attention::grouped_query_attention([&q, &k, &v], shape, None)?.squeeze(0)?);
-        }
-        if outputs.is_empty() { Ok(queries.clone()) } else { Ok(Tensor::cat(&outputs, 0)?) }
+        attend_pages(queries, None, pool, sequences, shape)
+    }
+
+    fn paged_attention_with_sinks(
+        &self,
+        queries: &Tensor,
+        sinks: &Tensor,
+        pool: PagedKv<'_>,
+        sequences: &[PagedSequence<'_>],
+        shape: AttentionShape,
+    ) -> Result<Tensor> {
+        host::expect_shape("sinks", sinks, &[shape.num_heads])?;
+        attend_pages(queries, Some(sinks), pool, sequences, shape)
     }
 
     fn embedding(&self, table: &Weight, ids: &[u32]) -> Result<Tensor> {
@@ -151,6 +162,7 @@ fn parts(qkv: &Tensor, num_heads: usize) -> Result<[Tensor; 3]> {
 
 fn attend(
     [queries, keys, values]: [&Tensor; 3],
+    sinks: Option<&Tensor>,
     shape: AttentionShape,
     seq_len: usize,
     dropout: Option<HeadDropout>,
@@ -158,7 +170,30 @@ fn attend(
     shape.check(queries, keys, values, seq_len)?;
     let sequences = |x: &Tensor| x.reshape(((), seq_len, x.dim(D::Minus1)?));
     let qkv = [sequences(queries)?, sequences(keys)?, sequences(values)?];
-    Ok(attention::grouped_query_attention(qkv.each_ref(), shape, dropout)?.reshape(queries.shape())?)
+    Ok(attention::grouped_query_attention(qkv.each_ref(), sinks, shape, dropout)?.reshape(queries.shape())?)
+}
+
+fn attend_pages(
+    queries: &Tensor,
+    sinks: Option<&Tensor>,
+    pool: PagedKv<'_>,
+    sequences: &[PagedSequence<'_>],
+    shape: AttentionShape,
+) -> Result<Tensor> {
+    pool.check_read(queries, sequences, shape)?;
+    check_rows(pool)?;
+    let mut first = 0;
+    let mut outputs = Vec::new();
+    for &PagedSequence { blocks, len, new } in sequences.iter().filter(|sequence| sequence.new > 0) {
+        let used = len.div_ceil(pool.block_size);
+        let ids = Tensor::from_slice(&blocks[..used], used, queries.device())?;
+        let gather = |pool: &Tensor| pool.contiguous()?.index_select(&ids, 0)?.flatten(0, 1)?.narrow(0, 0, len);
+        let [q, k, v] = [queries.narrow(0, first, new)?, gather(pool.keys)?, gather(pool.values)?];
+        first += new;
+        let [q, k, v] = [q.unsqueeze(0)?, k.unsqueeze(0)?, v.unsqueeze(0)?];
+        outputs.push(attention::grouped_query_attention([&q, &k, &v], sinks, shape, None)?.squeeze(0)?);
+    }
+    if outputs.is_empty() { Ok(queries.clone()) } else { Ok(Tensor::cat(&outputs, 0)?) }
 }
 
 fn check_rows(pool: PagedKv<'_>) -> Result<()> {

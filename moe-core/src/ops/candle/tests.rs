@@ -53,12 +53,38 @@ fn attention_by_central_differences() {
     check_gradients(&[("q", &q), ("k", &k), ("v", &v)], || square(CandleOps.attention(&q, &k, &v, shape, 3)));
     let narrow = AttentionShape { window: Some(2), ..shape };
     check_gradients(&[("q", &q), ("k", &k), ("v", &v)], || square(CandleOps.attention(&q, &k, &v, narrow, 3)));
+    // Chunks of two tokens: the first two see each other, the third itself.
+    let chunked = AttentionShape { chunk: Some(2), ..shape };
+    check_gradients(&[("q", &q), ("k", &k), ("v", &v)], || square(CandleOps.attention(&q, &k, &v, chunked, 3)));
+    assert_eq!((chunked.seen(1), chunked.seen(2), chunked.seen(5)), (0..2, 2..3, 4..6));
+    assert_eq!(AttentionShape { window: Some(1), ..chunked }.seen(1), 1..2);
+    let none = AttentionShape { chunk: Some(0), ..shape };
+    assert!(CandleOps.attention(&q, &k, &v, none, 3).unwrap_err().to_string().contains("chunk must be at least 1"));
     // A window of one token gives back its own values.
     let alone =
         CandleOps.attention(&q, &k, &v, AttentionShape { window: Some(1), ..AttentionShape::new(2, 2) }, 3).err();
     assert!(alone.is_some(), "heads that do not fit are still refused");
     let own = AttentionShape { window: Some(1), ..AttentionShape::new(2, 2) };
     assert_close(&CandleOps.attention(&k, &k, &v, own, 3).unwrap(), &v, 1e-12, "a window of one");
+}
+
+/// A head's sink takes its share of the probabilities, as a further key with a value of zeros would.
+#[test]
+fn sinks_by_hand_and_by_central_differences() {
+    let shape = AttentionShape::new(2, 1);
+    let [q, k, v] = [(1, 6), (2, 3), (3, 3)].map(|(seed, width)| random_var(seed, &[2, 4, width], 1.0, DType::F64));
+    let sinks = random_var(4, &[2], 1.0, DType::F64);
+    let attend = || CandleOps.attention_with_sinks([&q, &k, &v], &sinks, shape, 4, None);
+    check_gradients(&[("q", &q), ("k", &k), ("v", &v), ("sinks", &sinks)], || square(attend()));
+    // The first query sees one key: the softmax is that of two logits.
+    let (out, q, k, v, sinks) = (values(&attend().unwrap()), values(&q), values(&k), values(&v), values(&sinks));
+    for (head, sink) in sinks.iter().enumerate() {
+        let logit = (0..3).map(|i| q[head * 3 + i] * k[i]).sum::<f64>() * f64::from(shape.scale(3));
+        let share = 1.0 / (1.0 + (sink - logit).exp());
+        for i in 0..3 {
+            assert!((out[head * 3 + i] - share * v[i]).abs() < 1e-9, "head {head}");
+        }
+    }
 }
 
 /// With its mask fixed, as it is by its seed, dropout is a function like any other.

@@ -5,7 +5,7 @@ use crate::Result;
 use crate::blocks::{Linear, Norm};
 use crate::cache::PagedStep;
 use crate::config::{GroupedQueryConfig, NormSpan, Projection};
-use candle_core::{D, Tensor};
+use candle_core::{D, DType, Tensor};
 use candle_nn::VarBuilder;
 use moe_core::ops::{AttentionShape, Dropout, HeadDropout, PagedKv, Positions, RotaryTable, check_sequences};
 use moe_core::{Ops, Weight};
@@ -18,6 +18,10 @@ pub(super) struct GroupedQuery {
     out: Linear,
     /// Of queries and keys.
     qk_norms: Option<[Norm; 2]>,
+    /// Ones, where queries and keys have a norm without a weight once they have turned.
+    ones: Option<Tensor>,
+    /// One of each head.
+    sinks: Option<Tensor>,
     rotary: Option<RotaryTable>,
     config: GroupedQueryConfig,
     ops: Arc<dyn Ops>,
@@ -40,6 +44,8 @@ impl GroupedQuery {
             projections: config.projections().into_iter().map(linear).collect::<Result<_>>()?,
             out: linear(("o_proj", config.out()))?,
             qk_norms,
+            ones: config.turned_norm.map(|_| Tensor::ones(config.head_dim, DType::F32, vb.device())).transpose()?,
+            sinks: config.sinks().map(|spec| spec.get(&vb)).transpose()?,
             rotary: config.rotary.map(|rotary| rotaries.get(rotary, config.head_dim)).transpose()?,
             config: *config,
             ops: Arc::clone(&ops),
@@ -53,13 +59,14 @@ impl GroupedQuery {
     fn shape(&self) -> AttentionShape {
         AttentionShape {
             window: self.config.window,
+            chunk: self.config.chunk,
             scale: self.config.scale.map(|scale| scale as f32),
             ..AttentionShape::new(self.config.num_heads, self.config.num_kv_heads)
         }
     }
 
     /// Queries, keys and values of `[tokens, d_model]`, ready to be multiplied.
-    fn qkv(&self, x: &Tensor, positions: Positions<'_>) -> Result<[Tensor; 3]> {
+    fn qkv(&self, x: &Tensor, positions: &[u32]) -> Result<[Tensor; 3]> {
         let (q_width, kv_width) = (self.config.q_width(), self.config.kv_width());
         let [mut q, mut k, v] = match self.projections.as_slice() {
             [q, k, v] => [q.forward(x)?, k.forward(x)?, v.forward(x)?],
@@ -76,8 +83,20 @@ impl GroupedQuery {
             };
         }
         if let (Some(table), Some(rotary)) = (&self.rotary, self.config.rotary) {
-            q = self.ops.rotary(&q, table, rotary.layout, positions)?;
-            k = self.ops.rotary(&k, table, rotary.layout, positions)?;
+            q = self.ops.rotary(&q, table, rotary.layout, Positions::Each(positions))?;
+            k = self.ops.rotary(&k, table, rotary.layout, Positions::Each(positions))?;
+        }
+        if let (Some(ones), Some(epsilon)) = (&self.ones, self.config.turned_norm) {
+            let normed = |x: Tensor| -> Result<Tensor> {
+                let heads = x.reshape(((), self.config.head_dim))?;
+                Ok(self.ops.rms_norm(&heads, &ones.to_dtype(x.dtype())?, epsilon)?.reshape(x.shape())?)
+            };
+            (q, k) = (normed(q)?, normed(k)?);
+        }
+        if let Some(temperature) = self.config.temperature {
+            let factors = positions.iter().map(|&position| temperature.at(position) as f32);
+            let factors = Tensor::from_iter(factors, q.device())?.unsqueeze(1)?.to_dtype(q.dtype())?;
+            q = q.broadcast_mul(&factors)?;
         }
         Ok([q, k, v])
     }
@@ -88,6 +107,10 @@ impl GroupedQuery {
         let plain = self.qk_norms.is_none()
             && self.rotary.is_none()
             && self.config.window.is_none()
+            && self.config.chunk.is_none()
+            && self.config.turned_norm.is_none()
+            && self.config.temperature.is_none()
+            && self.sinks.is_none()
             && self.config.scale.is_none();
         let attended = if self.config.projection == Projection::Fused
             && plain
@@ -100,19 +123,25 @@ impl GroupedQuery {
             }
         } else {
             let positions: Vec<u32> = (0..tokens).map(|token| (token % seq_len) as u32).collect();
-            let [q, k, v] = self.qkv(x, Positions::Each(&positions))?;
-            match dropout.map(HeadDropout::of_all) {
-                Some(dropout) => self.ops.attention_dropped([&q, &k, &v], self.shape(), seq_len, dropout)?,
-                None => self.ops.attention(&q, &k, &v, self.shape(), seq_len)?,
+            let [q, k, v] = self.qkv(x, &positions)?;
+            match (&self.sinks, dropout.map(HeadDropout::of_all)) {
+                (Some(sinks), dropout) => {
+                    self.ops.attention_with_sinks([&q, &k, &v], sinks, self.shape(), seq_len, dropout)?
+                }
+                (None, Some(dropout)) => self.ops.attention_dropped([&q, &k, &v], self.shape(), seq_len, dropout)?,
+                (None, None) => self.ops.attention(&q, &k, &v, self.shape(), seq_len)?,
             }
         };
         self.out.forward(&attended)
     }
 
     pub(super) fn forward_paged(&self, x: &Tensor, step: &PagedStep, pages: PagedKv<'_>) -> Result<Tensor> {
-        let [q, k, v] = self.qkv(x, Positions::Each(&step.positions))?;
+        let [q, k, v] = self.qkv(x, &step.positions)?;
         self.ops.write_pages(pages, &k, &v, &step.slots)?;
-        let attended = self.ops.paged_attention(&q, pages, &step.sequences(), self.shape())?;
+        let attended = match &self.sinks {
+            Some(sinks) => self.ops.paged_attention_with_sinks(&q, sinks, pages, &step.sequences(), self.shape())?,
+            None => self.ops.paged_attention(&q, pages, &step.sequences(), self.shape())?,
+        };
         self.out.forward(&attended)
     }
 }
