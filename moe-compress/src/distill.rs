@@ -94,7 +94,7 @@ impl<F: Family> Student<F> {
         let decoder = self.model.training_decoder();
         decoder.loss_by(batch, pass, |hidden| {
             let soft = match &said {
-                Said::Hidden(of_teacher) => teacher.decoder().head().soft_targets(of_teacher),
+                Said::Hidden(of_teacher) => teacher.decoder().head().soft_targets(of_teacher)?,
                 Said::Top(TopTargets { k, ids, probs }) => SoftTargets::TopK { k: *k, ids, probs },
             };
             let loss = decoder.head().distillation(hidden, &batch.target_ids, soft, *how)?;

@@ -45,6 +45,17 @@ impl<'a> Backend<'a> {
 }
 
 impl Backend<'_> {
+    /// Refuses what ranks do not divide outside the layers.
+    fn check(&self, config: &DecoderConfig) -> Result<()> {
+        match self.mesh.map_or(1, |mesh| mesh.placement().tensor().1) {
+            tp if tp > 1 && config.head_bias => Err(Error::Config(format!(
+                "tp must be 1, got {tp}: an output layer with a bias (lm_head_bias) is not divided over ranks; experts are (ep, \
+                 expert_slices)"
+            ))),
+            _ => Ok(()),
+        }
+    }
+
     /// The operations before the first layer and after the last.
     fn ops(&self) -> Result<Arc<dyn Ops>> {
         match self.mesh {
@@ -160,6 +171,7 @@ impl Decoder {
 
     fn build(config: DecoderConfig, vb: VarBuilder<'_>, backend: Backend<'_>) -> Result<Self> {
         config.validate()?;
+        backend.check(&config)?;
         let ops = backend.ops()?;
         let model = vb.pp("model");
         let embeddings = Embeddings::new(&config, &model, &ops)?;
@@ -170,7 +182,7 @@ impl Decoder {
         };
         let layers = config.layers.iter().enumerate().map(layer).collect::<Result<Vec<_>>>()?;
         let head = match config.lm_head() {
-            Some(spec) => OutputHead::new(&spec, vb.pp("lm_head"), Arc::clone(&ops))?,
+            Some(spec) => OutputHead::new(&spec, config.lm_head_bias().as_ref(), &vb.pp("lm_head"), Arc::clone(&ops))?,
             None => OutputHead::tied(embeddings.tokens.table(), Arc::clone(&ops)),
         };
         let norm = Norm::new(&config.norm, model.pp("norm"), Arc::clone(&ops))?;

@@ -5,7 +5,7 @@ mod rotary;
 
 pub use attention::{AttentionConfig, GroupedQueryConfig, LatentConfig, NormSpan, Projection, QkNorm, Temperature};
 pub(crate) use rotary::yarn_factor;
-pub use rotary::{RotaryConfig, RotaryScaling};
+pub use rotary::{PairFactors, RotaryConfig, RotaryScaling};
 
 use crate::params::ParamTable;
 use crate::{Error, Result};
@@ -30,6 +30,8 @@ pub struct DecoderConfig {
     pub learned_positions: bool,
     /// Whether the output layer is the embedding.
     pub tie_embeddings: bool,
+    /// Whether the output layer, of its own, has a bias.
+    pub head_bias: bool,
     /// Standard deviation of the initial embedding.
     pub init_std: f64,
     /// Token that separates and ends documents.
@@ -248,6 +250,9 @@ impl DecoderConfig {
         if self.layers.is_empty() || self.layers.len() > MOST_LAYERS {
             return refuse(format!("num_layers must be between 1 and {MOST_LAYERS}, got {}", self.layers.len()));
         }
+        if self.head_bias && self.tie_embeddings {
+            return refuse("an output layer that is the embedding has no bias; tie_embeddings must be false".into());
+        }
         let Multipliers { embedding, residual, output } = self.multipliers;
         for (name, factor) in [("embedding", embedding), ("residual", residual), ("output", output)] {
             if !(factor.is_finite() && factor > 0.0) {
@@ -287,6 +292,11 @@ impl DecoderConfig {
         (!self.tie_embeddings).then(|| self.embed_tokens())
     }
 
+    /// `lm_head.bias`
+    pub(crate) fn lm_head_bias(&self) -> Option<ParamSpec> {
+        self.head_bias.then(|| ParamSpec::new("bias", &[self.vocab_size], ParamInit::Zeros))
+    }
+
     /// Every parameter under its whole name, in the order of the forward pass.
     pub fn params(&self) -> ParamTable {
         let mut all = vec![self.embed_tokens().below("model.embed_tokens")];
@@ -297,7 +307,7 @@ impl DecoderConfig {
             all.extend(below(&format!("model.layers.{index}"), layer.params()));
         }
         all.extend(below("model.norm", self.norm.params()));
-        all.extend(self.lm_head().map(|spec| spec.below("lm_head")));
+        all.extend(self.lm_head().into_iter().chain(self.lm_head_bias()).map(|spec| spec.below("lm_head")));
         ParamTable::new(all)
     }
 

@@ -1,6 +1,6 @@
 //! [`RotaryConfig`]: which columns of a head turn, how fast, and how models stretch that to longer sequences.
 
-use crate::Result;
+use crate::{Error, Result};
 use moe_core::ops::{RotaryLayout, RotaryTable};
 use std::f64::consts::PI;
 
@@ -22,6 +22,7 @@ pub struct RotaryConfig {
 /// # Source
 /// transformers 5.23 `modeling_rope_utils.py`, whose names these are.
 #[derive(Debug, Clone, Copy, PartialEq, Default)]
+#[expect(clippy::large_enum_variant, reason = "configurations are plain data of which there are few")]
 pub enum RotaryScaling {
     /// Not at all.
     #[default]
@@ -57,6 +58,47 @@ pub enum RotaryScaling {
         /// Factor on cosines and sines.
         attention_factor: f64,
     },
+    /// Each divided by a factor of its own (LongRoPE, 2402.13753).
+    PerPair {
+        /// What they are divided by.
+        factors: PairFactors,
+        /// Factor on cosines and sines.
+        attention_factor: f64,
+    },
+}
+
+/// Most pairs of columns that can have a factor each.
+const MOST_PAIRS: usize = 128;
+
+/// A positive factor for each pair of columns that turns.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub struct PairFactors {
+    count: usize,
+    values: [f64; MOST_PAIRS],
+}
+
+impl PairFactors {
+    /// These factors.
+    ///
+    /// # Errors
+    /// [`Error::Config`] if there are more than 128, or one is no positive number.
+    pub fn new(factors: &[f64]) -> Result<Self> {
+        if factors.len() > MOST_PAIRS {
+            let count = factors.len();
+            return Err(Error::Config(format!("factors must be at most {MOST_PAIRS}, one for each pair, got {count}")));
+        }
+        if let Some(bad) = factors.iter().find(|factor| !(**factor > 0.0 && factor.is_finite())) {
+            return Err(Error::Config(format!("factors must be positive numbers, got {bad}")));
+        }
+        let mut values = [1.0; MOST_PAIRS];
+        values[..factors.len()].copy_from_slice(factors);
+        Ok(Self { count: factors.len(), values })
+    }
+
+    /// In the order of the pairs.
+    pub fn as_slice(&self) -> &[f64] {
+        &self.values[..self.count]
+    }
 }
 
 /// YaRN's factor on attention for sequences `scale` times as long: `0.1 mscale ln(scale) + 1`, and 1 for shorter ones.
@@ -73,6 +115,14 @@ impl RotaryConfig {
         let mut frequencies = RotaryTable::frequencies(self.rotary_dim, self.theta)?;
         match self.scaling {
             RotaryScaling::None => {}
+            RotaryScaling::PerPair { factors, .. } => {
+                let (pairs, factors) = (frequencies.len(), factors.as_slice());
+                if factors.len() != pairs {
+                    let count = factors.len();
+                    return Err(Error::Config(format!("{pairs} pairs of columns turn, but there are {count} factors")));
+                }
+                frequencies.iter_mut().zip(factors).for_each(|(frequency, factor)| *frequency /= factor);
+            }
             RotaryScaling::Linear { factor } => frequencies.iter_mut().for_each(|frequency| *frequency /= factor),
             RotaryScaling::Llama3 { factor, low_freq_factor: low, high_freq_factor: high, original_positions } => {
                 for frequency in &mut frequencies {
@@ -109,7 +159,9 @@ impl RotaryConfig {
     pub fn table(&self, head_dim: usize, max_positions: usize) -> Result<RotaryTable> {
         let table = RotaryTable::from_frequencies(head_dim, &self.frequencies()?, max_positions)?;
         Ok(match self.scaling {
-            RotaryScaling::Yarn { attention_factor, .. } => table.scaled(attention_factor),
+            RotaryScaling::Yarn { attention_factor, .. } | RotaryScaling::PerPair { attention_factor, .. } => {
+                table.scaled(attention_factor)
+            }
             _ => table,
         })
     }
@@ -145,6 +197,26 @@ mod tests {
         };
         check(yarn(32.0, true), YARN);
         check(yarn(4.0, false), YARN_EXACT);
+    }
+
+    #[test]
+    fn every_pair_can_have_a_factor() {
+        let scaled = |factors: &[f64]| {
+            let scaling = RotaryScaling::PerPair { factors: PairFactors::new(factors)?, attention_factor: 1.5 };
+            let config = RotaryConfig { scaling, ..PLAIN };
+            Ok::<_, Error>((config.frequencies()?, config.table(8, 1)?.at(0).0[0]))
+        };
+        let (frequencies, cos) = scaled(&[1.0, 2.0, 4.0, 0.5]).unwrap();
+        let off = frequencies.iter().zip([1.0, 0.05, 0.0025, 0.002]).map(|(got, want)| (got - want).abs());
+        assert!(off.fold(0.0, f64::max) < 1e-12 && cos == 1.5, "{frequencies:?}");
+        for (factors, part) in [
+            (vec![1.0; 3], "4 pairs of columns turn, but there are 3 factors"),
+            (vec![1.0, 0.0, 1.0, 1.0], "positive numbers, got 0"),
+            (vec![1.0; 129], "at most 128"),
+        ] {
+            let text = scaled(&factors).unwrap_err().to_string();
+            assert!(text.contains(part), "{text}");
+        }
     }
 
     const LINEAR: [f64; 4] = [0.25, 0.025, 0.0025, 0.00025];

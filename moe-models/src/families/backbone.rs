@@ -22,21 +22,27 @@ pub(super) struct Defaults {
     pub(super) partial_rotary_factor: f64,
     /// Columns of a head, for families whose files do not say so under `head_dim`.
     pub(super) head_dim: Option<usize>,
+    /// What reads a `rope_type` that others do not have.
+    pub(super) own_scaling: Option<OwnScaling>,
 }
+
+/// Reads the rest of the fields of a `rope_type` of a family's own.
+pub(super) type OwnScaling = (&'static str, fn(&mut Fields) -> Checked<RotaryScaling>);
 
 impl Defaults {
     /// Llama's.
     pub(super) const LLAMA: Self =
-        Self { rms_norm_eps: 1e-6, rope_theta: 1e4, partial_rotary_factor: 1.0, head_dim: None };
+        Self { rms_norm_eps: 1e-6, rope_theta: 1e4, partial_rotary_factor: 1.0, head_dim: None, own_scaling: None };
 }
 
-/// RMSNorm, rotary positions and SwiGLU.
+/// A norm, rotary positions and SwiGLU.
 #[derive(Debug, Clone, Copy)]
 pub(super) struct Backbone {
     pub(super) vocab_size: usize,
     pub(super) max_seq_len: usize,
     pub(super) d_model: usize,
     pub(super) num_layers: usize,
+    pub(super) norm_kind: NormKind,
     pub(super) num_heads: usize,
     pub(super) num_kv_heads: usize,
     pub(super) head_dim: usize,
@@ -79,6 +85,7 @@ impl Backbone {
             max_seq_len,
             d_model,
             num_layers: fields.size("num_hidden_layers", MOST_LAYERS)?,
+            norm_kind: NormKind::RmsNorm,
             num_heads,
             num_kv_heads,
             head_dim,
@@ -92,7 +99,7 @@ impl Backbone {
     }
 
     pub(super) fn norm(&self) -> NormConfig {
-        NormConfig { kind: NormKind::RmsNorm, width: self.d_model, epsilon: self.epsilon }
+        NormConfig { kind: self.norm_kind, width: self.d_model, epsilon: self.epsilon }
     }
 
     /// Without biases, norms of queries and keys, or a window.
@@ -162,6 +169,7 @@ impl Backbone {
             norm: self.norm(),
             learned_positions: false,
             tie_embeddings: self.tie_embeddings,
+            head_bias: false,
             init_std: self.std,
             eos_token_id: self.eos_token_id,
             multipliers: Multipliers::default(),
@@ -224,7 +232,7 @@ fn rotary(
         let mut rope = Fields::of(&value, at)?;
         theta = rope.positive_or("rope_theta", theta)?;
         factor = rope.or("partial_rotary_factor", partial)?;
-        (scaling, score_factor) = rotary_scaling(&mut rope, max_seq_len)?;
+        (scaling, score_factor) = rotary_scaling(&mut rope, max_seq_len, defaults)?;
         rope.finish()?;
     }
     let rotary_dim = (head_dim as f64 * factor) as usize;
@@ -234,11 +242,14 @@ fn rotary(
     Ok((RotaryConfig { layout: RotaryLayout::Halves, rotary_dim, theta, scaling }, score_factor))
 }
 
-fn rotary_scaling(rope: &mut Fields, max_seq_len: usize) -> Checked<(RotaryScaling, f64)> {
+fn rotary_scaling(rope: &mut Fields, max_seq_len: usize, defaults: &Defaults) -> Checked<(RotaryScaling, f64)> {
     let (old, new) = (rope.optional::<String>("type")?, rope.optional::<String>("rope_type")?);
     let kind = new.or(old).unwrap_or_else(|| "default".into());
     let original = |rope: &mut Fields| rope.size_or("original_max_position_embeddings", max_seq_len, MOST_WIDTH);
     let mut score_factor = 1.0;
+    if let Some((_, read)) = defaults.own_scaling.filter(|(name, _)| *name == kind) {
+        return Ok((read(rope)?, score_factor));
+    }
     let scaling = match kind.as_str() {
         "default" => RotaryScaling::None,
         "linear" => RotaryScaling::Linear { factor: rope.positive("factor")? },

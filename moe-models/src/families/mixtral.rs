@@ -10,15 +10,14 @@ use crate::fields::{Checked, Fields};
 use crate::hf::NameTable;
 use moe_core::DroplessConfig;
 
-pub(super) const FORM: Form = Form {
-    model_type: "mixtral",
-    names: NameTable::new(&[
-        (".mlp.", &[".block_sparse_moe."]),
-        ("fc_in.weight", &["w1.weight", "w3.weight"]),
-        ("fc_out.weight", &["w2.weight"]),
-    ]),
-    read,
-};
+pub(super) const FORM: Form = Form { model_type: "mixtral", names: NAMES, read };
+
+/// The three matrices of an expert by their numbers.
+pub(super) const NAMES: NameTable = NameTable::new(&[
+    (".mlp.", &[".block_sparse_moe."]),
+    ("fc_in.weight", &["w1.weight", "w3.weight"]),
+    ("fc_out.weight", &["w2.weight"]),
+]);
 
 fn read(fields: &mut Fields) -> Checked<DecoderConfig> {
     let backbone = Backbone::read(fields, &Defaults { rms_norm_eps: 1e-5, rope_theta: 1e6, ..Defaults::LLAMA })?;

@@ -8,6 +8,7 @@ pub mod gpt;
 mod granitemoe;
 mod mixtral;
 mod olmoe;
+mod phimoe;
 mod published;
 mod qwen2_moe;
 mod qwen3_moe;

@@ -20,7 +20,7 @@ pub(super) struct Form {
 }
 
 /// All of them.
-const FORMS: [&Form; 9] = [
+const FORMS: [&Form; 10] = [
     &super::deepseek::V2,
     &super::deepseek::V3,
     &super::glm4_moe::FORM,
@@ -28,6 +28,7 @@ const FORMS: [&Form; 9] = [
     &super::granitemoe::SHARED,
     &super::mixtral::FORM,
     &super::olmoe::FORM,
+    &super::phimoe::FORM,
     &super::qwen2_moe::FORM,
     &super::qwen3_moe::FORM,
 ];

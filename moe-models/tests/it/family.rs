@@ -4,14 +4,16 @@
 use crate::golden::{fixtures, logits, read};
 use crate::train_gpt::{config as train_config, corpus};
 use candle_core::{DType, Device, Tensor};
+use moe_core::RouterConfig;
 use moe_core::testing::values;
+use moe_models::config::LayerConfig;
 use moe_models::hf::{FilePart, StackPlace};
 use moe_models::train::checkpoint::CheckpointStore;
 use moe_models::train::export::export;
 use moe_models::train::{Event, TrainConfig, Trainer};
 use moe_models::{
-    CausalLm, Decoder, Family, LayerwisePass, LogitsOf, Model, PoolConfig, Precision, ReadFamily, SequenceStep,
-    TokenBatch,
+    CausalLm, Decoder, DecoderConfig, Family, LayerwisePass, LogitsOf, Model, Pass, PoolConfig, Precision, ReadFamily,
+    SequenceStep, TokenBatch,
 };
 use std::collections::{BTreeSet, HashMap};
 use std::path::{Path, PathBuf};
@@ -69,7 +71,9 @@ fn logits_and_gradients_equal_transformers(fixture: &Fixture) {
     }
     // Without auxiliary losses, which transformers adds only where it is asked to.
     let decoder = model.training_decoder();
-    let (hidden, _) = decoder.hidden(&batch.input_ids, 20, moe_models::Pass::train(1)).unwrap();
+    // Where training draws experts, the gradients are those of evaluation.
+    let pass = if draws_experts(decoder.config()) { Pass::Eval } else { Pass::train(1) };
+    let (hidden, _) = decoder.hidden(&batch.input_ids, 20, pass).unwrap();
     let loss = decoder.head().loss(&hidden, &batch.target_ids).unwrap();
     let want = values(&fixture.expected["loss"])[0];
     assert!((values(&loss)[0] - want).abs() <= TOLERANCE * want, "loss {} want {want}", values(&loss)[0]);
@@ -108,6 +112,11 @@ fn logits_and_gradients_equal_transformers(fixture: &Fixture) {
     let gradients = fixture.expected.keys().filter(|name| name.starts_with("grad.")).count();
     assert_eq!(compared.len(), gradients, "every tensor of the files has its gradient compared");
     println!("{} gradients, worst difference {worst:e} of the largest magnitude", compared.len());
+}
+
+fn draws_experts(config: &DecoderConfig) -> bool {
+    let router = |layer: &LayerConfig| layer.feed_forward.moe().map(|moe| moe.router);
+    config.layers.iter().any(|layer| matches!(router(layer), Some(RouterConfig::SparseMixer(_))))
 }
 
 fn greedy_text_equals_transformers(fixture: &Fixture) {
@@ -207,6 +216,23 @@ fn granitemoe_equals_transformers() {
 #[test]
 fn granitemoeshared_equals_transformers() {
     check("granitemoeshared");
+}
+
+#[test]
+fn phimoe_equals_transformers() {
+    check("phimoe");
+}
+
+/// Beyond the length that its factors are for, a sequence is refused.
+#[test]
+fn phimoe_ends_at_its_original_length() {
+    let decoder = Decoder::load(&fixtures().join("phimoe"), Precision::F32).unwrap();
+    assert_eq!(decoder.max_seq_len(), 128);
+    let pool = decoder.new_pool(PoolConfig::for_tokens(1, 200)).unwrap();
+    let ids = vec![1; 129];
+    let step = SequenceStep { sequence: &mut pool.sequence(), token_ids: &ids, logits: LogitsOf::Last };
+    let text = decoder.forward(&mut [step], &pool).unwrap_err().to_string();
+    assert!(text.contains("129 tokens exceed the model's longest sequence of 128"), "{text}");
 }
 
 #[test]
@@ -369,6 +395,24 @@ fn families_refuse_what_they_do_not_implement() {
                 "position_embedding_type",
             ),
             ("\"hidden_act\": \"silu\"", "\"hidden_act\": \"gelu\"", "hidden_act"),
+        ],
+    );
+    refuses(
+        "phimoe",
+        &[
+            ("\"num_experts_per_tok\": 2", "\"num_experts_per_tok\": 3", "num_experts_per_tok must be 2"),
+            ("\"router_jitter_noise\": 0.1", "\"router_jitter_noise\": 1.5", "router_jitter_noise must be at least 0"),
+            ("\"input_jitter_noise\": 0.05", "\"input_jitter_noise\": -1.0", "input_jitter_noise must be at least 0"),
+            ("\"rope_type\": \"longrope\"", "\"rope_type\": \"dynamic\"", "rope_type \"dynamic\""),
+            ("\"short_mscale\": 1.2", "\"short_mscale\": null", "rope_parameters.short_mscale is missing"),
+            (
+                "\"short_mscale\": 1.2",
+                "\"short_mscale\": 1.2, \"factor\": 4.0",
+                "rope_parameters.factor is not implemented",
+            ),
+            ("      1.25,\n", "", "4 pairs of columns turn, but there are 3 factors"),
+            ("\"tie_word_embeddings\": false", "\"tie_word_embeddings\": true", "tie_embeddings must be false"),
+            ("\"use_cache\": true", "\"use_cache\": true, \"hidden_dropout\": 0.1", "hidden_dropout"),
         ],
     );
     refuses("olmoe", &[("\"clip_qkv\": null", "\"clip_qkv\": 8.0", "clip_qkv")]);

@@ -62,8 +62,17 @@ fn below_each_other(format: QuantFormat, parts: &[IntegerMatrix]) -> IntegerMatr
     IntegerMatrix::new(format, shape, integers, parts.iter().flat_map(|part| part.scales().to_vec()).collect()).unwrap()
 }
 
-const PUBLISHED: [&str; 8] =
-    ["qwen3_moe", "qwen2_moe", "mixtral", "olmoe", "glm4_moe", "deepseek_v3", "granitemoe", "granitemoeshared"];
+const PUBLISHED: [&str; 9] = [
+    "qwen3_moe",
+    "qwen2_moe",
+    "mixtral",
+    "olmoe",
+    "glm4_moe",
+    "deepseek_v3",
+    "granitemoe",
+    "granitemoeshared",
+    "phimoe",
+];
 
 /// With no integers it is the model of the folder, in every family; with all of them that of the quantized folder.
 #[test]

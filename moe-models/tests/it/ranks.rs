@@ -127,6 +127,7 @@ fn published_families_over_ranks_equal_one_rank() {
         ("deepseek_v3", false),
         ("granitemoe", true),
         ("granitemoeshared", true),
+        ("phimoe", false),
     ] {
         family_over_ranks_equals_one_rank(family, tensor_slicing);
     }
@@ -185,6 +186,7 @@ fn family_over_ranks_equals_one_rank(family: &str, tensor_slicing: bool) {
 fn heads_that_ranks_cannot_share_are_refused() {
     refuses_tensor_slicing("qwen3_moe", 4, "layer 0: tp 4 must divide num_kv_heads 2");
     refuses_tensor_slicing("olmoe", 2, "layer 0: tp must be 1, got 2: the norms");
+    refuses_tensor_slicing("phimoe", 2, "tp must be 1, got 2: an output layer with a bias");
     refuses_tensor_slicing("deepseek_v3", 2, "layer 0: tp must be 1, got 2: latent attention");
 }
 

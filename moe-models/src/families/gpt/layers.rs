@@ -59,6 +59,7 @@ pub(super) fn decoder(config: &GptConfig) -> DecoderConfig {
         norm,
         learned_positions: true,
         tie_embeddings: true,
+        head_bias: false,
         init_std: config.init_std,
         eos_token_id: config.eos_token_id,
         multipliers: Multipliers::default(),
