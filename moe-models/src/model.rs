@@ -413,7 +413,7 @@ impl Decoder {
     /// # Errors
     /// As [`Decoder::load`], and [`Decoder::over`].
     pub fn load_over(dir: &Path, precision: Precision, mesh: &Mesh) -> Result<Self> {
-        let family = <Box<dyn Family>>::read_file(&dir.join("config.json"))?;
+        let family: Box<dyn Family> = read_plain(dir)?;
         let checkpoint = Checkpoint::of_family(dir, &family)?;
         let config = family.decoder()?;
         let table = Arc::new(config.params());

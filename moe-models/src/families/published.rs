@@ -20,12 +20,14 @@ pub(super) struct Form {
 }
 
 /// All of them.
-const FORMS: [&Form; 10] = [
+const FORMS: [&Form; 12] = [
     &super::deepseek::V2,
     &super::deepseek::V3,
     &super::glm4_moe::FORM,
+    &super::gpt_oss::FORM,
     &super::granitemoe::FORM,
     &super::granitemoe::SHARED,
+    &super::llama4::FORM,
     &super::mixtral::FORM,
     &super::olmoe::FORM,
     &super::phimoe::FORM,

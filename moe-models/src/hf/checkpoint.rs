@@ -5,6 +5,7 @@
 
 use super::file::is_plain_name;
 use super::map::Bytes;
+use super::mxfp4::{self, BlockedStack};
 use super::names::{FilePart, NameTable, StackPlace};
 use super::quantization::StoredMatrix;
 use super::tensor_file::{TensorFile, TensorHeader};
@@ -153,7 +154,12 @@ impl Checkpoint {
     pub fn check(&self, table: &ParamTable) -> Result<()> {
         let mut used = BTreeSet::new();
         for spec in table.specs() {
-            for (name, shape) in self.parts(spec)? {
+            for part in self.parts(spec)? {
+                if let Some(blocked) = self.blocked(&part) {
+                    used.extend(self.check_blocked(&blocked)?);
+                    continue;
+                }
+                let FilePart { name, shape, .. } = part;
                 if let Some(stored) = self.stored(&name, &shape) {
                     used.extend(self.check_stored(&stored)?);
                     continue;
@@ -183,6 +189,36 @@ impl Checkpoint {
             return Err(Error::format(shard.path(), reason));
         }
         Ok((shard, info))
+    }
+
+    /// What is in the place of a stack, if its matrices are there as blocks.
+    fn blocked(&self, part: &FilePart) -> Option<BlockedStack> {
+        BlockedStack::of(part).filter(|blocked| {
+            !self.by_name.contains_key(&part.name) && self.by_name.contains_key(&blocked.blocks_name())
+        })
+    }
+
+    /// Refuses blocks whose tensors do not fit each other; their names.
+    fn check_blocked(&self, blocked: &BlockedStack) -> Result<Vec<String>> {
+        let tensors = blocked.tensors().map_err(|reason| Error::format(self.shards[0].path(), reason))?;
+        let check = |TensorHeader { name, dtype, shape }: TensorHeader| {
+            let (shard, info) = self.found(&name, &shape)?;
+            match info.dtype == dtype {
+                true => Ok(name),
+                false => {
+                    let reason = format!("tensor {name} must be {dtype:?}, got {:?}", info.dtype);
+                    Err(Error::format(shard.path(), reason))
+                }
+            }
+        };
+        tensors.into_iter().map(check).collect()
+    }
+
+    /// One expert of a stack of blocks, f32.
+    fn decoded(&self, blocked: &BlockedStack, place: StackPlace, device: &Device) -> Result<Tensor> {
+        let bytes = |name: &str| self.shard(name)?.bytes_of(name, place.index);
+        let values = mxfp4::decode(bytes(&blocked.blocks_name())?, bytes(&blocked.scales_name())?);
+        mxfp4::layout(place.layout).from_files(&Tensor::from_vec(values, &blocked.shape(), device)?)
     }
 
     /// The matrix of this name, if it is there as integers, or some of its tensors are.
@@ -303,9 +339,9 @@ impl Checkpoint {
     }
 
     /// The tensors that hold a parameter, with the shape each must have.
-    fn parts(&self, spec: &ParamSpec) -> Result<Vec<(String, Vec<usize>)>> {
+    fn parts(&self, spec: &ParamSpec) -> Result<Vec<FilePart>> {
         if self.is_whole(spec) {
-            return Ok(vec![(spec.name.clone(), spec.shape.clone())]);
+            return Ok(vec![FilePart { name: spec.name.clone(), shape: spec.shape.clone(), place: None }]);
         }
         // Of a stack in the files one expert stands for all.
         let in_stack = spec.is_stacked() && self.names.stack(&spec.name).is_some();
@@ -315,7 +351,7 @@ impl Checkpoint {
         };
         let mut parts = Vec::new();
         for expert in experts {
-            parts.extend(self.names.parts(spec, expert)?.into_iter().map(|part| (part.name, part.shape)));
+            parts.extend(self.names.parts(spec, expert)?);
         }
         Ok(parts)
     }
@@ -341,6 +377,9 @@ impl Checkpoint {
     /// A tensor or one expert of it, or what the integers in its place stand for, f32.
     fn floats(&self, part: &FilePart, device: &Device) -> Result<Tensor> {
         let FilePart { name, shape, place } = part;
+        if let (Some(place), Some(blocked)) = (*place, self.blocked(part)) {
+            return self.decoded(&blocked, place, device);
+        }
         if let Some(StackPlace { index, layout }) = *place {
             return layout.from_files(&self.shard(name)?.slice(name, index, device)?);
         }

@@ -9,6 +9,7 @@ mod file;
 mod kept;
 mod layout;
 mod map;
+mod mxfp4;
 mod names;
 pub mod quantization;
 mod rows;

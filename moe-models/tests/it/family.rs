@@ -219,6 +219,65 @@ fn granitemoeshared_equals_transformers() {
 }
 
 #[test]
+fn gpt_oss_equals_transformers() {
+    check("gpt_oss");
+}
+
+#[test]
+fn llama4_text_equals_transformers() {
+    check("llama4_text");
+}
+
+/// Experts in blocks of 4 bits, as published files have them: the values that transformers makes of them, and floats once saved.
+#[test]
+fn gpt_oss_is_read_from_mxfp4() {
+    let folder = fixtures().join("gpt_oss/mxfp4");
+    let expected = read("gpt_oss/mxfp4/expected/expected.safetensors");
+    let ids = expected["input_ids"].to_vec1::<u32>().unwrap();
+    let model = Any::load(&folder, &Device::Cpu).unwrap();
+    let packed = Decoder::load(&folder, Precision::F32).unwrap();
+    for decoder in [model.decoder(), &packed] {
+        let off = difference(&logits(decoder, &ids), &expected["logits"], "logits");
+        assert!(off <= TOLERANCE, "logits are off by {off:e}");
+    }
+    let dir = tempfile::tempdir().unwrap();
+    model.save(dir.path(), DType::BF16).unwrap();
+    let json = std::fs::read_to_string(dir.path().join("config.json")).unwrap();
+    assert!(!json.contains("quantization_config"), "{json}");
+    let again = Any::load(dir.path(), &Device::Cpu).unwrap();
+    for ((name, read), (_, saved)) in model.params().iter().zip(again.params()) {
+        // These values are bf16's own.
+        if name.contains("experts") && name.ends_with("weight") {
+            assert_eq!(values(read), values(saved), "{name}");
+        }
+    }
+
+    // What does not fit is refused by its name.
+    let copy = tempfile::tempdir().unwrap();
+    std::fs::copy(folder.join("config.json"), copy.path().join("config.json")).unwrap();
+    let tensors = candle_core::safetensors::load(folder.join("model.safetensors"), &Device::Cpu).unwrap();
+    let blocks = "model.layers.1.mlp.experts.down_proj_blocks";
+    let refused = |change: fn(&mut HashMap<String, Tensor>)| {
+        let mut tensors = tensors.clone();
+        change(&mut tensors);
+        candle_core::safetensors::save(&tensors, copy.path().join("model.safetensors")).unwrap();
+        Any::load(copy.path(), &Device::Cpu).unwrap_err().to_string()
+    };
+    let text = refused(|t| drop(t.remove("model.layers.1.mlp.experts.down_proj_scales")));
+    assert!(text.contains("down_proj_scales is missing"), "{text}");
+    let text = refused(|t| {
+        let name = "model.layers.1.mlp.experts.down_proj_blocks";
+        t.insert(name.into(), t[name].narrow(1, 0, 31).unwrap().contiguous().unwrap());
+    });
+    assert!(text.contains(blocks) && text.contains("[4, 32, 1, 16]"), "{text}");
+    let text = refused(|t| {
+        let name = "model.layers.1.mlp.experts.down_proj_blocks";
+        t.insert(name.into(), t[name].to_dtype(DType::F32).unwrap());
+    });
+    assert!(text.contains(blocks) && text.contains("must be U8"), "{text}");
+}
+
+#[test]
 fn phimoe_equals_transformers() {
     check("phimoe");
 }
@@ -413,6 +472,40 @@ fn families_refuse_what_they_do_not_implement() {
             ("      1.25,\n", "", "4 pairs of columns turn, but there are 3 factors"),
             ("\"tie_word_embeddings\": false", "\"tie_word_embeddings\": true", "tie_embeddings must be false"),
             ("\"use_cache\": true", "\"use_cache\": true, \"hidden_dropout\": 0.1", "hidden_dropout"),
+        ],
+    );
+    refuses(
+        "gpt_oss",
+        &[
+            ("\"swiglu_alpha\": 1.702", "\"swiglu_alpha\": 1.5", "swiglu_alpha"),
+            ("\"swiglu_limit\": 7.0", "\"swiglu_limit\": 5.0", "swiglu_limit"),
+            ("\"sliding_attention\"", "\"chunked_attention\"", "layer_types must be"),
+            (
+                "  \"full_attention\"\n",
+                "  \"full_attention\", \"full_attention\"\n",
+                "an entry for each of 2 layers, got 3",
+            ),
+            ("\"rope_parameters\"", "\"old_rope_parameters\"", "rope_parameters is missing"),
+            ("\"num_experts_per_tok\": 2", "\"num_experts_per_tok\": 2, \"experts_per_token\": 3", "experts_per_token"),
+            ("\"sliding_window\": 6", "\"sliding_window\": 0", "window must be at least 1"),
+        ],
+    );
+    refuses(
+        "llama4_text",
+        &[
+            ("\"num_experts_per_tok\": 1", "\"num_experts_per_tok\": 2", "num_experts_per_tok must be null or 1"),
+            ("\"attention_chunk_size\": 8", "\"attention_chunk_size\": null", "attention_chunk_size is missing"),
+            ("\"attention_chunk_size\": 8", "\"attention_chunk_size\": 0", "chunk must be at least 1"),
+            ("\"attn_scale\": 0.3", "\"attn_scale\": -0.3", "temperature must have"),
+            ("\"chunked_attention\"", "\"sliding_attention\"", "layer_types must be"),
+            ("\"router_jitter_noise\": 0.0", "\"router_jitter_noise\": 0.1", "router_jitter_noise"),
+            ("\"no_rope_layers\": [\n    1,", "\"no_rope_layers\": [\n    2,", "no_rope_layers must be 0 or 1"),
+            (
+                "\"no_rope_layers\": [\n    1,\n",
+                "\"no_rope_layers\": [\n",
+                "no_rope_layers must have an entry for each of 4",
+            ),
+            ("\"attn_temperature_tuning\": true", "\"attn_temperature_tuning\": \"yes\"", "attn_temperature_tuning"),
         ],
     );
     refuses("olmoe", &[("\"clip_qkv\": null", "\"clip_qkv\": 8.0", "clip_qkv")]);

@@ -62,7 +62,7 @@ fn below_each_other(format: QuantFormat, parts: &[IntegerMatrix]) -> IntegerMatr
     IntegerMatrix::new(format, shape, integers, parts.iter().flat_map(|part| part.scales().to_vec()).collect()).unwrap()
 }
 
-const PUBLISHED: [&str; 9] = [
+const PUBLISHED: [&str; 11] = [
     "qwen3_moe",
     "qwen2_moe",
     "mixtral",
@@ -72,6 +72,8 @@ const PUBLISHED: [&str; 9] = [
     "granitemoe",
     "granitemoeshared",
     "phimoe",
+    "gpt_oss",
+    "llama4_text",
 ];
 
 /// With no integers it is the model of the folder, in every family; with all of them that of the quantized folder.

@@ -29,7 +29,7 @@ fn decoders() -> Vec<(String, Decoder)> {
         all.push((format!("qwen3_moe {precision:?}"), qwen));
         let latent = Decoder::load(&fixtures().join("deepseek_v3"), precision).unwrap();
         all.push((format!("deepseek_v3 {precision:?}"), latent));
-        for family in ["granitemoe", "phimoe"] {
+        for family in ["granitemoe", "phimoe", "gpt_oss", "llama4_text"] {
             let decoder = Decoder::load(&fixtures().join(family), precision).unwrap();
             all.push((format!("{family} {precision:?}"), decoder));
         }

@@ -128,6 +128,8 @@ fn published_families_over_ranks_equal_one_rank() {
         ("granitemoe", true),
         ("granitemoeshared", true),
         ("phimoe", false),
+        ("gpt_oss", true),
+        ("llama4_text", true),
     ] {
         family_over_ranks_equals_one_rank(family, tensor_slicing);
     }

@@ -23,7 +23,7 @@ use std::sync::OnceLock;
 use std::sync::atomic::AtomicBool;
 
 /// Families that publish stacks.
-const STACKED: [&str; 1] = ["granitemoe"];
+const STACKED: [&str; 3] = ["granitemoe", "gpt_oss", "llama4_text"];
 const SAVE: Save = Save { step: 12, id: 0x5eed };
 /// Not trained, so without moments.
 const FROZEN: &str = "model.embed_positions.weight";

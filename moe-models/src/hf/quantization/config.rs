@@ -18,11 +18,13 @@ pub struct QuantizationConfig {
 /// What `config.json` calls it.
 pub(super) const FIELD: &str = "quantization_config";
 const METHOD: &str = "compressed-tensors";
+const MXFP4: &str = "mxfp4";
 /// Formats by the names of the library.
 const PACKED: &str = "pack-quantized";
 const INT: &str = "int-quantized";
 
-/// Reads a `config.json`: a family's configuration, and how the folder's matrices are stored if they are quantized.
+/// Reads a `config.json`: a family's configuration, and how the folder's matrices are stored if they are integers. Those that are
+/// MXFP4 are floats to whoever reads them.
 ///
 /// # Errors
 /// [`Error::Format`] naming the field that is wrong or not implemented.
@@ -30,10 +32,22 @@ pub(crate) fn read_config<F: ReadFamily>(json: &[u8], path: &Path) -> Result<(F,
     // What is no object is the family's to refuse.
     let fields = serde_json::from_slice::<Map<String, Value>>(json).unwrap_or_default();
     let Some(quantization) = fields.get(FIELD) else { return Ok((F::read(json, path)?, None)) };
-    let config = QuantizationConfig::from_json(quantization).map_err(|reason| Error::format(path, reason))?;
+    let refused = |reason| Error::format(path, reason);
+    let config = match quantization.get("quant_method") {
+        Some(method) if method == MXFP4 => check_mxfp4(quantization).map(|()| None),
+        _ => QuantizationConfig::from_json(quantization).map(Some),
+    };
+    let config = config.map_err(refused)?;
     let rest: Map<String, Value> = fields.into_iter().filter(|(name, _)| name != FIELD).collect();
     let rest = serde_json::to_vec(&rest).map_err(|e| Error::format(path, e.to_string()))?;
-    Ok((F::read(&rest, path)?, Some(config)))
+    Ok((F::read(&rest, path)?, config))
+}
+
+/// What is said of blocks of MXFP4, which are read as floats wherever they are in a folder.
+fn check_mxfp4(value: &Value) -> Checked<()> {
+    let mut fields = Fields::of(value, FIELD)?;
+    fields.skip(&["quant_method", "modules_to_not_convert", "dequantize"]);
+    fields.finish()
 }
 
 impl QuantizationConfig {
