@@ -18,7 +18,7 @@ fn fixture(family: &str) -> String {
 #[test]
 fn a_folder_is_the_model_that_training_begins_with() {
     let dir = tempfile::tempdir().unwrap();
-    for family in ["qwen3_moe", "deepseek_v3"] {
+    for family in ["qwen3_moe", "deepseek_v3", "gpt_oss"] {
         let config = fixture(family);
         let small = ["--set", "vocab_size=300", "--set", "max_position_embeddings=64"];
         let arguments = [&["--config", &config, "--out", family, "--seed", "7", "--dtype", "f32"], &small[..]].concat();
