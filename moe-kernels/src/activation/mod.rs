@@ -80,7 +80,7 @@ fn swiglu_bounded_gradient(gate: f32, up: f32) -> [f32; 2] {
     let (g, u) = (at_most_bound(gate), within_bound(up));
     let s = sigmoid(SLOPE * g);
     let of_gate = if gate > BOUND { 0.0 } else { (u + 1.0) * s * (1.0 + SLOPE * g * (1.0 - s)) };
-    let of_up = if up > BOUND || up < -BOUND { 0.0 } else { g * s };
+    let of_up = if up.abs() > BOUND { 0.0 } else { g * s };
     [of_gate, of_up]
 }
 

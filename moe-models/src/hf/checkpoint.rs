@@ -66,7 +66,8 @@ fn refuse_parts(dir: &Path) -> Result<()> {
         Ok(Form { weights: WeightForm::Parts }) => Err(Error::format(
             path,
             "these weights were saved by ranks that split matrices (tp or expert_slices above 1), or that hold some of the experts \
-             each of a family that publishes them as one tensor (ep above 1), each its part; export the checkpoint to a folder of whole tensors first (moe_models::train::shards::export) and open that",
+             each of a family that publishes them as one tensor (ep above 1), each its part; export the checkpoint to a folder of \
+             whole tensors first (moe_models::train::shards::export) and open that",
         )),
         _ => Ok(()),
     }

@@ -34,6 +34,11 @@ impl Layout {
         matches!(self, Self::AlternatingRows | Self::AlternatingColumns)
     }
 
+    /// Whether what has this shape here can lie so.
+    pub fn fits(self, shape: &[usize]) -> bool {
+        !self.alternates() || shape.first().is_some_and(|out| out.is_multiple_of(2))
+    }
+
     /// The shape in files of what has this shape here.
     pub fn in_files(self, shape: &[usize]) -> Vec<usize> {
         match shape {
@@ -104,5 +109,10 @@ mod tests {
         assert_eq!(Layout::AlternatingRows.from_files(&bias).unwrap().to_vec1::<f32>().unwrap(), [0., 1., 2., 3.]);
         let odd = Tensor::zeros(3, candle_core::DType::F32, &Device::Cpu).unwrap();
         assert!(Layout::AlternatingRows.from_files(&odd).is_err());
+        assert!(
+            !Layout::AlternatingRows.fits(&[3, 2])
+                && Layout::AlternatingRows.fits(&[4])
+                && Layout::Columns.fits(&[3, 2])
+        );
     }
 }

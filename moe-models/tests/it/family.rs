@@ -12,8 +12,8 @@ use moe_models::train::checkpoint::CheckpointStore;
 use moe_models::train::export::export;
 use moe_models::train::{Event, TrainConfig, Trainer};
 use moe_models::{
-    CausalLm, Decoder, DecoderConfig, Family, LayerwisePass, LogitsOf, Model, Pass, PoolConfig, Precision, ReadFamily,
-    SequenceStep, TokenBatch,
+    CausalLm, Decoder, DecoderConfig, Family, LayerwisePass, LogitsOf, Model, PackedForms, Pass, PoolConfig, Precision,
+    QuantFormat, ReadFamily, SequenceStep, TokenBatch,
 };
 use std::collections::{BTreeSet, HashMap};
 use std::path::{Path, PathBuf};
@@ -114,6 +114,17 @@ fn logits_and_gradients_equal_transformers(fixture: &Fixture) {
     println!("{} gradients, worst difference {worst:e} of the largest magnitude", compared.len());
 }
 
+/// Rounded to integers while it is loaded, from whatever form the files have, it is nearly the same model.
+fn serves_in_integers(fixture: &Fixture) {
+    let ids = &fixture.ids("input_ids")[..12];
+    let want = logits(&Decoder::load(&fixture.folder, Precision::F32).unwrap(), ids);
+    let forms = PackedForms::from(Precision::F32).with_products(QuantFormat::Int8);
+    let off = difference(&logits(&Decoder::load(&fixture.folder, forms).unwrap(), ids), &want, "logits");
+    println!("in 8 bits off by {off:e}");
+    // A token whose experts change moves far.
+    assert!(off > 0.0 && off < 0.5, "logits are off by {off:e}");
+}
+
 fn draws_experts(config: &DecoderConfig) -> bool {
     let router = |layer: &LayerConfig| layer.feed_forward.moe().map(|moe| moe.router);
     config.layers.iter().any(|layer| matches!(router(layer), Some(RouterConfig::SparseMixer(_))))
@@ -204,6 +215,7 @@ fn check(name: &str) {
     let fixture = Fixture::load(name);
     logits_and_gradients_equal_transformers(&fixture);
     greedy_text_equals_transformers(&fixture);
+    serves_in_integers(&fixture);
     round_trips_under_the_published_names(&fixture);
     trains_and_resumes(&fixture);
 }

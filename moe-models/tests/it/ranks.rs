@@ -2,7 +2,10 @@
 
 use crate::equality::{Kind, Reference, check, layouts};
 use crate::golden::fixtures;
+use candle_core::backprop::GradStore;
 use candle_core::{Device, Tensor, Var};
+use moe_core::ParamSpec;
+use moe_core::tape::{GradBuffers, Tape};
 use moe_kernels::KernelOps;
 use moe_models::gpt::{Gpt, GptConfig};
 use moe_models::gpt::{Pass, TokenBatch};
@@ -143,6 +146,7 @@ fn family_over_ranks_equals_one_rank(family: &str, tensor_slicing: bool) {
     let batch = TokenBatch { input_ids: ids[..12].to_vec(), target_ids: ids[1..].to_vec(), batch: 1, seq_len: 12 };
     let want = whole.loss(&batch, Pass::train(1)).unwrap();
     let want_grads = want.loss.backward().unwrap();
+    a_rank_without_tokens_takes_part(&whole, &batch, &want_grads);
     let (hidden, _) = whole.decoder().hidden(&batch.input_ids, 12, Pass::Eval).unwrap();
     let want_logits = whole.decoder().head().logits(&hidden).unwrap();
     for (dims, coordination) in [
@@ -181,6 +185,44 @@ fn family_over_ranks_equals_one_rank(family: &str, tensor_slicing: bool) {
             }
         });
     }
+}
+
+/// Two ranks share the experts, and one of them has no tokens: it takes part in the pass there and back, its experts have the
+/// gradients that the other's tokens make, and everything else has zeros.
+fn a_rank_without_tokens_takes_part(whole: &Model<Box<dyn Family>>, batch: &TokenBatch, want: &GradStore) {
+    let table = Arc::new(whole.table().clone());
+    ThreadWorld::new(2).run(|comm| {
+        let exchange = ExchangeConfig { route: Route::Flat, coordination: Coordination::None };
+        let mesh = Mesh::new(Arc::clone(&comm), ParallelDims::new(2, 1, 2, 1), 2, exchange).unwrap();
+        let placement = mesh.placement();
+        let part = |(spec, (name, var)): (&ParamSpec, &(String, Var))| {
+            let part = placement.local(spec, var.as_detached_tensor()).unwrap().contiguous().unwrap();
+            (name.clone(), Var::from_tensor(&part).unwrap())
+        };
+        let vars: Vec<(String, Var)> = table.specs().iter().zip(whole.params()).map(part).collect();
+        let vb = ParamSource::variables(Arc::clone(&table), &vars).at(placement).builder(&Device::Cpu);
+        let ops = Arc::new(KernelOps::default());
+        let decoder = Decoder::over(whole.decoder_config().clone(), vb, ops, &mesh).unwrap();
+        let own = match comm.rank() {
+            0 => batch.clone(),
+            _ => TokenBatch { input_ids: vec![], target_ids: vec![], batch: 0, ..batch.clone() },
+        };
+        let mut buffers = GradBuffers::new(vars.iter().map(|(name, var)| (name.as_str(), var))).unwrap();
+        buffers.begin();
+        let (loss, tape) = Tape::record(|| decoder.loss(&own, Pass::train(1)).unwrap().loss);
+        tape.backward_of(&loss, &mut buffers.gradients()).unwrap();
+        buffers.finish();
+        for (index, spec) in table.specs().iter().enumerate().filter(|(_, spec)| spec.trained) {
+            let (name, var) = &vars[index];
+            let of_whole = want.get(&whole.params()[index].1).unwrap();
+            let mut want = placement.local(spec, of_whole.clone()).unwrap();
+            if comm.rank() > 0 && !spec.is_stacked() {
+                want = want.zeros_like().unwrap();
+            }
+            let got = Tensor::from_slice(buffers.of(index), var.shape(), &Device::Cpu).unwrap();
+            moe_core::testing::assert_close(&got, &want, 1e-5, &format!("rank {}: {name}", comm.rank()));
+        }
+    });
 }
 
 /// Heads that the ranks cannot share, and norms that span them, are refused with the layer and the numbers.

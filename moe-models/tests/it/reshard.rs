@@ -331,6 +331,7 @@ fn places_that_experts_do_not_have_are_refused() {
     };
     says(&edited(|entry| entry["place"]["index"] = 1.into()), &["is in two entries"]);
     says(&edited(|entry| entry["place"]["index"] = 99.into()), &["must be F32 [100, "]);
+    says(&edited(|entry| entry["place"]["index"] = u64::MAX.into()), &["must be F32"]);
     says(&edited(|entry| entry["place"]["layout"] = "sideways".into()), &["sideways"]);
     says(&edited(|entry| entry["size"][0] = 1.into()), &["only all of an expert"]);
 }

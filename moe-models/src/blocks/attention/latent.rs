@@ -98,7 +98,8 @@ impl Latent {
         let offsets: Vec<usize> = (0..=heads).map(|head| head * tokens).collect();
         let rows = x.transpose(0, 1)?.contiguous()?.reshape((heads * tokens, width))?;
         let rows = self.ops.grouped_linear(&rows, weight, None, &offsets)?;
-        Ok(rows.reshape((heads, tokens, ()))?.transpose(0, 1)?.contiguous()?)
+        let out = rows.dim(1)?;
+        Ok(rows.reshape((heads, tokens, out))?.transpose(0, 1)?.contiguous()?)
     }
 
     /// Queries `[tokens, heads * (kv_rank + rope_dim)]` and the keys `[tokens, kv_rank + rope_dim]` that all heads share.

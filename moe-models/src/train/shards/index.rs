@@ -208,9 +208,14 @@ impl Index {
             let (start, size, shape) = (&entry.start, &entry.size, &info.shape);
             return Err(format!("{kind} of {name}: a box at {start:?} of size {size:?} is not inside of {shape:?}"));
         }
-        if entry.place.is_some() && entry.tensor_box() != TensorBox::whole(&info.shape) {
-            let tensor = &entry.tensor;
-            return Err(format!("{kind} of {name}: only all of an expert can be a part of {tensor}"));
+        if let Some(StackPlace { layout, .. }) = entry.place {
+            let (tensor, shape) = (&entry.tensor, &info.shape);
+            if entry.tensor_box() != TensorBox::whole(shape) {
+                return Err(format!("{kind} of {name}: only all of an expert can be a part of {tensor}"));
+            }
+            if !layout.fits(shape) {
+                return Err(format!("{kind} of {name}: {shape:?} has no two halves of rows that could take turns"));
+            }
         }
         if !files.contains(file.as_str()) {
             return Err(format!("{kind} of {name}: {file} is not one of the files of this index"));

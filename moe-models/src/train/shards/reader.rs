@@ -264,7 +264,7 @@ fn check_tensor(entry: &Entry, file: &TensorFile) -> Result<()> {
         None => size.clone(),
         // As many experts as it has, this one among them.
         Some(StackPlace { index, layout }) => {
-            let count = info.shape.first().copied().filter(|count| index < *count).unwrap_or(index + 1);
+            let count = info.shape.first().copied().filter(|count| index < *count).unwrap_or(index.saturating_add(1));
             [&[count], layout.in_files(size).as_slice()].concat()
         }
     };
