@@ -217,8 +217,11 @@ impl Checkpoint {
 
     /// One expert of a stack of blocks, f32.
     fn decoded(&self, blocked: &BlockedStack, place: StackPlace, device: &Device) -> Result<Tensor> {
-        let bytes = |name: &str| self.shard(name)?.bytes_of(name, place.index);
-        let values = mxfp4::decode(bytes(&blocked.blocks_name())?, bytes(&blocked.scales_name())?);
+        let [blocks, scales] = [blocked.blocks_name(), blocked.scales_name()];
+        let shard = self.shard(&blocks)?;
+        let blocks = shard.bytes_of(&blocks, place.index)?;
+        let values = mxfp4::decode(blocks, self.shard(&scales)?.bytes_of(&scales, place.index)?);
+        shard.let_go(blocks);
         mxfp4::layout(place.layout).from_files(&Tensor::from_vec(values, &blocked.shape(), device)?)
     }
 
@@ -382,7 +385,10 @@ impl Checkpoint {
             return self.decoded(&blocked, place, device);
         }
         if let Some(StackPlace { index, layout }) = *place {
-            return layout.from_files(&self.shard(name)?.slice(name, index, device)?);
+            let shard = self.shard(name)?;
+            let stored = shard.slice(name, index, device)?;
+            shard.let_go(shard.bytes_of(name, index)?);
+            return layout.from_files(&stored);
         }
         let Some(stored) = self.stored(name, shape) else { return self.one(name, device) };
         let refused = |e: moe_kernels::Error| Error::format(self.shards[0].path(), format!("tensor {name}: {e}"));
