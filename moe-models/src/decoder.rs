@@ -186,7 +186,9 @@ impl Decoder {
             None => OutputHead::tied(embeddings.tokens.table(), Arc::clone(&ops)),
         };
         let norm = Norm::new(&config.norm, model.pp("norm"), Arc::clone(&ops))?;
-        let (eval_routing, recompute, dropout) = Default::default();
+        let (eval_routing, recompute) = Default::default();
+        let dropout = DropoutConfig { attention: config.attention_dropout, ..DropoutConfig::default() };
+        dropout.validate()?;
         let device = vb.device().clone();
         Ok(Self { config, embeddings, layers, norm, head, eval_routing, recompute, dropout, ops, device })
     }

@@ -38,6 +38,8 @@ pub struct DecoderConfig {
     pub eos_token_id: Option<u32>,
     /// Factors on what is computed.
     pub multipliers: Multipliers,
+    /// Share of the attention's probabilities that training drops unless it is told otherwise ([`crate::Model::with_dropout`]).
+    pub attention_dropout: f64,
 }
 
 /// Factors on what is computed (Granite); 1 in most models.

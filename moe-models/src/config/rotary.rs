@@ -187,6 +187,10 @@ mod tests {
         let llama3 =
             RotaryScaling::Llama3 { factor: 8.0, low_freq_factor: 1.0, high_freq_factor: 4.0, original_positions: 64 };
         check(llama3, LLAMA3);
+        // Without anything between slow and fast.
+        let step =
+            RotaryScaling::Llama3 { factor: 8.0, low_freq_factor: 1.0, high_freq_factor: 1.0, original_positions: 64 };
+        check(step, [1.0, 0.1, 0.00125, 0.000125]);
         let yarn = |beta_fast, truncate| RotaryScaling::Yarn {
             factor: 4.0,
             beta_fast,

@@ -173,6 +173,7 @@ impl Backbone {
             init_std: self.std,
             eos_token_id: self.eos_token_id,
             multipliers: Multipliers::default(),
+            attention_dropout: 0.0,
         }
     }
 }
@@ -257,8 +258,9 @@ fn rotary_scaling(rope: &mut Fields, max_seq_len: usize, defaults: &Defaults) ->
             let [factor, low_freq_factor, high_freq_factor] =
                 ["factor", "low_freq_factor", "high_freq_factor"].map(|name| rope.positive(name));
             let (low_freq_factor, high_freq_factor) = (low_freq_factor?, high_freq_factor?);
-            if low_freq_factor >= high_freq_factor {
-                return Err(format!("{}.low_freq_factor must be below high_freq_factor", rope.at()));
+            // Where they are the same there is a step between slow and fast.
+            if low_freq_factor > high_freq_factor {
+                return Err(format!("{}.low_freq_factor must not be above high_freq_factor", rope.at()));
             }
             RotaryScaling::Llama3 {
                 factor: factor?,

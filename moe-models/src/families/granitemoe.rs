@@ -50,6 +50,8 @@ fn read(
     fields: &mut Fields,
     branch: impl FnOnce(&mut Fields, &Backbone) -> Checked<BranchConfig>,
 ) -> Checked<DecoderConfig> {
+    // Published models were trained with some.
+    let attention_dropout = fields.or("attention_dropout", 0.0)?;
     let backbone = Backbone::read(fields, &Defaults::LLAMA)?;
     let bias = fields.or("attention_bias", false)?;
     let attention = AttentionConfig::GroupedQuery(GroupedQueryConfig {
@@ -70,5 +72,5 @@ fn read(
         output: 1.0 / fields.positive_or("logits_scaling", 1.0)?,
     };
     let layer = LayerConfig { norm: backbone.norm(), attention, feed_forward };
-    Ok(DecoderConfig { multipliers, ..backbone.decoder(|_| layer) })
+    Ok(DecoderConfig { multipliers, attention_dropout, ..backbone.decoder(|_| layer) })
 }

@@ -43,7 +43,9 @@ const FULL: &str = "full_attention";
 
 fn read(fields: &mut Fields) -> Checked<DecoderConfig> {
     let backbone = Backbone::read(fields, &Defaults { rms_norm_eps: 1e-5, rope_theta: 500_000.0, ..Defaults::LLAMA })?;
-    fields.expect_none(&["router_jitter_noise"])?;
+    // How a program keeps keys and values.
+    fields.skip(&["cache_implementation"]);
+    fields.expect_none(&["router_jitter_noise", "for_llm_compressor"])?;
     let attention = attention(fields, &backbone)?;
     let experts = FeedForwardConfig::Moe(experts(fields, &backbone)?);
     let dense = FeedForwardConfig::Dense(backbone.mlp(fields.size("intermediate_size_mlp", MOST_WIDTH)?));

@@ -12,8 +12,8 @@ use moe_models::train::checkpoint::CheckpointStore;
 use moe_models::train::export::export;
 use moe_models::train::{Event, TrainConfig, Trainer};
 use moe_models::{
-    CausalLm, Decoder, DecoderConfig, Family, LayerwisePass, LogitsOf, Model, PackedForms, Pass, PoolConfig, Precision,
-    QuantFormat, ReadFamily, SequenceStep, TokenBatch,
+    CausalLm, Decoder, DecoderConfig, DropoutConfig, Family, LayerwisePass, LogitsOf, Model, PackedForms, Pass,
+    PoolConfig, Precision, QuantFormat, ReadFamily, SequenceStep, TokenBatch,
 };
 use std::collections::{BTreeSet, HashMap};
 use std::path::{Path, PathBuf};
@@ -223,6 +223,19 @@ fn check(name: &str) {
 #[test]
 fn granitemoe_equals_transformers() {
     check("granitemoe");
+}
+
+/// What files say of dropout is what training drops, and a number that is none is refused.
+#[test]
+fn granitemoe_drops_what_its_files_say() {
+    let path = fixtures().join("granitemoe/config.json");
+    let json = std::fs::read_to_string(&path).unwrap();
+    let model = |share: &str| {
+        let json = json.replacen("\"attention_dropout\": 0.0", &format!("\"attention_dropout\": {share}"), 1);
+        Any::new(<Box<dyn Family>>::read(json.as_bytes(), &path).unwrap(), 1, &Device::Cpu)
+    };
+    assert_eq!(model("0.1").unwrap().dropout(), DropoutConfig { attention: 0.1, hidden: 0.0 });
+    assert!(model("1.0").unwrap_err().to_string().contains("attention"));
 }
 
 #[test]
@@ -453,6 +466,7 @@ fn families_refuse_what_they_do_not_implement() {
     refuses(
         "granitemoeshared",
         &[
+            ("\"attention_dropout\": 0.0", "\"attention_dropout\": \"much\"", "attention_dropout"),
             ("\"residual_multiplier\": 0.7", "\"residual_multiplier\": 0.0", "residual_multiplier must be a positive"),
             ("\"logits_scaling\": 0.5", "\"logits_scaling\": -1.0", "logits_scaling must be a positive"),
             (

@@ -63,6 +63,7 @@ pub(super) fn decoder(config: &GptConfig) -> DecoderConfig {
         init_std: config.init_std,
         eos_token_id: config.eos_token_id,
         multipliers: Multipliers::default(),
+        attention_dropout: 0.0,
     }
 }
 
