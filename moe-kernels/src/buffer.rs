@@ -302,7 +302,7 @@ mod tests {
         }
         let (bytes, owner): (_, Arc<Owner>) = (owner.as_slice().as_ptr(), Arc::new(Owner(owner)));
         let part = |range: Range<usize>| SharedBytes::new(owner.clone(), range);
-        assert!(part(0..257).is_none() && part(3..2).is_none());
+        assert!(part(0..257).is_none() && part(Range { start: 3, end: 2 }).is_none());
         assert!(Words::shared(part(4..64).unwrap()).is_none() && Words::shared(part(64..66).unwrap()).is_none());
         let mut words = Words::shared(part(64..128).unwrap()).unwrap();
         assert_eq!((words.as_slice()[0], words.as_slice().as_ptr()), (16, bytes.wrapping_add(16)));
