@@ -3,6 +3,7 @@
 use crate::ops::host::expect_shape;
 use crate::{Dispatcher, Error, ExpertLoad, Experts, Mlp, Result, RouteContext, Router, RouterLosses, Routing, Weight};
 use candle_core::Tensor;
+use tracing::debug_span;
 
 /// What an MoE layer returns.
 #[derive(Debug, Clone)]
@@ -103,11 +104,11 @@ impl<R: Router, D: Dispatcher, E: Experts> MoeLayer<R, D, E> {
     /// # Source
     /// Paper section 3 (MoE layer); a token without expert gets zeros.
     pub fn forward(&self, tokens: &Tensor, context: &RouteContext<'_>) -> Result<MoeOutput> {
-        let (routing, tokens) = self.route(tokens, context)?;
-        let (rows, receipt) = self.dispatcher.dispatch(&tokens, &routing)?;
-        let rows = self.experts.forward(rows)?;
+        let (routing, tokens) = debug_span!("route").in_scope(|| self.route(tokens, context))?;
+        let (rows, receipt) = debug_span!("dispatch").in_scope(|| self.dispatcher.dispatch(&tokens, &routing))?;
+        let rows = debug_span!("experts").in_scope(|| self.experts.forward(rows))?;
         context.observe(&routing, &rows)?;
-        let hidden = self.dispatcher.combine(rows, receipt)?;
+        let hidden = debug_span!("combine").in_scope(|| self.dispatcher.combine(rows, receipt))?;
         Ok(MoeOutput::new(hidden, routing))
     }
 
@@ -121,13 +122,13 @@ impl<R: Router, D: Dispatcher, E: Experts> MoeLayer<R, D, E> {
         context: &RouteContext<'_>,
         branch: impl FnOnce() -> Result<Tensor>,
     ) -> Result<(MoeOutput, Tensor)> {
-        let (routing, tokens) = self.route(tokens, context)?;
-        let (rows, receipt) = self.dispatcher.dispatch(&tokens, &routing)?;
-        let rows = self.experts.forward(rows)?;
+        let (routing, tokens) = debug_span!("route").in_scope(|| self.route(tokens, context))?;
+        let (rows, receipt) = debug_span!("dispatch").in_scope(|| self.dispatcher.dispatch(&tokens, &routing))?;
+        let rows = debug_span!("experts").in_scope(|| self.experts.forward(rows))?;
         context.observe(&routing, &rows)?;
         let combining = self.dispatcher.begin_combine(rows, receipt)?;
-        let branch = branch()?;
-        let hidden = self.dispatcher.finish_combine(combining)?;
+        let branch = debug_span!("branch").in_scope(branch)?;
+        let hidden = debug_span!("combine").in_scope(|| self.dispatcher.finish_combine(combining))?;
         Ok((MoeOutput::new(hidden, routing), branch))
     }
 

@@ -18,6 +18,7 @@ use moe_core::{
 };
 use moe_parallel::{Mesh, RankDispatcher};
 use std::sync::Arc;
+use tracing::debug_span;
 
 /// How tokens are routed outside training.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
@@ -390,6 +391,7 @@ impl Decoder {
                 EvalRouting::TokenByToken => RouteContext::infer(),
                 EvalRouting::Original => RouteContext::new(Mode::Eval, &noise as &dyn NoiseSource),
             };
+            let _layer = debug_span!("layer", index).entered();
             let attend = |attention: &Attention, x: &Tensor| attention.forward_paged(x, &step, pool.layer(index));
             let (next, output) = layer.forward(stream, &context, attend)?;
             stream = next;
@@ -460,6 +462,7 @@ impl CausalLm for Decoder {
     fn forward(&self, batch: &mut [SequenceStep<'_>], pool: &KvPool) -> Result<StepOutput> {
         self.check_batch(batch, pool)?;
         let tokens: usize = batch.iter().map(|step| step.token_ids.len()).sum();
+        let _pass = debug_span!("pass", sequences = batch.len(), tokens).entered();
         let mut output = None;
         self.ops.chain(tokens * self.config.products_per_token(), &mut || output = Some(self.run(batch, pool)));
         output.unwrap_or_else(|| Err(Error::Argument("the backend ran no pass".into())))

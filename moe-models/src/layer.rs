@@ -12,6 +12,7 @@ use moe_core::tape::{cut, recomputed};
 use moe_core::{ExpertObserver, Mode, MoeOutput, Ops, RouteContext, SeededNoise, Weight};
 use serde::{Deserialize, Serialize};
 use std::sync::Arc;
+use tracing::debug_span;
 
 /// Attention and the feed-forward part, each with the norm that it reads.
 #[derive(Debug)]
@@ -63,7 +64,8 @@ impl Layer {
         attend: impl FnOnce(&Attention, &Tensor) -> Result<Tensor>,
     ) -> Result<[Tensor; 2]> {
         let [x, normed] = stream.normed(&self.attention_norm)?;
-        let added = Multipliers::apply(self.residual, attend(&self.attention, &normed)?)?;
+        let attended = debug_span!("attention").in_scope(|| attend(&self.attention, &normed))?;
+        let added = Multipliers::apply(self.residual, attended)?;
         self.feed_forward_norm.add(&x, &added)
     }
 
@@ -89,7 +91,7 @@ impl Layer {
 
     /// What the feed-forward part adds.
     fn feed(&self, normed: &Tensor, context: &RouteContext<'_>) -> Result<(Tensor, Option<MoeOutput>)> {
-        let (added, output) = self.feed_forward.forward(normed, context)?;
+        let (added, output) = debug_span!("feed_forward").in_scope(|| self.feed_forward.forward(normed, context))?;
         Ok((Multipliers::apply(self.residual, added)?, output))
     }
 
@@ -129,6 +131,7 @@ impl Layer {
     /// # Errors
     /// If a part refuses the input.
     pub(crate) fn sequences(&self, stream: Stream, pass: LayerPass) -> Result<(Stream, Option<MoeOutput>)> {
+        let _layer = debug_span!("layer", index = pass.layer).entered();
         let [x, normed] = self.attended_sequences(stream, pass)?;
         let (added, output) = self.fed(&normed, pass)?;
         Ok((Stream { x, added: Some(added) }, output))

@@ -16,6 +16,7 @@ use std::borrow::Cow;
 use std::collections::HashSet;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
+use tracing::{debug, debug_span};
 
 /// A model of family `F`, with its weights.
 #[derive(Debug)]
@@ -447,8 +448,10 @@ impl Decoder {
         kept: Option<Arc<dyn KeptWeights>>,
         path: &Path,
     ) -> Result<Self> {
+        let _load = debug_span!("load").entered();
         let config = family.decoder()?;
         let table = Arc::new(config.params());
+        let parameters = table.elem_count();
         let forms = match &quantization {
             Some(QuantizationConfig { format, .. }) => stored_forms(forms, *format, path)?,
             None => forms,
@@ -458,7 +461,9 @@ impl Decoder {
         let source = ParamSource::checkpoint(table, Arc::new(checkpoint), Placement::WHOLE);
         let ops = KernelOps::packing(forms);
         let ops = kept.into_iter().fold(ops, KernelOps::with_kept);
-        Self::new(config, source.builder(&Device::Cpu), Arc::new(ops))
+        let decoder = Self::new(config, source.builder(&Device::Cpu), Arc::new(ops))?;
+        debug!(parameters, ?forms, "weights are packed");
+        Ok(decoder)
     }
 }
 

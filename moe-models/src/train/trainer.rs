@@ -25,6 +25,7 @@ use std::ops::Range;
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
+use tracing::debug_span;
 
 /// Keeps the passes' random numbers apart from every other use of the run's seed.
 const PASS_TAG: u64 = 0x7061_7373_0000_0000;
@@ -356,6 +357,7 @@ impl<M: TrainModel> Trainer<M> {
     /// Draws a global batch, sums its gradients and updates the parameters.
     fn update(&mut self, lr: f64) -> Result<(BatchSums, StepReport)> {
         let started = Instant::now();
+        let _step = debug_span!("step", index = self.step + 1).entered();
         let count = self.config.grad_accum();
         let share = self.ranks.share(count);
         let batches = self.draw_batches(&share);
@@ -366,11 +368,12 @@ impl<M: TrainModel> Trainer<M> {
         };
         let passes: Vec<TrainPass> = share.map(pass).collect();
         let (how, buffers, division) = (self.ranks.passes(count), &mut self.buffers, &mut *self.division);
-        let own = accumulate_share(&self.model, &batches, &passes, how, buffers, division);
+        let own = debug_span!("gradients")
+            .in_scope(|| accumulate_share(&self.model, &batches, &passes, how, buffers, division));
         let sums = BatchSums::over(&*self.ranks, count, own)?;
-        self.division.finish(&mut self.buffers.grads)?;
+        debug_span!("reduce").in_scope(|| self.division.finish(&mut self.buffers.grads))?;
         let step = self.step + 1;
-        let report = self.apply(&sums, lr).map_err(|e| match e {
+        let report = debug_span!("update").in_scope(|| self.apply(&sums, lr)).map_err(|e| match e {
             Error::NonFinite { what, in_a_row, .. } => Error::NonFinite { step: Some(step), what, in_a_row },
             other => other,
         })?;

@@ -11,6 +11,7 @@ mod quantized;
 mod ragged;
 mod ranks;
 mod reshard;
+mod spans;
 mod toy;
 mod train_checkpoint;
 mod train_cli;

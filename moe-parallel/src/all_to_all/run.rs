@@ -6,6 +6,7 @@ use crate::{Error, Result};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::{Duration, Instant};
+use tracing::debug_span;
 
 /// Which way a plan is run.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -296,6 +297,8 @@ impl<T: Element> Moving<T> {
 
     /// [`Moving::finish`], showing the buffers between two steps.
     fn finish_seeing(mut self, mut see: impl FnMut(&[T])) -> Result<Vec<T>> {
+        let Site { phase, layer } = self.way.site;
+        let _exchange = debug_span!("all_to_all", ?phase, layer, direction = ?self.way.direction).entered();
         loop {
             let (way, step) = (self.way, self.step);
             let buffer = receive(&way, step, self.pending, self.buffer)?;
