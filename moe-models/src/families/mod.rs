@@ -7,6 +7,7 @@ mod glm4_moe;
 pub mod gpt;
 mod gpt_oss;
 mod granitemoe;
+mod llama;
 mod llama4;
 mod mixtral;
 mod olmoe;

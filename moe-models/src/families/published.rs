@@ -20,13 +20,14 @@ pub(super) struct Form {
 }
 
 /// All of them.
-const FORMS: [&Form; 12] = [
+const FORMS: [&Form; 13] = [
     &super::deepseek::V2,
     &super::deepseek::V3,
     &super::glm4_moe::FORM,
     &super::gpt_oss::FORM,
     &super::granitemoe::FORM,
     &super::granitemoe::SHARED,
+    &super::llama::FORM,
     &super::llama4::FORM,
     &super::mixtral::FORM,
     &super::olmoe::FORM,

@@ -408,6 +408,11 @@ fn layers_after_the_last_are_left_out() {
 }
 
 #[test]
+fn llama_equals_transformers() {
+    check("llama");
+}
+
+#[test]
 fn olmoe_equals_transformers() {
     check("olmoe");
 }
