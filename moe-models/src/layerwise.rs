@@ -4,12 +4,10 @@
 use crate::blocks::{Norm, Rotaries};
 use crate::config::Multipliers;
 use crate::decoder::{Backend, Embeddings};
-use crate::hf::Checkpoint;
 use crate::hf::quantization::refuse_quantized;
 use crate::layer::{Layer, LayerPass, Stream};
-use crate::model::read_folder;
 use crate::params::ParamSource;
-use crate::{DecoderConfig, Error, Family, PackedForms, Precision, QuantFormat, Result, TokenBatch};
+use crate::{DecoderConfig, Error, Family, ModelSource, PackedForms, Precision, QuantFormat, Result, TokenBatch};
 use candle_core::{Device, Tensor};
 use moe_core::Ops;
 use moe_core::ops::{ObservedOps, ProductObserver};
@@ -31,16 +29,17 @@ pub struct LayerwisePass {
 }
 
 impl LayerwisePass {
-    /// The sequences of `batches` before the first layer of the model in the folder `dir`.
+    /// The sequences of `batches` before the first layer of the model in a folder or GGUF file.
     ///
     /// # Errors
     /// If a file is missing, damaged, or does not fit the configuration; if the weights are quantized; if the ids do not fit the
     /// model.
-    pub fn open(dir: &Path, batches: &[TokenBatch]) -> Result<Self> {
-        let (family, quantization) = read_folder::<Box<dyn Family>>(dir)?;
-        refuse_quantized(quantization.as_ref(), &dir.join("config.json"))?;
+    pub fn open(path: &Path, batches: &[TokenBatch]) -> Result<Self> {
+        let source = ModelSource::open(path)?;
+        let (family, quantization) = source.family::<Box<dyn Family>>()?;
+        refuse_quantized(source.quantized_form(quantization.as_ref()), &source.config_path())?;
         let config = family.decoder()?;
-        let (table, checkpoint) = (Arc::new(config.params()), Checkpoint::of_family(dir, &family)?);
+        let (table, checkpoint) = (Arc::new(config.params()), source.checkpoint(&family)?);
         checkpoint.check(&table)?;
         let source = ParamSource::checkpoint(table, Arc::new(checkpoint), Placement::WHOLE);
         let vb = source.clone().builder(&Device::Cpu);

@@ -15,12 +15,14 @@ mod dropout;
 mod error;
 pub mod families;
 mod fields;
+mod gguf;
 pub mod hf;
 mod layer;
 mod layerwise;
 mod model;
 mod params;
 pub mod random;
+mod source;
 pub mod train;
 
 pub use batch::{IGNORED, LayerLoad, LossOutput, LossParts, Pass, TokenBatch, TrainPass};
@@ -37,6 +39,7 @@ pub use model::{Kept, Model};
 pub use moe_kernels::quantized::QuantFormat;
 pub use moe_kernels::{PackedForms, Precision};
 pub use params::{ParamSource, ParamTable};
+pub use source::ModelSource;
 
 /// The layers' crate, in the version whose types are in these signatures.
 pub use moe_core;

@@ -6,7 +6,7 @@ use crate::families::{Family, ReadFamily};
 use crate::hf::quantization::{QuantizationConfig, read_config};
 use crate::hf::{self, Checkpoint, KeptPath};
 use crate::params::{ParamSource, ParamTable};
-use crate::{Decoder, DecoderConfig, DropoutConfig, Error, Recompute, Result};
+use crate::{Decoder, DecoderConfig, DropoutConfig, Error, ModelSource, Recompute, Result};
 use candle_core::{DType, Device, Tensor, Var};
 use moe_core::{CandleOps, Ops, ParamSpec, WeightUse};
 use moe_kernels::quantized::QuantFormat;
@@ -301,13 +301,12 @@ impl<F: Family> Model<F> {
 }
 
 impl<F: ReadFamily> Model<F> {
-    /// Reads a Hugging Face folder.
+    /// Reads a Hugging Face folder, or a GGUF file.
     ///
     /// # Errors
     /// If a file is missing, damaged, or does not fit the configuration; if the weights are quantized.
-    pub fn load(dir: &Path, device: &Device) -> Result<Self> {
-        let family: F = read_plain(dir)?;
-        let checkpoint = Checkpoint::of_family(dir, &family)?;
+    pub fn load(path: &Path, device: &Device) -> Result<Self> {
+        let (family, checkpoint) = read_plain(path)?;
         Self::from_checkpoint(family, &checkpoint, device)
     }
 
@@ -315,19 +314,20 @@ impl<F: ReadFamily> Model<F> {
     ///
     /// # Errors
     /// If a file is missing, damaged, or does not fit the configuration.
-    pub fn load_dequantized(dir: &Path, device: &Device) -> Result<Self> {
-        let (family, quantization) = read_folder::<F>(dir)?;
-        let checkpoint = with_integers(Checkpoint::of_family(dir, &family)?, quantization);
+    pub fn load_dequantized(path: &Path, device: &Device) -> Result<Self> {
+        let source = ModelSource::open(path)?;
+        let (family, quantization) = source.family::<F>()?;
+        let checkpoint = with_integers(source.checkpoint(&family)?, quantization);
         Self::from_checkpoint(family, &checkpoint, device)
     }
 
-    /// One rank's part of a Hugging Face folder's model, of which only this part is read. Called by all ranks of `mesh`.
+    /// One rank's part of the model in a Hugging Face folder or GGUF file, of which only this part is read. Called by all ranks of
+    /// `mesh`.
     ///
     /// # Errors
     /// As [`Model::load`], and [`Decoder::over`].
-    pub fn load_over(dir: &Path, mesh: Arc<Mesh>) -> Result<Self> {
-        let family: F = read_plain(dir)?;
-        let checkpoint = Checkpoint::of_family(dir, &family)?;
+    pub fn load_over(path: &Path, mesh: Arc<Mesh>) -> Result<Self> {
+        let (family, checkpoint) = read_plain(path)?;
         Self::from_checkpoint_over(family, Arc::new(checkpoint), mesh)
     }
 
@@ -337,32 +337,30 @@ impl<F: ReadFamily> Model<F> {
     /// If one of them is damaged or they do not fit each other; if the weights are quantized.
     pub fn from_bytes(config_json: &[u8], weights: impl Into<Cow<'static, [u8]>>, device: &Device) -> Result<Self> {
         let path = Path::new("config.json");
-        let family: F = refuse_quantized(read_config(config_json, path)?, path)?;
-        let checkpoint = Checkpoint::from_bytes(weights.into(), family.names())?.without_extra(&family);
+        let (family, quantization) = read_config::<F>(config_json, path)?;
+        refuse_quantized(quantization.map(|config| config.format.to_string()), path)?;
+        let checkpoint = Checkpoint::from_bytes(weights.into(), &family)?;
         Self::from_checkpoint(family, &checkpoint, device)
     }
 }
 
-pub(crate) fn read_folder<F: ReadFamily>(dir: &Path) -> Result<(F, Option<QuantizationConfig>)> {
-    let path = dir.join("config.json");
-    let json = std::fs::read(&path).map_err(|e| Error::io(&path, e))?;
-    read_config(&json, &path)
+/// A model whose weights are variables to be, of which [`Model`] has no other use than their values.
+pub(crate) fn read_plain<F: ReadFamily>(path: &Path) -> Result<(F, Checkpoint)> {
+    let source = ModelSource::open(path)?;
+    let (family, quantization) = source.family()?;
+    refuse_quantized(source.quantized_form(quantization.as_ref()), &source.config_path())?;
+    let checkpoint = source.checkpoint(&family)?;
+    Ok((family, checkpoint))
 }
 
-/// The family of a folder whose weights are variables to be.
-fn read_plain<F: ReadFamily>(dir: &Path) -> Result<F> {
-    refuse_quantized(read_folder(dir)?, &dir.join("config.json"))
-}
-
-fn refuse_quantized<F>((family, quantization): (F, Option<QuantizationConfig>), path: &Path) -> Result<F> {
-    match quantization {
-        None => Ok(family),
-        Some(QuantizationConfig { format, .. }) => Err(Error::format(
+fn refuse_quantized(form: Option<String>, path: &Path) -> Result<()> {
+    match form {
+        None => Ok(()),
+        Some(form) => Err(Error::format(
             path,
             format!(
-                "the weights are quantized ({format}), and training changes floats: load them for inference \
-                 (Decoder::load), start from the folder they were made of, or take the values that the integers stand for \
-                 (Model::load_dequantized)"
+                "the weights are quantized ({form}), and training changes floats: load them for inference (Decoder::load), start \
+                 from those they were made of, or take the values that the integers stand for (Model::load_dequantized)"
             ),
         )),
     }
@@ -376,17 +374,23 @@ fn with_integers(checkpoint: Checkpoint, quantization: Option<QuantizationConfig
 }
 
 impl Decoder {
-    /// Reads a Hugging Face folder of any family for inference alone: weights are packed as they are read, and no other form of
-    /// them is ever whole in memory. In one [`Precision`], or quantized on the way where `forms` say so; a folder that is
-    /// quantized keeps the integers it has.
+    /// Reads a Hugging Face folder of any family, or a GGUF file, for inference alone: weights are packed as they are read, and no
+    /// other form of them is ever whole in memory. In one [`Precision`], or quantized on the way where `forms` say so; a folder that is
+    /// quantized keeps the integers it has, and so do Q4_0 tensors of a GGUF file where [`QuantFormat::INT4`] is asked for.
     ///
     /// # Errors
     /// If a file is missing, damaged, or does not fit the configuration; if `forms` ask for other integers than a quantized folder
     /// has.
-    pub fn load(dir: &Path, forms: impl Into<PackedForms>) -> Result<Self> {
-        let config = read_folder::<Box<dyn Family>>(dir)?;
-        let checkpoint = Checkpoint::of_family(dir, &config.0)?;
-        Self::from_checkpoint(config, checkpoint, forms.into(), &dir.join("config.json"))
+    pub fn load(path: &Path, forms: impl Into<PackedForms>) -> Result<Self> {
+        Self::from_source(&ModelSource::open(path)?, forms)
+    }
+
+    /// The same of a model that is opened already.
+    ///
+    /// # Errors
+    /// As [`Decoder::load`].
+    pub fn from_source(source: &ModelSource, forms: impl Into<PackedForms>) -> Result<Self> {
+        Self::of_source(source, forms.into(), None)
     }
 
     /// The same, with the packed weights kept in a file in the folder `cache`: the first start with these files and forms writes it, and
@@ -394,13 +398,20 @@ impl Decoder {
     ///
     /// # Errors
     /// As [`Decoder::load`]; [`Error::Io`] if the file cannot be written.
-    pub fn load_kept(dir: &Path, forms: impl Into<PackedForms>, cache: &Path) -> Result<(Self, Kept)> {
-        let (config, forms) = (read_folder::<Box<dyn Family>>(dir)?, forms.into());
-        let checkpoint = Checkpoint::of_family(dir, &config.0)?;
-        let kept = KeptPath::of(cache, dir, &forms)?;
+    pub fn load_kept(path: &Path, forms: impl Into<PackedForms>, cache: &Path) -> Result<(Self, Kept)> {
+        Self::from_source_kept(&ModelSource::open(path)?, forms, cache)
+    }
+
+    /// The same of a model that is opened already.
+    ///
+    /// # Errors
+    /// As [`Decoder::load_kept`].
+    pub fn from_source_kept(source: &ModelSource, forms: impl Into<PackedForms>, cache: &Path) -> Result<(Self, Kept)> {
+        let forms = forms.into();
+        let kept = KeptPath::of(cache, &source.required("config.json")?, &source.weight_files()?, &forms)?;
         let file = kept.open().map(|file| Arc::new(file) as Arc<dyn KeptWeights>);
         let is_there = file.is_some();
-        let decoder = Self::packed_from((config, checkpoint), forms, file, &dir.join("config.json"))?;
+        let decoder = Self::of_source(source, forms, file)?;
         if is_there {
             return Ok((decoder, Kept::Found(kept.path().to_owned())));
         }
@@ -408,14 +419,34 @@ impl Decoder {
         Ok((decoder, Kept::Written(kept.path().to_owned())))
     }
 
-    /// One rank's part of a Hugging Face folder's model, of which only this part is read, packed as it is read. Called by all ranks
-    /// of `mesh`, as are passes.
+    fn of_source(source: &ModelSource, mut forms: PackedForms, kept: Option<Arc<dyn KeptWeights>>) -> Result<Self> {
+        let config = source.family::<Box<dyn Family>>()?;
+        let mut checkpoint = source.checkpoint(&config.0)?;
+        if source.may_keep_integers()
+            && let WeightFormat::Quantized(format) = forms.of(WeightUse::Product)
+        {
+            (forms, checkpoint) = (forms.with_stored(format), checkpoint.with_integers(format));
+        }
+        Self::packed_from((config, checkpoint), forms, kept, &source.config_path())
+    }
+
+    /// One rank's part of the model in a Hugging Face folder or GGUF file, of which only this part is read, packed as it is read.
+    /// Called by all ranks of `mesh`, as are passes.
     ///
     /// # Errors
     /// As [`Decoder::load`], and [`Decoder::over`].
-    pub fn load_over(dir: &Path, precision: Precision, mesh: &Mesh) -> Result<Self> {
-        let family: Box<dyn Family> = read_plain(dir)?;
-        let checkpoint = Checkpoint::of_family(dir, &family)?;
+    pub fn load_over(path: &Path, precision: Precision, mesh: &Mesh) -> Result<Self> {
+        let source = ModelSource::open(path)?;
+        let (family, quantization) = source.family::<Box<dyn Family>>()?;
+        if let Some(QuantizationConfig { format, .. }) = quantization {
+            return Err(Error::format(
+                source.config_path(),
+                format!(
+                    "the weights are quantized ({format}), and a matrix of integers is not divided over ranks; load it on one"
+                ),
+            ));
+        }
+        let checkpoint = source.checkpoint(&family)?;
         let config = family.decoder()?;
         let table = Arc::new(config.params());
         checkpoint.check(&table)?;
@@ -434,7 +465,7 @@ impl Decoder {
     ) -> Result<Self> {
         let path = Path::new("config.json");
         let config = read_config::<Box<dyn Family>>(config_json, path)?;
-        let checkpoint = Checkpoint::from_bytes(weights.into(), config.0.names())?.without_extra(&config.0);
+        let checkpoint = Checkpoint::from_bytes(weights.into(), &config.0)?;
         Self::from_checkpoint(config, checkpoint, forms.into(), path)
     }
 

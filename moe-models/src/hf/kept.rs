@@ -5,12 +5,11 @@
 //! multiple of 64
 //! ```
 //!
-//! The key is a hash of what the weights depend on: this version's layout, the forms asked for, the folder's configuration, and of each
+//! The key is a hash of what the weights depend on: this version's layout, the forms asked for, the model's configuration, and of each
 //! file of weights its name, length, time of change and some of its bytes. Another key is another file, so none goes out of
 //! date; old ones are not removed. Pages of a mapped file are small ones, which reading pays for (`moe-kernels`' own weights lie in huge
 //! pages); in turn processes that serve the same model share them.
 
-use super::checkpoint::weight_files;
 use super::file::try_write_atomically;
 use super::map::Bytes;
 use crate::{Error, Result};
@@ -47,7 +46,7 @@ struct Entry {
     sections: Vec<(usize, usize)>,
 }
 
-/// Where the packed weights of a folder are kept, under a name that is theirs alone.
+/// Where the packed weights of a model are kept, under a name that is theirs alone.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(crate) struct KeptPath {
     path: PathBuf,
@@ -55,17 +54,16 @@ pub(crate) struct KeptPath {
 }
 
 impl KeptPath {
-    /// In `cache`, for the model in `dir` with weights in `forms`.
+    /// In `cache`, for the model of this `config.json` and these files of weights, with weights in `forms`.
     ///
     /// # Errors
     /// [`Error::Io`] if a file of the model cannot be read.
-    pub(crate) fn of(cache: &Path, dir: &Path, forms: &PackedForms) -> Result<Self> {
+    pub(crate) fn of(cache: &Path, config: &[u8], weights: &[PathBuf], forms: &PackedForms) -> Result<Self> {
         let mut hasher = blake3::Hasher::new();
         hasher.update(format!("{LAYOUT} {forms:?}").as_bytes());
-        let config = dir.join("config.json");
-        hasher.update(&std::fs::read(&config).map_err(|e| Error::io(&config, e))?);
-        for path in weight_files(dir)? {
-            see(&path, &mut hasher).map_err(|e| Error::io(&path, e))?;
+        hasher.update(config);
+        for path in weights {
+            see(path, &mut hasher).map_err(|e| Error::io(path, e))?;
         }
         let key = hasher.finalize().to_hex().to_string();
         Ok(Self { path: cache.join(format!("{key}.packed")), key })

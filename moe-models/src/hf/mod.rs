@@ -6,6 +6,7 @@
 
 mod checkpoint;
 mod file;
+mod files;
 mod kept;
 mod layout;
 mod map;
@@ -13,6 +14,7 @@ mod mxfp4;
 mod names;
 pub mod quantization;
 mod rows;
+mod shards;
 pub mod size;
 mod tensor_file;
 #[cfg(test)]
@@ -23,9 +25,11 @@ pub use checkpoint::{Checkpoint, WeightForm};
 pub(crate) use checkpoint::{RANKS_INDEX, WEIGHTS_FILE, WEIGHTS_INDEX};
 pub use file::write_atomically;
 pub(crate) use file::{copy_if_there, is_plain_name};
+pub(crate) use files::TensorFiles;
 pub(crate) use kept::KeptPath;
 pub use layout::Layout;
 pub(crate) use map::Bytes;
 pub use names::{FilePart, NameRule, NameTable, StackPlace, StackRule};
+pub(crate) use shards::weight_files;
 pub(crate) use tensor_file::{TensorFile, TensorHeader, write_header, write_values};
 pub(crate) use write::{SHARD_BYTES, file_tensors, save, write_config, write_weight_index, write_weights};

@@ -131,8 +131,25 @@ impl Trainer for FallibleTrainer<'_> {
 /// # Errors
 /// [`Error::Io`] if it cannot be read, [`Error::Format`] if it is not a tokenizer.
 pub fn load(path: &Path) -> Result<Tokenizer> {
-    let bytes = std::fs::read(path).map_err(|e| Error::io(path, e))?;
-    Tokenizer::from_bytes(&bytes).map_err(|e| Error::format(path, format!("not a tokenizer.json: {e}")))
+    parse(&std::fs::read(path).map_err(|e| Error::io(path, e))?, path)
+}
+
+/// A `tokenizer.json` of which only the decoder is looked at.
+#[derive(serde::Deserialize)]
+struct DecoderOnly {
+    #[serde(rename = "decoder")]
+    _decoder: Option<serde_json::Value>,
+}
+
+/// Reads the content of a `tokenizer.json`, of which `path` is the name for messages.
+///
+/// # Errors
+/// [`Error::Format`] if it is not a tokenizer.
+pub fn parse(json: &[u8], path: &Path) -> Result<Tokenizer> {
+    let refused = |reason: String| Error::format(path, format!("not a tokenizer.json: {reason}"));
+    // The tokenizers crate panics where the decoder's description ends or breaks off.
+    serde_json::from_slice::<DecoderOnly>(json).map_err(|e| refused(e.to_string()))?;
+    Tokenizer::from_bytes(json).map_err(|e| refused(e.to_string()))
 }
 
 /// One more than the largest id the tokenizer can give: what the model's vocabulary must hold.

@@ -3,6 +3,7 @@
 mod equality;
 mod examples;
 mod family;
+mod gguf;
 mod golden;
 mod init_cli;
 mod kept;

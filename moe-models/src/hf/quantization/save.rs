@@ -1,15 +1,15 @@
 //! [`save`]: from a folder of floats to one of integers, matrix by matrix.
 
-use super::config::{FIELD, QuantizationConfig, read_config};
+use super::config::{FIELD, QuantizationConfig};
 use super::stored::StoredMatrix;
 use super::{as_integers, is_product, refuse_stacks};
 use crate::hf::checkpoint::{Checkpoint, WEIGHTS_FILE};
-use crate::hf::file::copy_if_there;
+use crate::hf::file::write_atomically;
 use crate::hf::tensor_file::{TensorHeader, write_header};
 use crate::hf::write::{FileTensor, SHARD_BYTES, file_tensors, write_json, write_weight_index};
 use crate::params::ParamTable;
 use crate::train::export::{check_target, fill_target};
-use crate::{DecoderConfig, Error, Family, Result};
+use crate::{DecoderConfig, Error, Family, ModelSource, Result};
 use candle_core::{DType, Device, Tensor};
 use moe_core::ops::host::to_f32_vec;
 use moe_kernels::quantized::{IntegerMatrix, QuantFormat};
@@ -60,7 +60,7 @@ pub fn nearest(matrix: &MatrixToQuantize<'_>) -> Result<IntegerMatrix> {
     Ok(IntegerMatrix::nearest(matrix.format, matrix.values, matrix.shape)?)
 }
 
-/// Writes the model in the folder `from` with its matrices in `format` into the new folder `to`, with its tokenizer and what it says
+/// Writes the model in the folder or GGUF file `from` with its matrices in `format` into the new folder `to`, with its tokenizer and what it says
 /// of generation: whole or not at all. `quantize` gives the integers of one matrix after the other ([`nearest`], or what has been
 /// calibrated), in the order of the model; one tensor is in memory at a time. Everything else stays in the type it has.
 ///
@@ -92,13 +92,13 @@ pub(super) fn save_sharded(
     mut quantize: impl FnMut(&MatrixToQuantize<'_>) -> Result<IntegerMatrix>,
 ) -> Result<()> {
     check_target(to)?;
-    let path = from.join("config.json");
-    let json = std::fs::read(&path).map_err(|e| Error::io(&path, e))?;
-    let (family, quantization) = read_config::<Box<dyn Family>>(&json, &path)?;
-    refuse_quantized(quantization.as_ref(), &path)?;
+    let source = ModelSource::open(from)?;
+    let (path, json) = (source.config_path(), source.required("config.json")?);
+    let (family, quantization) = source.family::<Box<dyn Family>>()?;
+    refuse_quantized(source.quantized_form(quantization.as_ref()), &path)?;
     refuse_stacks(family.names()).map_err(|reason| Error::format(&path, reason))?;
     let decoder = family.decoder()?;
-    let (table, checkpoint) = (decoder.params(), Checkpoint::of_family(from, &family)?);
+    let (table, checkpoint) = (decoder.params(), source.checkpoint(&family)?);
     checkpoint.check(&table)?;
     let tensors = file_tensors(&table, family.names(), DType::F32)?;
     let units = tensors.iter().map(|tensor| Unit::new(tensor, format, &checkpoint)).collect::<Result<Vec<_>>>()?;
@@ -109,17 +109,20 @@ pub(super) fn save_sharded(
             serde_json::from_slice(&json).map_err(|e| Error::format(&path, e.to_string()))?;
         fields.insert(FIELD.to_owned(), config.to_json());
         write_json(&dir.join("config.json"), &fields.into())?;
-        OTHER_FILES.iter().try_for_each(|name| copy_if_there(&from.join(name), &dir.join(name)))
+        OTHER_FILES.iter().try_for_each(|name| match source.content(name)? {
+            Some(bytes) => write_atomically(&dir.join(name), |out| out.write_all(&bytes)),
+            None => Ok(()),
+        })
     })
 }
 
 /// Refuses a folder whose matrices are to become integers and are.
-pub(crate) fn refuse_quantized(quantization: Option<&QuantizationConfig>, path: &Path) -> Result<()> {
-    match quantization {
+pub(crate) fn refuse_quantized(form: Option<String>, path: &Path) -> Result<()> {
+    match form {
         None => Ok(()),
-        Some(QuantizationConfig { format, .. }) => Err(Error::format(
+        Some(form) => Err(Error::format(
             path,
-            format!("the weights are quantized already, in {format}; start from the folder they were made of"),
+            format!("the weights are quantized already, in {form}; start from those they were made of"),
         )),
     }
 }
@@ -154,7 +157,10 @@ impl<'a> Unit<'a> {
             }
             None => {
                 let (name, shape) = (from.header.name.clone(), from.header.shape.clone());
-                let dtype = checkpoint.file_dtype(&name, from.spec)?;
+                // Tensors of several pieces are stacks, which have been refused.
+                let piece = &from.pieces[0];
+                let part = piece.elements.start / piece.elements.len().max(1);
+                let dtype = checkpoint.file_dtype(from.spec, piece.expert, part)?;
                 (Form::AsItIs, vec![TensorHeader { name, dtype, shape }])
             }
         };
