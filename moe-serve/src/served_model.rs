@@ -4,7 +4,7 @@ use crate::engine::EngineConfig;
 use crate::generation_config::GenerationDefaults;
 use crate::text::{ChatMessage, ChatTemplate, TextTokenizer};
 use crate::{Error, Result};
-use moe_models::{CausalLm, Decoder, Kept, PackedForms};
+use moe_models::{CausalLm, Decoder, Kept, ModelSource, PackedForms};
 use std::collections::BTreeMap;
 use std::path::Path;
 use std::sync::Arc;
@@ -70,45 +70,47 @@ impl ServedModel {
         Ok(Self { name: name.into(), lm, tokenizer: Arc::new(tokenizer), chat, defaults })
     }
 
-    /// Loads `config.json`, `model.safetensors` and `tokenizer.json` of `dir`, with weights in `forms` (one [`moe_models::Precision`],
-    /// or quantized on the way; a quantized folder keeps its own), and `generation_config.json` and
-    /// `tokenizer_config.json` where they exist. Without a `name` the folder's is taken.
+    /// Loads `config.json`, `model.safetensors` and `tokenizer.json` of a folder, with weights in `forms` (one [`moe_models::Precision`],
+    /// or quantized on the way; a quantized folder keeps its own), and `generation_config.json` and `tokenizer_config.json` where they
+    /// exist; or a GGUF file, which says all of this. Without a `name` the folder's or file's is taken.
     ///
     /// # Errors
     /// What is wrong with which file.
-    pub fn from_dir(dir: &Path, name: Option<String>, forms: impl Into<PackedForms>) -> Result<Self> {
-        Self::with_text_of(dir, name, Decoder::load(dir, forms)?)
+    pub fn load(path: &Path, name: Option<String>, forms: impl Into<PackedForms>) -> Result<Self> {
+        let source = ModelSource::open(path)?;
+        let lm = Decoder::from_source(&source, forms)?;
+        Self::with_text_of(&source, name, lm)
     }
 
     /// The same with the packed weights kept in a file in the folder `cache`: a later start maps it and packs nothing.
     ///
     /// # Errors
-    /// As [`Self::from_dir`], and if the file cannot be written.
-    pub fn from_dir_kept(
-        dir: &Path,
+    /// As [`Self::load`], and if the file cannot be written.
+    pub fn load_kept(
+        path: &Path,
         name: Option<String>,
         forms: impl Into<PackedForms>,
         cache: &Path,
     ) -> Result<Self> {
-        let (lm, kept) = Decoder::load_kept(dir, forms, cache)?;
+        let source = ModelSource::open(path)?;
+        let (lm, kept) = Decoder::from_source_kept(&source, forms, cache)?;
         match kept {
             Kept::Found(path) => tracing::info!("packed weights: mapped from {}", path.display()),
             Kept::Written(path) => tracing::info!("packed weights: kept in {} for the next start", path.display()),
         }
-        Self::with_text_of(dir, name, lm)
+        Self::with_text_of(&source, name, lm)
     }
 
-    fn with_text_of(dir: &Path, name: Option<String>, lm: Decoder) -> Result<Self> {
-        let tokenizer = read(&dir.join("tokenizer.json"))?;
-        let tokenizer_config = read_if_there(&dir.join("tokenizer_config.json"))?;
-        let generation_config = read_if_there(&dir.join("generation_config.json"))?;
+    fn with_text_of(source: &ModelSource, name: Option<String>, lm: Decoder) -> Result<Self> {
+        let tokenizer = source.required("tokenizer.json")?;
+        let tokenizer_config = source.content("tokenizer_config.json")?;
+        let generation_config = source.content("generation_config.json")?;
         let files = TextFiles {
             tokenizer: &tokenizer,
             tokenizer_config: tokenizer_config.as_deref(),
             generation_config: generation_config.as_deref(),
         };
-        let folder = || dir.file_name().map(|name| name.to_string_lossy().into_owned());
-        Self::from_files(name.or_else(folder).unwrap_or_else(|| "model".to_owned()), lm, files)
+        Self::from_files(name.or_else(|| source.name()).unwrap_or_else(|| "model".to_owned()), lm, files)
     }
 
     /// The model inside this program, trained by this workspace's own trainer; `model/MODEL_CARD.md` describes it.
@@ -172,16 +174,4 @@ fn describe_weights(lm: &Decoder) -> String {
     let total = bytes.values().sum::<usize>() as f64 / 1e6;
     let parts = bytes.iter().map(|(form, bytes)| format!("{form} {:.1} MB", *bytes as f64 / 1e6));
     format!("{total:.1} MB ({})", parts.collect::<Vec<_>>().join(", "))
-}
-
-fn read(path: &Path) -> Result<Vec<u8>> {
-    std::fs::read(path).map_err(|source| Error::Io { path: path.to_owned(), reason: source })
-}
-
-fn read_if_there(path: &Path) -> Result<Option<Vec<u8>>> {
-    match read(path) {
-        Ok(bytes) => Ok(Some(bytes)),
-        Err(Error::Io { reason, .. }) if reason.kind() == std::io::ErrorKind::NotFound => Ok(None),
-        Err(error) => Err(error),
-    }
 }

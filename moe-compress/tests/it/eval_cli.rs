@@ -137,3 +137,15 @@ fn refusals_name_the_argument_or_the_line() {
     let message = String::from_utf8_lossy(&output.stderr);
     assert!(!output.status.success() && message.contains("item 2") && message.contains("--max-length"), "{message}");
 }
+
+/// A GGUF file has its own tokenizer in it.
+#[test]
+fn a_file_is_evaluated_as_a_folder_is() {
+    let dir = tempfile::tempdir().unwrap();
+    let text = dir.path().join("text.txt");
+    std::fs::write(&text, "The old man looked at the sea, and it was grey.\n".repeat(20)).unwrap();
+    let model = Path::new(env!("CARGO_MANIFEST_DIR")).join("../moe-models/tests/fixtures/gguf/forms.gguf");
+    let mut command = Command::new(env!("CARGO_BIN_EXE_moe-eval"));
+    let printed = succeed(&command.arg("--model").arg(model).arg("--text").arg(&text).output().unwrap());
+    assert!(printed.contains("text.txt") && printed.contains("bits per byte"), "{printed}");
+}

@@ -1,4 +1,4 @@
-//! Which model: a folder, or the one built in.
+//! Which model: a folder, a GGUF file, or the one built in.
 
 use crate::ServedModel;
 use anyhow::Context;
@@ -9,8 +9,8 @@ use std::path::PathBuf;
 /// Chooses the model.
 #[derive(Debug, Clone, clap::Args)]
 pub struct ModelArgs {
-    /// Folder with config.json, model.safetensors and tokenizer.json; without it, the built-in model.
-    #[arg(long, value_name = "DIR")]
+    /// Folder with config.json, model.safetensors and tokenizer.json, or a GGUF file; without it, the built-in model.
+    #[arg(long, value_name = "PATH")]
     pub model: Option<PathBuf>,
     /// What the matrix products read; sums, softmax and routing are f32 in either case.
     ///
@@ -19,6 +19,7 @@ pub struct ModelArgs {
     pub precision: PrecisionArg,
     /// Quantizes the matrices while they are loaded; a folder that is quantized already keeps what it has.
     ///
+    /// Those of a GGUF file are rounded from the values that its own integers stand for, but for Q4_0, whose integers int4 keeps.
     /// Embeddings, the output layer, norms and routers stay as they are. Inputs of quantized matrices are rounded to 8 bits, row
     /// by row.
     #[arg(long, value_enum, value_name = "FORMAT")]
@@ -41,12 +42,12 @@ impl ModelArgs {
             select::force(isa.parse()?)?;
         }
         let forms = packed_forms(self.precision, self.quantize);
-        let loading = |dir: &PathBuf| format!("loading the model in {}", dir.display());
+        let loading = |path: &PathBuf| format!("loading the model in {}", path.display());
         match (&self.model, &self.packed_cache) {
-            (Some(dir), Some(cache)) => {
-                ServedModel::from_dir_kept(dir, name, forms, cache).with_context(|| loading(dir))
+            (Some(path), Some(cache)) => {
+                ServedModel::load_kept(path, name, forms, cache).with_context(|| loading(path))
             }
-            (Some(dir), None) => ServedModel::from_dir(dir, name, forms).with_context(|| loading(dir)),
+            (Some(path), None) => ServedModel::load(path, name, forms).with_context(|| loading(path)),
             (None, _) => ServedModel::embedded(name, forms).context("loading the built-in model"),
         }
     }

@@ -1,7 +1,9 @@
 //! [`TextTokenizer`]: a `tokenizer.json` with the exact bytes of every token.
 
 use crate::{Error, Result};
+use moe_models::train::tokenizer::parse;
 use std::collections::HashMap;
+use std::path::Path;
 use tokenizers::Tokenizer;
 
 /// How a vocabulary entry is written as bytes.
@@ -11,13 +13,6 @@ enum Spelling {
     ByteLevel,
     /// SentencePiece's: `▁` is a space, `<0x0A>` is a byte.
     Metaspace,
-}
-
-/// A `tokenizer.json` of which only the decoder is looked at.
-#[derive(serde::Deserialize)]
-struct DecoderOnly {
-    #[serde(rename = "decoder")]
-    _decoder: Option<serde_json::Value>,
 }
 
 /// A tokenizer whose tokens are byte strings, so that text is their concatenation.
@@ -44,14 +39,10 @@ impl TextTokenizer {
     /// An ordinary token that the model does not have is refused when a prompt needs it.
     ///
     /// # Errors
-    /// [`Error::ModelFile`] if it is not one, if its decoder is neither byte-level nor metaspace, or if it has more tokens
+    /// [`Error::Model`] if it is not one; [`Error::ModelFile`] if its decoder is neither byte-level nor metaspace, or if it has more tokens
     /// than the model or a special token that the model does not have.
     pub fn from_bytes(json: &[u8], vocab_size: usize) -> Result<Self> {
-        let refused = |reason: String| Error::model_file("tokenizer.json", reason);
-        // The tokenizers crate panics where the decoder's description ends or breaks off.
-        serde_json::from_slice::<DecoderOnly>(json).map_err(|e| refused(e.to_string()))?;
-        let inner = Tokenizer::from_bytes(json).map_err(|e| refused(e.to_string()))?;
-        Self::new(inner, vocab_size)
+        Self::new(parse(json, Path::new("tokenizer.json"))?, vocab_size)
     }
 
     /// Wraps a tokenizer for a model of `vocab_size` tokens.

@@ -179,7 +179,7 @@ impl Folder {
 }
 
 fn generate_from(dir: &Path) -> Result<()> {
-    let model = ServedModel::from_dir(dir, None, Precision::F32)?;
+    let model = ServedModel::load(dir, None, Precision::F32)?;
     let d = &model.defaults;
     let sampling = d.sampling.clone();
     let mut prompts = Vec::new();

@@ -130,13 +130,13 @@ fn continuations_share_the_prompt_and_nothing_else() {
 #[test]
 fn a_saved_model_is_served_from_its_folder() {
     let dir = tempfile::tempdir().expect("a folder");
-    let missing = ServedModel::from_dir(dir.path(), None, Precision::F32).expect_err("an empty folder").to_string();
+    let missing = ServedModel::load(dir.path(), None, Precision::F32).expect_err("an empty folder").to_string();
     assert!(missing.contains("config.json"), "{missing}");
     tiny().save(dir.path(), DType::F32).expect("saves");
-    let missing = ServedModel::from_dir(dir.path(), None, Precision::F32).expect_err("no tokenizer").to_string();
+    let missing = ServedModel::load(dir.path(), None, Precision::F32).expect_err("no tokenizer").to_string();
     assert!(missing.contains("tokenizer.json"), "{missing}");
     tokenizer().save(dir.path().join("tokenizer.json"), false).expect("saves");
-    let model = ServedModel::from_dir(dir.path(), Some("mine".into()), Precision::F32).expect("loads");
+    let model = ServedModel::load(dir.path(), Some("mine".into()), Precision::F32).expect("loads");
     assert_eq!(model.defaults.eos_token_ids, [0], "from config.json where generation_config.json is missing");
     let from_dir = TestServer::start(model, Limits::default());
     let body = json!({"prompt": "the cat", "max_tokens": 10, "temperature": 0, "ignore_eos": true});
@@ -154,7 +154,7 @@ fn files_that_do_not_fit_are_refused() {
         let path = dir.path().join(file);
         let before = std::fs::read(&path).ok();
         std::fs::write(&path, content).expect("writes");
-        let error = ServedModel::from_dir(dir.path(), None, Precision::F32).expect_err(file).to_string();
+        let error = ServedModel::load(dir.path(), None, Precision::F32).expect_err(file).to_string();
         match before {
             Some(before) => std::fs::write(&path, before).expect("writes"),
             None => std::fs::remove_file(&path).expect("removes"),

@@ -5,6 +5,7 @@ mod chat;
 mod completions;
 mod connections;
 mod damaged;
+mod gguf;
 mod gpt;
 mod lifecycle;
 mod metrics;

@@ -25,7 +25,7 @@ fn a_quantized_folder_is_served_as_one_quantized_while_loading() {
     for format in [QuantFormat::Int8, QuantFormat::INT4] {
         let dir = root.path().join(format.to_string());
         save(&carried(), &dir, format, nearest).expect("saves");
-        let stored = ServedModel::from_dir(&dir, None, Precision::Bf16).expect("loads");
+        let stored = ServedModel::load(&dir, None, Precision::Bf16).expect("loads");
         assert_eq!(
             stored.defaults.eos_token_ids,
             ServedModel::embedded(None, Precision::Bf16).expect("loads").defaults.eos_token_ids

@@ -2,10 +2,10 @@
 
 use anyhow::{Context, Result, ensure};
 use clap::Args;
-use moe_models::DecoderConfig;
+use moe_models::{DecoderConfig, ModelSource};
 use moe_models::train::data::{DataCache, PackedSource, ValidSource};
 use moe_models::train::model::TokenBatch;
-use moe_models::train::{RunText, Silent, tokenizer};
+use moe_models::train::{RunText, Silent};
 use std::path::Path;
 
 /// Tokens that run at once, unless one window is longer.
@@ -48,7 +48,7 @@ impl CalibrationArgs {
     /// The tokenised sources, for the model in `folder`.
     pub(crate) fn sources(&self, folder: &Path, config: &DecoderConfig) -> Result<Vec<PackedSource>> {
         self.tokens(config)?;
-        let tokenizer = tokenizer::load(&folder.join("tokenizer.json"))?;
+        let tokenizer = ModelSource::open(folder)?.tokenizer()?;
         let text = RunText::read(&self.data, &[], &mut Silent)?;
         Ok(text.pack(&tokenizer, config.vocab_size, &DataCache::Memory, &mut Silent)?.0)
     }

@@ -9,16 +9,16 @@ use moe_kernels::quantized::QuantFormat;
 use moe_models::hf::quantization::{nearest, save};
 use moe_models::train::data::{DataCache, PackedSource};
 use moe_models::train::export::check_target;
-use moe_models::train::{RunText, Silent, tokenizer};
-use moe_models::{Decoder, Family, Precision, ReadFamily, TokenBatch};
+use moe_models::train::{RunText, Silent};
+use moe_models::{Decoder, Family, ModelSource, Precision, TokenBatch};
 use std::path::{Path, PathBuf};
 
 /// Matrices one by one, each value to the nearest integer of its scale, or to integers calibrated on a text; embeddings, norms, biases
 /// and gates stay as they are.
 #[derive(Debug, Args)]
 pub(crate) struct QuantizeArgs {
-    /// Model folder to read, of any family.
-    #[arg(long, value_name = "DIR")]
+    /// Model folder to read, of any family, or GGUF file of floats.
+    #[arg(long, value_name = "PATH")]
     model: PathBuf,
     /// New model folder to write.
     #[arg(long, value_name = "DIR")]
@@ -95,14 +95,15 @@ impl QuantizeArgs {
         if !self.calibrate && self.text.is_empty() {
             return Ok(Texts::default());
         }
-        let config = <Box<dyn Family>>::read_file(&self.model.join("config.json"))?.decoder()?;
+        let source = ModelSource::open(&self.model)?;
+        let config = source.family::<Box<dyn Family>>()?.0.decoder()?;
         if let (Some(tokens), window) = (self.max_tokens, window(&config)) {
             ensure!(tokens >= window, "--max-tokens {tokens} must be at least {window}, one window of the model");
         }
         let named = match self.text.as_slice() {
             [] => None,
             paths => {
-                let tokenizer = tokenizer::load(&self.model.join("tokenizer.json"))?;
+                let tokenizer = source.tokenizer()?;
                 let text = RunText::read_valid(paths, &mut Silent)?;
                 Some(text.pack(&tokenizer, config.vocab_size, &DataCache::Memory, &mut Silent)?.1)
             }
@@ -158,8 +159,8 @@ struct Measured {
 impl Measured {
     /// What the model in `folder` is worth, in bf16 as by `moe-eval`.
     fn report(&self, folder: &Path) -> Result<TextReport> {
-        let decoder = Decoder::load(folder, Precision::Bf16)?;
-        let tokenizer = tokenizer::load(&folder.join("tokenizer.json"))?;
+        let source = ModelSource::open(folder)?;
+        let (decoder, tokenizer) = (Decoder::from_source(&source, Precision::Bf16)?, source.tokenizer()?);
         Ok(evaluate_sources(&decoder, &tokenizer, self.sources.clone(), window(decoder.config()), self.max_tokens)?)
     }
 }
@@ -182,8 +183,11 @@ fn print_reports(rows: [(&PathBuf, &TextReport); 2]) {
     }
 }
 
-/// Of the files of weights in a folder.
+/// Of the files of weights in a folder, or of a GGUF file.
 fn megabytes(dir: &Path) -> Result<f64> {
+    if dir.is_file() {
+        return Ok(dir.metadata()?.len() as f64 / 1e6);
+    }
     let mut bytes = 0;
     for entry in std::fs::read_dir(dir)? {
         let entry = entry?;

@@ -6,12 +6,12 @@ use moe_compress::eval::{Item, Task};
 use moe_models::cli::PrecisionArg;
 use std::path::PathBuf;
 
-/// Evaluate a model folder: bits per byte and perplexity of text, and zero-shot tasks scored as lm-eval 0.4.13 does.
+/// Evaluate a model: bits per byte and perplexity of text, and zero-shot tasks scored as lm-eval 0.4.13 does.
 #[derive(Debug, Parser)]
 #[command(version, about)]
 pub(crate) struct Args {
-    /// Folder with config.json, model.safetensors and tokenizer.json.
-    #[arg(long, value_name = "DIR")]
+    /// Folder with config.json, model.safetensors and tokenizer.json, or a GGUF file.
+    #[arg(long, value_name = "PATH")]
     pub(crate) model: PathBuf,
     /// Text: .txt or .jsonl files (also .xz), or folders of them; a line "<|endoftext|>" separates documents of a .txt. Each file
     /// is a source.

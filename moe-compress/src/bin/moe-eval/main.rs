@@ -1,4 +1,4 @@
-//! `moe-eval`: how good a model folder is, on text and on zero-shot tasks. Reads arguments and prints; everything else is
+//! `moe-eval`: how good a model is, on text and on zero-shot tasks. Reads arguments and prints; everything else is
 //! `moe_compress::eval`.
 
 mod args;
@@ -10,8 +10,7 @@ use args::Args;
 use clap::Parser;
 use moe_compress::eval::{Report, RequestEncoder, Task, TaskModel, TextOptions, TextReport, evaluate_text};
 use moe_models::cli::exit_code;
-use moe_models::train::tokenizer;
-use moe_models::{CausalLm, Decoder};
+use moe_models::{CausalLm, Decoder, ModelSource};
 use progress::Progress;
 use std::process::ExitCode;
 
@@ -23,9 +22,10 @@ fn main() -> ExitCode {
 fn run(args: &Args) -> Result<()> {
     // What is wrong with arguments and items shows before the first slow step.
     let tasks = args.tasks()?;
-    let lm = Decoder::load(&args.model, moe_models::Precision::from(args.precision))?;
+    let source = ModelSource::open(&args.model)?;
+    let lm = Decoder::from_source(&source, moe_models::Precision::from(args.precision))?;
     let max_length = args.max_length_of(lm.max_seq_len())?;
-    let text = args.evaluates_text().then(|| text(args, &lm, max_length)).transpose()?;
+    let text = args.evaluates_text().then(|| text(args, &source, &lm, max_length)).transpose()?;
     let mut report = Report {
         model: args.model.display().to_string(),
         precision: args.precision_name(),
@@ -35,7 +35,7 @@ fn run(args: &Args) -> Result<()> {
     };
     report.text.iter().for_each(table::print_text);
     if !tasks.is_empty() {
-        run_tasks(args, &lm, &tasks, &mut report)?;
+        run_tasks(args, &source, &lm, &tasks, &mut report)?;
     }
     if let Some(path) = &args.json {
         report.write(path).context("--json")?;
@@ -43,8 +43,8 @@ fn run(args: &Args) -> Result<()> {
     Ok(())
 }
 
-fn text(args: &Args, lm: &Decoder, seq_len: usize) -> Result<TextReport> {
-    let tokenizer = tokenizer::load(&args.model.join("tokenizer.json"))?;
+fn text(args: &Args, source: &ModelSource, lm: &Decoder, seq_len: usize) -> Result<TextReport> {
+    let tokenizer = source.tokenizer()?;
     let options = TextOptions { paths: args.text.clone(), seq_len, max_tokens: args.max_tokens };
     Ok(evaluate_text(lm, &tokenizer, &options, &mut Progress::default())?)
 }
@@ -52,11 +52,12 @@ fn text(args: &Args, lm: &Decoder, seq_len: usize) -> Result<TextReport> {
 /// Puts each task to the model and prints its rows at once: the next may take long.
 fn run_tasks(
     args: &Args,
+    source: &ModelSource,
     lm: &Decoder,
     tasks: &[(&Task, Vec<moe_compress::eval::Item>)],
     report: &mut Report,
 ) -> Result<()> {
-    let tokenizer = tokenizer::load(&args.model.join("tokenizer.json"))?;
+    let tokenizer = source.tokenizer()?;
     let encoder = RequestEncoder::new(tokenizer, lm.vocab_size(), report.max_length)?;
     let model = TaskModel { lm, encoder: &encoder };
     table::print_task_head(args.limit);
