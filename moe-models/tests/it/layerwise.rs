@@ -62,7 +62,7 @@ fn below_each_other(format: QuantFormat, parts: &[IntegerMatrix]) -> IntegerMatr
     IntegerMatrix::new(format, shape, integers, parts.iter().flat_map(|part| part.scales().to_vec()).collect()).unwrap()
 }
 
-const PUBLISHED: [&str; 11] = [
+const PUBLISHED: [&str; 12] = [
     "qwen3_moe",
     "qwen2_moe",
     "mixtral",
@@ -74,6 +74,7 @@ const PUBLISHED: [&str; 11] = [
     "phimoe",
     "gpt_oss",
     "llama4_text",
+    "llama",
 ];
 
 /// With no integers it is the model of the folder, in every family; with all of them that of the quantized folder.

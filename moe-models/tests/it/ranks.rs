@@ -127,6 +127,7 @@ fn published_families_over_ranks_equal_one_rank() {
         ("mixtral", true),
         ("olmoe", false),
         ("glm4_moe", true),
+        ("llama", true),
         ("deepseek_v3", false),
         ("granitemoe", true),
         ("granitemoeshared", true),

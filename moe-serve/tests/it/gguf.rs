@@ -50,7 +50,17 @@ fn a_file_is_served_in_any_form() {
 fn the_terminal_takes_a_file() {
     let run = |path: &Path| {
         let output = Command::new(env!("CARGO_BIN_EXE_moe-generate"))
-            .args(["--prompt", "The old man", "--max-tokens", "12", "--temperature", "0", "--precision", "f32", "--model"])
+            .args([
+                "--prompt",
+                "The old man",
+                "--max-tokens",
+                "12",
+                "--temperature",
+                "0",
+                "--precision",
+                "f32",
+                "--model",
+            ])
             .arg(path)
             .env_remove("RUST_LOG")
             .output()

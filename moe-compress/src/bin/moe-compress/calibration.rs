@@ -2,10 +2,10 @@
 
 use anyhow::{Context, Result, ensure};
 use clap::Args;
-use moe_models::{DecoderConfig, ModelSource};
 use moe_models::train::data::{DataCache, PackedSource, ValidSource};
 use moe_models::train::model::TokenBatch;
 use moe_models::train::{RunText, Silent};
+use moe_models::{DecoderConfig, ModelSource};
 use std::path::Path;
 
 /// Tokens that run at once, unless one window is longer.
