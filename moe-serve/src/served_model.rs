@@ -86,12 +86,7 @@ impl ServedModel {
     ///
     /// # Errors
     /// As [`Self::load`], and if the file cannot be written.
-    pub fn load_kept(
-        path: &Path,
-        name: Option<String>,
-        forms: impl Into<PackedForms>,
-        cache: &Path,
-    ) -> Result<Self> {
+    pub fn load_kept(path: &Path, name: Option<String>, forms: impl Into<PackedForms>, cache: &Path) -> Result<Self> {
         let source = ModelSource::open(path)?;
         let (lm, kept) = Decoder::from_source_kept(&source, forms, cache)?;
         match kept {

@@ -46,7 +46,13 @@ fn weights_that_were_kept_are_the_same_model() {
     save(&gpt, &integers, QuantFormat::Int8, nearest).unwrap();
     let cache = root.path().join("made/when/needed");
     // Latent attention makes matrices of others, in every layer under one name.
-    for dir in [gpt, integers, fixtures().join("qwen3_moe"), fixtures().join("deepseek_v2"), fixtures().join("gguf/qwen3moe.gguf")] {
+    for dir in [
+        gpt,
+        integers,
+        fixtures().join("qwen3_moe"),
+        fixtures().join("deepseek_v2"),
+        fixtures().join("gguf/qwen3moe.gguf"),
+    ] {
         for forms in forms() {
             let is_refused =
                 dir.ends_with("integers") && forms.of(moe_core::WeightUse::Product) == QuantFormat::INT4.into();
