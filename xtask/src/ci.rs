@@ -20,8 +20,8 @@ const FEATURES: [(&str, &str); 5] = [
     ("moe-parallel", "nccl"),
 ];
 
-/// Format, lints with warnings as errors, features one by one, documentation, public interfaces, packages, and the tests unless
-/// they are left out.
+/// Format, lints with warnings as errors, features one by one, documentation, public interfaces, and the tests unless they are left
+/// out.
 pub(crate) fn run(skip_tests: bool) -> Result<()> {
     shell::run(&mut cargo(&["fmt", "--all", "--check"]))?;
     shell::run(&mut cargo(&["clippy", "--workspace", "--all-targets", "--", "-D", "warnings"]))?;
