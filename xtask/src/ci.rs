@@ -32,14 +32,5 @@ pub(crate) fn run(skip_tests: bool) -> Result<()> {
     }
     api::document()?;
     api::check()?;
-    shell::run(&mut cargo(&[
-        "package",
-        "--workspace",
-        "--exclude",
-        "xtask",
-        "--no-verify",
-        "--allow-dirty",
-        "--quiet",
-    ]))?;
     if skip_tests { Ok(()) } else { test() }
 }
