@@ -1,7 +1,7 @@
 //! [`CausalLm`]: token ids in, logits out, for many sequences at once. What a generator or a server needs of a model.
 
-use crate::Result;
-use crate::cache::{CacheLayout, CachedSequence, KvPool, PoolConfig};
+use crate::cache::{CacheLayout, CachedSequence, KvPool, PagedStep, PoolConfig};
+use crate::{Error, Result};
 use candle_core::{Device, Tensor};
 use moe_core::CandleOps;
 
@@ -72,11 +72,40 @@ pub trait CausalLm: Send + Sync {
     fn new_pool(&self, config: PoolConfig) -> Result<KvPool> {
         KvPool::new(self.cache_layout(), config, &CandleOps, self.device())
     }
-    /// Runs new tokens of several sequences of `pool`, prompts and single tokens mixed. The logits of a sequence are the same
-    /// to the last bit as if it were alone and whatever chunks its tokens came in.
+    /// Whether routers draw in inference, so that keys and values depend on the seed of a sequence too.
+    fn draws(&self) -> bool {
+        false
+    }
+
+    /// Runs a step whose pages lie in `pool` and are copied already ([`KvPool::copy_pages`]). A step without tokens is a pass in
+    /// which this rank only takes part. The logits of a sequence are the same to the last bit as if it were alone and whatever
+    /// chunks its tokens came in.
     ///
     /// # Errors
-    /// [`crate::Error::Argument`] for no sequence, a sequence without tokens or of another pool, an id outside the vocabulary,
-    /// or more tokens than [`CausalLm::max_seq_len`]; [`crate::Error::OutOfPages`]. No sequence has grown then.
-    fn forward(&self, batch: &mut [SequenceStep<'_>], pool: &KvPool) -> Result<StepOutput>;
+    /// [`Error::Argument`] for an id outside the vocabulary, a sequence longer than [`CausalLm::max_seq_len`], or a pool of
+    /// another model.
+    fn run(&self, step: &PagedStep, pool: &KvPool) -> Result<StepOutput>;
+
+    /// [`CausalLm::run`] for sequences of `pool`, prompts and single tokens mixed, which grow by their tokens.
+    ///
+    /// # Errors
+    /// [`Error::Argument`] for no sequence, a sequence without tokens or of another pool, and as [`CausalLm::run`];
+    /// [`Error::OutOfPages`]. No sequence has grown then.
+    fn forward(&self, batch: &mut [SequenceStep<'_>], pool: &KvPool) -> Result<StepOutput> {
+        if batch.is_empty() || batch.iter().any(|part| part.token_ids.is_empty()) {
+            return Err(Error::Argument("forward needs at least one token of each sequence".into()));
+        }
+        if batch.iter().any(|part| !pool.pages().owns(part.sequence)) {
+            return Err(Error::Argument("a sequence belongs to another pool; make it with KvPool::sequence".into()));
+        }
+        let mut step = PagedStep::default();
+        let added =
+            batch.iter_mut().try_for_each(|part| step.add(part.sequence, part.token_ids, part.logits, pool.pages()));
+        // Pages that were exchanged are filled whatever follows.
+        pool.copy_pages(&step)?;
+        added?;
+        let output = self.run(&step, pool)?;
+        batch.iter_mut().for_each(|part| part.sequence.grow(part.token_ids.len()));
+        Ok(output)
+    }
 }

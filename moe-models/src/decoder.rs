@@ -4,7 +4,7 @@
 use crate::batch::{LayerLoad, LossOutput, LossParts, Pass, TokenBatch};
 use crate::blocks::{Attention, Embedding, Norm, OutputHead, Rotaries};
 use crate::cache::{CacheLayout, KvPool, PagedStep, PoolConfig};
-use crate::causal_lm::{CausalLm, LayerExperts, LogitsOf, SequenceStep, StepOutput};
+use crate::causal_lm::{CausalLm, LayerExperts, StepOutput};
 use crate::config::{DecoderConfig, LayerConfig, Multipliers};
 use crate::dropout::{DropoutConfig, Place};
 use crate::layer::{Layer, LayerPass, Recompute, Stream};
@@ -352,38 +352,21 @@ impl Decoder {
         Ok(())
     }
 
-    fn check_batch(&self, batch: &[SequenceStep<'_>], pool: &KvPool) -> Result<()> {
-        if batch.is_empty() || batch.iter().any(|step| step.token_ids.is_empty()) {
-            return Err(Error::Argument("forward needs at least one token of each sequence".into()));
-        }
+    fn check_step(&self, step: &PagedStep, pool: &KvPool) -> Result<()> {
         if *pool.layout() != self.cache_layout() {
             let (got, want) = (pool.layout().layers.len(), self.layers.len());
             return Err(Error::Argument(format!(
                 "the pool was made for another model, of {got} layers (this one has {want}); make it with new_pool"
             )));
         }
-        if batch.iter().any(|step| !pool.owns(step.sequence)) {
-            return Err(Error::Argument("a sequence belongs to another pool; make it with KvPool::sequence".into()));
-        }
-        let check = |step: &SequenceStep<'_>| {
-            check_ids(&self.config, step.token_ids, step.sequence.len() + step.token_ids.len())
-        };
-        batch.iter().try_for_each(check)?;
+        let longest = step.positions.iter().max().map_or(0, |&last| last as usize + 1);
+        check_ids(&self.config, step.token_ids(), longest)?;
         self.check_routing()
     }
 
-    /// A checked batch.
-    fn run(&self, batch: &mut [SequenceStep<'_>], pool: &KvPool) -> Result<StepOutput> {
-        // 1. Where every new token stands, and room for its keys and values.
-        let mut step = PagedStep::default();
-        let mut ids = Vec::new();
-        for part in &mut *batch {
-            step.add(part.sequence, part.token_ids.len(), pool)?;
-            ids.extend_from_slice(part.token_ids);
-        }
-
-        // 2. The blocks.
-        let mut stream = self.embeddings.embed(&ids, step.positions.iter().copied())?;
+    /// A checked step.
+    fn run_step(&self, step: &PagedStep, pool: &KvPool) -> Result<StepOutput> {
+        let mut stream = self.embeddings.embed(step.token_ids(), step.positions.iter().copied())?;
         let mut experts = Vec::new();
         for (index, layer) in self.layers.iter().enumerate() {
             let noise = PositionedNoise::new(&step.draws, index as u64);
@@ -392,41 +375,22 @@ impl Decoder {
                 EvalRouting::Original => RouteContext::new(Mode::Eval, &noise as &dyn NoiseSource),
             };
             let _layer = debug_span!("layer", index).entered();
-            let attend = |attention: &Attention, x: &Tensor| attention.forward_paged(x, &step, pool.layer(index));
+            let attend = |attention: &Attention, x: &Tensor| attention.forward_paged(x, step, pool.layer(index));
             let (next, output) = layer.forward(stream, &context, attend)?;
             stream = next;
             experts.extend(output.map(|output| layer_experts(index, &output)).transpose()?);
         }
-
-        // 3. Logits of the rows asked for; the sequences grow only now.
-        let logits = match self.wanted(&stream.sum(&*self.ops)?, batch)? {
-            none if none.dim(0)? == 0 => Tensor::zeros((0, self.config.vocab_size), DType::F32, &self.device)?,
+        let hidden = stream.sum(&*self.ops)?;
+        let logits = match step.logit_rows() {
+            rows if rows.is_empty() => Tensor::zeros((0, self.config.vocab_size), DType::F32, &self.device)?,
             rows => {
-                let normed = self.norm.forward(&rows)?;
+                let all = rows.len() == hidden.dim(0)?;
+                let wanted = if all { hidden } else { hidden.index_select(&Tensor::new(rows, hidden.device())?, 0)? };
+                let normed = self.norm.forward(&wanted)?;
                 self.head.logits(&Multipliers::apply(self.config.multipliers.output, normed)?)?
             }
         };
-        batch.iter_mut().for_each(|step| step.sequence.grow(step.token_ids.len()));
         Ok(StepOutput { logits, experts })
-    }
-
-    /// The rows of `hidden` that logits are wanted of.
-    fn wanted(&self, hidden: &Tensor, batch: &[SequenceStep<'_>]) -> Result<Tensor> {
-        let mut rows = Vec::new();
-        let mut first = 0;
-        for step in batch {
-            let end = first + step.token_ids.len() as u32;
-            match step.logits {
-                LogitsOf::None => {}
-                LogitsOf::Last => rows.push(end - 1),
-                LogitsOf::All => rows.extend(first..end),
-            }
-            first = end;
-        }
-        if rows.len() == hidden.dim(0)? {
-            return Ok(hidden.clone());
-        }
-        Ok(hidden.index_select(&Tensor::new(rows, hidden.device())?, 0)?)
     }
 }
 
@@ -459,12 +423,17 @@ impl CausalLm for Decoder {
         KvPool::new(self.cache_layout(), config, &*self.ops, &self.device)
     }
 
-    fn forward(&self, batch: &mut [SequenceStep<'_>], pool: &KvPool) -> Result<StepOutput> {
-        self.check_batch(batch, pool)?;
-        let tokens: usize = batch.iter().map(|step| step.token_ids.len()).sum();
-        let _pass = debug_span!("pass", sequences = batch.len(), tokens).entered();
+    fn draws(&self) -> bool {
+        self.eval_routing == EvalRouting::Original
+    }
+
+    fn run(&self, step: &PagedStep, pool: &KvPool) -> Result<StepOutput> {
+        self.check_step(step, pool)?;
+        let tokens = step.token_ids().len();
+        let _pass = debug_span!("pass", sequences = step.num_sequences(), tokens).entered();
         let mut output = None;
-        self.ops.chain(tokens * self.config.products_per_token(), &mut || output = Some(self.run(batch, pool)));
+        let mut run = || output = Some(self.run_step(step, pool));
+        self.ops.chain(tokens * self.config.products_per_token(), &mut run);
         output.unwrap_or_else(|| Err(Error::Argument("the backend ran no pass".into())))
     }
 }

@@ -26,7 +26,7 @@ mod source;
 pub mod train;
 
 pub use batch::{IGNORED, LayerLoad, LossOutput, LossParts, Pass, TokenBatch, TrainPass};
-pub use cache::{CacheLayout, CachedSequence, KvPool, PagedStep, PoolConfig};
+pub use cache::{CacheLayout, CachedSequence, KvPool, PagedStep, Pages, PoolConfig, PrefixCache};
 pub use causal_lm::{CausalLm, LayerExperts, LogitsOf, SequenceStep, StepOutput};
 pub use config::DecoderConfig;
 pub use decoder::{Decoder, EvalRouting};

@@ -2,7 +2,7 @@
 //!
 //! Three layers, each ignorant of the next: [`engine`] works on token ids, [`text`] puts characters around it, [`api`]
 //! speaks HTTP. [`ServedModel`] holds a model with everything needed to talk to it; [`cli`] is the command line.
-//! Absent on purpose: batching (one request runs at a time) and TLS (a reverse proxy's job).
+//! Absent on purpose: TLS (a reverse proxy's job).
 
 pub mod api;
 pub mod cli;

@@ -1,6 +1,6 @@
 //! [`ServedModel`]: a language model, its tokenizer, its chat template and its generation defaults, checked to fit.
 
-use crate::engine::EngineConfig;
+use crate::engine::{EngineConfig, SchedulingConfig};
 use crate::generation_config::GenerationDefaults;
 use crate::text::{ChatMessage, ChatTemplate, TextTokenizer};
 use crate::{Error, Result};
@@ -149,13 +149,15 @@ impl ServedModel {
         self.chat.render(&[ChatMessage { role: "user".into(), content: message.into() }])
     }
 
-    /// What the engine must know of this model.
-    pub fn engine_config(&self, max_queue: usize) -> EngineConfig {
+    /// What the engine must know of this model: no queue, one sequence's memory and the default schedule until told otherwise.
+    pub fn engine_config(&self) -> EngineConfig {
         EngineConfig {
-            max_queue,
+            max_queue: 0,
             num_tokens: self.tokenizer.num_tokens(),
             eos_token_ids: self.defaults.eos_token_ids.clone(),
             suppressed: self.defaults.suppress_tokens.clone(),
+            scheduling: SchedulingConfig::default(),
+            kv_cache_bytes: 0,
         }
     }
 }

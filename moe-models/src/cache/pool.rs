@@ -1,7 +1,7 @@
-//! [`KvPool`]: the memory of the pages, and which of them are free.
+//! [`Pages`]: which pages of a pool are free. [`KvPool`]: these and their memory.
 
-use super::CachedSequence;
 use super::sequence::Page;
+use super::{CachedSequence, PagedStep};
 use crate::{Error, Result};
 use candle_core::{Device, Tensor};
 use moe_core::ops::{DecoderOps, KvShape, PagedKv};
@@ -48,23 +48,20 @@ impl FreeList {
     }
 }
 
-/// Pages of keys and values for one model; made once, at start.
-#[derive(Debug)]
-pub struct KvPool {
+/// Which pages are free and which are held: numbers alone. Whoever plans steps needs no more than this; the memory may lie
+/// elsewhere, with another rank. Clones are the same pages.
+#[derive(Debug, Clone)]
+pub struct Pages {
     config: PoolConfig,
-    layout: CacheLayout,
-    /// Per layer keys and values, in the form of the backend.
-    layers: Vec<[Tensor; 2]>,
     free: Arc<FreeList>,
 }
 
-impl KvPool {
-    /// An empty pool for a model whose backend is `ops`; [`crate::CausalLm::new_pool`] knows both. Memory of the CPU is touched,
-    /// and so taken from the system, when a page is first written to.
+impl Pages {
+    /// All of them free.
     ///
     /// # Errors
-    /// [`Error::Config`] for a pool without pages or one that is too large to number; if the device has too little memory.
-    pub fn new(layout: CacheLayout, config: PoolConfig, ops: &dyn DecoderOps, device: &Device) -> Result<Self> {
+    /// [`Error::Config`] for none, or more than can be numbered.
+    pub fn new(config: PoolConfig) -> Result<Self> {
         let PoolConfig { num_pages, page_size } = config;
         let slots = num_pages.checked_mul(page_size).filter(|&slots| slots > 0 && u32::try_from(slots).is_ok());
         if slots.is_none() {
@@ -72,30 +69,17 @@ impl KvPool {
                 "a pool must have from 1 to 2^32 tokens, got {num_pages} pages of {page_size}"
             )));
         }
-        let pages = |shape: &KvShape| Ok(ops.new_pages(num_pages, page_size, *shape, device)?);
-        let layers = layout.layers.iter().map(pages).collect::<Result<_>>()?;
-        let free = Arc::new(FreeList(Mutex::new((0..num_pages as u32).rev().collect())));
-        Ok(Self { config, layout, layers, free })
+        Ok(Self { config, free: Arc::new(FreeList(Mutex::new((0..num_pages as u32).rev().collect()))) })
     }
 
-    /// How large it is.
+    /// How many there are, and their size.
     pub fn config(&self) -> PoolConfig {
         self.config
     }
 
     /// Pages that no sequence holds.
-    pub fn free_pages(&self) -> usize {
+    pub fn free(&self) -> usize {
         self.free.lock().len()
-    }
-
-    /// What it was made for.
-    pub fn layout(&self) -> &CacheLayout {
-        &self.layout
-    }
-
-    /// Size in memory once every page has been written to.
-    pub fn bytes(&self) -> usize {
-        self.layers.iter().flatten().map(|pages| pages.elem_count() * pages.dtype().size_in_bytes()).sum()
     }
 
     /// A sequence without tokens.
@@ -103,13 +87,7 @@ impl KvPool {
         CachedSequence::new(Arc::clone(&self.free), self.config.page_size)
     }
 
-    /// The pages of one layer.
-    pub(crate) fn layer(&self, index: usize) -> PagedKv<'_> {
-        let [keys, values] = &self.layers[index];
-        PagedKv { keys, values, block_size: self.config.page_size, shape: self.layout.layers[index] }
-    }
-
-    /// Whether `sequence` was made by this pool.
+    /// Whether `sequence` was made here.
     pub(crate) fn owns(&self, sequence: &CachedSequence) -> bool {
         sequence.is_of(&self.free)
     }
@@ -128,13 +106,77 @@ impl KvPool {
         drop(free);
         Ok(ids.into_iter().rev().map(|id| Arc::new(Page::new(id, Arc::clone(&self.free)))).collect())
     }
+}
 
-    /// Copies the rows of one page to another, in all layers.
-    pub(super) fn copy_page(&self, from: u32, to: u32) -> Result<()> {
-        for pages in self.layers.iter().flatten() {
-            let rows = pages.narrow(0, from as usize, 1)?.copy()?;
-            pages.slice_set(&rows, 0, to as usize)?;
+/// Pages of keys and values for one model; made once, at start.
+#[derive(Debug)]
+pub struct KvPool {
+    pages: Pages,
+    layout: CacheLayout,
+    /// Per layer keys and values, in the form of the backend.
+    layers: Vec<[Tensor; 2]>,
+}
+
+impl KvPool {
+    /// An empty pool for a model whose backend is `ops`; [`crate::CausalLm::new_pool`] knows both. Memory of the CPU is touched,
+    /// and so taken from the system, when a page is first written to.
+    ///
+    /// # Errors
+    /// [`Error::Config`] for a pool without pages or one that is too large to number; if the device has too little memory.
+    pub fn new(layout: CacheLayout, config: PoolConfig, ops: &dyn DecoderOps, device: &Device) -> Result<Self> {
+        let pages = Pages::new(config)?;
+        let memory = |shape: &KvShape| Ok(ops.new_pages(config.num_pages, config.page_size, *shape, device)?);
+        let layers = layout.layers.iter().map(memory).collect::<Result<_>>()?;
+        Ok(Self { pages, layout, layers })
+    }
+
+    /// How large it is.
+    pub fn config(&self) -> PoolConfig {
+        self.pages.config
+    }
+
+    /// Which of its pages are free.
+    pub fn pages(&self) -> &Pages {
+        &self.pages
+    }
+
+    /// Pages that no sequence holds.
+    pub fn free_pages(&self) -> usize {
+        self.pages.free()
+    }
+
+    /// What it was made for.
+    pub fn layout(&self) -> &CacheLayout {
+        &self.layout
+    }
+
+    /// Size in memory once every page has been written to.
+    pub fn bytes(&self) -> usize {
+        self.layers.iter().flatten().map(|pages| pages.elem_count() * pages.dtype().size_in_bytes()).sum()
+    }
+
+    /// A sequence without tokens.
+    pub fn sequence(&self) -> CachedSequence {
+        self.pages.sequence()
+    }
+
+    /// Copies the pages that `step` asks for: before its pass, which writes to the copies.
+    ///
+    /// # Errors
+    /// If the device fails, or a page is not one of the pool's.
+    pub fn copy_pages(&self, step: &PagedStep) -> Result<()> {
+        for &(from, to) in step.copies() {
+            for pages in self.layers.iter().flatten() {
+                let rows = pages.narrow(0, from as usize, 1)?.copy()?;
+                pages.slice_set(&rows, 0, to as usize)?;
+            }
         }
         Ok(())
+    }
+
+    /// The pages of one layer.
+    pub(crate) fn layer(&self, index: usize) -> PagedKv<'_> {
+        let [keys, values] = &self.layers[index];
+        PagedKv { keys, values, block_size: self.pages.config.page_size, shape: self.layout.layers[index] }
     }
 }

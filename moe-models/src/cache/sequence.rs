@@ -1,7 +1,6 @@
 //! [`CachedSequence`]: the tokens of one sequence, as a list of pages.
 
-use super::KvPool;
-use super::pool::FreeList;
+use super::pool::{FreeList, Pages};
 use crate::Result;
 use std::sync::Arc;
 
@@ -66,8 +65,31 @@ impl CachedSequence {
         self.pages.truncate(self.len.div_ceil(self.page_size));
     }
 
+    /// Pages held, shared ones too.
+    pub fn num_pages(&self) -> usize {
+        self.pages.len()
+    }
+
     pub(super) fn is_of(&self, free: &Arc<FreeList>) -> bool {
         Arc::ptr_eq(&self.free, free)
+    }
+
+    pub(super) fn page(&self, index: usize) -> &Arc<Page> {
+        &self.pages[index]
+    }
+
+    /// Holds `page`, which has the same rows, in place of page `index`.
+    pub(super) fn exchange(&mut self, index: usize, page: &Arc<Page>) {
+        if !Arc::ptr_eq(&self.pages[index], page) {
+            self.pages[index] = Arc::clone(page);
+        }
+    }
+
+    /// Appends a page of tokens.
+    pub(super) fn push_full(&mut self, page: Arc<Page>) {
+        debug_assert_eq!(self.len, self.pages.len() * self.page_size, "full pages follow full ones");
+        self.pages.push(page);
+        self.len += self.page_size;
     }
 
     /// The numbers of its pages, in the order of its tokens.
@@ -76,7 +98,7 @@ impl CachedSequence {
     }
 
     /// Pages to take before `new` more tokens can be written: for them, and for a copy of a last page that others hold too.
-    pub(super) fn pages_needed(&self, new: usize) -> usize {
+    pub fn pages_needed(&self, new: usize) -> usize {
         let more = (self.len + new).div_ceil(self.page_size).saturating_sub(self.pages.len());
         more + usize::from(new > 0 && self.must_copy())
     }
@@ -87,16 +109,17 @@ impl CachedSequence {
         page.is_some_and(|page| Arc::strong_count(page) > 1)
     }
 
-    /// Makes room for `new` more tokens.
-    pub(super) fn reserve(&mut self, new: usize, pool: &KvPool) -> Result<()> {
-        let mut taken = pool.take(self.pages_needed(new))?;
-        if new > 0 && self.must_copy() {
-            let (shared, copy) = (&mut self.pages[self.len / self.page_size], taken.remove(0));
-            pool.copy_page(shared.id, copy.id)?;
-            *shared = copy;
-        }
+    /// Makes room for `new` more tokens. A shared last page is exchanged for a new one, to which its rows must be copied: from
+    /// which page to which.
+    pub(super) fn reserve(&mut self, new: usize, pages: &Pages) -> Result<Option<(u32, u32)>> {
+        let mut taken = pages.take(self.pages_needed(new))?;
+        let copy = (new > 0 && self.must_copy()).then(|| {
+            let page = taken.remove(0);
+            let shared = std::mem::replace(&mut self.pages[self.len / self.page_size], page);
+            (shared.id, self.pages[self.len / self.page_size].id)
+        });
         self.pages.append(&mut taken);
-        Ok(())
+        Ok(copy)
     }
 
     /// Counts tokens whose keys and values have been written; a [`crate::CausalLm`] does this when a pass went well.

@@ -1,7 +1,7 @@
 //! Pages: taken, shared, copied before a write, given back.
 
 use super::*;
-use crate::Error;
+use crate::{Error, LogitsOf};
 use candle_core::{Device, Tensor};
 use moe_core::CandleOps;
 use moe_core::ops::{DecoderOps, KvShape};
@@ -18,7 +18,8 @@ fn pool(num_pages: usize) -> KvPool {
 /// Appends tokens that are numbered from `first`; each layer's keys become that number.
 fn append(pool: &KvPool, sequence: &mut CachedSequence, new: usize, first: u32) -> crate::Result<()> {
     let mut step = PagedStep::default();
-    step.add(sequence, new, pool)?;
+    step.add(sequence, &vec![0; new], LogitsOf::None, pool.pages())?;
+    pool.copy_pages(&step)?;
     for layer in 0..2 {
         let pages = pool.layer(layer);
         let width = pages.shape.width();
@@ -92,12 +93,85 @@ fn steps_number_positions_and_slots() {
     let (mut a, mut b) = (pool.sequence().with_seed(7), pool.sequence());
     append(&pool, &mut a, 3, 0).unwrap();
     let mut step = PagedStep::default();
-    step.add(&mut a, 2, &pool).unwrap();
-    step.add(&mut b, 1, &pool).unwrap();
-    assert_eq!(step.positions, [3, 4, 0]);
-    assert_eq!(step.draws, [(7, 3), (7, 4), (0, 0)]);
+    step.add(&mut a, &[10, 11], LogitsOf::All, pool.pages()).unwrap();
+    step.add(&mut b, &[12], LogitsOf::Last, pool.pages()).unwrap();
+    step.add(&mut pool.sequence(), &[13, 14], LogitsOf::None, pool.pages()).unwrap();
+    assert_eq!(step.token_ids(), [10, 11, 12, 13, 14]);
+    assert_eq!(step.logit_rows(), [0, 1, 2]);
+    assert_eq!(step.positions, [3, 4, 0, 0, 1]);
+    assert_eq!(step.draws[..3], [(7, 3), (7, 4), (0, 0)]);
     let (pages_a, pages_b) = (a.page_ids(), b.page_ids());
-    assert_eq!(step.slots, [pages_a[0] * 4 + 3, pages_a[1] * 4, pages_b[0] * 4]);
+    assert_eq!(step.slots[..3], [pages_a[0] * 4 + 3, pages_a[1] * 4, pages_b[0] * 4]);
     let lens: Vec<_> = step.sequences().iter().map(|s| (s.len, s.new)).collect();
-    assert_eq!(lens, [(5, 2), (1, 1)]);
+    assert_eq!(lens, [(5, 2), (1, 1), (2, 2)]);
+}
+
+fn ids(range: std::ops::Range<u32>) -> Vec<u32> {
+    range.collect()
+}
+
+/// A sequence of these tokens, written to as if its keys were the tokens.
+fn written(pool: &KvPool, token_ids: &[u32]) -> CachedSequence {
+    let mut sequence = pool.sequence();
+    append(pool, &mut sequence, token_ids.len(), token_ids[0]).unwrap();
+    sequence
+}
+
+#[test]
+fn a_kept_beginning_is_found_in_whole_pages() {
+    let pool = pool(8);
+    let mut cache = PrefixCache::new(pool.pages());
+    assert!(cache.lookup(&ids(0..11), 0).is_empty());
+    let mut first = written(&pool, &ids(0..11));
+    cache.keep(&ids(0..11), &mut first, 0);
+    assert_eq!((cache.len(), cache.idle_pages()), (2, 0), "the third page is not full");
+
+    let mut again = cache.lookup(&ids(0..11), 0);
+    assert_eq!((again.len(), &again.page_ids()[..], pool.free_pages()), (8, &first.page_ids()[..2], 5));
+    append(&pool, &mut again, 1, 8).unwrap();
+    assert_eq!(read(&pool, &again), (0..9).map(f64::from).collect::<Vec<_>>(), "shared pages are not written to");
+    assert_eq!(cache.lookup(&ids(0..7), 0).len(), 4, "as far as the tokens go");
+    assert_eq!(cache.lookup(&[0, 1, 2, 3, 9, 9, 9, 9], 0).len(), 4);
+    assert!(cache.lookup(&[1, 1, 2, 3], 0).is_empty() && cache.lookup(&ids(4..8), 0).is_empty());
+    assert!(cache.lookup(&ids(0..8), 1).is_empty(), "of another salt");
+
+    drop((first, again));
+    assert_eq!((pool.free_pages(), cache.idle_pages()), (6, 2), "kept without a sequence");
+    assert_eq!(cache.lookup(&ids(0..8), 0).len(), 8);
+    cache.clear();
+    assert!(cache.is_empty() && pool.free_pages() == 8);
+}
+
+#[test]
+fn sequences_that_wrote_the_same_share_it_afterwards() {
+    let pool = pool(8);
+    let mut cache = PrefixCache::new(pool.pages());
+    let (mut first, mut second) = (written(&pool, &ids(0..9)), written(&pool, &ids(0..9)));
+    assert_eq!(pool.free_pages(), 2);
+    cache.keep(&ids(0..9), &mut first, 0);
+    cache.keep(&ids(0..9), &mut second, 0);
+    assert_eq!((pool.free_pages(), cache.len()), (4, 2));
+    assert_eq!(second.page_ids()[..2], first.page_ids()[..2]);
+    assert_eq!(read(&pool, &second), (0..9).map(f64::from).collect::<Vec<_>>());
+}
+
+#[test]
+fn room_is_made_by_what_was_unused_for_the_longest() {
+    let pool = pool(8);
+    let mut cache = PrefixCache::new(pool.pages());
+    for begin in [0, 100, 200] {
+        let mut sequence = written(&pool, &ids(begin..begin + 8));
+        cache.keep(&ids(begin..begin + 8), &mut sequence, 0);
+    }
+    let held = cache.lookup(&ids(0..8), 0);
+    assert_eq!((pool.free_pages(), cache.idle_pages()), (2, 4));
+    assert_eq!(cache.evict(1), 1);
+    assert_eq!(cache.lookup(&ids(100..108), 0).len(), 4, "the last page of the oldest text went first");
+    assert_eq!(cache.lookup(&ids(200..208), 0).len(), 8);
+    assert_eq!(cache.evict(9), 3, "pages that a sequence holds stay");
+    assert_eq!((pool.free_pages(), cache.len()), (6, 2));
+    assert_eq!(cache.lookup(&ids(0..8), 0).page_ids(), held.page_ids());
+    drop(held);
+    assert_eq!(cache.evict(9), 2);
+    assert_eq!(pool.free_pages(), 8);
 }

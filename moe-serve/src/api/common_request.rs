@@ -1,7 +1,7 @@
 //! Fields that completions and chat completions share.
 
 use super::fields::{Fields, wrong};
-use super::limits::{MAX_LOGIT_BIAS, MAX_N, MAX_STOP_BYTES, MAX_STOP_TOKENS, MAX_STOPS, MAX_USER_BYTES};
+use super::limits::{MAX_LOGIT_BIAS, MAX_N, MAX_PRIORITY, MAX_STOP_BYTES, MAX_STOP_TOKENS, MAX_STOPS, MAX_USER_BYTES};
 use crate::engine::SamplingParams;
 use crate::{Error, Result, ServedModel};
 use serde_json::Value;
@@ -24,6 +24,8 @@ pub(super) struct Common {
     pub(super) stream: Option<StreamOptions>,
     /// Extension: report the experts of every token.
     pub(super) experts: bool,
+    /// Requests with smaller numbers go first.
+    pub(super) priority: i32,
     pub(super) user: Option<String>,
 }
 
@@ -53,6 +55,7 @@ impl Common {
             ignore_eos: fields.boolean("ignore_eos")?.unwrap_or(false),
             stream: take_stream(fields)?,
             experts: fields.boolean("return_expert_choices")?.unwrap_or(false),
+            priority: take_priority(fields)?,
             user: take_user(fields)?,
         })
     }
@@ -157,6 +160,14 @@ fn take_stream(fields: &mut Fields) -> Result<Option<StreamOptions>> {
         other => other,
     })?;
     Ok(Some(parsed))
+}
+
+/// As in vLLM, smaller numbers go first.
+fn take_priority(fields: &mut Fields) -> Result<i32> {
+    let Some(value) = fields.take("priority") else { return Ok(0) };
+    let priority = value.as_i64().filter(|priority| (-MAX_PRIORITY..=MAX_PRIORITY).contains(priority));
+    let expected = format!("a whole number from -{MAX_PRIORITY} to {MAX_PRIORITY}; smaller ones go first");
+    priority.map(|priority| priority as i32).ok_or_else(|| wrong("priority", &expected, &value))
 }
 
 fn take_user(fields: &mut Fields) -> Result<Option<String>> {

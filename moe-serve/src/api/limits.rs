@@ -7,7 +7,7 @@ use std::time::Duration;
 pub struct Limits {
     /// Bytes of a request's body.
     pub max_body_bytes: usize,
-    /// Requests that may wait while one runs.
+    /// Requests that may wait beyond those that could start at once.
     pub max_queue: usize,
     /// From a request's arrival to the end of its answer.
     pub request_timeout: Duration,
@@ -67,5 +67,7 @@ pub(super) const MAX_STOP_TOKENS: usize = 64;
 pub(super) const MAX_LOGPROBS: usize = 20;
 /// Entries of `logit_bias`.
 pub(super) const MAX_LOGIT_BIAS: usize = 1024;
+/// Largest `priority`, and its smallest with a minus.
+pub(super) const MAX_PRIORITY: i64 = 1000;
 /// Bytes of `user`.
 pub(super) const MAX_USER_BYTES: usize = 512;

@@ -153,7 +153,7 @@ impl Observer for ServerMetrics {
         self.request_queue_time.record(queued);
     }
 
-    fn prompt(&self, num_tokens: usize) {
+    fn prompt(&self, num_tokens: usize, _cached: usize) {
         self.prompt_tokens.increment(num_tokens as u64);
     }
 

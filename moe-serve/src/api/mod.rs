@@ -22,4 +22,5 @@ mod types;
 
 pub use error::ApiError;
 pub use limits::Limits;
+pub(crate) use server::DEFAULT_KV_CACHE_BYTES;
 pub use server::{Server, ServerConfig, terminated};

@@ -1,7 +1,7 @@
 //! From the engine's events to [`Piece`]s: what each event adds to one choice, independent of the endpoint's format.
 
 use super::prepare::Prepared;
-use super::types::{LayerChoice, TokenExperts, Usage};
+use super::types::{LayerChoice, PromptTokensDetails, TokenExperts, Usage};
 use crate::engine::{FinishReason, PromptOutput, TokenLogprobs};
 use crate::text::{Detokenizer, Event, TextTokenizer};
 use moe_models::LayerExperts;
@@ -51,8 +51,10 @@ pub(super) struct PieceMaker {
     experts: bool,
     /// Per choice, the tokens generated so far and the last of them.
     generated: Vec<(usize, u32)>,
-    /// Characters of the echoed prompt that is being continued.
-    echoed_chars: usize,
+    /// Per prompt, its echoed characters.
+    echoed_chars: Vec<usize>,
+    /// Prompt tokens that did not have to be read.
+    cached_tokens: usize,
 }
 
 impl PieceMaker {
@@ -66,7 +68,8 @@ impl PieceMaker {
             logprobs: job.logprobs.is_some(),
             experts: job.experts,
             generated: vec![(0, 0); job.prompts.len() * job.n],
-            echoed_chars: 0,
+            echoed_chars: vec![0; job.prompts.len()],
+            cached_tokens: 0,
         }
     }
 
@@ -77,7 +80,9 @@ impl PieceMaker {
     pub(super) fn usage(&self) -> Usage {
         let prompt_tokens = self.prompts.iter().map(Vec::len).sum();
         let completion_tokens = self.generated.iter().map(|g| g.0).sum();
-        Usage { prompt_tokens, completion_tokens, total_tokens: prompt_tokens + completion_tokens }
+        let prompt_tokens_details = PromptTokensDetails { cached_tokens: self.cached_tokens };
+        let total_tokens = prompt_tokens + completion_tokens;
+        Usage { prompt_tokens, completion_tokens, total_tokens, prompt_tokens_details }
     }
 
     /// What `event` adds; [`Event::Done`] adds nothing.
@@ -87,7 +92,7 @@ impl PieceMaker {
             Event::Token { choice, token } => {
                 let generated = &mut self.generated[choice];
                 *generated = (generated.0 + 1, token.token_id);
-                let text_offset = self.echoed_chars + token.text_offset;
+                let text_offset = self.echoed_chars[choice / self.n] + token.text_offset;
                 let scored = ScoredToken { token_id: token.token_id, logprobs: token.logprobs, text_offset };
                 let tokens = if self.logprobs { vec![scored] } else { Vec::new() };
                 vec![Piece { choice, text: token.text, tokens, ..Piece::default() }]
@@ -128,7 +133,8 @@ impl PieceMaker {
             finish: None,
         };
         let pieces = (0..self.n).map(piece).collect();
-        self.echoed_chars = text.chars().count();
+        self.echoed_chars[prompt_index] = text.chars().count();
+        self.cached_tokens += output.cached_tokens;
         pieces
     }
 

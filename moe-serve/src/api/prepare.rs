@@ -64,6 +64,7 @@ fn job(common: Common, prompts: Vec<Vec<u32>>, max_tokens: usize, logprobs: Opti
         logprobs,
         prompt_logprobs: None,
         experts: common.experts,
+        priority: common.priority,
     }
 }
 

@@ -7,7 +7,7 @@ use super::limits::Limits;
 use super::metrics::ServerMetrics;
 use super::render::Endpoint;
 use super::routes::router;
-use crate::engine::{Engine, Observer};
+use crate::engine::{Engine, EngineConfig, Observer, SchedulingConfig};
 use crate::{Result, ServedModel};
 use moe_core::CounterRng;
 use std::future::Future;
@@ -17,15 +17,33 @@ use std::time::{Duration, SystemTime, UNIX_EPOCH};
 use tokio::net::TcpListener;
 use tokio::sync::oneshot;
 
+/// Memory for keys and values where nobody says how much; taken as it is used.
+pub(crate) const DEFAULT_KV_CACHE_BYTES: usize = 1 << 30;
+
 const UPKEEP_INTERVAL: Duration = Duration::from_secs(5);
 
 /// How a server behaves.
-#[derive(Debug, Clone, Default)]
+#[derive(Debug, Clone)]
 pub struct ServerConfig {
     /// Bounds on requests.
     pub limits: Limits,
     /// Requests without a seed draw theirs from this one; without it, from the clock.
     pub seed: Option<u64>,
+    /// How the engine divides its time.
+    pub scheduling: SchedulingConfig,
+    /// Memory for keys and values; at least one sequence of the model's length always fits.
+    pub kv_cache_bytes: usize,
+}
+
+impl Default for ServerConfig {
+    fn default() -> Self {
+        Self {
+            limits: Limits::default(),
+            seed: None,
+            scheduling: SchedulingConfig::default(),
+            kv_cache_bytes: DEFAULT_KV_CACHE_BYTES,
+        }
+    }
 }
 
 /// What handlers share.
@@ -81,11 +99,17 @@ impl Server {
     /// Starts the engine of `model`.
     ///
     /// # Errors
-    /// [`crate::Error::Io`] if the system gives no thread.
+    /// As [`Engine::start`].
     pub fn new(model: ServedModel, config: ServerConfig) -> Result<Self> {
         let metrics = Arc::new(ServerMetrics::new(&model.lm.moe_layers())?);
         let observer: Arc<dyn Observer> = metrics.clone();
-        let engine = Engine::start(model.lm.clone(), model.engine_config(config.limits.max_queue), observer)?;
+        let engine_config = EngineConfig {
+            max_queue: config.limits.max_queue,
+            scheduling: config.scheduling,
+            kv_cache_bytes: config.kv_cache_bytes,
+            ..model.engine_config()
+        };
+        let engine = Engine::start(model.lm.clone(), engine_config, observer)?;
         let state = AppState {
             model,
             engine,

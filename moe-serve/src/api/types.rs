@@ -9,6 +9,14 @@ pub(super) struct Usage {
     pub(super) prompt_tokens: usize,
     pub(super) completion_tokens: usize,
     pub(super) total_tokens: usize,
+    pub(super) prompt_tokens_details: PromptTokensDetails,
+}
+
+/// Of the tokens of a request's prompts.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize)]
+pub(super) struct PromptTokensDetails {
+    /// Those that were kept from a prompt before.
+    pub(super) cached_tokens: usize,
 }
 
 /// An answer, or one chunk of a streamed one, of either endpoint.

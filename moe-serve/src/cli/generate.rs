@@ -2,13 +2,12 @@
 
 use super::load::ModelArgs;
 use crate::ServedModel;
-use crate::engine::{Engine, FinishReason, Job, Observer, Outcome, SamplingParams, StopParams};
+use crate::engine::{Engine, FinishReason, Job, SamplingParams, StopParams};
 use crate::text::{Event, TextListener, TextOptions};
 use anyhow::{Context, bail, ensure};
-use moe_models::LayerExperts;
 use std::io::Write;
 use std::sync::Arc;
-use std::time::{Duration, SystemTime, UNIX_EPOCH};
+use std::time::{SystemTime, UNIX_EPOCH};
 
 /// What to generate.
 #[derive(Debug, Clone, clap::Args)]
@@ -47,18 +46,6 @@ pub struct GenerateArgs {
     seed: Option<u64>,
 }
 
-/// Nobody watches.
-struct Unwatched;
-
-impl Observer for Unwatched {
-    fn started(&self, _: Duration) {}
-    fn prompt(&self, _: usize) {}
-    fn token(&self, _: bool, _: bool, _: Duration) {}
-    fn experts(&self, _: &[LayerExperts]) {}
-    fn finished(&self, _: Outcome, _: Duration) {}
-    fn abandoned(&self) {}
-}
-
 impl GenerateArgs {
     /// Prints prompt and continuation to standard output.
     ///
@@ -70,7 +57,7 @@ impl GenerateArgs {
         let text = self.text_options(&model);
         let job = self.job(&model, sampling)?;
         let (listener, mut events) = TextListener::new(model.tokenizer.clone(), text);
-        let engine = Engine::start(model.lm.clone(), model.engine_config(0), Arc::new(Unwatched))?;
+        let engine = Engine::start(model.lm.clone(), model.engine_config(), Arc::new(()))?;
         engine.submit(job, Box::new(listener), events.cancel_flag())?;
         let mut out = std::io::stdout().lock();
         if !self.chat {
@@ -140,8 +127,7 @@ impl GenerateArgs {
         }
         let max_tokens = self.max_tokens.or(model.defaults.max_new_tokens).unwrap_or(max_seq_len);
         let stop = StopParams { max_tokens, min_tokens: model.defaults.min_new_tokens, ..StopParams::default() };
-        let prompts = vec![prompt];
-        Ok(Job { prompts, n: 1, sampling, stop, logprobs: None, prompt_logprobs: None, experts: false })
+        Ok(Job { prompts: vec![prompt], sampling, stop, ..Job::default() })
     }
 }
 

@@ -1,9 +1,11 @@
 //! The command line: `moe-serve`, `moe-serve generate`, `moe-generate`.
 
+mod engine;
 mod generate;
 mod load;
 mod serve;
 
+pub use engine::EngineArgs;
 pub use generate::GenerateArgs;
 pub use load::ModelArgs;
 pub use serve::ServeArgs;

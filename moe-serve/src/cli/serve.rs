@@ -1,5 +1,6 @@
 //! `moe-serve`: the server.
 
+use super::engine::EngineArgs;
 use super::load::ModelArgs;
 use crate::api::{Limits, Server, ServerConfig, terminated};
 use anyhow::Context;
@@ -22,7 +23,7 @@ pub struct ServeArgs {
     /// Name clients use for the model; by default the folder's.
     #[arg(long, value_name = "NAME")]
     served_model_name: Option<String>,
-    /// Requests that may wait while one runs; more are refused with 429.
+    /// Requests that may wait beyond those that could start at once; more are refused with 429.
     #[arg(long, value_name = "N", default_value_t = Limits::default().max_queue)]
     max_queue: usize,
     /// Seconds a request may take, waiting included.
@@ -49,6 +50,8 @@ pub struct ServeArgs {
     #[arg(long, value_name = "SECONDS", default_value_t = Limits::default().write_timeout.as_secs(),
         value_parser = clap::value_parser!(u64).range(1..=86_400))]
     write_timeout_s: u64,
+    #[command(flatten)]
+    engine: EngineArgs,
     /// Seed of requests that name none; by default the clock's.
     #[arg(long)]
     seed: Option<u64>,
@@ -72,7 +75,8 @@ impl ServeArgs {
             max_connections: self.max_connections as usize,
             ..Limits::default()
         };
-        let server = Server::new(model, ServerConfig { limits, seed: self.seed })?;
+        let (scheduling, kv_cache_bytes) = (self.engine.scheduling(), self.engine.kv_cache_memory_bytes);
+        let server = Server::new(model, ServerConfig { limits, seed: self.seed, scheduling, kv_cache_bytes })?;
         let runtime = tokio::runtime::Runtime::new().context("starting the network's threads")?;
         runtime.block_on(async {
             let address = (self.host, self.port);

@@ -1,17 +1,30 @@
 //! The engine: token ids in, token ids out. It knows neither text nor HTTP.
 //!
-//! One OS thread owns the generation loop and runs one [`Job`] at a time; a bounded queue holds the rest.
-//! What it produces goes to the job's [`Listener`], on the engine's thread.
+//! One OS thread works on many [`Job`]s at a time. Step by step the scheduler says which sequences read how many tokens, the
+//! model's replicas run that, tokens are drawn, and what came out goes to the jobs' [`Listener`]s, on the engine's thread. The
+//! tokens of a job depend on the job alone: not on its neighbours in a step, the cuts of its prompt, what was kept of earlier
+//! prompts, lost pages or guesses.
 
-mod generation;
+mod active;
+mod choice;
+mod config;
+mod handle;
+mod inbox;
 mod logprobs;
-mod queue;
+mod replicas;
 mod request;
-mod runner;
 mod sampler;
+mod scheduler;
+mod sequence;
+mod speculation;
+mod watch;
+mod worker;
 
+pub use config::{EngineConfig, SchedulingConfig, SpeculationConfig};
+pub use handle::Engine;
+pub use inbox::CancelFlag;
 pub use logprobs::{TokenLogprob, TokenLogprobs};
-pub use queue::CancelFlag;
+pub use replicas::{LocalReplica, Replicas};
 pub use request::{FinishReason, Flow, Job, Listener, PromptOutput, SampledToken, SamplingParams, StopParams};
-pub use runner::{Engine, EngineConfig, Observer, Outcome};
-pub use sampler::{Sampler, sample_index};
+pub use sampler::Sampler;
+pub use watch::{Observer, Outcome, StepStats};

@@ -58,7 +58,8 @@ pub struct StopParams {
 
 /// One request: every prompt is continued `n` times with the same parameters.
 ///
-/// Continuations are numbered `prompt_index * n + k`; number `i` draws from stream `i` of the seed.
+/// Continuations are numbered `prompt_index * n + k`; number `i` draws from stream `i` of the seed. Its tokens depend on nothing
+/// but the job and the model: not on other jobs, nor on when and beside what it runs.
 #[derive(Debug, Clone, PartialEq)]
 pub struct Job {
     /// Token ids, none empty, each at most the model's context (less one when tokens are to be generated).
@@ -75,6 +76,23 @@ pub struct Job {
     pub prompt_logprobs: Option<usize>,
     /// Whether the experts of each token are reported.
     pub experts: bool,
+    /// Jobs with smaller numbers go first.
+    pub priority: i32,
+}
+
+impl Default for Job {
+    fn default() -> Self {
+        Self {
+            prompts: Vec::new(),
+            n: 1,
+            sampling: SamplingParams::default(),
+            stop: StopParams::default(),
+            logprobs: None,
+            prompt_logprobs: None,
+            experts: false,
+            priority: 0,
+        }
+    }
 }
 
 /// Why a sequence ended.
@@ -103,6 +121,8 @@ pub struct PromptOutput {
     pub logprobs: Vec<Option<TokenLogprobs>>,
     /// Per MoE layer, if asked for; rows are the prompt's tokens.
     pub experts: Vec<LayerExperts>,
+    /// Tokens that did not have to be read, for they were kept from a prompt before.
+    pub cached_tokens: usize,
 }
 
 /// A token drawn for a continuation.
@@ -125,9 +145,9 @@ pub enum Flow {
     Stop,
 }
 
-/// Receives what a job produces, in order, on the engine's thread. Implementations must not block.
+/// Receives what a job produces, in order for each continuation, on the engine's thread. Implementations must not block.
 pub trait Listener: Send {
-    /// A prompt was read. Its continuations follow before the next prompt's.
+    /// A prompt was read. Its continuations follow, among those of other prompts.
     fn prompt(&mut self, prompt_index: usize, output: PromptOutput);
     /// A token was sampled for continuation `choice`.
     fn token(&mut self, choice: usize, token: SampledToken) -> Flow;

@@ -1,35 +1,46 @@
 //! Draws the next token from a row of logits. Pure: the random number comes from outside.
+//!
+//! The likeliest tokens are put in order only as far down as a draw needs them, and nothing is copied where nothing is changed:
+//! a step draws for every sequence, while the model waits.
 
 use super::request::SamplingParams;
 use crate::{Error, Result};
+use std::borrow::Cow;
 use std::collections::HashMap;
 
 /// Draws the tokens of one sequence.
 #[derive(Debug, Clone)]
-pub struct Sampler<'a> {
-    params: &'a SamplingParams,
+pub struct Sampler {
+    params: SamplingParams,
     /// Ids below this may be sampled; the rest pads the model's vocabulary.
     num_tokens: usize,
     /// Never sampled.
-    suppressed: &'a [u32],
+    suppressed: Vec<u32>,
     /// Occurrences among the generated tokens.
     generated: HashMap<u32, u32>,
     /// Distinct tokens of the prompt.
     prompt: Vec<u32>,
 }
 
-impl<'a> Sampler<'a> {
+impl Sampler {
     /// A sampler for the continuation of `prompt`.
-    pub fn new(params: &'a SamplingParams, num_tokens: usize, suppressed: &'a [u32], prompt: &[u32]) -> Self {
-        let mut prompt = prompt.to_vec();
+    pub fn new(params: SamplingParams, num_tokens: usize, suppressed: &[u32], prompt: &[u32]) -> Self {
+        let mut prompt = if params.repetition_penalty == 1.0 { Vec::new() } else { prompt.to_vec() };
         prompt.sort_unstable();
         prompt.dedup();
-        Self { params, num_tokens, suppressed, generated: HashMap::new(), prompt }
+        Self { params, num_tokens, suppressed: suppressed.to_vec(), generated: HashMap::new(), prompt }
     }
 
     /// Remembers a sampled token for the penalties.
     pub fn push(&mut self, token_id: u32) {
-        *self.generated.entry(token_id).or_default() += 1;
+        if self.penalises() {
+            *self.generated.entry(token_id).or_default() += 1;
+        }
+    }
+
+    fn penalises(&self) -> bool {
+        let SamplingParams { repetition_penalty, presence_penalty, frequency_penalty, .. } = self.params;
+        repetition_penalty != 1.0 || presence_penalty != 0.0 || frequency_penalty != 0.0
     }
 
     /// Draws a token. `logits` is `[vocab_size]`; `forbidden` are not sampled this time; `uniform` is in `[0, 1)`.
@@ -37,31 +48,36 @@ impl<'a> Sampler<'a> {
     /// # Errors
     /// [`Error::LogitsNotFinite`] if a logit is NaN or positive infinity, [`Error::NothingToSample`] if all are forbidden.
     pub fn sample(&self, logits: &[f32], forbidden: &[u32], position: usize, uniform: f64) -> Result<u32> {
-        if logits.iter().any(|x| x.is_nan() || *x == f32::INFINITY) {
+        if !lanes_all(logits, |x| x < f32::INFINITY) {
             return Err(Error::LogitsNotFinite { position });
         }
         let adjusted = self.adjusted(logits, forbidden);
-        if self.params.temperature == 0.0 {
-            return greedy(&adjusted);
+        let max = lanes_max(&adjusted);
+        if max == f32::NEG_INFINITY {
+            return Err(Error::NothingToSample);
         }
-        let mut candidates = candidates(&adjusted, self.params.temperature)?;
-        keep_top_k(&mut candidates, self.params.top_k);
-        keep_top_p(&mut candidates, self.params.top_p);
-        keep_min_p(&mut candidates, self.params.min_p);
-        let probs: Vec<f64> = candidates.iter().map(|c| c.1).collect();
-        Ok(candidates[sample_index(&probs, uniform)].0)
+        if self.params.temperature == 0.0 {
+            // The lowest id among equals.
+            let first = adjusted.iter().position(|&x| x == max);
+            return first.map(|id| id as u32).ok_or(Error::NothingToSample);
+        }
+        Ok(self.draw(&adjusted, max, uniform))
     }
 
-    /// Logits after bias and penalties; forbidden and padding tokens are negative infinity.
-    fn adjusted(&self, logits: &[f32], forbidden: &[u32]) -> Vec<f32> {
-        let params = self.params;
-        let mut adjusted = logits[..self.num_tokens.min(logits.len())].to_vec();
-        for &(id, bias) in &params.logit_bias {
-            if let Some(logit) = adjusted.get_mut(id as usize) {
-                *logit += bias;
+    /// Logits after bias and penalties; forbidden and padding tokens are negative infinity or left out.
+    fn adjusted<'a>(&self, logits: &'a [f32], forbidden: &[u32]) -> Cow<'a, [f32]> {
+        let params = &self.params;
+        let mut adjusted = Cow::Borrowed(&logits[..self.num_tokens.min(logits.len())]);
+        if !params.logit_bias.is_empty() {
+            let adjusted = adjusted.to_mut();
+            for &(id, bias) in &params.logit_bias {
+                if let Some(logit) = adjusted.get_mut(id as usize) {
+                    *logit += bias;
+                }
             }
         }
         if params.repetition_penalty != 1.0 {
+            let adjusted = adjusted.to_mut();
             let fresh = self.generated.keys().filter(|id| self.prompt.binary_search(id).is_err());
             for &id in self.prompt.iter().chain(fresh) {
                 if let Some(logit) = adjusted.get_mut(id as usize) {
@@ -73,91 +89,144 @@ impl<'a> Sampler<'a> {
                 }
             }
         }
-        for (&id, &count) in &self.generated {
-            if let Some(logit) = adjusted.get_mut(id as usize) {
-                *logit -= params.presence_penalty + params.frequency_penalty * count as f32;
+        if !self.generated.is_empty() {
+            let adjusted = adjusted.to_mut();
+            for (&id, &count) in &self.generated {
+                if let Some(logit) = adjusted.get_mut(id as usize) {
+                    *logit -= params.presence_penalty + params.frequency_penalty * count as f32;
+                }
             }
         }
-        for &id in self.suppressed.iter().chain(forbidden) {
-            if let Some(logit) = adjusted.get_mut(id as usize) {
-                *logit = f32::NEG_INFINITY;
+        if !(self.suppressed.is_empty() && forbidden.is_empty()) {
+            let adjusted = adjusted.to_mut();
+            for &id in self.suppressed.iter().chain(forbidden) {
+                if let Some(logit) = adjusted.get_mut(id as usize) {
+                    *logit = f32::NEG_INFINITY;
+                }
             }
         }
         adjusted
     }
+
+    /// Draws from what `top_k`, `top_p` and `min_p` leave, in this order, each of what the one before left.
+    fn draw(&self, logits: &[f32], max: f32, uniform: f64) -> u32 {
+        let SamplingParams { top_k, top_p, min_p, .. } = self.params;
+        let temperature = f64::from(self.params.temperature);
+        let weight = |logit: f32| ((f64::from(logit) - f64::from(max)) / temperature).exp();
+        let mut ranked = Ranked::new(logits, max, temperature);
+        let top_k = if top_k == 0 { ranked.len() } else { top_k.min(ranked.len()) };
+
+        // 1. Top-k: the sum of what is left.
+        let total: f64 = match top_k < ranked.len() {
+            true => ranked.first(top_k).iter().map(|&(logit, _)| weight(logit)).sum(),
+            false => ranked.entries.iter().map(|&(logit, _)| weight(logit)).sum(),
+        };
+        // 2. Top-p: the token that crosses it is still in.
+        let mut kept = top_k;
+        let mut kept_total = total;
+        if top_p < 1.0 {
+            let mut cumulative = 0.0;
+            for i in 0..top_k {
+                cumulative += weight(ranked.at(i));
+                if cumulative >= f64::from(top_p) * total {
+                    (kept, kept_total) = (i + 1, cumulative);
+                    break;
+                }
+            }
+        }
+        // 3. Min-p: at least so likely in relation to the likeliest, whose weight is 1.
+        if min_p > 0.0 {
+            let mut cumulative = 0.0;
+            let mut count = 0;
+            while count < kept && weight(ranked.at(count)) >= f64::from(min_p) {
+                cumulative += weight(ranked.at(count));
+                count += 1;
+            }
+            (kept, kept_total) = (count.max(1), if count == 0 { 1.0 } else { cumulative });
+        }
+        // 4. The first whose running sum exceeds the random number; the last if rounding leaves a gap.
+        let mut cumulative = 0.0;
+        for i in 0..kept {
+            cumulative += weight(ranked.at(i));
+            if cumulative > uniform * kept_total {
+                return ranked.entries[i].1;
+            }
+        }
+        ranked.at(kept - 1);
+        ranked.entries[kept - 1].1
+    }
 }
 
-/// The likeliest id; the lowest one among equals.
-fn greedy(logits: &[f32]) -> Result<u32> {
-    let mut best: Option<(usize, f32)> = None;
-    for (id, &logit) in logits.iter().enumerate() {
-        if logit > best.map_or(f32::NEG_INFINITY, |b| b.1) {
-            best = Some((id, logit));
+/// Logits with their ids, by falling logit, the lower id first among equals; in order only as far as was asked.
+struct Ranked {
+    entries: Vec<(f32, u32)>,
+    sorted: usize,
+}
+
+impl Ranked {
+    /// Tokens whose weight is below what a sum of all in f64 could notice are left out.
+    fn new(logits: &[f32], max: f32, temperature: f64) -> Self {
+        const NEGLIGIBLE: f64 = 60.0;
+        let least = (f64::from(max) - NEGLIGIBLE * temperature) as f32;
+        let kept = logits.iter().zip(0u32..).filter(|(logit, _)| **logit >= least);
+        Self { entries: kept.map(|(&logit, id)| (logit, id)).collect(), sorted: 0 }
+    }
+
+    fn len(&self) -> usize {
+        self.entries.len()
+    }
+
+    /// The logit at place `index`.
+    fn at(&mut self, index: usize) -> f32 {
+        self.first(index + 1);
+        self.entries[index].0
+    }
+
+    /// The first `count` in order.
+    fn first(&mut self, count: usize) -> &[(f32, u32)] {
+        if count > self.sorted {
+            let by_rank = |a: &(f32, u32), b: &(f32, u32)| b.0.total_cmp(&a.0).then(a.1.cmp(&b.1));
+            let end = count.max(64).max(4 * self.sorted).min(self.entries.len());
+            let rest = &mut self.entries[self.sorted..];
+            let more = end - self.sorted;
+            if more < rest.len() {
+                rest.select_nth_unstable_by(more - 1, by_rank);
+            }
+            rest[..more].sort_unstable_by(by_rank);
+            self.sorted = end;
+        }
+        &self.entries[..count]
+    }
+}
+
+/// Elements that a loop takes side by side.
+const LANES: usize = 16;
+
+/// Whether all elements pass, looked at side by side.
+fn lanes_all(values: &[f32], passes: impl Fn(f32) -> bool) -> bool {
+    let chunks = values.chunks_exact(LANES);
+    let rest = chunks.remainder().iter().all(|&x| passes(x));
+    let mut all = [true; LANES];
+    for chunk in chunks {
+        for (all, &x) in all.iter_mut().zip(chunk) {
+            *all &= passes(x);
         }
     }
-    best.map(|(id, _)| id as u32).ok_or(Error::NothingToSample)
+    rest && all == [true; LANES]
 }
 
-/// `(id, probability)` by falling probability, the lower id first among equals; impossible tokens are left out.
-fn candidates(logits: &[f32], temperature: f32) -> Result<Vec<(u32, f64)>> {
-    let mut kept: Vec<(u32, f64)> = logits
-        .iter()
-        .enumerate()
-        .filter(|(_, logit)| **logit > f32::NEG_INFINITY)
-        .map(|(id, &logit)| (id as u32, f64::from(logit) / f64::from(temperature)))
-        .collect();
-    kept.sort_unstable_by(|a, b| b.1.total_cmp(&a.1).then(a.0.cmp(&b.0)));
-    let max = kept.first().ok_or(Error::NothingToSample)?.1;
-    for candidate in &mut kept {
-        candidate.1 = (candidate.1 - max).exp();
+/// The largest element, none of which is NaN.
+fn lanes_max(values: &[f32]) -> f32 {
+    let chunks = values.chunks_exact(LANES);
+    let larger = |a: f32, b: f32| if b > a { b } else { a };
+    let rest = chunks.remainder().iter().copied().fold(f32::NEG_INFINITY, larger);
+    let mut max = [f32::NEG_INFINITY; LANES];
+    for chunk in chunks {
+        for (max, &x) in max.iter_mut().zip(chunk) {
+            *max = larger(*max, x);
+        }
     }
-    normalise(&mut kept);
-    Ok(kept)
-}
-
-fn normalise(candidates: &mut [(u32, f64)]) {
-    let sum: f64 = candidates.iter().map(|c| c.1).sum();
-    for candidate in candidates {
-        candidate.1 /= sum;
-    }
-}
-
-fn keep_top_k(candidates: &mut Vec<(u32, f64)>, top_k: usize) {
-    if top_k > 0 && top_k < candidates.len() {
-        candidates.truncate(top_k);
-        normalise(candidates);
-    }
-}
-
-fn keep_top_p(candidates: &mut Vec<(u32, f64)>, top_p: f32) {
-    if top_p >= 1.0 {
-        return;
-    }
-    let mut cumulative = 0.0;
-    let kept = candidates.iter().position(|c| {
-        cumulative += c.1;
-        cumulative >= f64::from(top_p)
-    });
-    candidates.truncate(kept.map_or(candidates.len(), |last| last + 1));
-    normalise(candidates);
-}
-
-fn keep_min_p(candidates: &mut Vec<(u32, f64)>, min_p: f32) {
-    let floor = f64::from(min_p) * candidates[0].1;
-    candidates.retain(|c| c.1 >= floor);
-    normalise(candidates);
-}
-
-/// The first index at which the running sum of `probs` exceeds `uniform`; the last one if rounding leaves a gap.
-pub fn sample_index(probs: &[f64], uniform: f64) -> usize {
-    let mut cumulative = 0.0;
-    probs
-        .iter()
-        .position(|p| {
-            cumulative += p;
-            cumulative > uniform
-        })
-        .unwrap_or(probs.len().saturating_sub(1))
+    max.into_iter().fold(rest, larger)
 }
 
 #[cfg(test)]

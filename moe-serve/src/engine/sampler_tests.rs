@@ -10,7 +10,7 @@ fn logits() -> Vec<f32> {
 /// Share of each id when `uniform` runs over a fine grid: the distribution itself.
 #[track_caller]
 fn check(params: &SamplingParams, prompt: &[u32], generated: &[u32], want: &[f64]) {
-    let mut sampler = Sampler::new(params, want.len(), &[], prompt);
+    let mut sampler = Sampler::new(params.clone(), want.len(), &[], prompt);
     generated.iter().for_each(|&id| sampler.push(id));
     let steps = 4000;
     let mut got = vec![0.0; want.len()];
@@ -86,7 +86,7 @@ fn logit_bias_is_added_before_everything() {
 #[test]
 fn greedy_takes_the_lowest_id_among_equals() {
     let params = SamplingParams { temperature: 0.0, ..Default::default() };
-    let sampler = Sampler::new(&params, 4, &[], &[]);
+    let sampler = Sampler::new(params, 4, &[], &[]);
     assert_eq!(sampler.sample(&[1.0, 3.0, 3.0, 2.0], &[], 0, 0.9).ok(), Some(1));
 }
 
@@ -94,7 +94,7 @@ fn greedy_takes_the_lowest_id_among_equals() {
 fn padding_suppressed_and_forbidden_tokens_are_never_drawn() {
     for temperature in [0.0, 1.0, 2.0] {
         let params = SamplingParams { temperature, ..Default::default() };
-        let sampler = Sampler::new(&params, 3, &[1], &[]);
+        let sampler = Sampler::new(params, 3, &[1], &[]);
         for uniform in [0.0, 0.5, 0.999_999] {
             assert_eq!(sampler.sample(&[1.0, 9.0, 0.0, 50.0], &[0], 0, uniform).ok(), Some(2));
         }
@@ -104,17 +104,68 @@ fn padding_suppressed_and_forbidden_tokens_are_never_drawn() {
 #[test]
 fn bad_logits_are_errors() {
     let params = SamplingParams::default();
-    let sampler = Sampler::new(&params, 2, &[], &[]);
+    let sampler = Sampler::new(params, 2, &[], &[]);
     assert!(matches!(sampler.sample(&[0.0, f32::NAN], &[], 7, 0.0), Err(Error::LogitsNotFinite { position: 7 })));
     assert!(matches!(sampler.sample(&[0.0, f32::INFINITY], &[], 0, 0.0), Err(Error::LogitsNotFinite { .. })));
     assert!(matches!(sampler.sample(&[0.0, 0.0], &[0, 1], 0, 0.0), Err(Error::NothingToSample)));
     let greedy = SamplingParams { temperature: 0.0, ..Default::default() };
-    let sampler = Sampler::new(&greedy, 2, &[], &[]);
+    let sampler = Sampler::new(greedy, 2, &[], &[]);
     assert!(matches!(sampler.sample(&[f32::NEG_INFINITY; 2], &[], 0, 0.0), Err(Error::NothingToSample)));
 }
 
+/// The draw by its definition: everything sorted, every step on its own.
+fn drawn_slowly(params: &SamplingParams, logits: &[f32], uniform: f64) -> u32 {
+    let mut all: Vec<(u32, f64)> =
+        logits.iter().zip(0..).map(|(&x, id)| (id, f64::from(x) / f64::from(params.temperature))).collect();
+    all.sort_by(|a, b| b.1.total_cmp(&a.1).then(a.0.cmp(&b.0)));
+    let max = all[0].1;
+    all.iter_mut().for_each(|c| c.1 = (c.1 - max).exp());
+    let normalise = |all: &mut Vec<(u32, f64)>| {
+        let sum: f64 = all.iter().map(|c| c.1).sum();
+        all.iter_mut().for_each(|c| c.1 /= sum);
+    };
+    if params.top_k > 0 {
+        all.truncate(params.top_k);
+    }
+    normalise(&mut all);
+    let mut sum = 0.0;
+    let cut = all.iter().position(|c| {
+        sum += c.1;
+        sum >= f64::from(params.top_p)
+    });
+    all.truncate(cut.map_or(all.len(), |at| at + 1));
+    let floor = f64::from(params.min_p) * all[0].1;
+    all.retain(|c| c.1 >= floor);
+    normalise(&mut all);
+    let mut sum = 0.0;
+    let at = all.iter().position(|c| {
+        sum += c.1;
+        sum > uniform
+    });
+    all[at.unwrap_or(all.len() - 1)].0
+}
+
 #[test]
-fn sample_index_survives_rounding() {
-    assert_eq!(sample_index(&[0.3, 0.3, 0.3], 0.95), 2);
-    assert_eq!(sample_index(&[0.0, 1.0], 0.0), 1);
+fn partly_sorted_draws_are_those_of_the_definition() {
+    let mut rng = moe_core::CounterRng::new(3, 0);
+    let mut ids = std::collections::BTreeSet::new();
+    for case in 0..400 {
+        let len = 1 + rng.below(900) as usize;
+        let spread = [0.01, 1.0, 4.0, 30.0][case % 4];
+        let logits: Vec<f32> = (0..len).map(|_| (rng.normal_f64() * spread) as f32).collect();
+        let params = SamplingParams {
+            temperature: [0.3, 1.0, 1.9][case % 3],
+            top_k: [0, 0, 1, 7, 100, 2000][rng.below(6) as usize],
+            top_p: [1.0, 0.95, 0.5, 1e-5][rng.below(4) as usize],
+            min_p: [0.0, 0.0, 0.1, 1.0][rng.below(4) as usize],
+            ..Default::default()
+        };
+        let sampler = Sampler::new(params.clone(), len, &[], &[]);
+        for uniform in [0.0, rng.uniform_f64(), rng.uniform_f64(), 0.999_999] {
+            let got = sampler.sample(&logits, &[], 0, uniform).expect("finite");
+            assert_eq!(got, drawn_slowly(&params, &logits, uniform), "case {case}: {params:?} at {uniform}");
+            ids.insert(got);
+        }
+    }
+    assert!(ids.len() > 100, "the cases differ");
 }

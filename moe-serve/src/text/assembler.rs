@@ -6,6 +6,7 @@ use super::tokenizer::TextTokenizer;
 use crate::engine::{CancelFlag, FinishReason, Flow, Listener, PromptOutput, SampledToken, TokenLogprobs};
 use crate::{Error, Result};
 use moe_models::LayerExperts;
+use std::collections::HashMap;
 use std::sync::Arc;
 use tokio::sync::mpsc::{UnboundedReceiver, UnboundedSender, unbounded_channel};
 
@@ -121,8 +122,8 @@ impl Assembly {
 pub struct TextListener {
     tokenizer: Arc<TextTokenizer>,
     options: TextOptions,
-    /// Continuations run one after the other, so one state is enough.
-    current: Option<(usize, Assembly)>,
+    /// Of the continuations that have begun and not ended.
+    assemblies: HashMap<usize, Assembly>,
     events: UnboundedSender<Event>,
 }
 
@@ -131,7 +132,7 @@ impl TextListener {
     pub fn new(tokenizer: Arc<TextTokenizer>, options: TextOptions) -> (Self, EventReceiver) {
         let (events, receiver) = unbounded_channel();
         let cancel = CancelFlag::default();
-        (Self { tokenizer, options, current: None, events }, EventReceiver { receiver, cancel })
+        (Self { tokenizer, options, assemblies: HashMap::new(), events }, EventReceiver { receiver, cancel })
     }
 
     /// A receiver that is gone has set the cancel flag, which ends the job; there is nobody to tell.
@@ -140,12 +141,7 @@ impl TextListener {
     }
 
     fn assembly(&mut self, choice: usize) -> &mut Assembly {
-        let options = &self.options;
-        let slot = self.current.get_or_insert_with(|| (choice, Assembly::new(options)));
-        if slot.0 != choice {
-            *slot = (choice, Assembly::new(options));
-        }
-        &mut slot.1
+        self.assemblies.entry(choice).or_insert_with(|| Assembly::new(&self.options))
     }
 }
 
@@ -173,6 +169,7 @@ impl Listener for TextListener {
 
     fn finished(&mut self, choice: usize, reason: FinishReason) {
         let text = self.assembly(choice).finish();
+        self.assemblies.remove(&choice);
         self.send(Event::Finished { choice, text, reason });
     }
 

@@ -47,7 +47,8 @@ fn a_text_is_continued_to_its_end() {
     assert_eq!(answer["choices"][0]["logprobs"], Value::Null);
     let (prompt, all) = (ids("the cat").len(), ids(SCRIPT).len());
     // The end-of-text token counts as generated.
-    let usage = json!({"prompt_tokens": prompt, "completion_tokens": all - prompt + 1, "total_tokens": all + 1});
+    let usage = json!({"prompt_tokens": prompt, "completion_tokens": all - prompt + 1, "total_tokens": all + 1,
+        "prompt_tokens_details": {"cached_tokens": 0}});
     assert_eq!(answer["usage"], usage);
 }
 

@@ -6,9 +6,9 @@
 use crate::support::tokenizer;
 use candle_core::{DType, Device};
 use moe_core::CounterRng;
+use moe_models::Precision;
 use moe_models::gpt::{Gpt, GptConfig};
-use moe_models::{LayerExperts, Precision};
-use moe_serve::engine::{Engine, Job, Observer, Outcome, StopParams};
+use moe_serve::engine::{Engine, EngineConfig, Job, StopParams};
 use moe_serve::text::{Event, TextListener, TextOptions};
 use moe_serve::{Error, Result, ServedModel};
 use serde_json::{Value, json};
@@ -194,28 +194,17 @@ fn generate_from(dir: &Path) -> Result<()> {
     }
     let max_tokens = d.max_new_tokens.or(d.max_length).unwrap_or(4).min(6);
     let stop = StopParams { max_tokens, min_tokens: d.min_new_tokens, ..StopParams::default() };
-    let job = Job { prompts, n: 2, sampling, stop, logprobs: Some(3), prompt_logprobs: Some(2), experts: true };
+    let (logprobs, prompt_logprobs) = (Some(3), Some(2));
+    let job = Job { prompts, n: 2, sampling, stop, logprobs, prompt_logprobs, experts: true, priority: 0 };
     let options = TextOptions { stops: d.stop_strings.clone(), min_tokens: d.min_new_tokens, trim_start: false };
     let (listener, mut events) = TextListener::new(model.tokenizer.clone(), options);
-    let engine = Engine::start(model.lm.clone(), model.engine_config(1), Arc::new(Unwatched))?;
+    let engine = Engine::start(model.lm.clone(), EngineConfig { max_queue: 1, ..model.engine_config() }, Arc::new(()))?;
     engine.submit(job, Box::new(listener), events.cancel_flag())?;
     loop {
         if let Event::Done(result) = events.blocking_next() {
             return result;
         }
     }
-}
-
-/// Nobody watches.
-struct Unwatched;
-
-impl Observer for Unwatched {
-    fn started(&self, _: Duration) {}
-    fn prompt(&self, _: usize) {}
-    fn token(&self, _: bool, _: bool, _: Duration) {}
-    fn experts(&self, _: &[LayerExperts]) {}
-    fn finished(&self, _: Outcome, _: Duration) {}
-    fn abandoned(&self) {}
 }
 
 fn below(rng: &mut CounterRng, bound: usize) -> usize {

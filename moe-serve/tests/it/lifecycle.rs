@@ -2,7 +2,8 @@
 
 use crate::metrics::value;
 use crate::support::{Client, NAN_TEXT, PANIC_TEXT, ScriptedLm, TestServer, served};
-use moe_serve::api::Limits;
+use moe_serve::api::{Limits, ServerConfig};
+use moe_serve::engine::SchedulingConfig;
 use serde_json::{Value, json};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
@@ -39,7 +40,10 @@ fn wait_until(client: Client, series: &str, want: f64) {
 
 #[test]
 fn a_full_queue_says_when_to_come_back() {
-    let server = slow_server(Limits { max_queue: 1, ..Limits::default() });
+    let model = served(Arc::new(ScriptedLm::new(&"the cat sat on the mat. ".repeat(20)).slow(STEP)));
+    let scheduling = SchedulingConfig { max_sequences: 1, ..SchedulingConfig::default() };
+    let limits = Limits { max_queue: 1, ..Limits::default() };
+    let server = TestServer::with(model, ServerConfig { limits, scheduling, ..ServerConfig::default() });
     let running = server.client.open(PATH, &long());
     wait_until(server.client, "moe_serve_requests_running", 1.0);
     let waiting = server.client.write_only(PATH, &short());

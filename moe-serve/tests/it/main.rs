@@ -5,6 +5,7 @@ mod chat;
 mod completions;
 mod connections;
 mod damaged;
+mod engine;
 mod gguf;
 mod gpt;
 mod lifecycle;

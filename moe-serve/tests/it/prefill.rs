@@ -1,11 +1,11 @@
 //! A prompt that is being read can be given up.
 
 use candle_core::{Device, Tensor};
-use moe_models::{CacheLayout, CausalLm, KvPool, LayerExperts, LogitsOf, PagedStep, Result, SequenceStep, StepOutput};
+use moe_models::{CacheLayout, CausalLm, KvPool, LayerExperts, PagedStep, Result, StepOutput};
 use moe_serve::Error;
 use moe_serve::engine::{
-    CancelFlag, Engine, EngineConfig, FinishReason, Flow, Job, Listener, Observer, Outcome, PromptOutput, SampledToken,
-    SamplingParams, StopParams,
+    CancelFlag, Engine, EngineConfig, FinishReason, Flow, Job, Listener, PromptOutput, SampledToken, SchedulingConfig,
+    StopParams,
 };
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Arc, mpsc};
@@ -36,26 +36,12 @@ impl CausalLm for Reader {
     fn device(&self) -> &Device {
         &Device::Cpu
     }
-    fn forward(&self, batch: &mut [SequenceStep<'_>], pool: &KvPool) -> Result<StepOutput> {
-        let [SequenceStep { sequence, token_ids, logits }] = batch else { panic!("one sequence at a time") };
-        PagedStep::default().add(sequence, token_ids.len(), pool)?;
-        sequence.grow(token_ids.len());
-        self.read.fetch_add(token_ids.len(), Ordering::Relaxed);
+    fn run(&self, step: &PagedStep, _: &KvPool) -> Result<StepOutput> {
+        self.read.fetch_add(step.token_ids().len(), Ordering::Relaxed);
         self.cancel.cancel();
-        let rows = usize::from(*logits != LogitsOf::None);
+        let rows = step.logit_rows().len();
         Ok(StepOutput { logits: Tensor::zeros((rows, 8), candle_core::DType::F32, &Device::Cpu)?, experts: Vec::new() })
     }
-}
-
-struct Nobody;
-
-impl Observer for Nobody {
-    fn started(&self, _: Duration) {}
-    fn prompt(&self, _: usize) {}
-    fn token(&self, _: bool, _: bool, _: Duration) {}
-    fn experts(&self, _: &[LayerExperts]) {}
-    fn finished(&self, _: Outcome, _: Duration) {}
-    fn abandoned(&self) {}
 }
 
 /// Tells how the job ended.
@@ -77,17 +63,17 @@ impl Listener for Ending {
 fn a_prompt_is_given_up_midway() {
     let (read, cancel) = (Arc::new(AtomicUsize::new(0)), CancelFlag::default());
     let lm = Arc::new(Reader { read: Arc::clone(&read), cancel: cancel.clone() });
-    let config = EngineConfig { max_queue: 1, num_tokens: 8, eos_token_ids: Vec::new(), suppressed: Vec::new() };
-    let engine = Engine::start(lm, config, Arc::new(Nobody)).expect("starts");
-    let job = Job {
-        prompts: vec![vec![1; 4000]],
-        n: 1,
-        sampling: SamplingParams::default(),
-        stop: StopParams { max_tokens: 1, ..StopParams::default() },
-        logprobs: None,
-        prompt_logprobs: None,
-        experts: false,
+    let config = EngineConfig {
+        max_queue: 1,
+        num_tokens: 8,
+        eos_token_ids: Vec::new(),
+        suppressed: Vec::new(),
+        scheduling: SchedulingConfig::default(),
+        kv_cache_bytes: 0,
     };
+    let engine = Engine::start(lm, config, Arc::new(())).expect("starts");
+    let stop = StopParams { max_tokens: 1, ..StopParams::default() };
+    let job = Job { prompts: vec![vec![1; 4000]], stop, ..Job::default() };
     let (sender, ending) = mpsc::channel();
     engine.submit(job, Box::new(Ending(sender)), cancel).expect("an empty queue");
     let result = ending.recv_timeout(Duration::from_secs(20)).expect("the job ends");

@@ -65,7 +65,11 @@ impl TestServer {
     }
 
     pub(crate) fn start(model: ServedModel, limits: Limits) -> Self {
-        let server = Server::new(model, ServerConfig { limits, seed: Some(7) }).expect("starts");
+        Self::with(model, ServerConfig { limits, ..ServerConfig::default() })
+    }
+
+    pub(crate) fn with(model: ServedModel, config: ServerConfig) -> Self {
+        let server = Server::new(model, ServerConfig { seed: Some(7), ..config }).expect("starts");
         let runtime = tokio::runtime::Runtime::new().expect("a runtime");
         let listener = runtime.block_on(tokio::net::TcpListener::bind("127.0.0.1:0")).expect("a free port");
         let address = listener.local_addr().expect("bound");

@@ -2,7 +2,7 @@
 
 use super::{ids, tokenizer};
 use candle_core::{Device, Tensor};
-use moe_models::{CacheLayout, CausalLm, KvPool, LayerExperts, LogitsOf, PagedStep, Result, SequenceStep, StepOutput};
+use moe_models::{CacheLayout, CausalLm, KvPool, LayerExperts, PagedStep, Result, StepOutput};
 use std::time::Duration;
 
 /// Reading this makes the model panic.
@@ -84,26 +84,14 @@ impl CausalLm for ScriptedLm {
         CacheLayout::default()
     }
 
-    fn forward(&self, batch: &mut [SequenceStep<'_>], pool: &KvPool) -> Result<StepOutput> {
+    fn run(&self, step: &PagedStep, _: &KvPool) -> Result<StepOutput> {
         std::thread::sleep(self.step);
-        let (mut rows, mut all) = (Vec::new(), Vec::new());
-        for SequenceStep { sequence, token_ids, logits } in batch {
-            assert!(!token_ids.contains(&self.panic_id), "the model read what it cannot bear");
-            for (i, &token_id) in token_ids.iter().enumerate() {
-                let is_wanted = match logits {
-                    LogitsOf::None => false,
-                    LogitsOf::Last => i + 1 == token_ids.len(),
-                    LogitsOf::All => true,
-                };
-                if is_wanted {
-                    rows.extend(self.logits(token_id, sequence.len() + i + 1));
-                }
-            }
-            PagedStep::default().add(sequence, token_ids.len(), pool)?;
-            sequence.grow(token_ids.len());
-            all.extend_from_slice(token_ids);
-        }
-        let logits = Tensor::from_vec(rows.clone(), (rows.len() / self.vocab_size, self.vocab_size), &Device::Cpu)?;
-        Ok(StepOutput { logits, experts: vec![experts(1, 4, 1, &all), experts(3, 8, 2, &all)] })
+        let ids = step.token_ids();
+        assert!(!ids.contains(&self.panic_id), "the model read what it cannot bear");
+        let wanted = step.logit_rows();
+        let row = |&row: &u32| self.logits(ids[row as usize], step.positions()[row as usize] as usize + 1);
+        let rows: Vec<f32> = wanted.iter().flat_map(row).collect();
+        let logits = Tensor::from_vec(rows, (wanted.len(), self.vocab_size), &Device::Cpu)?;
+        Ok(StepOutput { logits, experts: vec![experts(1, 4, 1, ids), experts(3, 8, 2, ids)] })
     }
 }

@@ -1,0 +1,104 @@
+//! [`Engine`]: hands jobs to the thread that works on them.
+
+use super::config::EngineConfig;
+use super::inbox::{CancelFlag, Inbox};
+use super::replicas::{LocalReplica, Replicas};
+use super::request::{Job, Listener};
+use super::watch::Observer;
+use super::worker::{ModelFacts, Worker};
+use crate::{Error, Result};
+use moe_models::CausalLm;
+use std::sync::{Arc, Mutex, PoisonError};
+use std::thread::JoinHandle;
+
+/// Hands jobs to the engine's thread.
+pub struct Engine {
+    inbox: Arc<Inbox>,
+    thread: Mutex<Option<JoinHandle<()>>>,
+}
+
+impl std::fmt::Debug for Engine {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Engine").field("waiting", &self.waiting()).finish_non_exhaustive()
+    }
+}
+
+impl Engine {
+    /// Starts the engine's thread for a model in this process.
+    ///
+    /// # Errors
+    /// [`Error::Field`] for an impossible schedule; [`Error::Io`] if the system gives no thread; the model's error if there is no
+    /// memory for the pages.
+    pub fn start(lm: Arc<dyn CausalLm>, config: EngineConfig, observer: Arc<dyn Observer>) -> Result<Self> {
+        config.scheduling.validate()?;
+        let replica = LocalReplica::new(Arc::clone(&lm), config.kv_cache_bytes, config.scheduling.max_sequences)?;
+        Self::over(Box::new(replica), lm.as_ref(), config, observer)
+    }
+
+    /// Starts the engine's thread for replicas of a model, of which `lm` is any.
+    ///
+    /// # Errors
+    /// As [`Engine::start`].
+    pub fn over(
+        replicas: Box<dyn Replicas>,
+        lm: &dyn CausalLm,
+        config: EngineConfig,
+        observer: Arc<dyn Observer>,
+    ) -> Result<Self> {
+        config.scheduling.validate()?;
+        let inbox = Arc::new(Inbox::new(config.max_queue, config.scheduling.max_sequences));
+        let facts = ModelFacts { vocab_size: lm.vocab_size(), max_seq_len: lm.max_seq_len() };
+        let worker = Worker::new(replicas, facts, lm.draws(), config, Arc::clone(&inbox), observer);
+        let thread = std::thread::Builder::new()
+            .name("moe-engine".into())
+            .spawn(move || worker.run())
+            .map_err(|reason| Error::Io { path: "moe-engine thread".into(), reason })?;
+        Ok(Self { inbox, thread: Mutex::new(Some(thread)) })
+    }
+
+    /// Takes a job in. Results go to `listener`; `cancel` gives the job up.
+    ///
+    /// # Errors
+    /// [`Error::QueueFull`] or [`Error::ShuttingDown`]; `listener` then hears nothing.
+    pub fn submit(&self, job: Job, listener: Box<dyn Listener>, cancel: CancelFlag) -> Result<()> {
+        debug_assert!(
+            job.n > 0 && !job.prompts.is_empty() && job.prompts.iter().all(|p| !p.is_empty()),
+            "checked at the door"
+        );
+        self.inbox.push(job, listener, cancel)
+    }
+
+    /// Jobs that have not started.
+    pub fn waiting(&self) -> usize {
+        self.inbox.waiting()
+    }
+
+    /// Whether the engine's thread lives.
+    pub fn is_alive(&self) -> bool {
+        let thread = self.thread.lock().unwrap_or_else(PoisonError::into_inner);
+        thread.as_ref().is_some_and(|thread| !thread.is_finished())
+    }
+
+    /// Takes no more jobs; those already in are still run.
+    pub fn close(&self) {
+        self.inbox.close();
+    }
+
+    /// Takes no more jobs and gives up all that wait or run.
+    pub fn stop(&self) {
+        self.inbox.close();
+        self.inbox.cancel_all();
+    }
+}
+
+impl Drop for Engine {
+    fn drop(&mut self) {
+        self.stop();
+        if let Some(thread) = self.thread.lock().unwrap_or_else(PoisonError::into_inner).take() {
+            // A listener may hold the last reference to the engine; its thread cannot wait for itself.
+            if thread.thread().id() != std::thread::current().id() && thread.join().is_err() {
+                tracing::error!("the engine's thread panicked");
+            }
+        }
+    }
+}
