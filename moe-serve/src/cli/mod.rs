@@ -1,10 +1,12 @@
 //! The command line: `moe-serve`, `moe-serve generate`, `moe-generate`.
 
+mod bench;
 mod engine;
 mod generate;
 mod load;
 mod serve;
 
+pub use bench::BenchCommand;
 pub use engine::EngineArgs;
 pub use generate::GenerateArgs;
 pub use load::ModelArgs;
@@ -29,6 +31,9 @@ pub struct Cli {
 enum Command {
     /// Continues a prompt in the terminal.
     Generate(GenerateArgs),
+    /// Measures how fast a model is served.
+    #[command(subcommand)]
+    Bench(BenchCommand),
 }
 
 impl Cli {
@@ -39,6 +44,7 @@ impl Cli {
     pub fn run(self) -> anyhow::Result<()> {
         match self.command {
             Some(Command::Generate(args)) => args.run(),
+            Some(Command::Bench(command)) => command.run(),
             None => self.serve.run(),
         }
     }

@@ -1,10 +1,11 @@
 //! Draws the next token from a row of logits. Pure: the random number comes from outside.
 //!
-//! The likeliest tokens are put in order only as far down as a draw needs them, and nothing is copied where nothing is changed:
-//! a step draws for every sequence, while the model waits.
+//! Tokens are put in order only where a draw looks, and nothing is copied where nothing is changed: a step draws for every
+//! sequence, while the model waits.
 
 use super::request::SamplingParams;
 use crate::{Error, Result};
+use moe_core::ops::host::{Real, dispatch};
 use std::borrow::Cow;
 use std::collections::HashMap;
 
@@ -110,93 +111,215 @@ impl Sampler {
 
     /// Draws from what `top_k`, `top_p` and `min_p` leave, in this order, each of what the one before left.
     fn draw(&self, logits: &[f32], max: f32, uniform: f64) -> u32 {
-        let SamplingParams { top_k, top_p, min_p, .. } = self.params;
-        let temperature = f64::from(self.params.temperature);
-        let weight = |logit: f32| ((f64::from(logit) - f64::from(max)) / temperature).exp();
-        let mut ranked = Ranked::new(logits, max, temperature);
-        let top_k = if top_k == 0 { ranked.len() } else { top_k.min(ranked.len()) };
-
-        // 1. Top-k: the sum of what is left.
-        let total: f64 = match top_k < ranked.len() {
-            true => ranked.first(top_k).iter().map(|&(logit, _)| weight(logit)).sum(),
-            false => ranked.entries.iter().map(|&(logit, _)| weight(logit)).sum(),
-        };
-        // 2. Top-p: the token that crosses it is still in.
-        let mut kept = top_k;
-        let mut kept_total = total;
+        let SamplingParams { temperature, top_k, top_p, min_p, .. } = self.params;
+        let mut ranking = Ranking::new(logits, max, temperature);
+        let mut kept = ranking.all();
+        if top_k > 0 && top_k < kept.count {
+            kept = ranking.first(top_k);
+        }
         if top_p < 1.0 {
-            let mut cumulative = 0.0;
-            for i in 0..top_k {
-                cumulative += weight(ranked.at(i));
-                if cumulative >= f64::from(top_p) * total {
-                    (kept, kept_total) = (i + 1, cumulative);
-                    break;
-                }
-            }
+            // The token that crosses it is still in.
+            let target = f64::from(top_p) * kept.weight;
+            kept = ranking.until(kept, |cumulative| cumulative >= target);
         }
-        // 3. Min-p: at least so likely in relation to the likeliest, whose weight is 1.
         if min_p > 0.0 {
-            let mut cumulative = 0.0;
-            let mut count = 0;
-            while count < kept && weight(ranked.at(count)) >= f64::from(min_p) {
-                cumulative += weight(ranked.at(count));
-                count += 1;
-            }
-            (kept, kept_total) = (count.max(1), if count == 0 { 1.0 } else { cumulative });
+            kept = ranking.at_least(kept, min_p);
         }
-        // 4. The first whose running sum exceeds the random number; the last if rounding leaves a gap.
-        let mut cumulative = 0.0;
-        for i in 0..kept {
-            cumulative += weight(ranked.at(i));
-            if cumulative > uniform * kept_total {
-                return ranked.entries[i].1;
-            }
-        }
-        ranked.at(kept - 1);
-        ranked.entries[kept - 1].1
+        // The first whose running sum exceeds the random number; the last one if rounding leaves a gap.
+        let target = uniform * kept.weight;
+        let drawn = ranking.until(kept, |cumulative| cumulative > target);
+        ranking.last_of(drawn)
     }
 }
 
-/// Logits with their ids, by falling logit, the lower id first among equals; in order only as far as was asked.
-struct Ranked {
-    entries: Vec<(f32, u32)>,
-    sorted: usize,
+/// A token that can be drawn.
+#[derive(Debug, Clone, Copy)]
+struct Candidate {
+    logit: f32,
+    id: u32,
+    /// Its probability over the likeliest one's.
+    weight: f32,
 }
 
-impl Ranked {
-    /// Tokens whose weight is below what a sum of all in f64 could notice are left out.
-    fn new(logits: &[f32], max: f32, temperature: f64) -> Self {
-        const NEGLIGIBLE: f64 = 60.0;
-        let least = (f64::from(max) - NEGLIGIBLE * temperature) as f32;
-        let kept = logits.iter().zip(0u32..).filter(|(logit, _)| **logit >= least);
-        Self { entries: kept.map(|(&logit, id)| (logit, id)).collect(), sorted: 0 }
+impl Candidate {
+    /// By falling logit, the lower id first among equals.
+    fn by_rank(a: &Self, b: &Self) -> std::cmp::Ordering {
+        b.logit.total_cmp(&a.logit).then(a.id.cmp(&b.id))
     }
+}
 
-    fn len(&self) -> usize {
-        self.entries.len()
-    }
+/// The first `count` candidates in the order of their ranks, `weight` in all. They are all of the octaves before `octave`, and
+/// the first `inside` of that one.
+#[derive(Debug, Clone, Copy, PartialEq)]
+struct Prefix {
+    octave: usize,
+    inside: usize,
+    count: usize,
+    weight: f64,
+}
 
-    /// The logit at place `index`.
-    fn at(&mut self, index: usize) -> f32 {
-        self.first(index + 1);
-        self.entries[index].0
-    }
+/// Powers of two between the largest f32 weight, 1, and the smallest normal one.
+const OCTAVES: usize = 127;
 
-    /// The first `count` in order.
-    fn first(&mut self, count: usize) -> &[(f32, u32)] {
-        if count > self.sorted {
-            let by_rank = |a: &(f32, u32), b: &(f32, u32)| b.0.total_cmp(&a.0).then(a.1.cmp(&b.1));
-            let end = count.max(64).max(4 * self.sorted).min(self.entries.len());
-            let rest = &mut self.entries[self.sorted..];
-            let more = end - self.sorted;
-            if more < rest.len() {
-                rest.select_nth_unstable_by(more - 1, by_rank);
+/// Candidates by octave of their weights. Cuts and draws look at sums of octaves, and only into the one octave where they fall.
+struct Ranking<'a> {
+    logits: &'a [f32],
+    weights: Vec<f32>,
+    counts: [usize; OCTAVES],
+    sums: [f64; OCTAVES],
+    /// The octaves that were looked into, with their candidates in the order of their ranks as far as was needed.
+    opened: Vec<(usize, Vec<Candidate>)>,
+}
+
+impl<'a> Ranking<'a> {
+    fn new(logits: &'a [f32], max: f32, temperature: f32) -> Self {
+        let weights = weights(logits, max, temperature);
+        let (mut counts, mut sums) = ([0; OCTAVES], [0.0; OCTAVES]);
+        for &weight in &weights {
+            if weight > 0.0 {
+                counts[octave(weight)] += 1;
+                sums[octave(weight)] += f64::from(weight);
             }
-            rest[..more].sort_unstable_by(by_rank);
-            self.sorted = end;
         }
-        &self.entries[..count]
+        Self { logits, weights, counts, sums, opened: Vec::new() }
     }
+
+    fn all(&self) -> Prefix {
+        let octave = self.counts.iter().rposition(|&count| count > 0).unwrap_or(0);
+        let count = self.counts.iter().sum();
+        Prefix { octave, inside: self.counts[octave], count, weight: self.sums.iter().sum() }
+    }
+
+    /// The candidates of an octave.
+    fn open(&mut self, index: usize) -> &mut Vec<Candidate> {
+        let at = self.opened.iter().position(|(opened, _)| *opened == index).unwrap_or_else(|| {
+            let pairs = self.weights.iter().zip(self.logits).zip(0u32..);
+            let inside = pairs.filter(|((weight, _), _)| **weight > 0.0 && octave(**weight) == index);
+            let candidates = inside.map(|((&weight, &logit), id)| Candidate { logit, id, weight }).collect();
+            self.opened.push((index, candidates));
+            self.opened.len() - 1
+        });
+        &mut self.opened[at].1
+    }
+
+    /// The first `count` candidates, of at least as many.
+    fn first(&mut self, count: usize) -> Prefix {
+        let (mut before, mut weight) = (0, 0.0);
+        for index in 0..OCTAVES {
+            if before + self.counts[index] >= count {
+                let inside = count - before;
+                let candidates = self.open(index);
+                partition(candidates, inside);
+                weight += candidates[..inside].iter().map(|c| f64::from(c.weight)).sum::<f64>();
+                return Prefix { octave: index, inside, count, weight };
+            }
+            before += self.counts[index];
+            weight += self.sums[index];
+        }
+        self.all()
+    }
+
+    /// The shortest beginning of `kept` whose running sum is `enough`, or all of it.
+    fn until(&mut self, kept: Prefix, enough: impl Fn(f64) -> bool) -> Prefix {
+        let (mut before, mut weight) = (0, 0.0);
+        for index in 0..=kept.octave {
+            let is_last = index == kept.octave;
+            if is_last || enough(weight + self.sums[index]) {
+                let end = if is_last { kept.inside } else { self.counts[index] };
+                let candidates = self.open(index);
+                partition(candidates, end);
+                let (inside, sum) = cross(&mut candidates[..end], |sum| enough(weight + sum));
+                return Prefix { octave: index, inside, count: before + inside, weight: weight + sum };
+            }
+            before += self.counts[index];
+            weight += self.sums[index];
+        }
+        kept
+    }
+
+    /// Those of `kept` with at least this weight, and the first one in any case.
+    fn at_least(&mut self, kept: Prefix, least: f32) -> Prefix {
+        let index = octave(least);
+        if index > kept.octave {
+            return kept;
+        }
+        let end = if index == kept.octave { kept.inside } else { self.counts[index] };
+        let candidates = self.open(index);
+        partition(candidates, end);
+        candidates[..end].sort_unstable_by(Candidate::by_rank);
+        let inside = candidates[..end].iter().take_while(|c| c.weight >= least).count();
+        let sum: f64 = candidates[..inside].iter().map(|c| f64::from(c.weight)).sum();
+        let count = self.counts[..index].iter().sum::<usize>() + inside;
+        let weight = self.sums[..index].iter().sum::<f64>() + sum;
+        if count == 0 { self.first(1) } else { Prefix { octave: index, inside, count, weight } }
+    }
+
+    /// The last of the first so many candidates.
+    fn last_of(&mut self, prefix: Prefix) -> u32 {
+        let mut prefix = prefix;
+        while prefix.inside == 0 && prefix.octave > 0 {
+            prefix.octave -= 1;
+            prefix.inside = self.counts[prefix.octave];
+        }
+        let candidates = self.open(prefix.octave);
+        partition(candidates, prefix.inside);
+        let last = candidates[..prefix.inside].iter().max_by(|a, b| Candidate::by_rank(a, b));
+        last.map_or(0, |candidate| candidate.id)
+    }
+}
+
+/// Which power of two a weight from 0 (exclusive) to 1 comes after.
+fn octave(weight: f32) -> usize {
+    let exponent = (weight.to_bits() >> 23) as usize;
+    127usize.saturating_sub(exponent).min(OCTAVES - 1)
+}
+
+/// `exp((logit - max) / temperature)`, and 0 for what is impossible.
+fn weights(logits: &[f32], max: f32, temperature: f32) -> Vec<f32> {
+    let mut weights = vec![0.0; logits.len()];
+    dispatch(
+        #[inline(always)]
+        || {
+            for (weight, &logit) in weights.iter_mut().zip(logits) {
+                let exp = ((logit - max) / temperature).exp_();
+                *weight = if logit == f32::NEG_INFINITY { 0.0 } else { exp };
+            }
+        },
+    );
+    weights
+}
+
+/// Brings the first `count` in rank to the front.
+fn partition(candidates: &mut [Candidate], count: usize) {
+    if (1..candidates.len()).contains(&count) {
+        candidates.select_nth_unstable_by(count - 1, Candidate::by_rank);
+    }
+}
+
+/// How many candidates, in the order of their ranks, it takes until their running sum is `enough`, and that sum; all if it never
+/// is. Halves the candidates instead of sorting them.
+fn cross(candidates: &mut [Candidate], enough: impl Fn(f64) -> bool) -> (usize, f64) {
+    const SORTED: usize = 16;
+    let (mut low, mut high, mut sum) = (0, candidates.len(), 0.0);
+    while high - low > SORTED {
+        let half = (high - low) / 2;
+        partition(&mut candidates[low..high], half);
+        let more: f64 = candidates[low..low + half].iter().map(|c| f64::from(c.weight)).sum();
+        if enough(sum + more) {
+            high = low + half;
+        } else {
+            sum += more;
+            low += half;
+        }
+    }
+    candidates[low..high].sort_unstable_by(Candidate::by_rank);
+    for (i, candidate) in candidates[low..high].iter().enumerate() {
+        sum += f64::from(candidate.weight);
+        if enough(sum) {
+            return (low + i + 1, sum);
+        }
+    }
+    (high, sum)
 }
 
 /// Elements that a loop takes side by side.

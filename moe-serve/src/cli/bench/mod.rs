@@ -1,0 +1,26 @@
+//! `moe-serve bench`: how fast a model is served. `offline` runs the engine alone, without text and HTTP; `online` is a client of a
+//! server that runs.
+
+mod offline;
+mod percentiles;
+
+use clap::Subcommand;
+
+/// What is measured.
+#[derive(Debug, Subcommand)]
+pub enum BenchCommand {
+    /// The engine alone: prompts and generated tokens per second for some numbers of sequences, and what of a step is the model's.
+    Offline(offline::OfflineArgs),
+}
+
+impl BenchCommand {
+    /// Measures and prints.
+    ///
+    /// # Errors
+    /// Whatever stopped it, with what was being done.
+    pub fn run(self) -> anyhow::Result<()> {
+        match self {
+            Self::Offline(args) => args.run(),
+        }
+    }
+}
