@@ -38,8 +38,9 @@ impl ChatRequest {
         let mut fields = Fields::new(body);
         let common = Common::take(&mut fields, model)?;
         let max_tokens = take_max_tokens(&mut fields, &common, model.lm.max_seq_len())?;
-        let request =
-            Self { max_tokens, messages: take_messages(&mut fields)?, logprobs: take_logprobs(&mut fields)?, common };
+        let messages = fields.take("messages").ok_or_else(|| Error::field("messages", "`messages` is missing"))?;
+        let messages = take_messages(messages)?;
+        let request = Self { max_tokens, messages, logprobs: take_logprobs(&mut fields)?, common };
         check_response_format(&mut fields)?;
         fields.finish(&[&UNSUPPORTED_IN_CHAT[..], &UNSUPPORTED].concat())?;
         Ok(request)
@@ -82,8 +83,8 @@ fn check_response_format(fields: &mut Fields) -> Result<()> {
     }
 }
 
-fn take_messages(fields: &mut Fields) -> Result<Vec<ChatMessage>> {
-    let value = fields.take("messages").ok_or_else(|| Error::field("messages", "`messages` is missing"))?;
+/// The messages of a conversation.
+pub(super) fn take_messages(value: Value) -> Result<Vec<ChatMessage>> {
     match value {
         Value::Array(items) if (1..=MAX_MESSAGES).contains(&items.len()) => {
             items.into_iter().enumerate().map(|(i, item)| message(&format!("messages[{i}]"), item)).collect()

@@ -1,5 +1,6 @@
 //! OpenAI's wire format over HTTP: requests read and checked, answers whole or streamed, errors, metrics, the page.
 
+mod access;
 mod activity;
 mod body;
 mod chat_request;
@@ -18,6 +19,7 @@ mod render;
 mod routes;
 mod server;
 mod stream;
+mod tokens;
 mod types;
 
 pub use error::ApiError;

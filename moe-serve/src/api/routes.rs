@@ -1,19 +1,22 @@
 //! Paths to handlers.
 
+use super::access::check_key;
 use super::chat_request::ChatRequest;
 use super::completion_request::CompletionRequest;
 use super::error::ApiError;
 use super::json::parse_object;
-use super::models;
 use super::piece::PieceMaker;
 use super::prepare::{self, Prepared};
 use super::render::{Endpoint, Renderer};
 use super::server::AppState;
 use super::stream::Running;
+use super::{models, tokens};
+use crate::Error;
 use crate::text::TextListener;
 use axum::Router;
 use axum::extract::{Request, State};
 use axum::http::{Method, StatusCode, Uri, header};
+use axum::middleware::from_fn_with_state;
 use axum::response::{Html, IntoResponse, Response};
 use axum::routing::{get, post};
 use serde_json::{Map, Value, json};
@@ -31,13 +34,21 @@ pub(super) fn router(state: Arc<AppState>) -> Router {
     Router::new()
         .route("/", get(page))
         .route("/health", get(health))
+        .route("/ready", get(ready))
+        .route("/version", get(version))
         .route("/metrics", get(metrics))
+        .route("/reset_prefix_cache", post(reset_prefix_cache))
         .route("/v1/models", get(models::list))
         .route("/v1/models/{*id}", get(models::one))
         .route("/v1/completions", post(completions))
         .route("/v1/chat/completions", post(chat_completions))
+        .route("/tokenize", post(tokenize))
+        .route("/detokenize", post(detokenize))
         .fallback(no_route)
         .method_not_allowed_fallback(wrong_method)
+        .layer(from_fn_with_state(state.clone(), check_key))
+        // Asks of foreign pages come before their requests, and without a key.
+        .layer(state.cors.clone())
         .layer(TraceLayer::new_for_http())
         .with_state(state)
 }
@@ -54,6 +65,31 @@ async fn health(State(state): State<Arc<AppState>>) -> Response {
         ApiError::new(StatusCode::SERVICE_UNAVAILABLE, "the engine's thread has ended; restart the server")
             .into_response()
     }
+}
+
+async fn ready(State(state): State<Arc<AppState>>) -> Response {
+    if state.engine.is_ready() {
+        axum::Json(json!({"status": "ready"})).into_response()
+    } else {
+        ApiError::new(StatusCode::SERVICE_UNAVAILABLE, "the server takes no new requests").into_response()
+    }
+}
+
+async fn version() -> axum::Json<Value> {
+    axum::Json(json!({"version": env!("CARGO_PKG_VERSION")}))
+}
+
+async fn reset_prefix_cache(State(state): State<Arc<AppState>>) -> StatusCode {
+    state.engine.reset_prefix_cache();
+    StatusCode::OK
+}
+
+async fn tokenize(State(state): State<Arc<AppState>>, request: Request) -> Result<axum::Json<Value>, ApiError> {
+    read(&state, request, tokens::tokenize).await.map(axum::Json)
+}
+
+async fn detokenize(State(state): State<Arc<AppState>>, request: Request) -> Result<axum::Json<Value>, ApiError> {
+    read(&state, request, tokens::detokenize).await.map(axum::Json)
 }
 
 async fn metrics(State(state): State<Arc<AppState>>) -> Response {
@@ -110,7 +146,11 @@ async fn answer(
         logprobs: prepared.job.logprobs.is_some(),
         experts: prepared.job.experts,
     };
-    state.engine.submit(prepared.job, Box::new(listener), receiver.cancel_flag())?;
+    state.engine.submit(prepared.job, Box::new(listener), receiver.cancel_flag()).inspect_err(|error| {
+        if let Error::QueueFull { .. } = error {
+            state.metrics.rejected();
+        }
+    })?;
     let running = Running { receiver, maker, renderer, deadline, limit: state.limits.request_timeout };
     match prepared.stream {
         Some(options) => Ok(running.stream(options)),
@@ -118,12 +158,12 @@ async fn answer(
     }
 }
 
-/// Reads and checks a request.
-async fn read(
+/// Reads a request, and makes of it what `prepare` does, where that may take its time.
+async fn read<T: Send + 'static>(
     state: &Arc<AppState>,
     request: Request,
-    prepare: fn(Map<String, Value>, &AppState) -> Result<Prepared, ApiError>,
-) -> Result<Prepared, ApiError> {
+    prepare: fn(Map<String, Value>, &AppState) -> Result<T, ApiError>,
+) -> Result<T, ApiError> {
     let (parts, body) = request.into_parts();
     let (_share, body) = state.bodies.read(&parts.headers, body, state.limits.body_timeout).await?;
     let blocking_state = state.clone();

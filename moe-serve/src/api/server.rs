@@ -1,5 +1,6 @@
 //! [`Server`]: the listening socket, the engine behind it, and an orderly end.
 
+use super::access::Keys;
 use super::body::BodyBudget;
 use super::connections::serve;
 use super::error::ApiError;
@@ -8,7 +9,8 @@ use super::metrics::ServerMetrics;
 use super::render::Endpoint;
 use super::routes::router;
 use crate::engine::{Engine, EngineConfig, Observer, SchedulingConfig};
-use crate::{Result, ServedModel};
+use crate::{Error, Result, ServedModel};
+use axum::http::{HeaderValue, Method, header};
 use moe_core::CounterRng;
 use std::future::Future;
 use std::sync::Arc;
@@ -16,6 +18,7 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 use tokio::net::TcpListener;
 use tokio::sync::oneshot;
+use tower_http::cors::{AllowOrigin, CorsLayer};
 
 /// Memory for keys and values where nobody says how much; taken as it is used.
 pub(crate) const DEFAULT_KV_CACHE_BYTES: usize = 1 << 30;
@@ -29,6 +32,14 @@ pub struct ServerConfig {
     pub limits: Limits,
     /// Requests without a seed draw theirs from this one; without it, from the clock.
     pub seed: Option<u64>,
+    /// Keys, each of which opens all routes but those of the admin key; with none they are open.
+    pub api_keys: Vec<String>,
+    /// The key of `/metrics` and `/reset_prefix_cache`, which then need it; it opens all others too.
+    pub admin_key: Option<String>,
+    /// Origins whose pages may ask from a browser; `*` for all.
+    pub allowed_origins: Vec<String>,
+    /// Whether each expert of each layer has a series in `/metrics`.
+    pub per_expert_metrics: bool,
     /// How the engine divides its time.
     pub scheduling: SchedulingConfig,
     /// Memory for keys and values; at least one sequence of the model's length always fits.
@@ -40,6 +51,10 @@ impl Default for ServerConfig {
         Self {
             limits: Limits::default(),
             seed: None,
+            api_keys: Vec::new(),
+            admin_key: None,
+            allowed_origins: Vec::new(),
+            per_expert_metrics: false,
             scheduling: SchedulingConfig::default(),
             kv_cache_bytes: DEFAULT_KV_CACHE_BYTES,
         }
@@ -53,6 +68,8 @@ pub(super) struct AppState {
     pub(super) metrics: Arc<ServerMetrics>,
     pub(super) limits: Limits,
     pub(super) bodies: BodyBudget,
+    pub(super) keys: Keys,
+    pub(super) cors: CorsLayer,
     /// When the server started, in seconds since 1970.
     pub(super) created: u64,
     seed: u64,
@@ -99,9 +116,11 @@ impl Server {
     /// Starts the engine of `model`.
     ///
     /// # Errors
-    /// As [`Engine::start`].
+    /// As [`Engine::start`]; [`crate::Error::Field`] for an origin that is none.
     pub fn new(model: ServedModel, config: ServerConfig) -> Result<Self> {
-        let metrics = Arc::new(ServerMetrics::new(&model.lm.moe_layers())?);
+        let cors = cors(&config.allowed_origins)?;
+        let metrics = ServerMetrics::new(&model.name, &model.lm.moe_layers(), config.per_expert_metrics)?;
+        let metrics = Arc::new(metrics);
         let observer: Arc<dyn Observer> = metrics.clone();
         let engine_config = EngineConfig {
             max_queue: config.limits.max_queue,
@@ -114,6 +133,8 @@ impl Server {
             model,
             engine,
             metrics,
+            keys: Keys::new(&config.api_keys, config.admin_key.as_ref()),
+            cors,
             bodies: BodyBudget::new(config.limits.max_body_bytes),
             limits: config.limits,
             created: unix_seconds(),
@@ -147,6 +168,28 @@ impl Server {
         state.engine.stop();
         upkeep.abort();
     }
+}
+
+/// Which pages may ask from a browser. None, unless their origins are named.
+fn cors(origins: &[String]) -> Result<CorsLayer> {
+    let layer = CorsLayer::new()
+        .allow_methods([Method::GET, Method::POST])
+        .allow_headers([header::AUTHORIZATION, header::CONTENT_TYPE]);
+    if origins.is_empty() {
+        return Ok(layer);
+    }
+    if origins.iter().any(|origin| origin == "*") {
+        return Ok(layer.allow_origin(AllowOrigin::any()));
+    }
+    let origin = |origin: &String| {
+        let text = origin.strip_prefix("https://").or_else(|| origin.strip_prefix("http://"));
+        let host = text.filter(|host| !host.is_empty() && !host.contains('/'));
+        host.and_then(|_| HeaderValue::from_str(origin).ok()).ok_or_else(|| {
+            let message = format!("an allowed origin must look like https://example.org, found `{origin:.80}`");
+            Error::field("allowed_origins", message)
+        })
+    };
+    Ok(layer.allow_origin(origins.iter().map(origin).collect::<Result<Vec<_>>>()?))
 }
 
 async fn upkeep(metrics: Arc<ServerMetrics>) {

@@ -3,7 +3,7 @@
 use super::engine::EngineArgs;
 use super::load::ModelArgs;
 use crate::api::{Limits, Server, ServerConfig, terminated};
-use anyhow::Context;
+use anyhow::{Context, ensure};
 use std::io::Write;
 use std::net::IpAddr;
 use std::time::Duration;
@@ -50,6 +50,19 @@ pub struct ServeArgs {
     #[arg(long, value_name = "SECONDS", default_value_t = Limits::default().write_timeout.as_secs(),
         value_parser = clap::value_parser!(u64).range(1..=86_400))]
     write_timeout_s: u64,
+    /// A key that requests must bring (`Authorization: Bearer KEY`); may be given several times. MOE_SERVE_API_KEY, where this is not
+    /// given, does not show in the list of processes.
+    #[arg(long, value_name = "KEY")]
+    api_key: Vec<String>,
+    /// The key of /metrics and /reset_prefix_cache, which API keys then do not open; or MOE_SERVE_ADMIN_KEY.
+    #[arg(long, value_name = "KEY")]
+    admin_key: Option<String>,
+    /// Origin whose pages may ask from a browser, such as https://example.org; may be given several times; * for all.
+    #[arg(long, value_name = "ORIGIN")]
+    allowed_origin: Vec<String>,
+    /// A series for each expert of each layer in /metrics: as many as the model has experts.
+    #[arg(long)]
+    per_expert_metrics: bool,
     #[command(flatten)]
     engine: EngineArgs,
     /// Seed of requests that name none; by default the clock's.
@@ -75,8 +88,26 @@ impl ServeArgs {
             max_connections: self.max_connections as usize,
             ..Limits::default()
         };
-        let (scheduling, kv_cache_bytes) = (self.engine.scheduling(), self.engine.kv_cache_memory_bytes);
-        let server = Server::new(model, ServerConfig { limits, seed: self.seed, scheduling, kv_cache_bytes })?;
+        let mut api_keys = self.api_key;
+        if api_keys.is_empty() {
+            api_keys.extend(key_of("MOE_SERVE_API_KEY")?);
+        }
+        let admin_key = match self.admin_key {
+            Some(key) => Some(key),
+            None => key_of("MOE_SERVE_ADMIN_KEY")?,
+        };
+        ensure!(!api_keys.iter().chain(&admin_key).any(String::is_empty), "a key must not be empty");
+        let config = ServerConfig {
+            limits,
+            seed: self.seed,
+            api_keys,
+            admin_key,
+            allowed_origins: self.allowed_origin,
+            per_expert_metrics: self.per_expert_metrics,
+            scheduling: self.engine.scheduling(),
+            kv_cache_bytes: self.engine.kv_cache_memory_bytes,
+        };
+        let server = Server::new(model, config)?;
         let runtime = tokio::runtime::Runtime::new().context("starting the network's threads")?;
         runtime.block_on(async {
             let address = (self.host, self.port);
@@ -94,5 +125,14 @@ impl ServeArgs {
             server.run(listener, shutdown).await;
             Ok(())
         })
+    }
+}
+
+/// A key from the environment.
+fn key_of(name: &str) -> anyhow::Result<Option<String>> {
+    match std::env::var(name) {
+        Ok(key) => Ok(Some(key)),
+        Err(std::env::VarError::NotPresent) => Ok(None),
+        Err(error) => Err(error).with_context(|| format!("reading {name}")),
     }
 }

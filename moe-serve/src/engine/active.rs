@@ -6,7 +6,7 @@ use super::inbox::{CancelFlag, Submission};
 use super::logprobs::TokenLogprobs;
 use super::request::{FinishReason, Flow, Job, Listener, PromptOutput, SampledToken};
 use super::scheduler::Part;
-use super::watch::Observer;
+use super::watch::{JobStats, Observer};
 use crate::{Error, Result};
 use moe_models::LayerExperts;
 use std::sync::Arc;
@@ -66,14 +66,13 @@ pub(super) struct Active {
     pub(super) cancel: CancelFlag,
     pub(super) submitted: Instant,
     pub(super) started: bool,
+    pub(super) stats: JobStats,
     listener: Box<dyn Listener>,
     prompts: Vec<Prompt>,
     choices: Vec<Option<Choice>>,
     /// Continuations that have not ended.
     left: usize,
     reason: FinishReason,
-    /// Whether a token was told.
-    spoken: bool,
 }
 
 impl Active {
@@ -83,8 +82,10 @@ impl Active {
         let choice = |index| Some(Choice::new(&job, index, config, max_seq_len, submitted));
         let choices = (0..left).map(choice).collect();
         let prompts = job.prompts.iter().map(|_| Prompt::default()).collect();
-        let (started, reason, spoken) = (false, FinishReason::Stop, false);
-        Self { job: Arc::new(job), cancel, submitted, started, listener, prompts, choices, left, reason, spoken }
+        let prompt_tokens = job.prompts.iter().map(Vec::len).sum();
+        let stats = JobStats { prompt_tokens, ..JobStats::default() };
+        let (started, reason) = (false, FinishReason::Stop);
+        Self { job: Arc::new(job), cancel, submitted, started, stats, listener, prompts, choices, left, reason }
     }
 
     /// Whether the logits after every token of a prompt are wanted, which `choice` reads.
@@ -184,7 +185,9 @@ impl Active {
         let index = ran.part.id.choice;
         let mut told = Vec::new();
         for (i, token) in drawn.into_iter().enumerate() {
-            let first_of_job = !std::mem::replace(&mut self.spoken, true);
+            let first_of_job = self.stats.first_token.is_none();
+            self.stats.first_token.get_or_insert_with(|| self.submitted.elapsed());
+            self.stats.generated_tokens += 1;
             let experts = self.job.experts;
             let choice = self.choice(index);
             observer.token(first_of_job, choice.generated == 0, choice.last.elapsed());

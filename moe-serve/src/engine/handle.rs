@@ -79,6 +79,16 @@ impl Engine {
         thread.as_ref().is_some_and(|thread| !thread.is_finished())
     }
 
+    /// Whether jobs are taken.
+    pub fn is_ready(&self) -> bool {
+        self.is_alive() && self.inbox.is_open()
+    }
+
+    /// Gives up what is kept of prompts for others that begin the same way, before the next step.
+    pub fn reset_prefix_cache(&self) {
+        self.inbox.forget();
+    }
+
     /// Takes no more jobs; those already in are still run.
     pub fn close(&self) {
         self.inbox.close();

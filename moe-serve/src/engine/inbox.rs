@@ -46,6 +46,8 @@ struct State {
     /// Sequences that could start at once.
     open: usize,
     closed: bool,
+    /// Whether what is kept of prompts is to be given up.
+    forget: bool,
 }
 
 /// Jobs that have arrived, and those that have not ended.
@@ -58,7 +60,7 @@ pub(super) struct Inbox {
 impl Inbox {
     /// At most `max_waiting` jobs may wait beyond the `open` sequences that could start.
     pub(super) fn new(max_waiting: usize, open: usize) -> Self {
-        let state = State { next: 0, arrived: Vec::new(), known: BTreeMap::new(), open, closed: false };
+        let state = State { next: 0, arrived: Vec::new(), known: BTreeMap::new(), open, closed: false, forget: false };
         Self { state: Mutex::new(state), changed: Condvar::new(), max_waiting }
     }
 
@@ -88,13 +90,29 @@ impl Inbox {
     /// What has arrived. Where `idle`, waits for something to arrive; `None` once nothing can any more.
     pub(super) fn take(&self, idle: bool) -> Option<Vec<Submission>> {
         let mut state = self.lock();
-        while idle && state.arrived.is_empty() {
+        while idle && state.arrived.is_empty() && !state.forget {
             if state.closed {
                 return None;
             }
             state = self.changed.wait(state).unwrap_or_else(PoisonError::into_inner);
         }
         Some(std::mem::take(&mut state.arrived))
+    }
+
+    /// Asks for what is kept of prompts to be given up.
+    pub(super) fn forget(&self) {
+        self.lock().forget = true;
+        self.changed.notify_all();
+    }
+
+    /// Whether that was asked for since the last time.
+    pub(super) fn take_forget(&self) -> bool {
+        std::mem::take(&mut self.lock().forget)
+    }
+
+    /// Whether jobs are still taken.
+    pub(super) fn is_open(&self) -> bool {
+        !self.lock().closed
     }
 
     /// A job does not wait any more.

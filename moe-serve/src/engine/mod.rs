@@ -27,4 +27,4 @@ pub use logprobs::{TokenLogprob, TokenLogprobs};
 pub use replicas::{LocalReplica, Replicas};
 pub use request::{FinishReason, Flow, Job, Listener, PromptOutput, SampledToken, SamplingParams, StopParams};
 pub use sampler::Sampler;
-pub use watch::{Observer, Outcome, StepStats};
+pub use watch::{JobStats, Observer, Outcome, StepStats};

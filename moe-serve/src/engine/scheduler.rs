@@ -178,6 +178,11 @@ impl Scheduler {
         }
     }
 
+    /// Keeps nothing of what was read so far.
+    pub(super) fn forget_prefixes(&mut self) {
+        self.replicas.iter_mut().filter_map(|replica| replica.prefix.as_mut()).for_each(PrefixCache::clear);
+    }
+
     /// Those of a failed step: their pages are taken to be damaged, and each must show that it does not fail alone.
     pub(super) fn suspect(&mut self, parts: &[Part]) {
         for part in parts {

@@ -11,8 +11,25 @@ pub enum Outcome {
     Finished(FinishReason),
     /// Nobody wanted the result any more.
     Aborted,
-    /// It failed.
+    /// The model returned a logit that is not a number.
+    Corrupted,
+    /// It failed in another way.
     Failed,
+}
+
+/// What a job that started came to.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub struct JobStats {
+    /// From submission to start.
+    pub queued: Duration,
+    /// From submission to the first token, if one came.
+    pub first_token: Option<Duration>,
+    /// From submission to the end.
+    pub total: Duration,
+    /// Tokens of all prompts.
+    pub prompt_tokens: usize,
+    /// Tokens of all continuations.
+    pub generated_tokens: usize,
 }
 
 /// What a step was.
@@ -51,8 +68,8 @@ pub trait Observer: Send + Sync {
     fn experts(&self, experts: &[LayerExperts]) {}
     /// A step is over.
     fn step(&self, stats: &StepStats) {}
-    /// A started job ended, `elapsed` after its submission.
-    fn finished(&self, outcome: Outcome, elapsed: Duration) {}
+    /// A started job ended.
+    fn finished(&self, outcome: Outcome, stats: &JobStats) {}
     /// A job was given up before it started.
     fn abandoned(&self) {}
 }

@@ -11,7 +11,7 @@ use super::replicas::Replicas;
 use super::request::{FinishReason, Job, SampledToken};
 use super::scheduler::{Part, Scheduler};
 use super::sequence::{Sequence, SequenceId};
-use super::watch::{Observer, Outcome, StepStats};
+use super::watch::{JobStats, Observer, Outcome, StepStats};
 use crate::{Error, Result};
 use candle_core::{DType, Device, Layout, Storage, Tensor};
 use moe_core::ops::host::elements;
@@ -82,6 +82,9 @@ impl Worker {
     pub(super) fn run(mut self) {
         while let Some(arrived) = self.inbox.take(self.jobs.is_empty()) {
             arrived.into_iter().for_each(|submission| self.accept(submission));
+            if self.inbox.take_forget() {
+                self.scheduler.forget_prefixes();
+            }
             self.drop_cancelled();
             let parts = self.scheduler.plan(Instant::now());
             self.inbox.set_open(self.config.scheduling.max_sequences.saturating_sub(self.scheduler.num_running()));
@@ -179,8 +182,9 @@ impl Worker {
         for part in parts {
             let Some(active) = self.jobs.get_mut(&part.id.job).filter(|active| !active.started) else { continue };
             active.started = true;
+            active.stats.queued = active.submitted.elapsed();
             self.inbox.started(part.id.job);
-            self.observer.started(active.submitted.elapsed());
+            self.observer.started(active.stats.queued);
         }
     }
 
@@ -339,11 +343,14 @@ impl Worker {
             Err(Error::Cancelled) => Outcome::Aborted,
             Err(error) => {
                 tracing::error!(%error, "a request failed");
-                Outcome::Failed
+                match error {
+                    Error::LogitsNotFinite { .. } => Outcome::Corrupted,
+                    _ => Outcome::Failed,
+                }
             }
         };
         match active.started {
-            true => self.observer.finished(outcome, active.submitted.elapsed()),
+            true => self.observer.finished(outcome, &JobStats { total: active.submitted.elapsed(), ..active.stats }),
             false => self.observer.abandoned(),
         }
         if catch_unwind(AssertUnwindSafe(move || active.done(result))).is_err() {

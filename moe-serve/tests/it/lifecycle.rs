@@ -45,16 +45,17 @@ fn a_full_queue_says_when_to_come_back() {
     let limits = Limits { max_queue: 1, ..Limits::default() };
     let server = TestServer::with(model, ServerConfig { limits, scheduling, ..ServerConfig::default() });
     let running = server.client.open(PATH, &long());
-    wait_until(server.client, "moe_serve_requests_running", 1.0);
+    wait_until(server.client, r#"vllm:num_requests_running{model_name="tiny"}"#, 1.0);
     let waiting = server.client.write_only(PATH, &short());
-    wait_until(server.client, "moe_serve_requests_waiting", 1.0);
+    wait_until(server.client, r#"vllm:num_requests_waiting{model_name="tiny"}"#, 1.0);
     let refused = server.client.post(PATH, &short());
     assert_eq!(refused.status, 429, "{}", refused.body);
     assert!(refused.headers.contains("retry-after: 1"), "{}", refused.headers);
     assert_eq!(refused.json()["error"]["code"], "queue_full");
+    wait_until(server.client, r#"vllm:admission_rejections_total{model_name="tiny"}"#, 1.0);
     // Who waits and leaves makes room.
     drop(waiting);
-    wait_until(server.client, "moe_serve_requests_waiting", 0.0);
+    wait_until(server.client, r#"vllm:num_requests_waiting{model_name="tiny"}"#, 0.0);
     drop(running);
     server.client.post(PATH, &short()).ok();
 }
@@ -62,7 +63,7 @@ fn a_full_queue_says_when_to_come_back() {
 #[test]
 fn a_client_that_leaves_frees_the_engine() {
     let server = slow_server(Limits::default());
-    let abort = "moe_serve_request_success_total{finished_reason=\"abort\"}";
+    let abort = r#"vllm:request_success_total{model_name="tiny",finished_reason="abort"}"#;
     let mut stream = server.client.open(PATH, &long());
     assert_eq!(stream.status, 200);
     assert!(!stream.chunk().is_empty());
@@ -72,10 +73,10 @@ fn a_client_that_leaves_frees_the_engine() {
     let mut whole = long();
     whole["stream"] = false.into();
     let connection = server.client.write_only(PATH, &whole);
-    wait_until(server.client, "moe_serve_requests_running", 1.0);
+    wait_until(server.client, r#"vllm:num_requests_running{model_name="tiny"}"#, 1.0);
     drop(connection);
     wait_until(server.client, abort, 2.0);
-    let generated = value(&server.client.get("/metrics").body, "moe_serve_generation_tokens_total");
+    let generated = value(&server.client.get("/metrics").body, r#"vllm:generation_tokens_total{model_name="tiny"}"#);
     assert!(generated < 150.0, "the two requests went on to {generated} of 200 tokens");
     server.client.post(PATH, &short()).ok();
 }
@@ -128,7 +129,7 @@ fn a_request_may_not_take_for_ever() {
     body["stream"] = false.into();
     let reply = server.client.post(PATH, &body);
     assert_eq!((reply.status, &reply.json()["error"]["code"]), (504, &json!("timeout")));
-    wait_until(server.client, "moe_serve_requests_running", 0.0);
+    wait_until(server.client, r#"vllm:num_requests_running{model_name="tiny"}"#, 0.0);
     server.client.post(PATH, &short()).ok();
 }
 

@@ -1,5 +1,6 @@
 //! A real server on a free port, driven over TCP as any client would.
 
+mod access;
 mod bad_requests;
 mod chat;
 mod completions;

@@ -1,7 +1,9 @@
 //! `/metrics`.
 
-use crate::support::{TestServer, ids};
+use crate::support::{ScriptedLm, TestServer, ids, served};
+use moe_serve::api::ServerConfig;
 use serde_json::json;
+use std::sync::Arc;
 
 #[track_caller]
 pub(crate) fn value(text: &str, series: &str) -> f64 {
@@ -12,20 +14,36 @@ pub(crate) fn value(text: &str, series: &str) -> f64 {
 
 #[test]
 fn counts_what_happened() {
-    let server = TestServer::scripted("the cat sat on the mat");
+    let model = served(Arc::new(ScriptedLm::new("the cat sat on the mat")));
+    let server = TestServer::with(model, ServerConfig { per_expert_metrics: true, ..ServerConfig::default() });
     let prompt = ids("the cat");
     for _ in 0..2 {
         server.client.post("/v1/completions", &json!({"prompt": prompt, "max_tokens": 3})).ok();
     }
     let text = server.client.get("/metrics").body;
-    assert_eq!(value(&text, "moe_serve_prompt_tokens_total"), 2.0 * prompt.len() as f64);
-    assert_eq!(value(&text, "moe_serve_generation_tokens_total"), 6.0);
-    assert_eq!(value(&text, "moe_serve_request_success_total{finished_reason=\"length\"}"), 2.0);
-    assert_eq!(value(&text, "moe_serve_requests_running"), 0.0);
-    for histogram in ["time_to_first_token", "e2e_request_latency", "request_queue_time"] {
-        assert_eq!(value(&text, &format!("moe_serve_{histogram}_seconds_count")), 2.0);
+    let vllm = |name: &str| value(&text, &format!("vllm:{name}{{model_name=\"tiny\"}}"));
+    assert_eq!(vllm("prompt_tokens_total"), 2.0 * prompt.len() as f64);
+    assert_eq!(vllm("generation_tokens_total"), 6.0);
+    assert_eq!(value(&text, "vllm:request_success_total{model_name=\"tiny\",finished_reason=\"length\"}"), 2.0);
+    assert_eq!(vllm("num_requests_running"), 0.0);
+    assert_eq!(vllm("prefix_cache_queries_total"), 2.0 * prompt.len() as f64);
+    for histogram in [
+        "time_to_first_token_seconds",
+        "e2e_request_latency_seconds",
+        "request_queue_time_seconds",
+        "request_prefill_time_seconds",
+        "request_decode_time_seconds",
+        "request_time_per_output_token_seconds",
+        "request_prompt_tokens",
+        "request_generation_tokens",
+    ] {
+        assert_eq!(vllm(&format!("{histogram}_count")), 2.0, "{histogram}");
     }
-    assert_eq!(value(&text, "moe_serve_inter_token_latency_seconds_count"), 4.0);
+    assert_eq!(vllm("request_generation_tokens_sum"), 6.0);
+    assert_eq!(vllm("inter_token_latency_seconds_count"), 4.0);
+    // Each request takes a step for its prompt and two for tokens.
+    assert_eq!(vllm("iteration_tokens_total_count"), 6.0);
+    assert_eq!(value(&text, "moe_serve_step_model_seconds_count"), 6.0);
     // Layer 1 has top-1 of 4: every token read counts once. The last token of each answer was sampled, not read.
     let reads = 2.0 * (prompt.len() as f64 + 2.0);
     let per_expert = |e| value(&text, &format!("moe_serve_expert_tokens_total{{layer=\"1\",expert=\"{e}\"}}"));
@@ -33,4 +51,5 @@ fn counts_what_happened() {
     assert_eq!(counts.iter().sum::<f64>(), reads);
     let imbalance = counts.iter().copied().fold(0.0, f64::max) / (reads / 4.0);
     assert!((value(&text, "moe_serve_layer_imbalance_ratio{layer=\"1\"}") - imbalance).abs() < 1e-9);
+    assert_eq!(value(&text, "moe_serve_tokens_dropped_total{layer=\"1\"}"), 0.0);
 }

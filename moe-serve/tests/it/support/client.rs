@@ -10,6 +10,8 @@ const JSON: &str = "application/json";
 #[derive(Debug, Clone, Copy)]
 pub(crate) struct Client {
     pub(crate) address: SocketAddr,
+    /// Sent with every request.
+    key: Option<&'static str>,
 }
 
 /// A whole answer.
@@ -47,6 +49,19 @@ impl Reply {
 }
 
 impl Client {
+    pub(crate) fn new(address: SocketAddr) -> Self {
+        Self { address, key: None }
+    }
+
+    pub(crate) fn with_key(&self, key: Option<&'static str>) -> Self {
+        Self { key, ..*self }
+    }
+
+    /// A request without a body and with further headers.
+    pub(crate) fn with_headers(&self, method: &str, path: &str, headers: &str) -> Reply {
+        Stream::new(self.connect(method, path, JSON, headers, b"")).whole()
+    }
+
     pub(crate) fn get(&self, path: &str) -> Reply {
         self.send("GET", path, JSON, b"").whole()
     }
@@ -71,19 +86,20 @@ impl Client {
     /// Sends a request without waiting for anything.
     pub(crate) fn write_only(&self, path: &str, body: &Value) -> TcpStream {
         let body = body.to_string();
-        self.connect("POST", path, JSON, body.as_bytes())
+        self.connect("POST", path, JSON, "", body.as_bytes())
     }
 
     fn send(&self, method: &str, path: &str, content_type: &str, body: &[u8]) -> Stream {
-        Stream::new(self.connect(method, path, content_type, body))
+        Stream::new(self.connect(method, path, content_type, "", body))
     }
 
-    fn connect(&self, method: &str, path: &str, content_type: &str, body: &[u8]) -> TcpStream {
+    fn connect(&self, method: &str, path: &str, content_type: &str, headers: &str, body: &[u8]) -> TcpStream {
         let mut stream = TcpStream::connect(self.address).expect("the server listens");
         stream.set_read_timeout(Some(Duration::from_secs(60))).expect("a socket");
+        let key = self.key.map(|key| format!("authorization: Bearer {key}\r\n")).unwrap_or_default();
         let head = format!(
             "{method} {path} HTTP/1.1\r\nhost: test\r\nconnection: close\r\ncontent-type: {content_type}\r\n\
-             content-length: {}\r\n\r\n",
+             {key}{headers}content-length: {}\r\n\r\n",
             body.len()
         );
         stream.write_all(head.as_bytes()).expect("the server reads");

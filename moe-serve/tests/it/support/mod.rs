@@ -79,7 +79,7 @@ impl TestServer {
                 signal.await.ok();
             }))
         });
-        Self { client: Client { address }, shutdown: Some(shutdown), thread: Some(thread) }
+        Self { client: Client::new(address), shutdown: Some(shutdown), thread: Some(thread) }
     }
 
     /// Asks the server to stop, without waiting for it.

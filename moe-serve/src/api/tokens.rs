@@ -1,0 +1,53 @@
+//! `POST /tokenize` and `/detokenize`, as vLLM has them.
+
+use super::chat_request::take_messages;
+use super::common_request::token_id;
+use super::error::ApiError;
+use super::fields::{Fields, wrong};
+use super::limits::MAX_JSON_VALUES;
+use super::server::AppState;
+use crate::text::Detokenizer;
+use crate::{Error, Result, ServedModel};
+use serde_json::{Map, Value, json};
+
+/// The ids of a prompt or of a conversation.
+pub(super) fn tokenize(body: Map<String, Value>, state: &AppState) -> std::result::Result<Value, ApiError> {
+    let mut fields = Fields::new(body);
+    state.check_model(fields.text("model")?.as_deref())?;
+    let model = &state.model;
+    let text = take_text(&mut fields, model)?;
+    let with_names = fields.boolean("return_token_strs")?.unwrap_or(false);
+    fields.finish(&["add_special_tokens", "add_generation_prompt"])?;
+    let tokens = model.tokenizer.encode(&text)?;
+    let names = with_names.then(|| tokens.iter().map(|&id| model.tokenizer.shown(id)).collect::<Vec<_>>());
+    let max_model_len = model.lm.max_seq_len();
+    Ok(json!({"count": tokens.len(), "max_model_len": max_model_len, "tokens": tokens, "token_strs": names}))
+}
+
+fn take_text(fields: &mut Fields, model: &ServedModel) -> Result<String> {
+    match (fields.text("prompt")?, fields.take("messages")) {
+        (Some(text), None) => Ok(text),
+        (None, Some(messages)) => model.chat.render(&take_messages(messages)?),
+        (Some(_), Some(_)) => {
+            Err(Error::field("messages", "`messages` and `prompt` exclude each other; leave one out"))
+        }
+        (None, None) => Err(Error::field("prompt", "`prompt` is missing")),
+    }
+}
+
+/// The text of ids.
+pub(super) fn detokenize(body: Map<String, Value>, state: &AppState) -> std::result::Result<Value, ApiError> {
+    let mut fields = Fields::new(body);
+    state.check_model(fields.text("model")?.as_deref())?;
+    let tokens = fields.take("tokens").ok_or_else(|| Error::field("tokens", "`tokens` is missing"))?;
+    fields.finish(&[])?;
+    let num_tokens = state.model.tokenizer.num_tokens();
+    let expected = format!("a list of at most {MAX_JSON_VALUES} token ids below {num_tokens}");
+    let ids: Option<Vec<u32>> =
+        tokens.as_array().and_then(|ids| ids.iter().map(|id| token_id(id, num_tokens)).collect());
+    let ids = ids.ok_or_else(|| wrong("tokens", &expected, &tokens))?;
+    let mut detokenizer = Detokenizer::default();
+    let mut text: String = ids.iter().map(|&id| detokenizer.push(state.model.tokenizer.bytes(id))).collect();
+    text.push_str(&detokenizer.finish());
+    Ok(json!({"prompt": text}))
+}
