@@ -86,8 +86,11 @@ pub enum Error {
         /// Tokens the model had read.
         position: usize,
     },
+    /// The grammar of a request is none, or cannot go on.
+    #[error("the grammar of this request: {0}")]
+    Grammar(String),
     /// Every token of the vocabulary is forbidden.
-    #[error("no token is left to sample from; allow some by logit_bias, min_tokens or suppress_tokens")]
+    #[error("no token is left to sample from; allow some by logit_bias, min_tokens, suppress_tokens or the grammar")]
     NothingToSample,
     /// The engine failed in a way nobody foresaw; it goes on with the next request.
     #[error("the engine failed on this request: {0}")]

@@ -2,12 +2,12 @@
 
 use crate::engine::{EngineConfig, SchedulingConfig};
 use crate::generation_config::GenerationDefaults;
-use crate::text::{ChatMessage, ChatTemplate, TextTokenizer};
+use crate::text::{ChatMessage, ChatTemplate, Grammars, TextTokenizer};
 use crate::{Error, Result};
 use moe_models::{CausalLm, Decoder, Kept, ModelSource, PackedForms};
 use std::collections::BTreeMap;
 use std::path::Path;
-use std::sync::Arc;
+use std::sync::{Arc, OnceLock};
 
 /// What clients call the built-in model.
 const EMBEDDED_NAME: &str = "moe-demo";
@@ -31,6 +31,8 @@ pub struct ServedModel {
     pub chat: ChatTemplate,
     /// What requests leave open.
     pub defaults: GenerationDefaults,
+    /// Made when the first request asks for a form.
+    grammars: OnceLock<Grammars>,
 }
 
 impl std::fmt::Debug for ServedModel {
@@ -67,7 +69,8 @@ impl ServedModel {
                 format!("names token {id}, but tokenizer.json has only {num_tokens} tokens"),
             ));
         }
-        Ok(Self { name: name.into(), lm, tokenizer: Arc::new(tokenizer), chat, defaults })
+        let grammars = OnceLock::new();
+        Ok(Self { name: name.into(), lm, tokenizer: Arc::new(tokenizer), chat, defaults, grammars })
     }
 
     /// Loads `config.json`, `model.safetensors` and `tokenizer.json` of a folder, with weights in `forms` (one [`moe_models::Precision`],
@@ -134,6 +137,18 @@ impl ServedModel {
             defaults.eos_token_ids.extend(lm.config().eos_token_id);
         }
         Self::new(name, Arc::new(lm), tokenizer, chat, defaults)
+    }
+
+    /// Makes grammars of this model's tokens.
+    ///
+    /// # Errors
+    /// As [`Grammars::new`].
+    pub fn grammars(&self) -> Result<&Grammars> {
+        if let Some(grammars) = self.grammars.get() {
+            return Ok(grammars);
+        }
+        let grammars = Grammars::new(&self.tokenizer, &self.defaults.eos_token_ids)?;
+        Ok(self.grammars.get_or_init(|| grammars))
     }
 
     /// What stands in for an empty prompt: the beginning-of-sequence token, or else the end of the text before.

@@ -41,7 +41,6 @@ impl ChatRequest {
         let messages = fields.take("messages").ok_or_else(|| Error::field("messages", "`messages` is missing"))?;
         let messages = take_messages(messages)?;
         let request = Self { max_tokens, messages, logprobs: take_logprobs(&mut fields)?, common };
-        check_response_format(&mut fields)?;
         fields.finish(&[&UNSUPPORTED_IN_CHAT[..], &UNSUPPORTED].concat())?;
         Ok(request)
     }
@@ -71,15 +70,6 @@ fn take_logprobs(fields: &mut Fields) -> Result<Option<usize>> {
         (true, top) => Ok(Some(top.unwrap_or(0))),
         (false, Some(1..)) => Err(Error::field("top_logprobs", "`top_logprobs` needs `logprobs`: true")),
         (false, _) => Ok(None),
-    }
-}
-
-fn check_response_format(fields: &mut Fields) -> Result<()> {
-    match fields.take("response_format") {
-        Some(format) if format["type"] != "text" => {
-            Err(wrong("response_format", "{\"type\": \"text\"}, the only format of this server", &format))
-        }
-        _ => Ok(()),
     }
 }
 

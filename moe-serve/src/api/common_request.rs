@@ -1,8 +1,10 @@
 //! Fields that completions and chat completions share.
 
 use super::fields::{Fields, wrong};
+use super::grammar_request::take_grammar;
 use super::limits::{MAX_LOGIT_BIAS, MAX_N, MAX_PRIORITY, MAX_STOP_BYTES, MAX_STOP_TOKENS, MAX_STOPS, MAX_USER_BYTES};
 use crate::engine::SamplingParams;
+use crate::text::GrammarSource;
 use crate::{Error, Result, ServedModel};
 use serde_json::Value;
 
@@ -27,6 +29,8 @@ pub(super) struct Common {
     /// Requests with smaller numbers go first.
     pub(super) priority: i32,
     pub(super) user: Option<String>,
+    /// What the answer may say, with the field that says so.
+    pub(super) grammar: Option<GrammarSource>,
 }
 
 /// `stream_options`.
@@ -57,6 +61,7 @@ impl Common {
             experts: fields.boolean("return_expert_choices")?.unwrap_or(false),
             priority: take_priority(fields)?,
             user: take_user(fields)?,
+            grammar: take_grammar(fields)?,
         })
     }
 

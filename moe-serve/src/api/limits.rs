@@ -67,6 +67,10 @@ pub(super) const MAX_STOP_TOKENS: usize = 64;
 pub(super) const MAX_LOGPROBS: usize = 20;
 /// Entries of `logit_bias`.
 pub(super) const MAX_LOGIT_BIAS: usize = 1024;
+/// Bytes of a schema, a regular expression or a grammar.
+pub(super) const MAX_GRAMMAR_BYTES: usize = 64 << 10;
+/// Texts of which an answer is one.
+pub(super) const MAX_CHOICE_TEXTS: usize = 1024;
 /// Largest `priority`, and its smallest with a minus.
 pub(super) const MAX_PRIORITY: i64 = 1000;
 /// Bytes of `user`.

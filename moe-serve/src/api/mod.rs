@@ -9,6 +9,7 @@ mod completion_request;
 mod connections;
 mod error;
 mod fields;
+mod grammar_request;
 mod json;
 mod limits;
 mod metrics;

@@ -3,9 +3,10 @@
 use super::chat_request::ChatRequest;
 use super::common_request::{Common, StreamOptions};
 use super::completion_request::{CompletionRequest, PromptInput};
-use crate::engine::{Job, StopParams};
-use crate::text::TextOptions;
+use crate::engine::{Grammar, Job, StopParams};
+use crate::text::{GrammarSource, TextOptions};
 use crate::{Error, Result, ServedModel};
+use std::sync::Arc;
 
 /// Tokens to generate where neither request nor model says how many; OpenAI's number.
 const DEFAULT_COMPLETION_TOKENS: usize = 16;
@@ -29,7 +30,8 @@ pub(super) fn completion(request: CompletionRequest, model: &ServedModel, fresh_
     let text = TextOptions { stops: common.stops.clone(), min_tokens: common.min_tokens, trim_start: false };
     let prompt_logprobs = logprobs.filter(|_| echo);
     let stream = common.stream;
-    let job = Job { prompt_logprobs, ..job(common, prompts, max_tokens, logprobs, fresh_seed) };
+    let grammar = compile(model, common.grammar.as_ref())?;
+    let job = Job { prompt_logprobs, grammar, ..job(common, prompts, max_tokens, logprobs, fresh_seed) };
     Ok(Prepared { job, text, echo, stream })
 }
 
@@ -45,7 +47,9 @@ pub(super) fn chat(request: ChatRequest, model: &ServedModel, fresh_seed: u64) -
     let stops = common.stops.iter().cloned().chain(model.chat.stop_strings()).collect();
     let text = TextOptions { stops, min_tokens: common.min_tokens, trim_start: model.chat.trims_start() };
     let stream = common.stream;
-    Ok(Prepared { job: job(common, prompts, max_tokens, logprobs, fresh_seed), text, echo: false, stream })
+    let grammar = compile(model, common.grammar.as_ref())?;
+    let job = Job { grammar, ..job(common, prompts, max_tokens, logprobs, fresh_seed) };
+    Ok(Prepared { job, text, echo: false, stream })
 }
 
 fn job(common: Common, prompts: Vec<Vec<u32>>, max_tokens: usize, logprobs: Option<usize>, fresh_seed: u64) -> Job {
@@ -65,7 +69,12 @@ fn job(common: Common, prompts: Vec<Vec<u32>>, max_tokens: usize, logprobs: Opti
         prompt_logprobs: None,
         experts: common.experts,
         priority: common.priority,
+        grammar: None,
     }
+}
+
+fn compile(model: &ServedModel, source: Option<&GrammarSource>) -> Result<Option<Arc<dyn Grammar>>> {
+    source.map(|source| model.grammars()?.compile(source)).transpose()
 }
 
 /// The model's own wish, or `otherwise`.

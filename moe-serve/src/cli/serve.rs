@@ -57,7 +57,7 @@ pub struct ServeArgs {
     /// The key of /metrics and /reset_prefix_cache, which API keys then do not open; or MOE_SERVE_ADMIN_KEY.
     #[arg(long, value_name = "KEY")]
     admin_key: Option<String>,
-    /// Origin whose pages may ask from a browser, such as https://example.org; may be given several times; * for all.
+    /// Origin whose pages may ask from a browser, such as `https://example.org`; may be given several times; * for all.
     #[arg(long, value_name = "ORIGIN")]
     allowed_origin: Vec<String>,
     /// A series for each expert of each layer in /metrics: as many as the model has experts.

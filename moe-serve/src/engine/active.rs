@@ -1,10 +1,10 @@
 //! [`Active`]: a job that has not ended: what was learned of its prompts, where its continuations are, and whom to tell.
 
-use super::choice::Choice;
+use super::choice::{Choice, Drawn};
 use super::config::EngineConfig;
 use super::inbox::{CancelFlag, Submission};
 use super::logprobs::TokenLogprobs;
-use super::request::{FinishReason, Flow, Job, Listener, PromptOutput, SampledToken};
+use super::request::{FinishReason, Flow, Job, Listener, PromptOutput};
 use super::scheduler::Part;
 use super::watch::{JobStats, Observer};
 use crate::{Error, Result};
@@ -179,12 +179,12 @@ impl Active {
     pub(super) fn tell_tokens(
         &mut self,
         ran: &Ran<'_>,
-        drawn: Vec<SampledToken>,
+        drawn: Vec<Drawn>,
         observer: &dyn Observer,
     ) -> (Vec<u32>, Option<FinishReason>) {
         let index = ran.part.id.choice;
         let mut told = Vec::new();
-        for (i, token) in drawn.into_iter().enumerate() {
+        for (i, Drawn { token, ends }) in drawn.into_iter().enumerate() {
             let first_of_job = self.stats.first_token.is_none();
             self.stats.first_token.get_or_insert_with(|| self.submitted.elapsed());
             self.stats.generated_tokens += 1;
@@ -194,7 +194,7 @@ impl Active {
             choice.last = Instant::now();
             choice.generated += 1;
             let at_limit = choice.generated == choice.limit;
-            let (token_id, is_stop) = (token.token_id, token.is_stop);
+            let token_id = token.token_id;
             told.push(token_id);
             let flow = self.listener.token(index, token);
             // A guess that came true was read in this step.
@@ -203,7 +203,7 @@ impl Active {
                 let position = ran.end() + i;
                 self.listener.experts(index, ran.experts_of(position..position + 1));
             }
-            if flow == Flow::Stop || is_stop {
+            if flow == Flow::Stop || ends {
                 return (told, Some(FinishReason::Stop));
             } else if at_limit {
                 return (told, Some(FinishReason::Length));

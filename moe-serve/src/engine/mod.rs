@@ -25,6 +25,8 @@ pub use handle::Engine;
 pub use inbox::CancelFlag;
 pub use logprobs::{TokenLogprob, TokenLogprobs};
 pub use replicas::{LocalReplica, Replicas};
-pub use request::{FinishReason, Flow, Job, Listener, PromptOutput, SampledToken, SamplingParams, StopParams};
-pub use sampler::Sampler;
+pub use request::{
+    FinishReason, Flow, Grammar, GrammarState, Job, Listener, PromptOutput, SampledToken, SamplingParams, StopParams,
+};
+pub use sampler::{Limits, Sampler};
 pub use watch::{JobStats, Observer, Outcome, StepStats};

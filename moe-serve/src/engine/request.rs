@@ -1,8 +1,33 @@
 //! What the engine is asked to do ([`Job`]) and whom it tells ([`Listener`]).
 
 use super::logprobs::TokenLogprobs;
-use crate::Error;
+use crate::Result;
 use moe_models::LayerExperts;
+use std::fmt::Debug;
+use std::sync::Arc;
+
+/// What the continuations of a job may say.
+pub trait Grammar: Debug + Send + Sync {
+    /// Before the first token of one continuation.
+    fn start(&self) -> Box<dyn GrammarState>;
+}
+
+/// Where one continuation is in its grammar.
+pub trait GrammarState: Debug + Send {
+    /// The tokens that may come next: token `id` is bit `id % 32` of word `id / 32`. Tokens that end a text are among them where it
+    /// may end.
+    ///
+    /// # Errors
+    /// [`Error::Grammar`] if the grammar cannot go on.
+    fn allowed(&self) -> Result<Vec<u32>>;
+    /// Goes on by a token that was allowed and ends nothing.
+    ///
+    /// # Errors
+    /// As [`GrammarState::allowed`].
+    fn push(&mut self, token_id: u32) -> Result<()>;
+    /// Whether the text is whole and nothing more may be said.
+    fn is_complete(&self) -> bool;
+}
 
 /// How the next token is drawn. Applied in this order: `logit_bias`, penalties, `temperature`, `top_k`, `top_p`, `min_p`.
 #[derive(Debug, Clone, PartialEq)]
@@ -60,7 +85,7 @@ pub struct StopParams {
 ///
 /// Continuations are numbered `prompt_index * n + k`; number `i` draws from stream `i` of the seed. Its tokens depend on nothing
 /// but the job and the model: not on other jobs, nor on when and beside what it runs.
-#[derive(Debug, Clone, PartialEq)]
+#[derive(Debug, Clone)]
 pub struct Job {
     /// Token ids, none empty, each at most the model's context (less one when tokens are to be generated).
     pub prompts: Vec<Vec<u32>>,
@@ -78,6 +103,8 @@ pub struct Job {
     pub experts: bool,
     /// Jobs with smaller numbers go first.
     pub priority: i32,
+    /// What continuations may say; anything, without it. One that is complete ends, [`FinishReason::Stop`].
+    pub grammar: Option<Arc<dyn Grammar>>,
 }
 
 impl Default for Job {
@@ -91,6 +118,7 @@ impl Default for Job {
             prompt_logprobs: None,
             experts: false,
             priority: 0,
+            grammar: None,
         }
     }
 }
@@ -156,5 +184,5 @@ pub trait Listener: Send {
     /// Continuation `choice` ended.
     fn finished(&mut self, choice: usize, reason: FinishReason);
     /// The job is over; nothing follows.
-    fn done(&mut self, result: Result<(), Error>);
+    fn done(&mut self, result: Result<()>);
 }

@@ -9,6 +9,15 @@ use moe_core::ops::host::{Real, dispatch};
 use std::borrow::Cow;
 use std::collections::HashMap;
 
+/// What may be drawn this time.
+#[derive(Debug, Clone, Copy, Default)]
+pub struct Limits<'a> {
+    /// These are not.
+    pub forbidden: &'a [u32],
+    /// Only these are, if given: token `id` is bit `id % 32` of word `id / 32`.
+    pub allowed: Option<&'a [u32]>,
+}
+
 /// Draws the tokens of one sequence.
 #[derive(Debug, Clone)]
 pub struct Sampler {
@@ -44,15 +53,15 @@ impl Sampler {
         repetition_penalty != 1.0 || presence_penalty != 0.0 || frequency_penalty != 0.0
     }
 
-    /// Draws a token. `logits` is `[vocab_size]`; `forbidden` are not sampled this time; `uniform` is in `[0, 1)`.
+    /// Draws a token within `limits`. `logits` is `[vocab_size]`; `uniform` is in `[0, 1)`.
     ///
     /// # Errors
     /// [`Error::LogitsNotFinite`] if a logit is NaN or positive infinity, [`Error::NothingToSample`] if all are forbidden.
-    pub fn sample(&self, logits: &[f32], forbidden: &[u32], position: usize, uniform: f64) -> Result<u32> {
+    pub fn sample(&self, logits: &[f32], limits: Limits<'_>, position: usize, uniform: f64) -> Result<u32> {
         if !lanes_all(logits, |x| x < f32::INFINITY) {
             return Err(Error::LogitsNotFinite { position });
         }
-        let adjusted = self.adjusted(logits, forbidden);
+        let adjusted = self.adjusted(logits, limits);
         let max = lanes_max(&adjusted);
         if max == f32::NEG_INFINITY {
             return Err(Error::NothingToSample);
@@ -66,7 +75,7 @@ impl Sampler {
     }
 
     /// Logits after bias and penalties; forbidden and padding tokens are negative infinity or left out.
-    fn adjusted<'a>(&self, logits: &'a [f32], forbidden: &[u32]) -> Cow<'a, [f32]> {
+    fn adjusted<'a>(&self, logits: &'a [f32], limits: Limits<'_>) -> Cow<'a, [f32]> {
         let params = &self.params;
         let mut adjusted = Cow::Borrowed(&logits[..self.num_tokens.min(logits.len())]);
         if !params.logit_bias.is_empty() {
@@ -98,9 +107,16 @@ impl Sampler {
                 }
             }
         }
-        if !(self.suppressed.is_empty() && forbidden.is_empty()) {
+        if let Some(allowed) = limits.allowed {
+            for (logits, &word) in adjusted.to_mut().chunks_mut(32).zip(allowed.iter().chain(std::iter::repeat(&0))) {
+                for (bit, logit) in logits.iter_mut().enumerate() {
+                    *logit = if word >> bit & 1 == 1 { *logit } else { f32::NEG_INFINITY };
+                }
+            }
+        }
+        if !(self.suppressed.is_empty() && limits.forbidden.is_empty()) {
             let adjusted = adjusted.to_mut();
-            for &id in self.suppressed.iter().chain(forbidden) {
+            for &id in self.suppressed.iter().chain(limits.forbidden) {
                 if let Some(logit) = adjusted.get_mut(id as usize) {
                     *logit = f32::NEG_INFINITY;
                 }

@@ -16,7 +16,7 @@ fn check(params: &SamplingParams, prompt: &[u32], generated: &[u32], want: &[f64
     let mut got = vec![0.0; want.len()];
     for i in 0..steps {
         let uniform = (f64::from(i) + 0.5) / f64::from(steps);
-        let id = sampler.sample(&logits(), &[], 0, uniform).expect("finite logits");
+        let id = sampler.sample(&logits(), Limits::default(), 0, uniform).expect("finite logits");
         got[id as usize] += 1.0 / f64::from(steps);
     }
     for (id, (got, want)) in got.iter().zip(want).enumerate() {
@@ -87,7 +87,7 @@ fn logit_bias_is_added_before_everything() {
 fn greedy_takes_the_lowest_id_among_equals() {
     let params = SamplingParams { temperature: 0.0, ..Default::default() };
     let sampler = Sampler::new(params, 4, &[], &[]);
-    assert_eq!(sampler.sample(&[1.0, 3.0, 3.0, 2.0], &[], 0, 0.9).ok(), Some(1));
+    assert_eq!(sampler.sample(&[1.0, 3.0, 3.0, 2.0], Limits::default(), 0, 0.9).ok(), Some(1));
 }
 
 #[test]
@@ -96,8 +96,31 @@ fn padding_suppressed_and_forbidden_tokens_are_never_drawn() {
         let params = SamplingParams { temperature, ..Default::default() };
         let sampler = Sampler::new(params, 3, &[1], &[]);
         for uniform in [0.0, 0.5, 0.999_999] {
-            assert_eq!(sampler.sample(&[1.0, 9.0, 0.0, 50.0], &[0], 0, uniform).ok(), Some(2));
+            assert_eq!(sampler.sample(&[1.0, 9.0, 0.0, 50.0], forbid(&[0]), 0, uniform).ok(), Some(2));
         }
+    }
+}
+
+fn forbid(forbidden: &[u32]) -> Limits<'_> {
+    Limits { forbidden, ..Limits::default() }
+}
+
+#[test]
+fn only_allowed_tokens_are_drawn() {
+    let logits: Vec<f32> = (0..70).map(|i| i as f32 / 10.0).collect();
+    for (temperature, allowed, want) in [
+        (0.0, vec![1 << 7, 1 << 3], vec![35]),
+        (0.0, vec![1 << 7], vec![7]),
+        (1.0, vec![1 << 7, 0, 1 << 2], vec![7, 66]),
+    ] {
+        let sampler = Sampler::new(SamplingParams { temperature, ..Default::default() }, 70, &[], &[]);
+        for step in 0..200 {
+            let limits = Limits { forbidden: &[], allowed: Some(&allowed) };
+            let got = sampler.sample(&logits, limits, 0, f64::from(step) / 200.0).expect("one is left");
+            assert!(want.contains(&got), "{got} of {want:?}");
+        }
+        let limits = Limits { forbidden: &[7, 35, 66], allowed: Some(&allowed) };
+        assert!(matches!(sampler.sample(&logits, limits, 0, 0.5), Err(Error::NothingToSample)));
     }
 }
 
@@ -105,12 +128,18 @@ fn padding_suppressed_and_forbidden_tokens_are_never_drawn() {
 fn bad_logits_are_errors() {
     let params = SamplingParams::default();
     let sampler = Sampler::new(params, 2, &[], &[]);
-    assert!(matches!(sampler.sample(&[0.0, f32::NAN], &[], 7, 0.0), Err(Error::LogitsNotFinite { position: 7 })));
-    assert!(matches!(sampler.sample(&[0.0, f32::INFINITY], &[], 0, 0.0), Err(Error::LogitsNotFinite { .. })));
-    assert!(matches!(sampler.sample(&[0.0, 0.0], &[0, 1], 0, 0.0), Err(Error::NothingToSample)));
+    assert!(matches!(
+        sampler.sample(&[0.0, f32::NAN], Limits::default(), 7, 0.0),
+        Err(Error::LogitsNotFinite { position: 7 })
+    ));
+    assert!(matches!(
+        sampler.sample(&[0.0, f32::INFINITY], Limits::default(), 0, 0.0),
+        Err(Error::LogitsNotFinite { .. })
+    ));
+    assert!(matches!(sampler.sample(&[0.0, 0.0], forbid(&[0, 1]), 0, 0.0), Err(Error::NothingToSample)));
     let greedy = SamplingParams { temperature: 0.0, ..Default::default() };
     let sampler = Sampler::new(greedy, 2, &[], &[]);
-    assert!(matches!(sampler.sample(&[f32::NEG_INFINITY; 2], &[], 0, 0.0), Err(Error::NothingToSample)));
+    assert!(matches!(sampler.sample(&[f32::NEG_INFINITY; 2], Limits::default(), 0, 0.0), Err(Error::NothingToSample)));
 }
 
 /// The draw by its definition: everything sorted, every step on its own.
@@ -162,7 +191,7 @@ fn partly_sorted_draws_are_those_of_the_definition() {
         };
         let sampler = Sampler::new(params.clone(), len, &[], &[]);
         for uniform in [0.0, rng.uniform_f64(), rng.uniform_f64(), 0.999_999] {
-            let got = sampler.sample(&logits, &[], 0, uniform).expect("finite");
+            let got = sampler.sample(&logits, Limits::default(), 0, uniform).expect("finite");
             assert_eq!(got, drawn_slowly(&params, &logits, uniform), "case {case}: {params:?} at {uniform}");
             ids.insert(got);
         }

@@ -4,11 +4,11 @@
 //! that failed as a whole each of its sequences is tried alone.
 
 use super::active::{Active, Ran};
-use super::choice::Choice;
+use super::choice::{Choice, Drawn};
 use super::config::EngineConfig;
 use super::inbox::{Inbox, Submission};
 use super::replicas::Replicas;
-use super::request::{FinishReason, Job, SampledToken};
+use super::request::{FinishReason, Job};
 use super::scheduler::{Part, Scheduler};
 use super::sequence::{Sequence, SequenceId};
 use super::watch::{JobStats, Observer, Outcome, StepStats};
@@ -63,7 +63,7 @@ struct Drawing<'a> {
     job: Arc<Job>,
     logits: &'a [f32],
     drafts: &'a [u32],
-    drawn: Result<Vec<SampledToken>>,
+    drawn: Result<Vec<Drawn>>,
 }
 
 impl Worker {
@@ -244,7 +244,7 @@ impl Worker {
         parts: &'a [Part],
         places: &[Place],
         logits: impl Fn(&Place) -> &'a [f32],
-    ) -> BTreeMap<SequenceId, Result<Vec<SampledToken>>> {
+    ) -> BTreeMap<SequenceId, Result<Vec<Drawn>>> {
         let vocab_size = self.facts.vocab_size;
         let mut drawings = Vec::new();
         for (part, place) in parts.iter().zip(places).filter(|(_, place)| place.draws) {
@@ -279,7 +279,7 @@ impl Worker {
     }
 
     /// Tells what a part gave, and has its sequence go on or end; how many guesses came true.
-    fn tell(&mut self, ran: &Ran<'_>, drawn: Option<Result<Vec<SampledToken>>>) -> Result<usize> {
+    fn tell(&mut self, ran: &Ran<'_>, drawn: Option<Result<Vec<Drawn>>>) -> Result<usize> {
         let id = ran.part.id;
         let observer = self.observer.as_ref();
         // The job of an earlier part may have ended this one's.

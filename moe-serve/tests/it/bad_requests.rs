@@ -98,7 +98,7 @@ fn impossible_chats_name_their_field() {
         ("messages", user(json!([{"type": "image_url", "image_url": {"url": "x"}}])), "messages[0].content[0]"),
         ("messages", user(json!([{"type": "text", "text": "x", "more": 1}])), "messages[0].content[0]"),
         ("tools", json!([]), "tools"),
-        ("response_format", json!({"type": "json_object"}), "response_format"),
+        ("response_format", json!({"type": "xml"}), "response_format.type"),
         ("top_logprobs", json!(2), "top_logprobs"),
         ("max_completion_tokens", json!(0), "max_completion_tokens"),
         ("max_completion_tokens", json!(5), "max_completion_tokens"),

@@ -183,6 +183,7 @@ fn random_jobs(count: usize, seed: u64) -> Vec<(Job, usize)> {
                 prompt_logprobs: [None, None, None, Some(1)][below(4)],
                 experts: below(5) == 0,
                 priority: below(3) as i32,
+                grammar: None,
             };
             (job, [usize::MAX, usize::MAX, 6][below(3)])
         })

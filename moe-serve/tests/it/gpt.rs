@@ -11,14 +11,14 @@ use std::sync::Arc;
 
 const PATH: &str = "/v1/completions";
 
-fn tiny() -> Gpt {
+pub(crate) fn tiny() -> Gpt {
     let mut config = GptConfig::preset("tiny-pr-moe").expect("a preset");
     // Large initial weights give sharp distributions, so that different draws show.
     (config.vocab_size, config.d_model, config.d_ff, config.num_heads, config.init_std) = (320, 16, 16, 2, 0.3);
     Gpt::new(config, 1, &Device::Cpu).expect("a valid configuration")
 }
 
-fn server() -> TestServer {
+pub(crate) fn server() -> TestServer {
     TestServer::start(served(Arc::new(tiny().into_packed().expect("packs"))), Limits::default())
 }
 

@@ -13,4 +13,5 @@ mod lifecycle;
 mod metrics;
 mod prefill;
 mod quantized;
+mod structured;
 mod support;

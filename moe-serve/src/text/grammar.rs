@@ -1,0 +1,242 @@
+//! [`Grammars`]: what a continuation may say, as JSON schema, regular expression, choice or grammar, made into sets of tokens by
+//! llguidance.
+
+use super::tokenizer::TextTokenizer;
+use crate::engine::{Grammar, GrammarState};
+use crate::{Error, Result};
+use llguidance::api::TopLevelGrammar;
+use llguidance::toktrie::{ApproximateTokEnv, SimpleVob, TokRxInfo, TokTrie};
+use llguidance::{Matcher, ParserFactory};
+use serde_json::{Value, json};
+use std::sync::Arc;
+
+/// What a continuation may say.
+#[derive(Debug, Clone, PartialEq)]
+pub enum GrammarSource {
+    /// Any JSON object.
+    JsonObject,
+    /// JSON of a schema; references to other documents are not followed.
+    JsonSchema(Value),
+    /// Text that a regular expression matches as a whole, without look-around and back-references.
+    Regex(String),
+    /// One of these texts.
+    Choice(Vec<String>),
+    /// A context-free grammar in llguidance's variant of Lark.
+    Lark(String),
+}
+
+/// Makes grammars for one tokenizer.
+pub struct Grammars {
+    factory: ParserFactory,
+    ends: Ends,
+}
+
+impl std::fmt::Debug for Grammars {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Grammars").finish_non_exhaustive()
+    }
+}
+
+/// The end of a text: a token of its own to the parser, one of several to the model.
+#[derive(Debug, Clone)]
+struct Ends {
+    virtual_id: u32,
+    token_ids: Arc<[u32]>,
+}
+
+impl Grammars {
+    /// For a tokenizer whose texts end with any of `eos_token_ids`.
+    ///
+    /// # Errors
+    /// [`Error::Tokenizer`] if the parser cannot work with its tokens.
+    pub fn new(tokenizer: &TextTokenizer, eos_token_ids: &[u32]) -> Result<Self> {
+        let num_tokens = tokenizer.num_tokens() as u32;
+        // A token that begins with this byte would be taken for a special one; no text has it.
+        let spelled = |id: u32| match tokenizer.bytes(id) {
+            [TokTrie::SPECIAL_TOKEN_MARKER, ..] => Vec::new(),
+            bytes => bytes.to_vec(),
+        };
+        let end = [&[TokTrie::SPECIAL_TOKEN_MARKER], &b"<end>"[..]].concat();
+        let words: Vec<Vec<u8>> = (0..num_tokens).map(spelled).chain([end]).collect();
+        let trie = TokTrie::from(&TokRxInfo::new(num_tokens + 1, num_tokens), &words);
+        let mut factory = ParserFactory::new_simple(&(Arc::new(ApproximateTokEnv::new(trie)) as _))
+            .map_err(|e| Error::Tokenizer(format!("{e:#}")))?;
+        factory.quiet();
+        factory.limits_mut().verbose_errors = false;
+        Ok(Self { factory, ends: Ends { virtual_id: num_tokens, token_ids: eos_token_ids.into() } })
+    }
+
+    /// A grammar to give to jobs.
+    ///
+    /// # Errors
+    /// [`Error::Grammar`] if it is none, is too large, or uses what is not supported.
+    pub fn compile(&self, source: &GrammarSource) -> Result<Arc<dyn Grammar>> {
+        let grammar = match source {
+            GrammarSource::JsonObject => TopLevelGrammar::from_json_schema(json!({"type": "object"})),
+            GrammarSource::JsonSchema(schema) => TopLevelGrammar::from_json_schema(schema.clone()),
+            GrammarSource::Regex(regex) => TopLevelGrammar::from_regex(regex),
+            GrammarSource::Choice(texts) => {
+                // A JSON string is a string of Lark too.
+                let quoted: Vec<String> = texts.iter().map(|text| Value::from(text.as_str()).to_string()).collect();
+                TopLevelGrammar::from_lark(format!("start: {}", quoted.join(" | ")))
+            }
+            GrammarSource::Lark(lark) => TopLevelGrammar::from_lark(lark.clone()),
+        };
+        let refuse = |e: anyhow::Error| Error::Grammar(format!("{e:#}"));
+        let matcher = Matcher::new(Ok(self.factory.create_parser(grammar).map_err(refuse)?));
+        let compiled = Compiled { matcher: Matcher::deep_clone(&matcher), ends: self.ends.clone() };
+        // What cannot even begin is refused now.
+        Walk::begin(matcher, self.ends.clone()).allowed()?;
+        Ok(Arc::new(compiled))
+    }
+}
+
+/// A grammar before its first token.
+struct Compiled {
+    matcher: Matcher,
+    ends: Ends,
+}
+
+impl std::fmt::Debug for Compiled {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Compiled").finish_non_exhaustive()
+    }
+}
+
+impl Grammar for Compiled {
+    fn start(&self) -> Box<dyn GrammarState> {
+        Box::new(Walk::begin(self.matcher.deep_clone(), self.ends.clone()))
+    }
+}
+
+/// One continuation's way through a grammar.
+struct Walk {
+    matcher: Matcher,
+    ends: Ends,
+    /// The tokens that may come next; an error if the parser gave up.
+    next: std::result::Result<SimpleVob, String>,
+}
+
+impl std::fmt::Debug for Walk {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Walk").finish_non_exhaustive()
+    }
+}
+
+impl Walk {
+    fn begin(mut matcher: Matcher, ends: Ends) -> Self {
+        let next = matcher.compute_mask_or_eos().map_err(|e| format!("{e:#}"));
+        Self { matcher, ends, next }
+    }
+
+    fn may_end(&self) -> bool {
+        self.next.as_ref().is_ok_and(|next| next.is_allowed(self.ends.virtual_id))
+    }
+}
+
+impl GrammarState for Walk {
+    fn allowed(&self) -> Result<Vec<u32>> {
+        let next = self.next.as_ref().map_err(|text| Error::Grammar(text.clone()))?;
+        let mut words = next.as_slice().to_vec();
+        let mut set = |id: u32, value: bool| {
+            let word = &mut words[id as usize / 32];
+            *word = *word & !(1 << (id % 32)) | u32::from(value) << (id % 32);
+        };
+        set(self.ends.virtual_id, false);
+        self.ends.token_ids.iter().for_each(|&id| set(id, self.may_end()));
+        Ok(words)
+    }
+
+    fn push(&mut self, token_id: u32) -> Result<()> {
+        self.matcher.consume_token(token_id).map_err(|e| Error::Grammar(format!("{e:#}")))?;
+        self.next = self.matcher.compute_mask_or_eos().map_err(|e| format!("{e:#}"));
+        Ok(())
+    }
+
+    fn is_complete(&self) -> bool {
+        self.may_end() && self.next.as_ref().is_ok_and(|next| next.num_set() == 1)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use tokenizers::models::TrainerWrapper;
+    use tokenizers::models::bpe::{BPE, BpeTrainer};
+    use tokenizers::pre_tokenizers::byte_level::ByteLevel;
+    use tokenizers::{AddedToken, Tokenizer};
+
+    /// The end of text, token 0, and one token per byte.
+    fn grammars() -> (Grammars, TextTokenizer) {
+        let mut trainer: TrainerWrapper = BpeTrainer::builder()
+            .vocab_size(257)
+            .show_progress(false)
+            .initial_alphabet(ByteLevel::alphabet().into_iter().collect())
+            .special_tokens(vec![AddedToken::from("<end>", true)])
+            .build()
+            .into();
+        let mut inner = Tokenizer::new(BPE::default());
+        inner.with_pre_tokenizer(Some(ByteLevel::new(false, true, true)));
+        inner.with_decoder(Some(ByteLevel::default()));
+        inner.train(&mut trainer, ["a"].into_iter()).expect("trains on nothing much");
+        let tokenizer = TextTokenizer::new(inner, 300).expect("byte-level");
+        (Grammars::new(&tokenizer, &[0]).expect("works"), tokenizer)
+    }
+
+    /// How far a text goes, and whether it may end there, and whether it must.
+    #[track_caller]
+    fn walk(source: &GrammarSource, text: &str) -> (usize, bool, bool) {
+        let (grammars, tokenizer) = grammars();
+        let mut state = grammars.compile(source).expect("compiles").start();
+        let is_allowed = |state: &dyn GrammarState, id: u32| {
+            state.allowed().expect("goes on")[id as usize / 32] >> (id % 32) & 1 == 1
+        };
+        let mut taken = 0;
+        for id in tokenizer.encode(text).expect("encodes") {
+            if !is_allowed(state.as_ref(), id) {
+                break;
+            }
+            state.push(id).expect("allowed");
+            taken += 1;
+        }
+        (taken, is_allowed(state.as_ref(), 0), state.is_complete())
+    }
+
+    #[test]
+    fn each_kind_of_source() {
+        let schema = json!({"type": "object", "properties": {"n": {"type": "integer"}}, "required": ["n"],
+            "additionalProperties": false});
+        for (source, text, want) in [
+            (GrammarSource::Regex("[ab]{2}c?".into()), "ab", (2, true, false)),
+            (GrammarSource::Regex("[ab]{2}c?".into()), "abc", (3, true, true)),
+            (GrammarSource::Regex("[ab]{2}c?".into()), "axb", (1, false, false)),
+            (GrammarSource::Choice(vec!["yes".into(), "no \"x\"".into()]), "no \"x\"", (6, true, true)),
+            (GrammarSource::Choice(vec!["yes".into(), "no".into()]), "ye", (2, false, false)),
+            (GrammarSource::JsonSchema(schema.clone()), "{\"n\": 12}", (9, true, true)),
+            (GrammarSource::JsonSchema(schema.clone()), "{\"n\": x", (6, false, false)),
+            (GrammarSource::JsonSchema(schema), "{\"m\"", (2, false, false)),
+            (GrammarSource::JsonObject, "{\"any\": [1, {}]}", (16, true, true)),
+            (GrammarSource::JsonObject, "[", (0, false, false)),
+            (GrammarSource::Lark("start: \"a\"+ \"b\"".into()), "aab", (3, true, true)),
+        ] {
+            assert_eq!(walk(&source, text), want, "{source:?} on {text}");
+        }
+    }
+
+    #[test]
+    fn impossible_sources_are_errors() {
+        let (grammars, _) = grammars();
+        for source in [
+            GrammarSource::Regex("(".into()),
+            GrammarSource::Regex("(?<=a)b".into()),
+            GrammarSource::Lark("start: nothing".into()),
+            GrammarSource::Lark(String::new()),
+            GrammarSource::JsonSchema(json!({"type": "no such type"})),
+            GrammarSource::JsonSchema(json!({"$ref": "https://example.org/schema"})),
+            GrammarSource::JsonSchema(json!(3)),
+        ] {
+            let error = grammars.compile(&source).expect_err(&format!("{source:?}"));
+            assert!(matches!(error, Error::Grammar(_)), "{source:?}: {error}");
+        }
+    }
+}
