@@ -435,23 +435,66 @@ impl Decoder {
     ///
     /// # Errors
     /// As [`Decoder::load`], and [`Decoder::over`].
-    pub fn load_over(path: &Path, precision: Precision, mesh: &Mesh) -> Result<Self> {
-        let source = ModelSource::open(path)?;
+    pub fn load_over(path: &Path, forms: impl Into<PackedForms>, mesh: &Mesh) -> Result<Self> {
+        Self::from_source_over(&ModelSource::open(path)?, forms, mesh)
+    }
+
+    /// The same of a model that is opened already.
+    ///
+    /// # Errors
+    /// As [`Decoder::load_over`].
+    pub fn from_source_over(source: &ModelSource, forms: impl Into<PackedForms>, mesh: &Mesh) -> Result<Self> {
         let (family, quantization) = source.family::<Box<dyn Family>>()?;
+        let checkpoint = source.checkpoint(&family)?;
+        Self::packed_over((family, quantization), checkpoint, forms.into(), mesh, &source.config_path())
+    }
+
+    /// The same from the contents of `config.json` and `model.safetensors`.
+    ///
+    /// # Errors
+    /// As [`Decoder::load_over`].
+    pub fn from_bytes_over(
+        config_json: &[u8],
+        weights: impl Into<Cow<'static, [u8]>>,
+        forms: impl Into<PackedForms>,
+        mesh: &Mesh,
+    ) -> Result<Self> {
+        let path = Path::new("config.json");
+        let config = read_config::<Box<dyn Family>>(config_json, path)?;
+        let checkpoint = Checkpoint::from_bytes(weights.into(), &config.0)?;
+        Self::packed_over(config, checkpoint, forms.into(), mesh, path)
+    }
+
+    fn packed_over(
+        (family, quantization): FolderConfig,
+        checkpoint: Checkpoint,
+        forms: PackedForms,
+        mesh: &Mesh,
+        path: &Path,
+    ) -> Result<Self> {
         if let Some(QuantizationConfig { format, .. }) = quantization {
             return Err(Error::format(
-                source.config_path(),
+                path,
                 format!(
                     "the weights are quantized ({format}), and a matrix of integers is not divided over ranks; load it on one"
                 ),
             ));
         }
-        let checkpoint = source.checkpoint(&family)?;
+        let dims = mesh.placement().dims();
+        if let (WeightFormat::Quantized(format), true) =
+            (forms.of(WeightUse::Product), dims.tp > 1 || dims.expert_slices > 1)
+        {
+            return Err(Error::Config(format!(
+                "tp and expert_slices must be 1 for matrices that are quantized ({format}) while they are loaded, got {} and {}: a \
+                 matrix of integers is not divided over ranks; whole experts are (ep)",
+                dims.tp, dims.expert_slices
+            )));
+        }
         let config = family.decoder()?;
         let table = Arc::new(config.params());
         checkpoint.check(&table)?;
         let source = ParamSource::checkpoint(table, Arc::new(checkpoint), mesh.placement());
-        Self::over(config, source.builder(&Device::Cpu), Arc::new(KernelOps::packing(precision)), mesh)
+        Self::over(config, source.builder(&Device::Cpu), Arc::new(KernelOps::packing(forms)), mesh)
     }
 
     /// The same from the contents of `config.json` and `model.safetensors`.

@@ -175,3 +175,36 @@ fn room_is_made_by_what_was_unused_for_the_longest() {
     assert_eq!(cache.evict(9), 2);
     assert_eq!(pool.free_pages(), 8);
 }
+
+#[test]
+fn a_step_travels_as_words() {
+    let pool = pool(9);
+    let (mut a, mut b) = (pool.sequence().with_seed(u64::MAX - 5), pool.sequence());
+    append(&pool, &mut a, 6, 0).unwrap();
+    let mut step = PagedStep::default();
+    step.add(&mut a.clone(), &[10, 11, 12], LogitsOf::All, pool.pages()).unwrap();
+    step.add(&mut b, &[13], LogitsOf::Last, pool.pages()).unwrap();
+    step.add(&mut pool.sequence(), &[14, 15, 16, 17, 18], LogitsOf::None, pool.pages()).unwrap();
+    assert_eq!(step.copies().len(), 1);
+    let words = step.to_words();
+    assert_eq!(PagedStep::from_words(&words, pool.config()).unwrap(), step);
+    let empty = PagedStep::default();
+    assert_eq!(PagedStep::from_words(&empty.to_words(), pool.config()).unwrap(), empty);
+    for cut in 0..words.len() {
+        assert!(PagedStep::from_words(&words[..cut], pool.config()).is_err(), "cut at {cut}");
+    }
+    let few = PoolConfig { num_pages: 2, ..pool.config() };
+    assert!(PagedStep::from_words(&words, few).unwrap_err().to_string().contains("page"));
+    let mut random = moe_core::CounterRng::new(5, 0);
+    for _ in 0..2000 {
+        let mut damaged = words.clone();
+        for _ in 0..1 + random.below(3) {
+            let at = random.below(words.len() as u32) as usize;
+            damaged[at] = [random.next_u32(), random.below(8)][random.below(2) as usize];
+        }
+        // Whatever comes out, nothing panics and no page is out of reach.
+        if let Ok(step) = PagedStep::from_words(&damaged, pool.config()) {
+            assert!(step.slots.iter().all(|&slot| (slot as usize) < 9 * SIZE));
+        }
+    }
+}

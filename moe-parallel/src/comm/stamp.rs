@@ -15,10 +15,12 @@ pub enum Phase {
     Update,
     /// A checkpoint.
     Save,
+    /// What a server's ranks do next.
+    Serve,
 }
 
 impl Phase {
-    const ALL: [Self; 5] = [Self::Start, Self::Forward, Self::Backward, Self::Update, Self::Save];
+    const ALL: [Self; 6] = [Self::Start, Self::Forward, Self::Backward, Self::Update, Self::Save, Self::Serve];
 
     fn name(self) -> &'static str {
         match self {
@@ -27,6 +29,7 @@ impl Phase {
             Self::Backward => "backward pass",
             Self::Update => "update",
             Self::Save => "save",
+            Self::Serve => "serving",
         }
     }
 }
