@@ -48,13 +48,7 @@ impl<'a> Backend<'a> {
 impl Backend<'_> {
     /// Refuses what ranks do not divide outside the layers.
     fn check(&self, config: &DecoderConfig) -> Result<()> {
-        match self.mesh.map_or(1, |mesh| mesh.placement().tensor().1) {
-            tp if tp > 1 && config.head_bias => Err(Error::Config(format!(
-                "tp must be 1, got {tp}: an output layer with a bias (lm_head_bias) is not divided over ranks; experts are (ep, \
-                 expert_slices)"
-            ))),
-            _ => Ok(()),
-        }
+        config.check_tensor_ranks(self.mesh.map_or(1, |mesh| mesh.placement().tensor().1))
     }
 
     /// The operations before the first layer and after the last.

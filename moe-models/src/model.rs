@@ -347,10 +347,16 @@ impl<F: ReadFamily> Model<F> {
 /// A model whose weights are variables to be, of which [`Model`] has no other use than their values.
 pub(crate) fn read_plain<F: ReadFamily>(path: &Path) -> Result<(F, Checkpoint)> {
     let source = ModelSource::open(path)?;
-    let (family, quantization) = source.family()?;
-    refuse_quantized(source.quantized_form(quantization.as_ref()), &source.config_path())?;
+    let family: F = plain_family(&source)?;
     let checkpoint = source.checkpoint(&family)?;
     Ok((family, checkpoint))
+}
+
+/// The family of such a model.
+pub(crate) fn plain_family<F: ReadFamily>(source: &ModelSource) -> Result<F> {
+    let (family, quantization) = source.family()?;
+    refuse_quantized(source.quantized_form(quantization.as_ref()), &source.config_path())?;
+    Ok(family)
 }
 
 fn refuse_quantized(form: Option<String>, path: &Path) -> Result<()> {

@@ -1,7 +1,8 @@
 //! [`write_random`]: a model folder of initial weights, of any family and size, without the model in memory.
 
 use crate::hf::{SHARD_BYTES, file_tensors, write_config, write_weights};
-use crate::train::export::{fill_target, write_tokenizer};
+use crate::train::FolderFiles;
+use crate::train::export::fill_target;
 use crate::{Family, Result};
 use candle_core::DType;
 use rayon::prelude::*;
@@ -57,7 +58,7 @@ pub fn write_random<F: Family + ?Sized>(family: &F, folder: &RandomFolder<'_>, d
             Ok(parts.par_iter().flat_map_iter(draw).collect())
         })?;
         write_config(family, dir, folder.dtype)?;
-        write_tokenizer(decoder.max_seq_len, folder.tokenizer_json, dir)
+        FolderFiles::from(folder.tokenizer_json.to_owned()).write(decoder.max_seq_len, dir)
     })?;
     Ok(written)
 }

@@ -116,6 +116,15 @@ impl GroupedQueryConfig {
         self.num_heads * self.head_dim
     }
 
+    /// Twice the keys that a token of `seq_len` sees on average.
+    fn attended_twice(&self, seq_len: usize) -> usize {
+        match (self.window, self.chunk) {
+            (Some(window), _) if window < seq_len => 2 * window - window * window / seq_len,
+            (_, Some(chunk)) if chunk < seq_len => chunk,
+            _ => seq_len,
+        }
+    }
+
     /// The projections with their names: one, or those of queries, keys and values.
     pub fn projections(&self) -> Vec<(&'static str, LinearConfig)> {
         let linear = |out_features, parts| LinearConfig {
@@ -400,6 +409,14 @@ impl AttentionConfig {
                 let maps = maps.chain([config.keys(), config.heads(), config.out()]);
                 maps.map(|linear| linear.in_features * linear.out_features).sum()
             }
+        }
+    }
+
+    /// Multiply-adds of the products with the keys and values of `seq_len` tokens, of one token on average.
+    pub fn context_products_per_token(&self, seq_len: usize) -> usize {
+        match self {
+            Self::GroupedQuery(config) => config.q_width() * config.attended_twice(seq_len),
+            Self::Latent(config) => config.num_heads * config.kv_shape().width() * seq_len,
         }
     }
 

@@ -42,6 +42,15 @@ pub struct DecoderConfig {
     pub attention_dropout: f64,
 }
 
+/// Parameters of a model.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct ParameterCount {
+    /// All of them.
+    pub total: usize,
+    /// Those one token passes through, embeddings included.
+    pub active: usize,
+}
+
 /// Factors on what is computed (Granite); 1 in most models.
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub struct Multipliers {
@@ -330,6 +339,36 @@ impl DecoderConfig {
             layer.attention.products_per_token() + feed_forward
         };
         self.layers.iter().map(layer).sum::<usize>() + self.vocab_size * self.d_model
+    }
+
+    /// Multiplications and additions of a forward pass per token, at full context: twice the weights that multiply, and the products
+    /// of attention.
+    pub fn flops_per_token(&self) -> usize {
+        let context = |layer: &LayerConfig| layer.attention.context_products_per_token(self.max_seq_len);
+        2 * (self.products_per_token() + self.layers.iter().map(context).sum::<usize>())
+    }
+
+    /// Parameters in all, and on one token's path.
+    pub fn parameter_count(&self) -> ParameterCount {
+        let idle = |moe: &MoeConfig| {
+            let params = moe.params();
+            let experts: usize = params.iter().filter(|spec| spec.is_stacked()).map(ParamSpec::elem_count).sum();
+            experts / moe.num_experts * (moe.num_experts - moe.router.top_k())
+        };
+        let idle: usize = self.layers.iter().filter_map(|layer| layer.feed_forward.moe()).map(idle).sum();
+        let total = self.params().elem_count();
+        ParameterCount { total, active: total - idle }
+    }
+
+    /// Refuses a division of what lies outside the layers over `tp` ranks that share matrices.
+    pub(crate) fn check_tensor_ranks(&self, tp: usize) -> Result<()> {
+        if tp > 1 && self.head_bias {
+            return Err(Error::Config(format!(
+                "tp must be 1, got {tp}: an output layer with a bias (lm_head_bias) is not divided over ranks; experts are (ep, \
+                 expert_slices)"
+            )));
+        }
+        Ok(())
     }
 
     /// `(layer, num_experts)` of each MoE layer, in layer order.

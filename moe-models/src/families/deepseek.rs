@@ -13,8 +13,10 @@ use moe_core::ops::RotaryLayout;
 use moe_core::{BranchConfig, DroplessConfig, GroupScore, MoeConfig, RouterConfig, ScoreFunction, Weighs};
 use serde_json::Value;
 
-pub(super) const V2: Form = Form { model_type: "deepseek_v2", names: NAMES, read: read_v2 };
-pub(super) const V3: Form = Form { model_type: "deepseek_v3", names: NAMES, read: read_v3 };
+pub(super) const V2: Form =
+    Form { model_type: "deepseek_v2", names: NAMES, load_balance_coef: Some("aux_loss_alpha"), read: read_v2 };
+pub(super) const V3: Form =
+    Form { model_type: "deepseek_v3", names: NAMES, load_balance_coef: Some("aux_loss_alpha"), read: read_v3 };
 
 /// Their names.
 pub(super) const NAMES: NameTable = NameTable::new(&[

@@ -10,7 +10,8 @@ use super::published::Form;
 use crate::config::{AttentionConfig, DecoderConfig, GroupedQueryConfig, NormSpan, QkNorm};
 use crate::fields::{Checked, Fields};
 
-pub(super) const FORM: Form = Form { model_type: "glm4_moe", names: NAMES, read };
+pub(super) const FORM: Form =
+    Form { model_type: "glm4_moe", names: NAMES, load_balance_coef: Some("aux_loss_alpha"), read };
 
 fn read(fields: &mut Fields) -> Checked<DecoderConfig> {
     let defaults = Defaults { rms_norm_eps: 1e-5, partial_rotary_factor: 0.5, ..Defaults::LLAMA };

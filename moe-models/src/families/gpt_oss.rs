@@ -28,6 +28,7 @@ pub(super) const FORM: Form = Form {
         StackRule { here: ".mlp.experts.fc_out.weight", there: ".mlp.experts.down_proj", layout: Layout::Columns },
         StackRule { here: ".mlp.experts.fc_out.bias", there: ".mlp.experts.down_proj_bias", layout: Layout::Rows },
     ]),
+    load_balance_coef: Some("router_aux_loss_coef"),
     read,
 };
 

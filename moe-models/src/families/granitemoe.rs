@@ -11,11 +11,19 @@ use crate::fields::{Checked, Fields};
 use crate::hf::{Layout, NameTable, StackRule};
 use moe_core::{BranchConfig, DroplessConfig, MoeConfig};
 
-pub(super) const FORM: Form =
-    Form { model_type: "granitemoe", names: NAMES, read: |fields| read(fields, |_, _| Ok(BranchConfig::None)) };
+pub(super) const FORM: Form = Form {
+    model_type: "granitemoe",
+    names: NAMES,
+    load_balance_coef: Some("router_aux_loss_coef"),
+    read: |fields| read(fields, |_, _| Ok(BranchConfig::None)),
+};
 
-pub(super) const SHARED: Form =
-    Form { model_type: "granitemoeshared", names: NAMES, read: |fields| read(fields, shared) };
+pub(super) const SHARED: Form = Form {
+    model_type: "granitemoeshared",
+    names: NAMES,
+    load_balance_coef: Some("router_aux_loss_coef"),
+    read: |fields| read(fields, shared),
+};
 
 const NAMES: NameTable = NameTable::new(&[
     (".mlp.shared_expert.fc_in.", &[".shared_mlp.input_linear."]),

@@ -10,7 +10,7 @@ use super::qwen3_moe;
 use crate::config::{AttentionConfig, DecoderConfig, FeedForwardConfig, GroupedQueryConfig, LayerConfig};
 use crate::fields::{Checked, Fields};
 
-pub(super) const FORM: Form = Form { model_type: "llama", names: qwen3_moe::NAMES, read };
+pub(super) const FORM: Form = Form { model_type: "llama", names: qwen3_moe::NAMES, load_balance_coef: None, read };
 
 fn read(fields: &mut Fields) -> Checked<DecoderConfig> {
     let backbone = Backbone::read(fields, &Defaults::LLAMA)?;

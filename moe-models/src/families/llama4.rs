@@ -35,6 +35,7 @@ pub(super) const FORM: Form = Form {
             layout: Layout::Columns,
         },
     ]),
+    load_balance_coef: Some("router_aux_loss_coef"),
     read,
 };
 

@@ -10,7 +10,8 @@ use crate::fields::{Checked, Fields};
 use crate::hf::NameTable;
 use moe_core::DroplessConfig;
 
-pub(super) const FORM: Form = Form { model_type: "mixtral", names: NAMES, read };
+pub(super) const FORM: Form =
+    Form { model_type: "mixtral", names: NAMES, load_balance_coef: Some("router_aux_loss_coef"), read };
 
 /// The three matrices of an expert by their numbers.
 pub(super) const NAMES: NameTable = NameTable::new(&[

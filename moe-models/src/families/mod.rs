@@ -81,8 +81,40 @@ pub trait ReadFamily: Family + Sized {
     }
 }
 
-/// Whatever family the file names.
-impl ReadFamily for Box<dyn Family> {
+/// A family by what a file says it is.
+#[derive(Debug, Clone)]
+pub enum AnyFamily {
+    /// This project's own.
+    Gpt(gpt::GptConfig),
+    /// One that others publish.
+    Published(Published),
+}
+
+impl AnyFamily {
+    fn family(&self) -> &dyn Family {
+        match self {
+            Self::Gpt(config) => config,
+            Self::Published(config) => config,
+        }
+    }
+}
+
+impl Family for AnyFamily {
+    fn decoder(&self) -> Result<DecoderConfig> {
+        self.family().decoder()
+    }
+    fn names(&self) -> NameTable {
+        self.family().names()
+    }
+    fn is_extra(&self, name: &str) -> bool {
+        self.family().is_extra(name)
+    }
+    fn to_json(&self, dtype: DType) -> Result<String> {
+        self.family().to_json(dtype)
+    }
+}
+
+impl ReadFamily for AnyFamily {
     fn read(json: &[u8], path: &Path) -> Result<Self> {
         #[derive(serde::Deserialize)]
         struct Head {
@@ -91,13 +123,20 @@ impl ReadFamily for Box<dyn Family> {
         let head: Head = parse(json, path)?;
         let name = head.model_type.as_str();
         if name == gpt::MODEL_TYPE {
-            return Ok(Box::new(gpt::GptConfig::read(json, path)?));
+            return Ok(Self::Gpt(gpt::GptConfig::read(json, path)?));
         }
         if published::model_types().any(|known| known == name) {
-            return Ok(Box::new(Published::read(json, path)?));
+            return Ok(Self::Published(Published::read(json, path)?));
         }
         let known: Vec<&str> = [gpt::MODEL_TYPE].into_iter().chain(published::model_types()).collect();
         Err(Error::format(path, format!("model_type {name:?} is not one of {}", known.join(", "))))
+    }
+}
+
+/// Whatever family the file names.
+impl ReadFamily for Box<dyn Family> {
+    fn read(json: &[u8], path: &Path) -> Result<Self> {
+        Ok(Box::new(AnyFamily::read(json, path)?))
     }
 }
 

@@ -12,7 +12,8 @@ use crate::config::{
 use crate::fields::{Checked, Fields};
 use moe_core::DroplessConfig;
 
-pub(super) const FORM: Form = Form { model_type: "olmoe", names: qwen3_moe::NAMES, read };
+pub(super) const FORM: Form =
+    Form { model_type: "olmoe", names: qwen3_moe::NAMES, load_balance_coef: Some("router_aux_loss_coef"), read };
 
 fn read(fields: &mut Fields) -> Checked<DecoderConfig> {
     let backbone = Backbone::read(fields, &Defaults { rms_norm_eps: 1e-5, ..Defaults::LLAMA })?;

@@ -17,7 +17,8 @@ use crate::config::{
 use crate::fields::{Checked, Fields};
 use moe_core::{DroplessConfig, MoeConfig, RouterConfig, SparseMixerConfig};
 
-pub(super) const FORM: Form = Form { model_type: "phimoe", names: mixtral::NAMES, read };
+pub(super) const FORM: Form =
+    Form { model_type: "phimoe", names: mixtral::NAMES, load_balance_coef: Some("router_aux_loss_coef"), read };
 
 const DEFAULTS: Defaults =
     Defaults { rms_norm_eps: 1e-5, rope_theta: 1e6, own_scaling: Some(("longrope", long_rope)), ..Defaults::LLAMA };

@@ -15,6 +15,8 @@ pub(super) struct Form {
     pub(super) model_type: &'static str,
     /// The names of tensors in files.
     pub(super) names: NameTable,
+    /// The field with the factor of the load-balance loss; none where no layer has experts.
+    pub(super) load_balance_coef: Option<&'static str>,
     /// Takes every field that has a meaning here; what is left is refused.
     pub(super) read: fn(&mut Fields) -> Checked<DecoderConfig>,
 }
@@ -67,8 +69,11 @@ const KEPT: [&str; 12] = [
 
 impl Published {
     fn checked(json: &[u8]) -> Checked<Self> {
-        let value: Value = serde_json::from_slice(json).map_err(|e| e.to_string())?;
-        let mut fields = Fields::of(&value, "")?;
+        Self::of(&serde_json::from_slice(json).map_err(|e| e.to_string())?)
+    }
+
+    fn of(value: &Value) -> Checked<Self> {
+        let mut fields = Fields::of(value, "")?;
         let json = fields.left().clone();
         let model_type: String = fields.required("model_type")?;
         let form = FORMS.iter().find(|form| form.model_type == model_type);
@@ -78,6 +83,26 @@ impl Published {
         fields.finish()?;
         decoder.validate().map_err(|e| e.to_string())?;
         Ok(Self { form, json, decoder })
+    }
+
+    /// `model_type`
+    pub fn model_type(&self) -> &'static str {
+        self.form.model_type
+    }
+
+    /// The same with other values of fields of its `config.json`.
+    ///
+    /// # Errors
+    /// [`Error::Config`] naming the field.
+    pub(crate) fn with(&self, fields: impl IntoIterator<Item = (&'static str, Value)>) -> Result<Self> {
+        let mut json = self.json.clone();
+        json.extend(fields.into_iter().map(|(name, value)| (name.to_owned(), value)));
+        Self::of(&Value::Object(json)).map_err(Error::Config)
+    }
+
+    /// The field with the factor of the load-balance loss, if layers have experts.
+    pub(crate) fn load_balance_field(&self) -> Option<&'static str> {
+        self.form.load_balance_coef
     }
 }
 

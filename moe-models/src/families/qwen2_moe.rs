@@ -10,7 +10,8 @@ use crate::config::{AttentionConfig, DecoderConfig, GroupedQueryConfig};
 use crate::fields::{Checked, Fields};
 use moe_core::BranchConfig;
 
-pub(super) const FORM: Form = Form { model_type: "qwen2_moe", names: NAMES, read };
+pub(super) const FORM: Form =
+    Form { model_type: "qwen2_moe", names: NAMES, load_balance_coef: Some("router_aux_loss_coef"), read };
 
 fn read(fields: &mut Fields) -> Checked<DecoderConfig> {
     let backbone = Backbone::read(fields, &Defaults::LLAMA)?;

@@ -13,7 +13,8 @@ use crate::hf::NameTable;
 use moe_core::{BranchConfig, DroplessConfig, MlpConfig, MoeConfig};
 use serde_json::Value;
 
-pub(super) const FORM: Form = Form { model_type: "qwen3_moe", names: NAMES, read };
+pub(super) const FORM: Form =
+    Form { model_type: "qwen3_moe", names: NAMES, load_balance_coef: Some("router_aux_loss_coef"), read };
 
 /// Gate, up and down of every network.
 pub(super) const NAMES: NameTable = NameTable::new(&[

@@ -282,9 +282,8 @@ pub fn read_state(folder: &Path) -> Result<TrainerState> {
     let path = folder.join(STATE_FILE);
     let text = std::fs::read_to_string(&path).map_err(|e| Error::io(&path, e))?;
     let state = serde_json::from_str(&text).and_then(|mut state: serde_json::Value| {
-        // Before 2026-11-26 runs had a number of workers, which changed no result.
         if let Some(config) = state.get_mut("config").and_then(serde_json::Value::as_object_mut) {
-            config.remove("workers");
+            TrainConfig::update_saved(config);
         }
         serde_json::from_value(state)
     });

@@ -48,9 +48,10 @@ pub struct TrainConfig {
     /// What a step computes again in its backward pass instead of keeping it: `none`, `block` or `moe`. Does not change any
     /// result. The model must follow it, as by [`crate::Model::with_recompute`]; [`super::Trainer`] refuses another one.
     pub recompute: Recompute,
-    /// Probability with which attention probabilities are dropped in training. The model must follow it, as by
-    /// [`crate::Model::with_dropout`]; [`super::Trainer`] refuses another one.
-    pub attention_dropout: f64,
+    /// Probability with which attention probabilities are dropped in training; `None`: what a program that trains finds in the
+    /// model's configuration, else 0. The model must follow it, as by [`crate::Model::with_dropout`]; [`super::Trainer`] refuses
+    /// another one.
+    pub attention_dropout: Option<f64>,
     /// The same of the embedding, and of what attention and the feed-forward part of each layer add.
     pub hidden_dropout: f64,
     /// Largest learning rate.
@@ -71,6 +72,9 @@ pub struct TrainConfig {
     pub beta2: f64,
     /// AdamW's epsilon.
     pub eps: f64,
+    /// How far a step moves the biases by which routers choose experts, for families that have them (DeepSeek-V3, GLM-4.5): up for
+    /// experts with less than the mean load, down for those with more. 0 leaves them as they are.
+    pub bias_update_speed: f64,
     /// Seed of every random draw: initialisation, shuffling, routing.
     pub seed: u64,
     /// Steps between validations.
@@ -103,7 +107,7 @@ impl Default for TrainConfig {
             global_batch_size: 16,
             precision: Precision::Bf16,
             recompute: Recompute::None,
-            attention_dropout: 0.0,
+            attention_dropout: None,
             hidden_dropout: 0.0,
             lr: 2e-3,
             min_lr: None,
@@ -114,6 +118,7 @@ impl Default for TrainConfig {
             beta1: adam.beta1,
             beta2: adam.beta2,
             eps: adam.eps,
+            bias_update_speed: 0.0,
             seed: 1234,
             eval_interval: 100,
             eval_on_start: false,
@@ -139,6 +144,14 @@ impl TrainConfig {
         }
     }
 
+    /// Makes of the settings in a checkpoint of an earlier version those of this one.
+    pub(super) fn update_saved(config: &mut serde_json::Map<String, serde_json::Value>) {
+        // Before 2026-11-26 runs had a number of workers, which changed no result.
+        config.remove("workers");
+        // What is not there was not dropped.
+        config.entry("attention_dropout").or_insert_with(|| 0.0.into());
+    }
+
     /// Fills the derived settings for a model of `max_seq_len` tokens and checks everything.
     ///
     /// # Errors
@@ -154,7 +167,14 @@ impl TrainConfig {
         self.min_lr.get_or_insert(self.lr * 0.1);
         let decay = *self.lr_decay_tokens.get_or_insert(self.train_tokens);
         self.lr_warmup_tokens.get_or_insert((self.train_tokens / 50).min(decay));
+        self.attention_dropout.get_or_insert(0.0);
         self.dropout().validate()?;
+        if !(0.0..f64::INFINITY).contains(&self.bias_update_speed) {
+            return Err(Error::Config(format!(
+                "bias_update_speed must be 0 or more (DeepSeek-V3's is 0.001), got {}",
+                self.bias_update_speed
+            )));
+        }
         self.schedule().validate()?;
         self.adamw().validate()?;
         Ok(self)
@@ -217,7 +237,7 @@ impl TrainConfig {
 
     /// What training passes drop.
     pub fn dropout(&self) -> DropoutConfig {
-        DropoutConfig { attention: self.attention_dropout, hidden: self.hidden_dropout }
+        DropoutConfig { attention: self.attention_dropout.unwrap_or(0.0), hidden: self.hidden_dropout }
     }
 
     /// AdamW's settings.
@@ -301,7 +321,9 @@ mod tests {
         check_refused("lr_warmup_tokens", |c| c.lr_warmup_tokens = Some(3_000_000));
         check_refused("beta2", |c| c.beta2 = 1.5);
         check_refused("keep_last", |c| c.keep_last = 0);
-        check_refused("attention_dropout", |c| c.attention_dropout = 1.0);
+        check_refused("attention_dropout", |c| c.attention_dropout = Some(1.0));
+        check_refused("bias_update_speed", |c| c.bias_update_speed = -0.001);
+        check_refused("bias_update_speed", |c| c.bias_update_speed = f64::NAN);
         check_refused("hidden_dropout", |c| c.hidden_dropout = -0.1);
         check_refused("hidden_dropout", |c| c.hidden_dropout = f64::NAN);
     }
@@ -340,9 +362,10 @@ mod tests {
     fn settings_of_earlier_versions_are_read() {
         let saved = TrainConfig::default().resolved(128).unwrap();
         let mut json = serde_json::to_value(&saved).unwrap();
-        for name in ["attention_dropout", "hidden_dropout", "eval_on_start"] {
+        for name in ["attention_dropout", "hidden_dropout", "eval_on_start", "bias_update_speed"] {
             assert!(json.as_object_mut().unwrap().remove(name).is_some(), "{name}");
         }
+        TrainConfig::update_saved(json.as_object_mut().unwrap());
         let read: TrainConfig = serde_json::from_value(json).unwrap();
         saved.check_continues(&read).unwrap();
         assert_eq!(read, saved);

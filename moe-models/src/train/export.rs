@@ -1,7 +1,7 @@
 //! Writes a model folder for serving: configuration, weights and tokenizer, the Hugging Face way.
 
-use super::files::{create_dir, create_dir_atomically, write_synced};
-use super::tokenizer::END_OF_TEXT;
+use super::files::{create_dir, create_dir_atomically};
+use super::folder_files::FolderFiles;
 use crate::{Error, Family, Model, Result};
 use candle_core::DType;
 use std::path::Path;
@@ -29,7 +29,7 @@ pub fn check_target(dir: &Path) -> Result<()> {
 pub fn export<F: Family>(model: &Model<F>, tokenizer_json: &str, dir: &Path, dtype: DType) -> Result<()> {
     fill_target(dir, |folder| {
         model.save(folder, dtype)?;
-        write_tokenizer(model.decoder_config().max_seq_len, tokenizer_json, folder)
+        FolderFiles::from(tokenizer_json.to_owned()).write(model.decoder_config().max_seq_len, folder)
     })
 }
 
@@ -43,17 +43,4 @@ pub(crate) fn fill_target(dir: &Path, fill: impl FnOnce(&Path) -> Result<()>) ->
         std::fs::remove_dir(dir).map_err(|e| Error::io(dir, e))?;
     }
     create_dir_atomically(dir, fill)
-}
-
-/// The files of a tokenizer.
-pub(crate) fn write_tokenizer(max_seq_len: usize, tokenizer_json: &str, dir: &Path) -> Result<()> {
-    write_synced(&dir.join("tokenizer.json"), tokenizer_json.as_bytes())?;
-    let config = serde_json::json!({
-        "tokenizer_class": "PreTrainedTokenizerFast",
-        "bos_token": END_OF_TEXT,
-        "eos_token": END_OF_TEXT,
-        "model_max_length": max_seq_len,
-        "clean_up_tokenization_spaces": false,
-    });
-    write_synced(&dir.join("tokenizer_config.json"), format!("{config:#}\n").as_bytes())
 }

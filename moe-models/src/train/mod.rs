@@ -4,6 +4,7 @@
 //! an [`Observer`]. Every random draw is a function of `(seed, step, micro-batch)` or `(seed, source, epoch)`, so the
 //! whole state of a run is its weights, its optimizer moments and a few counters, and a resumed run is bit-identical.
 
+mod balance;
 pub mod checkpoint;
 pub mod config;
 pub mod data;
@@ -12,6 +13,7 @@ pub mod evaluate;
 pub mod excerpt;
 pub mod export;
 mod files;
+pub mod folder_files;
 pub mod launch;
 pub mod lock;
 pub mod memory;
@@ -34,6 +36,7 @@ pub mod trainer;
 
 pub use config::{Blend, TrainConfig};
 pub use division::Division;
+pub use folder_files::FolderFiles;
 pub use lock::RunLock;
 pub use mesh::{MeshRanks, ReduceConfig, Zero};
 pub use model::TrainModel;

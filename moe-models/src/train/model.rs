@@ -1,6 +1,7 @@
 //! [`TrainModel`]: what the training loop needs of a model, and nothing else.
 
 use super::optimizer::UpdateRule;
+use crate::config::LayerConfig;
 use crate::hf::{NameTable, write_config};
 use crate::{DropoutConfig, Family, Model, Precision, Recompute, Result};
 use candle_core::{DType, Tensor, Var};
@@ -41,6 +42,11 @@ pub trait TrainModel: Sync {
     /// What [`TrainModel::loss`] reads of parameters that are not trained, each the very tensor. By default nothing.
     fn frozen(&self) -> &[Tensor] {
         &[]
+    }
+    /// The biases beside scores by which routers choose experts, each with its layer: no gradient changes them, but the loop does
+    /// where it is told to ([`super::TrainConfig::bias_update_speed`]). By default none.
+    fn selection_biases(&self) -> Vec<(usize, &Var)> {
+        Vec::new()
     }
     /// The group whose buffer a parameter's gradient is kept in: those that the same ranks reduce, and update together.
     fn grad_group(&self, _name: &str) -> String {
@@ -111,6 +117,18 @@ impl<F: Family> TrainModel for Model<F> {
     }
     fn frozen(&self) -> &[Tensor] {
         self.frozen()
+    }
+    fn selection_biases(&self) -> Vec<(usize, &Var)> {
+        let layers = self.decoder_config().layers.iter().enumerate();
+        let name = |(layer, config): (usize, &LayerConfig)| {
+            let bias = config.feed_forward.moe()?.selection_bias()?;
+            Some((layer, format!("model.layers.{layer}.mlp.{}", bias.name)))
+        };
+        let named = |(layer, name): (usize, String)| {
+            let (_, var) = Self::params(self).iter().find(|(known, _)| *known == name)?;
+            Some((layer, var))
+        };
+        layers.filter_map(name).filter_map(named).collect()
     }
     fn grad_group(&self, name: &str) -> String {
         self.table().get(name).map_or_else(|| DENSE.to_owned(), grad_group)

@@ -2,6 +2,7 @@
 
 use super::data::{DataCache, PackedSource, Packer, SourceSpec, TextSource};
 use super::observer::{Event, Observer, Progress, REPORT_INTERVAL};
+use super::tokenizer::Vocabulary;
 use super::{excerpt, tokenizer};
 use crate::Result;
 use std::path::PathBuf;
@@ -87,16 +88,17 @@ impl RunText {
     ///
     /// # Errors
     /// If a source cannot be read, has a broken line or no text, or was changed since it was opened; if the tokenizer has no
-    /// end-of-document token or gives an id outside the vocabulary; if `cache` cannot be written to.
+    /// end-of-document token and the model names none, or gives an id outside the vocabulary; if `cache` cannot be written to.
     pub fn pack(
         self,
         tokenizer: &Tokenizer,
-        vocab_size: usize,
+        vocabulary: impl Into<Vocabulary>,
         cache: &DataCache,
         observer: &mut dyn Observer,
     ) -> Result<(Vec<PackedSource>, Vec<PackedSource>)> {
-        tokenizer::check_fits(tokenizer, vocab_size)?;
-        let packer = Packer::new(tokenizer, tokenizer::eos_id(tokenizer)?, vocab_size)?;
+        let vocabulary = vocabulary.into();
+        tokenizer::check_fits(tokenizer, vocabulary.size)?;
+        let packer = Packer::new(tokenizer, vocabulary.end_of_document(tokenizer)?, vocabulary.size)?;
         let mut pack_all = |sources: Vec<TextSource>| -> Result<Vec<PackedSource>> {
             sources.iter().map(|source| cache.pack(&packer, source, observer)).collect()
         };

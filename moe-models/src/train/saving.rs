@@ -2,7 +2,7 @@
 
 use super::checkpoint::{CheckpointStore, TrainerState};
 use super::division::{Division, Undivided};
-use super::export::write_tokenizer;
+use super::folder_files::FolderFiles;
 use super::lock::RunLock;
 use super::model::{TrainModel, update_rules};
 use super::optimizer::{AdamW, Moments, OptimizerState, Owned, Unit, Units};
@@ -146,7 +146,7 @@ impl Saving {
         let own = || {
             if first {
                 model.save_config(&dir, DType::F32)?;
-                write_tokenizer(model.max_seq_len(), saved.tokenizer_json, &dir)?;
+                saved.files.write(model.max_seq_len(), &dir)?;
             }
             self.write(&dir, save, saved)?.to_words()
         };
@@ -249,7 +249,7 @@ pub(super) struct Saved<'a, M> {
     pub(super) division: &'a dyn Division,
     /// Of what this rank owns.
     pub(super) moments: &'a [Moments],
-    pub(super) tokenizer_json: &'a str,
+    pub(super) files: &'a FolderFiles,
     pub(super) state: &'a TrainerState,
 }
 
@@ -281,7 +281,8 @@ pub fn save_whole<M: TrainModel>(
     state: &TrainerState,
 ) -> Result<PathBuf> {
     let (division, moments) = (&Undivided(optimizer.owned().clone()), optimizer.moments());
-    let saved = Saved { ranks: &OneRank, store, lock: None, model, division, moments, tokenizer_json, state };
+    let files = &FolderFiles::from(tokenizer_json.to_owned());
+    let saved = Saved { ranks: &OneRank, store, lock: None, model, division, moments, files, state };
     Saving::new(model, Placement::WHOLE)?.save(&saved)
 }
 

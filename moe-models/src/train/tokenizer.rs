@@ -4,7 +4,7 @@
 use super::data::documents::SEPARATOR;
 use super::data::pieces::Piece;
 use super::data::{Documents, TextSource};
-use crate::{Error, Result};
+use crate::{DecoderConfig, Error, Result};
 use std::collections::HashSet;
 use std::path::Path;
 use std::sync::atomic::AtomicU64;
@@ -181,6 +181,37 @@ pub fn eos_id(tokenizer: &Tokenizer) -> Result<u32> {
         .iter()
         .find_map(|name| tokenizer.token_to_id(name))
         .ok_or_else(|| Error::Tokenizer(format!("has no end-of-document token; expected one of {}", NAMES.join(", "))))
+}
+
+/// The vocabulary of a model, which text has to fit.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Vocabulary {
+    /// Entries, padding included.
+    pub size: usize,
+    /// What the model's configuration says that texts end with.
+    pub eos_token_id: Option<u32>,
+}
+
+impl From<usize> for Vocabulary {
+    fn from(size: usize) -> Self {
+        Self { size, eos_token_id: None }
+    }
+}
+
+impl From<&DecoderConfig> for Vocabulary {
+    fn from(config: &DecoderConfig) -> Self {
+        Self { size: config.vocab_size, eos_token_id: config.eos_token_id }
+    }
+}
+
+impl Vocabulary {
+    /// The end-of-document id: [`eos_id`], or else what the model says.
+    ///
+    /// # Errors
+    /// [`Error::Tokenizer`] if neither knows one.
+    pub fn end_of_document(&self, tokenizer: &Tokenizer) -> Result<u32> {
+        eos_id(tokenizer).or_else(|error| self.eos_token_id.ok_or(error))
+    }
 }
 
 /// The tokenizer as the text of a `tokenizer.json`.

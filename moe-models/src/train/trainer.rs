@@ -1,12 +1,14 @@
 //! The loop: draw, accumulate, update, report, validate, save. All parts are elsewhere; this file orders them, on every rank
 //! alike.
 
+use super::balance::move_selection_biases;
 use super::checkpoint::{BestCheckpoint, CheckpointStore, TrainerState, read_state};
 use super::config::TrainConfig;
 use super::data::packed::Fingerprint;
 use super::data::{PackedSource, SequenceSampler, ValidSource};
 use super::division::Division;
 use super::evaluate::evaluate_over;
+use super::folder_files::FolderFiles;
 use super::lock::RunLock;
 use super::memory;
 use super::metrics::{self, MetricsWriter, Record};
@@ -77,7 +79,7 @@ pub struct Trainer<M> {
     model: M,
     config: TrainConfig,
     corpus: Corpus,
-    tokenizer_json: String,
+    folder_files: FolderFiles,
     optimizer: AdamW,
     buffers: StepBuffers,
     ranks: Box<dyn Ranks>,
@@ -113,9 +115,15 @@ impl<M: TrainModel> Trainer<M> {
     /// [`Error::Argument`] if `out` already holds checkpoints; [`Error::InUse`] if another run writes to it;
     /// [`Error::Io`] if it cannot be written to; [`Error::Config`] for impossible settings, and for a `precision`, `recompute` or
     /// dropout that is not the model's.
-    pub fn new(model: M, config: TrainConfig, corpus: Corpus, tokenizer_json: String, out: &Path) -> Result<Self> {
+    pub fn new(
+        model: M,
+        config: TrainConfig,
+        corpus: Corpus,
+        folder_files: impl Into<FolderFiles>,
+        out: &Path,
+    ) -> Result<Self> {
         check_model(&model, &config)?;
-        Self::new_in(model, config, corpus, tokenizer_json, RunLock::acquire(out)?)
+        Self::new_in(model, config, corpus, folder_files, RunLock::acquire(out)?)
     }
 
     /// As [`Trainer::new`], in a folder that the caller has locked, or shares with other ranks. All ranks bring the same model
@@ -127,7 +135,7 @@ impl<M: TrainModel> Trainer<M> {
         model: M,
         config: TrainConfig,
         corpus: Corpus,
-        tokenizer_json: String,
+        folder_files: impl Into<FolderFiles>,
         folder: impl Into<RunFolder>,
     ) -> Result<Self> {
         let folder = folder.into();
@@ -146,7 +154,7 @@ impl<M: TrainModel> Trainer<M> {
             Ok(Start { saving, division, optimizer, store, step: 0, best: None })
         };
         let start = all_well(&*folder.ranks, Phase::Start, prepare())?;
-        Self::assemble(model, config, corpus, tokenizer_json, folder, start)
+        Self::assemble(model, config, corpus, folder_files.into(), folder, start)
     }
 
     /// Continues the run in `out` from the checkpoint `folder`, whose weights `model` already holds. As [`Trainer::new`],
@@ -160,12 +168,12 @@ impl<M: TrainModel> Trainer<M> {
         model: M,
         config: TrainConfig,
         corpus: Corpus,
-        tokenizer_json: String,
+        folder_files: impl Into<FolderFiles>,
         out: &Path,
         folder: &Path,
     ) -> Result<Self> {
         check_model(&model, &config)?;
-        Self::resume_in(model, config, corpus, tokenizer_json, RunLock::acquire(out)?, folder)
+        Self::resume_in(model, config, corpus, folder_files, RunLock::acquire(out)?, folder)
     }
 
     /// As [`Trainer::resume`], in a folder that the caller has locked, or shares with other ranks: as many as before or not.
@@ -176,7 +184,7 @@ impl<M: TrainModel> Trainer<M> {
         model: M,
         config: TrainConfig,
         mut corpus: Corpus,
-        tokenizer_json: String,
+        folder_files: impl Into<FolderFiles>,
         run: impl Into<RunFolder>,
         folder: &Path,
     ) -> Result<Self> {
@@ -197,14 +205,14 @@ impl<M: TrainModel> Trainer<M> {
         };
         let start = prepare();
         let start = all_well(&*run.ranks, Phase::Start, start)?;
-        Self::assemble(model, config, corpus, tokenizer_json, run, start)
+        Self::assemble(model, config, corpus, folder_files.into(), run, start)
     }
 
     fn assemble(
         model: M,
         config: TrainConfig,
         corpus: Corpus,
-        tokenizer_json: String,
+        folder_files: FolderFiles,
         folder: RunFolder,
         start: Start,
     ) -> Result<Self> {
@@ -220,7 +228,7 @@ impl<M: TrainModel> Trainer<M> {
             model,
             config,
             corpus,
-            tokenizer_json,
+            folder_files,
             optimizer,
             buffers,
             ranks,
@@ -277,7 +285,7 @@ impl<M: TrainModel> Trainer<M> {
 
     /// The tokenizer, as the text of a `tokenizer.json`.
     pub fn tokenizer_json(&self) -> &str {
-        &self.tokenizer_json
+        self.folder_files.tokenizer_json()
     }
 
     /// The last checkpoint's folder, if one was saved.
@@ -395,6 +403,7 @@ impl<M: TrainModel> Trainer<M> {
                 if report.applied {
                     let written = self.division.gather_params(params)?;
                     copies.refresh(written.into_iter().map(|param| params[param].1.as_tensor()))?;
+                    move_selection_biases(&self.model, &sums.layers, self.config.bias_update_speed)?;
                 }
                 Ok(report)
             }
@@ -493,7 +502,7 @@ impl<M: TrainModel> Trainer<M> {
             model: &self.model,
             division: &*self.division,
             moments: self.optimizer.moments(),
-            tokenizer_json: &self.tokenizer_json,
+            files: &self.folder_files,
             state: &state,
         })?;
         self.saved_step = Some(self.step);
@@ -539,6 +548,12 @@ fn check_model<M: TrainModel>(model: &M, config: &TrainConfig) -> Result<()> {
     if asked != does {
         return Err(Error::Config(format!(
             "recompute is {asked:?} in the settings, the model does {does:?}; build the model with the settings' recompute (Model::with_recompute) or change the setting"
+        )));
+    }
+    if config.bias_update_speed > 0.0 && model.selection_biases().is_empty() {
+        return Err(Error::Config(format!(
+            "bias_update_speed {} has no effect: no router of this model chooses experts by a bias beside their scores (as DeepSeek-V3's e_score_correction_bias); drop it",
+            config.bias_update_speed
         )));
     }
     let (asked, does) = (config.dropout(), model.dropout());

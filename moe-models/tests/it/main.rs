@@ -19,6 +19,7 @@ mod train_cli;
 mod train_cli_ranks;
 mod train_evaluate;
 mod train_failures;
+mod train_family;
 mod train_faults;
 mod train_frozen;
 mod train_gpt;

@@ -111,7 +111,7 @@ fn a_pr_moe_resumes_bit_exactly_whatever_it_computes_again() {
 /// Masks are a function of the pass, so that a run that goes on drops what it would have dropped.
 #[test]
 fn a_run_with_dropout_resumes_bit_exactly_whatever_it_computes_again() {
-    resumes_bit_exactly(&TrainConfig { attention_dropout: 0.2, hidden_dropout: 0.1, ..config() });
+    resumes_bit_exactly(&TrainConfig { attention_dropout: Some(0.2), hidden_dropout: 0.1, ..config() });
 }
 
 fn resumes_bit_exactly(config: &TrainConfig) {
@@ -189,7 +189,7 @@ fn thread_times(pool: &rayon::ThreadPool) -> Option<Vec<u64>> {
 fn kernels_on_several_threads_and_recomputation_are_bit_identical() {
     let (shape, config) = wide();
     // Masks depend on neither.
-    let config = TrainConfig { attention_dropout: 0.1, hidden_dropout: 0.1, ..config };
+    let config = TrainConfig { attention_dropout: Some(0.1), hidden_dropout: 0.1, ..config };
     let dir = tempfile::tempdir().unwrap();
     for precision in [Precision::Bf16, Precision::F32] {
         let train = |recompute: Recompute, threads: usize| {

@@ -7,9 +7,10 @@ use moe_compress::kept::TargetsConfig;
 use moe_compress::teacher::TeacherFolder;
 use moe_compress::{KdSchedule, KeptTargets, Student, StudentPlan};
 use moe_core::ParamSpec;
-use moe_models::cli::train::{ModelArgs, Plain, Recipe, TrainArgs};
+use moe_models::cli::train::{ModelArgs, Recipe, TrainArgs};
 use moe_models::gpt::{Gpt, GptConfig};
 use moe_models::train::{TokenizerChoice, TrainConfig, tokenizer};
+use moe_models::{DecoderConfig, Family};
 use moe_parallel::Mesh;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
@@ -43,10 +44,13 @@ impl Distilling {
 }
 
 impl Recipe for Distilling {
+    type Family = GptConfig;
     type Model = Student<GptConfig>;
 
-    fn shape(&self, args: &ModelArgs, seq_length: Option<usize>) -> Result<GptConfig> {
+    /// The vocabulary is the teacher's.
+    fn shape(&self, args: &ModelArgs, seq_length: Option<usize>, tokenizer: Option<&Tokenizer>) -> Result<GptConfig> {
         let teacher = self.teacher.config();
+        tokenizer.map_or(Ok(()), |tokenizer| tokenizer::check_fits(tokenizer, teacher.vocab_size))?;
         let shape = match self.settings.drop_depth {
             None => args.config(seq_length)?,
             Some(_) => self.plan()?.config,
@@ -54,19 +58,14 @@ impl Recipe for Distilling {
         Ok(GptConfig { vocab_size: teacher.vocab_size, eos_token_id: teacher.eos_token_id, ..shape })
     }
 
-    /// The vocabulary is the teacher's.
-    fn fit(&self, _: &ModelArgs, shape: &mut GptConfig, tokenizer: &Tokenizer) -> Result<()> {
-        Ok(tokenizer::check_fits(tokenizer, shape.vocab_size)?)
-    }
-
     fn tokenizer(&self, args: &ModelArgs, _: usize) -> Result<TokenizerChoice> {
         ensure!(!args.asks_for_tokenizer(), "a student has its teacher's tokenizer; drop --tokenizer and --vocab-size");
         Ok(TokenizerChoice::File(self.teacher.dir().join("tokenizer.json")))
     }
 
-    fn initial(&self, args: &ModelArgs, shape: &GptConfig, seed: u64, mesh: Option<Arc<Mesh>>) -> Result<Gpt> {
+    fn initial(&self, args: &ModelArgs, shape: GptConfig, seed: u64, mesh: Option<Arc<Mesh>>) -> Result<Gpt> {
         if !self.settings.from_teacher {
-            return Plain.initial(args, shape, seed, mesh);
+            return args.initial(shape, seed, mesh);
         }
         let plan = self.plan()?;
         let placement = mesh.as_ref().map_or(moe_parallel::Placement::WHOLE, |mesh| mesh.placement());
@@ -77,7 +76,7 @@ impl Recipe for Distilling {
             })?;
             values(&ParamSpec { name, ..spec.clone() })
         };
-        Ok(Gpt::of_parts(shape.clone(), mesh, of_teacher)?)
+        Ok(Gpt::of_parts(shape, mesh, of_teacher)?)
     }
 
     fn enter(&self, out: &Path, resumed: bool) -> Result<()> {
@@ -100,8 +99,8 @@ impl Recipe for Distilling {
         Ok(Student::new(model, Following { teacher, how, schedule, train_tokens: config.train_tokens, kept })?)
     }
 
-    fn beside(&self) -> Vec<GptConfig> {
-        vec![self.teacher.config().clone()]
+    fn beside(&self) -> Result<Vec<DecoderConfig>> {
+        Ok(vec![self.teacher.config().decoder()?])
     }
 
     fn describe(&self, config: &TrainConfig) -> Vec<String> {

@@ -1,4 +1,4 @@
-//! `moe-train`: trains a model of the paper's GPT family on text files. Reads arguments; everything else is
+//! `moe-train`: trains a model of any family on text files. Reads arguments; everything else is
 //! `moe_models::cli::train`.
 
 use clap::Parser;
@@ -9,7 +9,7 @@ use std::process::ExitCode;
 #[global_allocator]
 static ALLOCATOR: mimalloc::MiMalloc = mimalloc::MiMalloc;
 
-/// Train a dense, MoE, Pyramid, Residual or PR-MoE language model on text.
+/// Train a language model on text: a new dense, MoE, Pyramid, Residual or PR-MoE, or one of any family that a folder holds.
 ///
 /// Without any argument it trains `tiny-pr-moe` on a small excerpt that is part of the program.
 #[derive(Debug, Parser)]

@@ -70,7 +70,7 @@ pub struct TrainArgs {
     /// with experts; never changes the result.
     #[arg(long, value_enum)]
     recompute: Option<RecomputeArg>,
-    /// Probability of dropping an attention probability, in training only.
+    /// Probability of dropping an attention probability, in training only [default: what the model's config.json says].
     #[arg(long)]
     attention_dropout: Option<f64>,
     /// Probability of dropping an element of the embedding, or of what a part of a layer adds, in training only.
@@ -94,6 +94,10 @@ pub struct TrainArgs {
     /// Largest global gradient norm; 0 turns clipping off.
     #[arg(long)]
     clip_grad: Option<f64>,
+    /// How far a step moves the biases by which routers choose experts, towards those with less than the mean load, in families that
+    /// have such biases (DeepSeek-V3, whose authors took 0.001, and GLM-4.5) [default: 0].
+    #[arg(long, value_name = "SPEED")]
+    bias_update_speed: Option<f64>,
     /// Seed of every random draw.
     #[arg(long)]
     seed: Option<u64>,
@@ -135,7 +139,7 @@ pub struct TrainArgs {
 }
 
 /// What `--evaluate` would ignore. `ModelArgs` is the group of all flags that describe a model.
-const TRAINING_ONLY: [&str; 26] = [
+const TRAINING_ONLY: [&str; 27] = [
     "exit_interval",
     "ModelArgs",
     "RankArgs",
@@ -155,6 +159,7 @@ const TRAINING_ONLY: [&str; 26] = [
     "lr_decay_tokens",
     "weight_decay",
     "clip_grad",
+    "bias_update_speed",
     "seed",
     "eval_interval",
     "eval_on_start",
@@ -249,11 +254,12 @@ impl TrainArgs {
         set(&mut config.global_batch_size, self.global_batch_size);
         set(&mut config.precision, self.precision.map(Into::into));
         set(&mut config.recompute, self.recompute.map(Into::into));
-        set(&mut config.attention_dropout, self.attention_dropout);
+        config.attention_dropout = self.attention_dropout.or(config.attention_dropout);
         set(&mut config.hidden_dropout, self.hidden_dropout);
         set(&mut config.lr, self.lr);
         set(&mut config.weight_decay, self.weight_decay);
         set(&mut config.clip_grad, self.clip_grad);
+        set(&mut config.bias_update_speed, self.bias_update_speed);
         set(&mut config.seed, self.seed);
         set(&mut config.eval_interval, self.eval_interval);
         config.eval_on_start |= self.eval_on_start;

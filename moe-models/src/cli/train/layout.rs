@@ -4,10 +4,9 @@ use super::progress::Progress;
 use super::rank_args::RankArgs;
 use super::run::Begin;
 use super::world::Seat;
-use crate::gpt::GptConfig;
+use crate::DecoderConfig;
 use crate::train::launch::{LayoutCost, LayoutRequest, LevelBytes, RankCost, RunSize, choose as choose_layout};
 use crate::train::{ReduceConfig, TrainConfig};
-use crate::{DecoderConfig, Family};
 use anyhow::Result;
 use moe_parallel::{Collectives, ExchangeConfig, ParallelDims};
 
@@ -19,15 +18,15 @@ pub(crate) struct Chosen {
 }
 
 /// What a run's ranks have to hold and do; `beside` are models for inference alone.
-pub(crate) fn run_size(shape: &GptConfig, beside: Vec<DecoderConfig>, config: &TrainConfig) -> Result<RunSize> {
-    Ok(RunSize {
-        decoder: shape.decoder()?,
+pub(crate) fn run_size(decoder: &DecoderConfig, beside: Vec<DecoderConfig>, config: &TrainConfig) -> RunSize {
+    RunSize {
+        decoder: decoder.clone(),
         beside,
         precision: config.precision,
         seq_len: config.seq_len(),
         micro_batch_size: config.micro_batch_size,
         micro_batches: config.grad_accum(),
-    })
+    }
 }
 
 /// The layout for a model, printed with its price; none for one rank.

@@ -1,26 +1,35 @@
-//! Which model to train: a preset or a `config.json`, with the overrides that matter, mapped to a [`GptConfig`].
+//! Which model to train: a preset, a `config.json` or a folder, of any family, with the overrides that matter.
 
-use crate::ReadFamily;
+use crate::families::{AnyFamily, Published};
 use crate::gpt::{GptConfig, GptMoeConfig};
-use crate::train::{TokenizerChoice, tokenizer};
-use anyhow::{Context, Result, ensure};
+use crate::model::plain_family;
+use crate::train::tokenizer::Vocabulary;
+use crate::train::{FolderFiles, TokenizerChoice, tokenizer};
+use crate::{Family, Model, ModelSource, ReadFamily};
+use anyhow::{Context, Result, bail, ensure};
+use candle_core::Device;
 use clap::{Args, ValueEnum};
-use std::path::{Path, PathBuf};
+use moe_parallel::Mesh;
+use serde_json::Value;
+use std::path::PathBuf;
+use std::sync::Arc;
 use tokenizers::Tokenizer;
 
 const DEFAULT_PRESET: &str = "tiny-pr-moe";
 
-/// Which model: a preset or a `config.json`, with overrides.
+/// Which model: a preset, a `config.json` or a folder, with overrides.
 #[derive(Debug, Args)]
 pub struct ModelArgs {
     /// A model by name: tiny-dense, tiny-moe, tiny-pyramid-moe, tiny-residual-moe, tiny-pr-moe or one of the paper's.
     #[arg(long, value_name = "NAME", conflicts_with = "model_config")]
     preset: Option<String>,
-    /// A model by its config.json.
+    /// A model of any family by its config.json, with fresh weights.
     #[arg(long, value_name = "FILE")]
     model_config: Option<PathBuf>,
-    /// Start from the weights of this model folder, with its tokenizer; flags may change what has no weights (routing, losses).
-    #[arg(long, value_name = "DIR", conflicts_with_all = ["preset", "model_config", "tokenizer", "vocab_size"])]
+    /// Start from the weights of this model folder of any family, with its tokenizer; flags may change what has no weights (routing,
+    /// losses). Of those below, families that others publish (Mixtral, Qwen3-MoE, DeepSeek, ...) have --topk and --moe-loss-coeff;
+    /// the rest stands in their config.json.
+    #[arg(long, value_name = "DIR", visible_alias = "model", conflicts_with_all = ["preset", "model_config", "tokenizer", "vocab_size"])]
     init_from: Option<PathBuf>,
     /// Width of the residual stream; the feed-forward width becomes four times it unless given.
     #[arg(long)]
@@ -81,47 +90,147 @@ enum MlpType {
 impl ModelArgs {
     /// Whether any flag says something about the model's shape.
     pub fn is_given(&self) -> bool {
-        let sizes = [self.hidden_size, self.ffn_hidden_size, self.num_layers, self.num_heads, self.topk];
-        let more = [self.expert_interval, self.max_position_embeddings, self.moe_min_capacity];
-        let numbers =
-            [self.init_method_std, self.moe_loss_coeff, self.moe_train_capacity_factor, self.moe_eval_capacity_factor];
         self.preset.is_some()
             || self.model_config.is_some()
             || self.init_from.is_some()
-            || sizes.iter().chain(&more).any(Option::is_some)
-            || numbers.iter().any(Option::is_some)
-            || !self.num_experts.is_empty()
-            || self.mlp_type.is_some()
+            || self.topk.is_some()
+            || self.moe_loss_coeff.is_some()
+            || self.own_flags().any(|(_, given)| given)
     }
 
-    /// The model asked for; its vocabulary is still to be fitted to the tokenizer.
+    /// The flags that only this project's own models have, and whether they are given.
+    fn own_flags(&self) -> impl Iterator<Item = (&'static str, bool)> {
+        [
+            ("--hidden-size", self.hidden_size.is_some()),
+            ("--ffn-hidden-size", self.ffn_hidden_size.is_some()),
+            ("--num-layers", self.num_layers.is_some()),
+            ("--num-heads", self.num_heads.is_some()),
+            ("--max-position-embeddings", self.max_position_embeddings.is_some()),
+            ("--init-method-std", self.init_method_std.is_some()),
+            ("--num-experts", !self.num_experts.is_empty()),
+            ("--expert-interval", self.expert_interval.is_some()),
+            ("--mlp-type", self.mlp_type.is_some()),
+            ("--moe-train-capacity-factor", self.moe_train_capacity_factor.is_some()),
+            ("--moe-eval-capacity-factor", self.moe_eval_capacity_factor.is_some()),
+            ("--moe-min-capacity", self.moe_min_capacity.is_some()),
+        ]
+        .into_iter()
+    }
+
+    /// The model asked for, of any family; fitted to the tokenizer, once there is one.
+    ///
+    /// # Errors
+    /// If the arguments describe no model, or one that the tokenizer does not fit.
+    pub fn family(&self, seq_length: Option<usize>, tokenizer: Option<&Tokenizer>) -> Result<AnyFamily> {
+        Ok(match self.base()? {
+            AnyFamily::Gpt(config) => {
+                let mut config = self.overridden(config, seq_length)?;
+                tokenizer.map_or(Ok(()), |tokenizer| self.fit_to(&mut config, tokenizer))?;
+                AnyFamily::Gpt(config)
+            }
+            AnyFamily::Published(config) => AnyFamily::Published(self.published(&config, tokenizer)?),
+        })
+    }
+
+    /// The model asked for where it has to be of this project's own; its vocabulary is still to be fitted to the tokenizer.
+    ///
+    /// # Errors
+    /// As [`ModelArgs::family`].
     pub fn config(&self, seq_length: Option<usize>) -> Result<GptConfig> {
-        let mut config = self.base()?;
+        match self.base()? {
+            AnyFamily::Gpt(config) => self.overridden(config, seq_length),
+            AnyFamily::Published(config) => {
+                bail!("expected a model of this project's own (moe_gpt), got a {}", config.model_type())
+            }
+        }
+    }
+
+    fn base(&self) -> Result<AnyFamily> {
+        if let Some(dir) = &self.init_from {
+            ensure!(
+                !dir.is_file(),
+                "--init-from {} is a file (GGUF?); training starts from a folder of floats with config.json, tokenizer.json and \
+                 .safetensors files, as the one that it was made of",
+                dir.display()
+            );
+            return Ok(plain_family(&ModelSource::open(dir)?)?);
+        }
+        if let Some(path) = &self.model_config {
+            return Ok(AnyFamily::read_file(path)?);
+        }
+        let name = self.preset.as_deref().unwrap_or(DEFAULT_PRESET);
+        let config = GptConfig::preset(name).with_context(|| {
+            let known: Vec<&str> = GptConfig::preset_names().collect();
+            format!("unknown preset {name:?}; expected one of {}", known.join(", "))
+        })?;
+        Ok(AnyFamily::Gpt(config))
+    }
+
+    /// Whether a `config.json` describes the model.
+    fn is_read(&self) -> bool {
+        self.model_config.is_some() || self.init_from.is_some()
+    }
+
+    fn overridden(&self, mut config: GptConfig, seq_length: Option<usize>) -> Result<GptConfig> {
         self.override_sizes(&mut config, seq_length);
         self.override_experts(&mut config)?;
         config.validate()?;
         Ok(config)
     }
 
-    fn base(&self) -> Result<GptConfig> {
-        if let Some(path) = self.config_file() {
-            return Ok(GptConfig::read_file(&path)?);
+    /// A published model with what flags may change of it.
+    fn published(&self, config: &Published, tokenizer: Option<&Tokenizer>) -> Result<Published> {
+        let (kind, decoder) = (config.model_type(), config.decoder()?);
+        if let Some((flag, _)) = self.own_flags().find(|(_, given)| *given) {
+            bail!(
+                "{flag} is for models of this project's own, and this one is a {kind}, whose config.json says all of it; drop {flag}"
+            );
         }
-        let name = self.preset.as_deref().unwrap_or(DEFAULT_PRESET);
-        GptConfig::preset(name).with_context(|| {
-            let known: Vec<&str> = GptConfig::preset_names().collect();
-            format!("unknown preset {name:?}; expected one of {}", known.join(", "))
+        let router = [("--topk", self.topk.is_some()), ("--moe-loss-coeff", self.moe_loss_coeff.is_some())];
+        if let (Some((flag, _)), true) = (router.iter().find(|(_, given)| *given), decoder.moe_layers().is_empty()) {
+            bail!("the model is dense, so {flag} has no meaning; drop it");
+        }
+        let mut fields: Vec<(&str, Value)> = Vec::new();
+        if let (Some(coef), Some(field)) = (self.moe_loss_coeff, config.load_balance_field()) {
+            ensure!(coef.is_finite(), "--moe-loss-coeff must be a number of 0 or more, got {coef}");
+            fields.push((field, coef.into()));
+        }
+        fields.extend(self.topk.map(|top_k| ("num_experts_per_tok", top_k.into())));
+        if let Some(tokenizer) = tokenizer {
+            tokenizer::check_fits(tokenizer, decoder.vocab_size)?;
+            // Weights that are there already know how texts begin and end.
+            if self.init_from.is_none() {
+                let end = Vocabulary::from(&decoder).end_of_document(tokenizer)?;
+                fields.extend([("bos_token_id", end.into()), ("eos_token_id", end.into())]);
+            }
+        }
+        Ok(config.with(fields)?)
+    }
+
+    /// A model at the beginning of a run, or a rank's part of it: of the weights that the arguments name, or of fresh ones.
+    ///
+    /// # Errors
+    /// If it cannot be made.
+    pub fn initial<F: Family>(&self, shape: F, seed: u64, mesh: Option<Arc<Mesh>>) -> Result<Model<F>> {
+        let Some(dir) = &self.init_from else {
+            return Ok(match mesh {
+                None => Model::new(shape, seed, &Device::Cpu)?,
+                Some(mesh) => Model::new_over(shape, seed, mesh)?,
+            });
+        };
+        let checkpoint = ModelSource::open(dir)?.checkpoint(&shape)?;
+        Ok(match mesh {
+            None => Model::from_checkpoint(shape, &checkpoint, &Device::Cpu)?,
+            Some(mesh) => Model::from_checkpoint_over(shape, Arc::new(checkpoint), mesh)?,
         })
     }
 
-    /// The `config.json` that describes the model, if one does.
-    fn config_file(&self) -> Option<PathBuf> {
-        self.model_config.clone().or_else(|| Some(self.init_from.as_ref()?.join("config.json")))
-    }
-
-    /// The model folder whose weights a run starts from, if it does from any.
-    pub fn init_from(&self) -> Option<&Path> {
-        self.init_from.as_deref()
+    /// What a new run takes along beside its weights.
+    pub(crate) fn folder_files(&self, tokenizer_json: String) -> Result<FolderFiles> {
+        Ok(match &self.init_from {
+            Some(dir) => FolderFiles::of_folder(tokenizer_json, dir)?,
+            None => tokenizer_json.into(),
+        })
     }
 
     fn override_sizes(&self, config: &mut GptConfig, seq_length: Option<usize>) {
@@ -134,7 +243,7 @@ impl ModelArgs {
         config.num_heads = self.num_heads.unwrap_or(config.num_heads);
         config.init_std = self.init_method_std.unwrap_or(config.init_std);
         // Positions past the training length would never be trained, so a preset takes the length as its own.
-        let length = if self.config_file().is_none() { seq_length } else { None };
+        let length = if self.is_read() { None } else { seq_length };
         config.max_seq_len = self.max_position_embeddings.or(length).unwrap_or(config.max_seq_len);
     }
 
@@ -167,9 +276,10 @@ impl ModelArgs {
     }
 
     fn has_expert_flags(&self) -> bool {
-        let numbers = [self.moe_loss_coeff, self.moe_train_capacity_factor, self.moe_eval_capacity_factor];
-        let sizes = [self.expert_interval, self.topk, self.moe_min_capacity];
-        self.mlp_type.is_some() || numbers.iter().any(Option::is_some) || sizes.iter().any(Option::is_some)
+        let of_experts = |flag: &str| flag.starts_with("--moe-") || ["--expert-interval", "--mlp-type"].contains(&flag);
+        self.topk.is_some()
+            || self.moe_loss_coeff.is_some()
+            || self.own_flags().any(|(flag, given)| given && of_experts(flag))
     }
 
     /// Whether any flag says something about the tokenizer.
@@ -206,13 +316,13 @@ impl ModelArgs {
     }
 
     /// Gives a preset the tokenizer's vocabulary; a `config.json` keeps its own, which must be large enough.
-    pub(crate) fn fit_to(&self, config: &mut GptConfig, tokenizer: &Tokenizer) -> Result<()> {
-        if self.config_file().is_none() {
+    fn fit_to(&self, config: &mut GptConfig, tokenizer: &Tokenizer) -> Result<()> {
+        if !self.is_read() {
             config.vocab_size = tokenizer::required_vocab_size(tokenizer);
         }
         tokenizer::check_fits(tokenizer, config.vocab_size)?;
         config.eos_token_id = Some(tokenizer::eos_id(tokenizer)?);
-        Ok(())
+        Ok(config.validate()?)
     }
 }
 

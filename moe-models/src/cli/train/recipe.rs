@@ -1,12 +1,10 @@
 //! [`Recipe`]: what a program that trains adds to a plain run. [`Plain`] adds nothing.
 
 use super::model_args::ModelArgs;
-use crate::Family;
-use crate::gpt::{Gpt, GptConfig};
-use crate::hf::Checkpoint;
+use crate::families::AnyFamily;
 use crate::train::{TokenizerChoice, TrainConfig, TrainModel};
+use crate::{DecoderConfig, Model, ReadFamily};
 use anyhow::Result;
-use candle_core::Device;
 use moe_parallel::Mesh;
 use std::path::Path;
 use std::sync::Arc;
@@ -14,24 +12,17 @@ use tokenizers::Tokenizer;
 
 /// How a run's model comes to be, and what is trained with it. One value serves all ranks of a process.
 pub trait Recipe: Sync {
+    /// What models are.
+    type Family: ReadFamily;
     /// What is trained: a model of the family, and what its loss needs beside it.
     type Model: TrainModel;
 
-    /// The model asked for; its vocabulary is still to be fitted to the tokenizer.
+    /// The model asked for; fitted to the tokenizer, once there is one.
     ///
     /// # Errors
-    /// If the arguments describe no model.
-    fn shape(&self, args: &ModelArgs, seq_length: Option<usize>) -> Result<GptConfig> {
-        args.config(seq_length)
-    }
-
-    /// Fits the model asked for to the tokenizer.
-    ///
-    /// # Errors
-    /// If the tokenizer has entries that the model has not.
-    fn fit(&self, args: &ModelArgs, shape: &mut GptConfig, tokenizer: &Tokenizer) -> Result<()> {
-        args.fit_to(shape, tokenizer)
-    }
+    /// If the arguments describe no model, or one that the tokenizer does not fit.
+    fn shape(&self, args: &ModelArgs, seq_length: Option<usize>, tokenizer: Option<&Tokenizer>)
+    -> Result<Self::Family>;
 
     /// Where the tokenizer of a model of `vocab_size` comes from.
     ///
@@ -45,18 +36,14 @@ pub trait Recipe: Sync {
     ///
     /// # Errors
     /// If it cannot be made.
-    fn initial(&self, args: &ModelArgs, shape: &GptConfig, seed: u64, mesh: Option<Arc<Mesh>>) -> Result<Gpt> {
-        let Some(dir) = args.init_from() else {
-            return Ok(match mesh {
-                None => Gpt::new(shape.clone(), seed, &Device::Cpu)?,
-                Some(mesh) => Gpt::new_over(shape.clone(), seed, mesh)?,
-            });
-        };
-        let checkpoint = Checkpoint::open(dir, shape.names())?;
-        Ok(match mesh {
-            None => Gpt::from_checkpoint(shape.clone(), &checkpoint, &Device::Cpu)?,
-            Some(mesh) => Gpt::from_checkpoint_over(shape.clone(), Arc::new(checkpoint), mesh)?,
-        })
+    fn initial(
+        &self,
+        args: &ModelArgs,
+        shape: Self::Family,
+        seed: u64,
+        mesh: Option<Arc<Mesh>>,
+    ) -> Result<Model<Self::Family>> {
+        args.initial(shape, seed, mesh)
     }
 
     /// Called on one rank once everything is ready, before the run in the folder `out` begins or is `resumed`.
@@ -69,11 +56,19 @@ pub trait Recipe: Sync {
     ///
     /// # Errors
     /// If what the recipe needs beside the model cannot be had.
-    fn complete(&self, model: Gpt, config: &TrainConfig, mesh: Option<Arc<Mesh>>) -> Result<Self::Model>;
+    fn complete(
+        &self,
+        model: Model<Self::Family>,
+        config: &TrainConfig,
+        mesh: Option<Arc<Mesh>>,
+    ) -> Result<Self::Model>;
 
     /// Models that ranks hold beside the one that is trained, for inference alone.
-    fn beside(&self) -> Vec<GptConfig> {
-        Vec::new()
+    ///
+    /// # Errors
+    /// If one of them is none.
+    fn beside(&self) -> Result<Vec<DecoderConfig>> {
+        Ok(Vec::new())
     }
 
     /// What people should know, a line each.
@@ -83,18 +78,23 @@ pub trait Recipe: Sync {
     }
 }
 
-/// A model alone.
+/// A model alone, of any family.
 #[derive(Debug, Clone, Copy)]
 pub struct Plain;
 
 impl Recipe for Plain {
-    type Model = Gpt;
+    type Family = AnyFamily;
+    type Model = Model<AnyFamily>;
+
+    fn shape(&self, args: &ModelArgs, seq_length: Option<usize>, tokenizer: Option<&Tokenizer>) -> Result<AnyFamily> {
+        args.family(seq_length, tokenizer)
+    }
 
     fn enter(&self, _: &Path, _: bool) -> Result<()> {
         Ok(())
     }
 
-    fn complete(&self, model: Gpt, _: &TrainConfig, _: Option<Arc<Mesh>>) -> Result<Gpt> {
+    fn complete(&self, model: Model<AnyFamily>, _: &TrainConfig, _: Option<Arc<Mesh>>) -> Result<Model<AnyFamily>> {
         Ok(model)
     }
 }

@@ -7,19 +7,21 @@ use super::recipe::Recipe;
 use super::signals::Signals;
 use super::world::Seat;
 use crate::Error;
-use crate::gpt::{Gpt, GptConfig};
 use crate::hf::write_atomically;
 use crate::train::checkpoint::{CheckpointStore, TrainerState, read_state, verify};
 use crate::train::data::DataCache;
 use crate::train::ranks::all_well;
 use crate::train::shards::export;
 use crate::train::{
-    Corpus, Event, MeshRanks, Observer, OneRank, Outcome, Ranks, ReduceConfig, RunFolder, RunLock, RunText, Timeline,
-    TrainConfig, Trainer, first_rank_first, lock_for, take_over_for, tokenizer,
+    Corpus, Event, FolderFiles, MeshRanks, Observer, OneRank, Outcome, Ranks, ReduceConfig, RunFolder, RunLock,
+    RunText, Timeline, TrainConfig, Trainer, first_rank_first, lock_for, take_over_for, tokenizer,
 };
-use crate::{Family, ReadFamily};
+use crate::{DecoderConfig, Family, Model, ReadFamily};
 use anyhow::{Context, Result, ensure};
+use candle_core::DType;
 use moe_parallel::{Mesh, Phase};
+use serde_json::{Map, Value};
+use std::collections::BTreeSet;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
@@ -107,6 +109,23 @@ pub(crate) fn base_config(args: &TrainArgs, checkpoint: Option<&(PathBuf, Traine
     }
 }
 
+/// The settings of a run of this model, all filled in.
+fn resolved(mut config: TrainConfig, decoder: &DecoderConfig) -> Result<TrainConfig> {
+    config.attention_dropout.get_or_insert(decoder.attention_dropout);
+    Ok(config.resolved(decoder.max_seq_len)?)
+}
+
+/// The fields of the configurations of two models that differ, a line each.
+fn differences<F: Family>(asked: &F, saved: &F) -> Result<Vec<String>> {
+    let fields = |family: &F| -> Result<Map<String, Value>> { Ok(serde_json::from_str(&family.to_json(DType::F32)?)?) };
+    let (asked, saved) = (fields(asked)?, fields(saved)?);
+    let names: BTreeSet<&String> = asked.keys().chain(saved.keys()).collect();
+    let of = |fields: &Map<String, Value>, name: &String| fields.get(name).cloned().unwrap_or_default();
+    let values = names.into_iter().map(|name| (name, of(&asked, name), of(&saved, name)));
+    let differing = values.filter(|(_, asked, saved)| asked != saved);
+    Ok(differing.map(|(name, asked, saved)| format!("{name}: asked {asked}, saved {saved}")).collect())
+}
+
 /// What a rank prepares its run with.
 struct Run<'a, R> {
     args: &'a TrainArgs,
@@ -128,49 +147,55 @@ impl<R: Recipe> Run<'_, R> {
     fn new_run(&mut self, config: TrainConfig, lock: Option<RunLock>, locked: bool) -> Result<Trainer<R::Model>> {
         // Settings are checked before the text is read: a typing error should not cost a minute.
         let args = self.args;
-        let mut shape = self.recipe.shape(&args.model, config.seq_length)?;
-        let config = config.resolved(shape.max_seq_len)?;
+        let (recipe, seq_length) = (self.recipe, config.seq_length);
+        let asked = recipe.shape(&args.model, seq_length, None)?.decoder()?;
+        let config = resolved(config, &asked)?;
         let lock = if locked { lock } else { lock_for(&args.out, &*self.crew)? };
         let opened =
             |lock: Option<&RunLock>| lock.map(|l| CheckpointStore::open(l.dir(), config.keep_last)).transpose();
         first_rank_first(&*self.crew, || opened(lock.as_ref()).map(drop))?;
         let text = self.text(&config)?;
-        let tokenizer = self.tokenizer(&text, shape.vocab_size)?;
-        self.recipe.fit(&args.model, &mut shape, &tokenizer)?;
-        shape.validate()?;
-        let corpus = self.pack(text, &tokenizer, &shape, &config)?;
-        let layout = self.layout(&shape, &config)?;
+        let tokenizer = self.tokenizer(&text, asked.vocab_size)?;
+        let shape = recipe.shape(&args.model, seq_length, Some(&tokenizer))?;
+        let decoder = shape.decoder()?;
+        let corpus = self.pack(text, &tokenizer, &decoder, &config)?;
+        let layout = self.layout(&decoder, &config)?;
         let seed = config.seed;
-        let laid = self.lay_out(layout, &config, |mesh| self.recipe.initial(&args.model, &shape, seed, mesh))?;
+        let laid = self.lay_out(layout, &config, |mesh| recipe.initial(&args.model, shape, seed, mesh))?;
         self.enter(lock.as_ref(), false)?;
-        self.describe(&shape, &corpus, &config)?;
+        self.describe(&decoder, &corpus, &config)?;
+        let files = args.model.folder_files(tokenizer::to_json(&tokenizer)?)?;
         let folder = RunFolder::locked(&args.out, laid.ranks, lock);
-        Ok(Trainer::new_in(laid.model, config, corpus, tokenizer::to_json(&tokenizer)?, folder)?)
+        Ok(Trainer::new_in(laid.model, config, corpus, files, folder)?)
     }
 
     fn resumed(&mut self, config: TrainConfig, lock: Option<RunLock>, folder: &Path) -> Result<Trainer<R::Model>> {
         let args = self.args;
-        let saved = GptConfig::read_file(&folder.join("config.json"))?;
-        let config = config.resolved(saved.max_seq_len)?;
+        let saved = R::Family::read_file(&folder.join("config.json"))?;
+        let decoder = saved.decoder()?;
+        let seq_length = config.seq_length;
+        let config = resolved(config, &decoder)?;
         let tokenizer = tokenizer::load(&folder.join("tokenizer.json"))?;
         args.model.check_tokenizer(&tokenizer)?;
         if args.model.is_given() {
-            let mut asked = self.recipe.shape(&args.model, config.seq_length)?;
-            self.recipe.fit(&args.model, &mut asked, &tokenizer)?;
+            let asked = self.recipe.shape(&args.model, seq_length, Some(&tokenizer))?;
+            let differs = differences(&asked, &saved)?;
             ensure!(
-                asked == saved,
-                "the model asked for differs from the saved one; drop the model flags or start a new run\nasked: {asked:?}\nsaved: {saved:?}"
+                differs.is_empty(),
+                "the model asked for differs from the saved one; drop the model flags or start a new run\n{}",
+                differs.join("\n")
             );
         }
         self.enter(lock.as_ref(), true)?;
         let text = self.text(&config)?;
-        let corpus = self.pack(text, &tokenizer, &saved, &config)?;
-        let layout = self.layout(&saved, &config)?;
-        let laid = self.lay_out(layout, &config, |mesh| Ok(Gpt::load_checkpoint(folder, mesh)?))?;
-        self.describe(&saved, &corpus, &config)?;
+        let corpus = self.pack(text, &tokenizer, &decoder, &config)?;
+        let layout = self.layout(&decoder, &config)?;
+        let laid = self.lay_out(layout, &config, |mesh| Ok(Model::load_checkpoint(folder, mesh)?))?;
+        self.describe(&decoder, &corpus, &config)?;
         self.progress.say(&format!("resuming from {}", folder.display()));
+        let files = FolderFiles::of_folder(tokenizer::to_json(&tokenizer)?, folder)?;
         let run = RunFolder::locked(&args.out, laid.ranks, lock);
-        Ok(Trainer::resume_in(laid.model, config, corpus, tokenizer::to_json(&tokenizer)?, run, folder)?)
+        Ok(Trainer::resume_in(laid.model, config, corpus, files, run, folder)?)
     }
 
     /// The rank that writes sees to it that the folder is one of this recipe's.
@@ -207,19 +232,18 @@ impl<R: Recipe> Run<'_, R> {
         &mut self,
         text: RunText,
         tokenizer: &Tokenizer,
-        shape: &GptConfig,
+        decoder: &DecoderConfig,
         config: &TrainConfig,
     ) -> Result<Corpus> {
         let folder = config.data_cache.as_ref().map_or_else(|| self.args.out.join("data-cache"), PathBuf::from);
         let progress = &mut self.progress;
-        let pack = || text.pack(tokenizer, shape.vocab_size, &DataCache::Folder(folder), progress);
+        let pack = || text.pack(tokenizer, decoder, &DataCache::Folder(folder), progress);
         let (train, valid) = first_rank_first(&*self.crew, pack)?;
         Ok(Corpus::new(train, valid, config)?)
     }
 
-    fn layout(&self, shape: &GptConfig, config: &TrainConfig) -> Result<Option<layout::Chosen>> {
-        let beside = self.recipe.beside().iter().map(Family::decoder).collect::<crate::Result<_>>()?;
-        let size = layout::run_size(shape, beside, config)?;
+    fn layout(&self, decoder: &DecoderConfig, config: &TrainConfig) -> Result<Option<layout::Chosen>> {
+        let size = layout::run_size(decoder, self.recipe.beside()?, config);
         layout::choose(&self.args.ranks, self.seat, &size, self.begin, &self.progress)
     }
 
@@ -228,9 +252,9 @@ impl<R: Recipe> Run<'_, R> {
         &self,
         layout: Option<layout::Chosen>,
         config: &TrainConfig,
-        model: impl FnOnce(Option<Arc<Mesh>>) -> Result<Gpt>,
+        model: impl FnOnce(Option<Arc<Mesh>>) -> Result<Model<R::Family>>,
     ) -> Result<Laid<R::Model>> {
-        let following = |model: Gpt| -> Result<Gpt> {
+        let following = |model: Model<R::Family>| -> Result<Model<R::Family>> {
             let model = model.with_precision(config.precision)?.with_recompute(config.recompute);
             Ok(model.with_dropout(config.dropout())?)
         };
@@ -250,16 +274,16 @@ impl<R: Recipe> Run<'_, R> {
     }
 
     /// Prints what is about to be trained, and leaves the model's size and cost in `model_summary.json`.
-    fn describe(&self, shape: &GptConfig, corpus: &Corpus, config: &TrainConfig) -> Result<()> {
+    fn describe(&self, decoder: &DecoderConfig, corpus: &Corpus, config: &TrainConfig) -> Result<()> {
         if self.crew.rank() != 0 {
             return Ok(());
         }
-        let count = shape.parameter_count();
+        let count = decoder.parameter_count();
         self.progress.say(&format!("model: {} parameters, {} per token", count.total, count.active));
         let summary = serde_json::json!({
             "total_parameters": count.total,
             "active_parameters": count.active,
-            "flops_per_token": shape.flops_per_token(),
+            "flops_per_token": decoder.flops_per_token(),
         });
         let path = self.args.out.join("model_summary.json");
         write_atomically(&path, |file| file.write_all(summary.to_string().as_bytes()))?;

@@ -1,6 +1,7 @@
 //! [`GptConfig`]: the shape of a model, its checks, and the arithmetic of its size and cost.
 
-use crate::config::MOST_LAYERS;
+use super::layers::decoder;
+use crate::config::{MOST_LAYERS, ParameterCount};
 use crate::{Error, Result};
 use moe_core::{Capacity, NoisyGate};
 
@@ -70,15 +71,6 @@ impl GptMoeConfig {
             z_loss_coef: 0.0,
         }
     }
-}
-
-/// Parameters of a model.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub struct ParameterCount {
-    /// All of them.
-    pub total: usize,
-    /// Those one token passes through, embeddings included.
-    pub active: usize,
 }
 
 fn need(ok: bool, message: impl FnOnce() -> String) -> Result<()> {
@@ -156,37 +148,13 @@ impl GptConfig {
         (0..self.num_layers).filter_map(|l| self.experts_of_layer(l).map(|e| (l, e))).collect()
     }
 
-    fn mlp_parameters(&self) -> usize {
-        2 * self.d_model * self.d_ff + self.d_ff + self.d_model
-    }
-
-    /// Parameters in all, and on one token's path.
+    /// Parameters in all, and on one token's path, of a checked configuration.
     pub fn parameter_count(&self) -> ParameterCount {
-        let h = self.d_model;
-        let attention = 4 * h * h + 4 * h;
-        let shared = (self.vocab_size + self.max_seq_len) * h + 2 * h + self.num_layers * (attention + 4 * h);
-        let (mut total, mut active) = (shared, shared);
-        for layer in 0..self.num_layers {
-            let mlp = self.mlp_parameters();
-            let (Some(experts), Some(moe)) = (self.experts_of_layer(layer), &self.moe) else {
-                total += mlp;
-                active += mlp;
-                continue;
-            };
-            let fixed = h * experts + if moe.residual { mlp + 2 * h + 2 } else { 0 };
-            total += fixed + experts * mlp;
-            active += fixed + moe.top_k * mlp;
-        }
-        ParameterCount { total, active }
+        decoder(self).parameter_count()
     }
 
-    /// Multiplications and additions of a forward pass per token, at full context: twice the weights that multiply, and
-    /// the two products of attention (causal: half the context on average).
+    /// Multiplications and additions of a forward pass per token, at full context, of a checked configuration.
     pub fn flops_per_token(&self) -> usize {
-        let h = self.d_model;
-        let positions = self.max_seq_len * h;
-        let biases_and_norms = self.num_layers * 8 * h + 2 * h;
-        let weights = self.parameter_count().active - positions - biases_and_norms;
-        2 * weights + self.num_layers * 2 * self.max_seq_len * h
+        decoder(self).flops_per_token()
     }
 }

@@ -10,7 +10,8 @@ mod presets;
 mod tests;
 
 pub use crate::batch::{IGNORED, LayerLoad, LossOutput, Pass, TokenBatch};
-pub use config::{GptConfig, GptMoeConfig, ParameterCount};
+pub use crate::config::ParameterCount;
+pub use config::{GptConfig, GptMoeConfig};
 pub(super) use json::MODEL_TYPE;
 
 /// A model of the family.

@@ -142,6 +142,7 @@ impl LayoutCost {
     pub fn new(size: &RunSize, dims: ParallelDims, ranks_per_node: usize, reduce: ReduceConfig) -> Result<Self> {
         dims.validate(dims.world_size())?;
         let table = size.decoder.params();
+        size.decoder.check_tensor_ranks(dims.tp)?;
         let rank = |rank: usize| {
             let placement = Placement::new(dims, rank)?;
             let layers =

@@ -1,6 +1,7 @@
 //! [`export`]: from the files of any ranks to a folder of whole tensors, as anyone reads them.
 
 use super::super::export::{check_target, fill_target};
+use super::super::folder_files::{BESIDE, TOKENIZER};
 use super::index::{Kind, tensors};
 use super::reader::Reader;
 use crate::hf::{SHARD_BYTES, copy_if_there, file_tensors, write_config, write_weights};
@@ -8,10 +9,7 @@ use crate::{Family, ReadFamily, Result};
 use candle_core::DType;
 use std::path::Path;
 
-/// Files of a tokenizer, which are taken along if they are there.
-const TOKENIZER_FILES: [&str; 2] = ["tokenizer.json", "tokenizer_config.json"];
-
-/// Writes the weights of the checkpoint `folder`, as `dtype` and with its configuration and tokenizer, into the new folder `out`,
+/// Writes the weights of the checkpoint `folder`, as `dtype` and with its configuration, its tokenizer and what came with that, into the new folder `out`,
 /// the Hugging Face way: whole or not at all. The bytes are those that a model of these weights saves itself, whatever the layout
 /// of the ranks that wrote the checkpoint. One tensor is in memory at a time.
 ///
@@ -32,6 +30,6 @@ pub fn export(folder: &Path, out: &Path, dtype: DType) -> Result<()> {
             Ok(values)
         })?;
         write_config(&family, dir, dtype)?;
-        TOKENIZER_FILES.iter().try_for_each(|name| copy_if_there(&folder.join(name), &dir.join(name)))
+        [TOKENIZER].iter().chain(&BESIDE).try_for_each(|name| copy_if_there(&folder.join(name), &dir.join(name)))
     })
 }

@@ -1,0 +1,68 @@
+//! [`FolderFiles`]: what a model folder has beside its configuration and weights, which a run takes along.
+
+use super::files::write_synced;
+use super::tokenizer::END_OF_TEXT;
+use crate::{Error, Result};
+use std::path::Path;
+
+pub(crate) const TOKENIZER: &str = "tokenizer.json";
+const TOKENIZER_CONFIG: &str = "tokenizer_config.json";
+
+/// Files that say how texts become tokens and how answers are drawn, in the words of whoever published the model.
+pub(crate) const BESIDE: [&str; 5] =
+    [TOKENIZER_CONFIG, "special_tokens_map.json", "added_tokens.json", "chat_template.jinja", "generation_config.json"];
+
+/// A tokenizer, and what its folder says beside it.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct FolderFiles {
+    tokenizer_json: String,
+    /// By name.
+    beside: Vec<(&'static str, Vec<u8>)>,
+}
+
+/// A tokenizer alone; its `tokenizer_config.json` is made when it is written.
+impl From<String> for FolderFiles {
+    fn from(tokenizer_json: String) -> Self {
+        Self { tokenizer_json, beside: Vec::new() }
+    }
+}
+
+impl FolderFiles {
+    /// A tokenizer with what the model folder `dir` says beside it.
+    ///
+    /// # Errors
+    /// [`Error::Io`] for a file that is there and cannot be read.
+    pub fn of_folder(tokenizer_json: String, dir: &Path) -> Result<Self> {
+        let read = |name: &'static str| match std::fs::read(dir.join(name)) {
+            Ok(bytes) => Ok(Some((name, bytes))),
+            Err(e) if e.kind() == std::io::ErrorKind::NotFound => Ok(None),
+            Err(e) => Err(Error::io(dir.join(name), e)),
+        };
+        let beside = BESIDE.into_iter().filter_map(|name| read(name).transpose()).collect::<Result<_>>()?;
+        Ok(Self { tokenizer_json, beside })
+    }
+
+    /// The text of `tokenizer.json`.
+    pub fn tokenizer_json(&self) -> &str {
+        &self.tokenizer_json
+    }
+
+    /// Writes them into the existing folder `dir` of a model of `max_seq_len` tokens.
+    ///
+    /// # Errors
+    /// [`Error::Io`] for a file that cannot be written.
+    pub(crate) fn write(&self, max_seq_len: usize, dir: &Path) -> Result<()> {
+        write_synced(&dir.join(TOKENIZER), self.tokenizer_json.as_bytes())?;
+        if self.beside.iter().all(|(name, _)| *name != TOKENIZER_CONFIG) {
+            let config = serde_json::json!({
+                "tokenizer_class": "PreTrainedTokenizerFast",
+                "bos_token": END_OF_TEXT,
+                "eos_token": END_OF_TEXT,
+                "model_max_length": max_seq_len,
+                "clean_up_tokenization_spaces": false,
+            });
+            write_synced(&dir.join(TOKENIZER_CONFIG), format!("{config:#}\n").as_bytes())?;
+        }
+        self.beside.iter().try_for_each(|(name, bytes)| write_synced(&dir.join(name), bytes))
+    }
+}
