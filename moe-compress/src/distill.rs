@@ -129,6 +129,9 @@ impl<F: Family> TrainModel for Student<F> {
     fn frozen(&self) -> &[Tensor] {
         self.model.frozen()
     }
+    fn selection_biases(&self) -> Vec<(usize, &Var)> {
+        self.model.selection_biases()
+    }
     fn grad_group(&self, name: &str) -> String {
         self.model.grad_group(name)
     }

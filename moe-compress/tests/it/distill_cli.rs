@@ -158,7 +158,10 @@ fn runs_share_what_the_teacher_says() {
 fn bad_input_is_told() {
     let dir = folder();
     succeed(&moe_distill(dir.path(), "run", &["--exit-interval", "2"]));
-    let cases: [(&str, &[&str], &str); 10] = [
+    let published = "{\"model_type\": \"llama\", \"hidden_act\": \"silu\", \"vocab_size\": 262, \"hidden_size\": 16, \
+        \"intermediate_size\": 32, \"num_hidden_layers\": 2, \"num_attention_heads\": 2, \"max_position_embeddings\": 16}";
+    std::fs::write(dir.path().join("llama.json"), published).unwrap();
+    let cases: [(&str, &[&str], &str); 11] = [
         ("run", &["--kd", "full"], "other settings"),
         ("run", &["--num-layers", "4"], "the model asked for differs"),
         ("new", &["--kd", "full", "--kd-stop", "0.5"], "--kd-stop is the end of the staged schedule"),
@@ -168,6 +171,7 @@ fn bad_input_is_told() {
         ("new", &["--drop-depth", "0.01"], "drops at least one layer"),
         ("new", &["--num-layers", "4", "--init", "teacher"], "drop the flags that describe a model"),
         ("new", &["--vocab-size", "300"], "teacher's tokenizer"),
+        ("new", &["--model-config", "llama.json"], "this project's own (moe_gpt), got a llama"),
         ("new", &["--teacher", "text.txt"], "config.json"),
     ];
     for (out, more, part) in cases {

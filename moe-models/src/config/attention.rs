@@ -451,6 +451,8 @@ impl AttentionConfig {
 mod tests {
     use super::*;
     use crate::config::RotaryScaling;
+    use crate::families::Family;
+    use crate::gpt::GptConfig;
     use moe_core::ops::RotaryLayout;
 
     /// DeepSeek-V2-Lite's.
@@ -489,6 +491,23 @@ mod tests {
         // The row before and after its norm; of each head a query, the same absorbed, its sum and its value.
         assert_eq!(whole.kept_columns(), 2 * 576 + 16 * (2 * 192 + 2 * 576 + 128));
         assert_eq!(whole.kv_shape().width(), 576);
+    }
+
+    /// Causal: half of what there is; the last of a window, and what a chunk has begun with.
+    #[test]
+    fn products_with_keys_and_values_know_how_far_a_token_sees() {
+        let decoder = GptConfig::preset("tiny-dense").unwrap().decoder().unwrap();
+        let AttentionConfig::GroupedQuery(whole) = decoder.layers[0].attention else { unreachable!() };
+        let products =
+            |config: GroupedQueryConfig| AttentionConfig::GroupedQuery(config).context_products_per_token(64);
+        let width = whole.q_width();
+        assert_eq!(products(whole), 64 * width);
+        assert_eq!(products(GroupedQueryConfig { window: Some(16), ..whole }), (2 * 16 - 4) * width);
+        assert_eq!(products(GroupedQueryConfig { window: Some(64), ..whole }), 64 * width);
+        assert_eq!(products(GroupedQueryConfig { chunk: Some(16), ..whole }), 16 * width);
+        assert_eq!(AttentionConfig::Latent(latent(None)).context_products_per_token(64), 16 * 576 * 64);
+        let flops = 2 * (decoder.products_per_token() + decoder.layers.len() * width * decoder.max_seq_len);
+        assert_eq!(decoder.flops_per_token(), flops);
     }
 
     #[test]

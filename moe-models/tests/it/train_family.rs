@@ -78,8 +78,16 @@ const SMALL: [&str; 20] = [
     "0",
 ];
 
+/// [`SMALL`] with these in place of what it says of the same.
+fn arguments<'a>(more: &[&'a str]) -> Vec<&'a str> {
+    let given = |flag: &str| more.contains(&flag);
+    let other_start = given("--model") || given("--model-config");
+    let kept = SMALL.chunks(2).filter(|pair| !given(pair[0]) && !(other_start && pair[0] == "--init-from"));
+    kept.flatten().chain(more).copied().collect()
+}
+
 fn train(dir: &Path, out: &str, more: &[&str]) -> String {
-    let arguments = [&SMALL[..], &["--out", out], more].concat();
+    let arguments = arguments(&[&["--out", out], more].concat());
     succeed(&moe_train(dir, &arguments).output().unwrap())
 }
 
@@ -195,11 +203,8 @@ fn equals_pytorch(family: &str, more: &[&str]) -> tempfile::TempDir {
     // The end is the program's to add.
     std::fs::write(dir.path().join("text.txt"), text_of(ids[..ids.len() - 1].iter().copied())).unwrap();
     let own = ["--seq-length", "20", "--train-tokens", "400", "--min-lr", "0.002", "--weight-decay", "0.1"];
-    let rest = ["--valid-fraction", "0", "--precision", "f32", "--moe-loss-coeff", "0", "--out", "run"];
-    let replaced = ["--seq-length", "--train-tokens", "--valid-fraction"];
-    let small = SMALL.chunks(2).filter(|pair| !replaced.contains(&pair[0])).flatten().copied();
-    let arguments: Vec<&str> = small.chain(own).chain(rest).chain(more.iter().copied()).collect();
-    succeed(&moe_train(dir.path(), &arguments).output().unwrap());
+    let rest = ["--valid-fraction", "0", "--precision", "f32", "--moe-loss-coeff", "0"];
+    train(dir.path(), "run", &[&own[..], &rest, more].concat());
     for (tag, name, tolerance) in [("train/loss", "losses", 1e-5), ("train/grad_norm", "norms", 1e-4)] {
         let (got, want) = (metric(&dir.path().join("run"), tag), values(&expected[name]));
         assert_eq!((got.len(), want.len()), (5, 5));
@@ -258,19 +263,16 @@ fn moved_biases_survive_a_resume() {
 /// Two and four ranks make the run that one makes, in any layout that the family has, and the folder that it makes.
 fn equal_over_ranks(family: &str, more: &[&str], layouts: &[&[&str]]) {
     let dir = folder(family);
-    let own = [&["--precision", "f32", "--global-batch-size", "8", "--train-tokens", "768"], more].concat();
-    let small: Vec<&str> =
-        SMALL.chunks(2).filter(|pair| !own.contains(&pair[0])).flatten().copied().chain(own.iter().copied()).collect();
+    let own = ["--precision", "f32", "--global-batch-size", "8", "--train-tokens", "768", "--export-dtype", "f32"];
     let run = |out: &str, layout: &[&str]| {
         let exported = format!("{out}-model");
-        let arguments = [&small[..], &["--out", out, "--export", &exported, "--export-dtype", "f32"], layout].concat();
-        succeed(&moe_train(dir.path(), &arguments).output().unwrap());
+        train(dir.path(), out, &[&own[..], more, layout, &["--export", &exported]].concat());
         (metric(&dir.path().join(out), "train/loss"), tensors(&dir.path().join(exported)))
     };
     let (losses, weights) = run("one", &[]);
     assert_eq!(losses.len(), 6);
     for layout in layouts {
-        let (got, trained) = run(&layout.join(""), layout);
+        let (got, trained) = run(&format!("over{}", layout.join("")), layout);
         assert_eq!(got.len(), 6, "{layout:?}");
         assert!(got.iter().zip(&losses).all(|(a, b)| (a - b).abs() < 1e-5 * b), "{layout:?}: {got:?}, want {losses:?}");
         assert_eq!(trained.len(), weights.len());
@@ -282,7 +284,9 @@ fn equal_over_ranks(family: &str, more: &[&str], layouts: &[&[&str]]) {
             }
             let largest = want.iter().fold(0f64, |a, b| a.max(b.abs()));
             let off = got.iter().zip(&want).fold(0f64, |a, (x, y)| a.max((x - y).abs()));
-            assert!(off <= 2e-2 * largest, "{layout:?}: {name} is off by {off:e} of {largest:e}");
+            // A rank for each micro-batch adds up in the order of one.
+            let most = if layout.contains(&"4") && !layout.contains(&"--tp") { 0.0 } else { 1e-4 };
+            assert!(off <= most * largest, "{layout:?}: {name} is off by {off:e} of {largest:e}");
         }
     }
 }
@@ -301,6 +305,13 @@ fn qwen3_moe_over_ranks_is_the_run_of_one() {
 fn deepseek_v3_over_ranks_is_the_run_of_one_and_balances_alike() {
     let layouts: [&[&str]; 2] = [&["--ranks", "2", "--ep", "2"], &["--ranks", "4", "--ep", "4", "--zero", "2"]];
     equal_over_ranks("deepseek_v3", &["--bias-update-speed", "0.01"], &layouts);
+}
+
+/// Where no matrix can be split, the layout that is chosen splits none.
+#[test]
+fn layouts_are_chosen_for_what_a_family_can() {
+    equal_over_ranks("phimoe", &[], &[&["--ranks", "2"]]);
+    equal_over_ranks("olmoe", &[], &[&["--ranks", "4"]]);
 }
 
 /// Experts that are published as one tensor lie in parts until they are exported.
@@ -328,13 +339,8 @@ fn a_configuration_alone_starts_with_fresh_weights() {
     let config = std::fs::read_to_string(dir.path().join("model/config.json")).unwrap();
     let config = config.replacen("\"vocab_size\": 97", "\"vocab_size\": 300", 1);
     std::fs::write(dir.path().join("large.json"), config).unwrap();
-    let fresh = |from: &[&'static str], out: &str, more: &[&str]| {
-        let small = SMALL.chunks(2).filter(|pair| pair[0] != "--init-from").flatten().copied();
-        let arguments: Vec<&str> =
-            small.chain(from.iter().copied()).chain(["--out", out]).chain(more.iter().copied()).collect();
-        succeed(&moe_train(dir.path(), &arguments).output().unwrap());
-    };
-    fresh(&["--model-config", "large.json", "--vocab-size", "270"], "run", &["--seed", "9", "--lr", "1e-30"]);
+    let more = ["--model-config", "large.json", "--vocab-size", "270", "--seed", "9", "--lr", "1e-30"];
+    train(dir.path(), "run", &more);
     let saved = Any::load(&dir.path().join("run/step-00000006"), &Device::Cpu).unwrap();
     let text = std::fs::read_to_string(dir.path().join("large.json")).unwrap();
     let family = <Box<dyn Family> as moe_models::ReadFamily>::read(text.as_bytes(), Path::new("large.json")).unwrap();
@@ -347,7 +353,7 @@ fn a_configuration_alone_starts_with_fresh_weights() {
         serde_json::from_slice(&std::fs::read(dir.path().join("run/step-00000006/generation_config.json")).unwrap())
             .unwrap();
     assert_eq!(end["eos_token_id"], 0);
-    fresh(&["--model-config", "model/config.json", "--tokenizer", "model/tokenizer.json"], "words", &[]);
+    train(dir.path(), "words", &["--model-config", "model/config.json", "--tokenizer", "model/tokenizer.json"]);
     let saved = Any::load(&dir.path().join("words/step-00000006"), &Device::Cpu).unwrap();
     assert_eq!(saved.decoder_config().eos_token_id, Some(2), "what the configuration says, as no word has that name");
 }
@@ -385,22 +391,18 @@ fn routing_and_losses_of_a_folder_may_be_changed() {
     let saved = |dir: &Path| -> Value {
         serde_json::from_slice(&std::fs::read(dir.join("run/step-00000006/config.json")).unwrap()).unwrap()
     };
-    for (family, coef) in [("qwen3_moe", "router_aux_loss_coef"), ("deepseek_v2", "aux_loss_alpha")] {
+    for (family, top_k, coef) in [("qwen3_moe", 2, "router_aux_loss_coef"), ("deepseek_v2", 3, "aux_loss_alpha")] {
         let dir = folder(family);
         let changed = ["--topk", "1", "--moe-loss-coeff", "0.25"];
         train(dir.path(), "run", &changed);
         let json = saved(dir.path());
         assert_eq!((&json["num_experts_per_tok"], &json[coef]), (&json!(1), &json!(0.25)));
         assert!(metric(&dir.path().join("run"), "train/load_balance_loss").iter().all(|loss| *loss > 0.0));
-        let longer = |more: &[&'static str]| [&SMALL[..], &["--out", "run", "--resume"], more].concat();
-        let end = ["--train-tokens", "448"];
-        let small = |more: &[&'static str]| -> Vec<&str> {
-            let all = longer(more);
-            let kept = all.chunks(2).filter(|pair| pair[0] != "--train-tokens").flatten().copied();
-            kept.chain(end).collect()
-        };
+        let longer = ["--out", "run", "--train-tokens", "448", "--resume"];
+        succeed(&moe_train(dir.path(), &arguments(&[&longer[..], &changed].concat())).output().unwrap());
         // The folder's own values are others.
-        refused(dir.path(), &small(&[]), &["num_experts_per_tok: asked 2, saved 1", coef]);
+        let differs = format!("num_experts_per_tok: asked {top_k}, saved 1");
+        refused(dir.path(), &arguments(&longer), &[&differs, coef]);
     }
 }
 
@@ -430,7 +432,7 @@ fn refused(dir: &Path, arguments: &[&str], words: &[&str]) {
 fn what_a_family_cannot_do_is_refused_by_name() {
     let check = |family: &str, more: &[&str], words: &[&str]| {
         let dir = folder(family);
-        refused(dir.path(), &[&SMALL[..], &["--out", "run"], more].concat(), words);
+        refused(dir.path(), &arguments(&[&["--out", "run"], more].concat()), words);
         assert!(!dir.path().join("run/latest").exists());
     };
     check("qwen3_moe", &["--hidden-size", "8"], &["--hidden-size is for models of this project's own", "qwen3_moe"]);
@@ -446,22 +448,14 @@ fn what_a_family_cannot_do_is_refused_by_name() {
     check("olmoe", &["--ranks", "2", "--tp", "2"], &["tp 2 is not possible for this model", "nearest are"]);
     check("phimoe", &["--ranks", "2", "--tp", "2"], &["lm_head_bias", "dp 2 x tp 1"]);
     check("quantized/int8", &[], &["weights are quantized", "int8"]);
-    check("qwen3_moe", &["--seq-length", "129"], &["cannot be used multiple times"]);
+    check("qwen3_moe", &["--seq-length", "129"], &["seq_length must lie in 1..=128"]);
 }
 
 #[test]
 fn what_is_no_folder_of_floats_is_refused_by_name() {
     let dir = folder("qwen3_moe");
     let gguf = fixtures().join("gguf/qwen3moe.gguf").display().to_string();
-    let from = |path: &str| -> Vec<String> {
-        let own =
-            SMALL.chunks(2).map(|pair| if pair[0] == "--init-from" { ["--model", path] } else { [pair[0], pair[1]] });
-        own.flatten().chain(["--out", "run"]).map(str::to_owned).collect()
-    };
-    let check = |path: &str, words: &[&str]| {
-        let arguments = from(path);
-        refused(dir.path(), &arguments.iter().map(String::as_str).collect::<Vec<_>>(), words);
-    };
+    let check = |path: &str, words: &[&str]| refused(dir.path(), &arguments(&["--out", "run", "--model", path]), words);
     check(&gguf, &["qwen3moe.gguf is a file", "GGUF", "config.json"]);
     check("absent", &["absent/config.json"]);
     std::fs::remove_file(dir.path().join("model/tokenizer.json")).unwrap();
@@ -482,11 +476,7 @@ fn weights_in_bf16_are_a_start_too() {
     std::fs::create_dir(&rounded).unwrap();
     model.save(&rounded, DType::BF16).unwrap();
     std::fs::copy(dir.path().join("model/tokenizer.json"), rounded.join("tokenizer.json")).unwrap();
-    let arguments: Vec<&str> = SMALL.iter().map(|word| if *word == "model" { "rounded" } else { word }).collect();
-    let more = ["--out", "run", "--lr", "1e-30", "--export", "exported"];
-    let arguments: Vec<&str> =
-        arguments.chunks(2).filter(|pair| pair[0] != "--lr").flatten().copied().chain(more).collect();
-    succeed(&moe_train(dir.path(), &arguments).output().unwrap());
+    train(dir.path(), "run", &["--model", "rounded", "--lr", "1e-30", "--export", "exported"]);
     let (before, after) = (tensors(&rounded), tensors(&dir.path().join("exported")));
     for (name, want) in &before {
         assert_eq!((after[name].dtype(), values(&after[name])), (DType::BF16, values(want)), "{name}");

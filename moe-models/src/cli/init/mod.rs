@@ -112,17 +112,22 @@ mod tests {
 
     #[test]
     fn presets_are_configurations_of_families() {
-        for (name, billions) in [
-            ("mixtral-8x7b", 46.7),
-            ("olmoe-1b-7b", 6.92),
-            ("qwen1.5-moe-a2.7b", 14.3),
-            ("qwen3-30b-a3b", 30.5),
-            ("qwen3-moe-1.8b", 1.78),
-            ("deepseek-v2-lite", 15.7),
+        // All parameters, and those of a token, where authors count them.
+        for (name, billions, active) in [
+            ("mixtral-8x7b", 46.7, Some(12.9)),
+            ("olmoe-1b-7b", 6.92, Some(1.28)),
+            ("qwen1.5-moe-a2.7b", 14.3, Some(2.7)),
+            ("qwen3-30b-a3b", 30.5, Some(3.35)),
+            ("qwen3-moe-1.8b", 1.78, None),
+            ("deepseek-v2-lite", 15.7, Some(2.66)),
         ] {
             let family = <Box<dyn Family>>::read(presets::json(name).unwrap().as_bytes(), Path::new(name)).unwrap();
-            let count = family.decoder().unwrap().params().elem_count() as f64 / 1e9;
-            assert!((count / billions - 1.0).abs() < 0.005, "{name}: {count} billion parameters");
+            let count = family.decoder().unwrap().parameter_count();
+            let active = active.map(|active| (count.active, active, 0.01));
+            for (got, want, off) in [(count.total, billions, 0.005)].into_iter().chain(active) {
+                let got = got as f64 / 1e9;
+                assert!((got / want - 1.0).abs() < off, "{name}: {got} billion parameters");
+            }
         }
         assert_eq!(presets::names().count(), 6);
         assert!(presets::json("gpt-5").unwrap_err().to_string().contains("olmoe-1b-7b"));
