@@ -205,6 +205,17 @@ impl TrainConfig {
         Ok(())
     }
 
+    /// Refuses to move selection biases of a model that has none.
+    pub(crate) fn check_balances(&self, has_selection_biases: bool) -> Result<()> {
+        if self.bias_update_speed > 0.0 && !has_selection_biases {
+            return Err(Error::Config(format!(
+                "bias_update_speed {} has no effect: no router of this model chooses experts by a bias beside their scores (as DeepSeek-V3's e_score_correction_bias); drop it",
+                self.bias_update_speed
+            )));
+        }
+        Ok(())
+    }
+
     /// Micro-batches of one step.
     pub fn grad_accum(&self) -> usize {
         self.global_batch_size / self.micro_batch_size

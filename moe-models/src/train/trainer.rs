@@ -550,12 +550,7 @@ fn check_model<M: TrainModel>(model: &M, config: &TrainConfig) -> Result<()> {
             "recompute is {asked:?} in the settings, the model does {does:?}; build the model with the settings' recompute (Model::with_recompute) or change the setting"
         )));
     }
-    if config.bias_update_speed > 0.0 && model.selection_biases().is_empty() {
-        return Err(Error::Config(format!(
-            "bias_update_speed {} has no effect: no router of this model chooses experts by a bias beside their scores (as DeepSeek-V3's e_score_correction_bias); drop it",
-            config.bias_update_speed
-        )));
-    }
+    config.check_balances(!model.selection_biases().is_empty())?;
     let (asked, does) = (config.dropout(), model.dropout());
     if asked != does {
         return Err(Error::Config(format!(

@@ -433,7 +433,9 @@ fn what_a_family_cannot_do_is_refused_by_name() {
     let check = |family: &str, more: &[&str], words: &[&str]| {
         let dir = folder(family);
         refused(dir.path(), &arguments(&[&["--out", "run"], more].concat()), words);
-        assert!(!dir.path().join("run/latest").exists());
+        // Layouts are chosen for a vocabulary, which a text may be needed for.
+        let late = more.contains(&"--ranks");
+        assert!(late || !dir.path().join("run/data-cache").exists(), "{more:?}: told before text is read");
     };
     check("qwen3_moe", &["--hidden-size", "8"], &["--hidden-size is for models of this project's own", "qwen3_moe"]);
     check("qwen3_moe", &["--moe-train-capacity-factor", "1"], &["--moe-train-capacity-factor", "qwen3_moe"]);

@@ -54,7 +54,7 @@ pub struct TrainArgs {
     /// Tokens to train on.
     #[arg(long)]
     train_tokens: Option<u64>,
-    /// Tokens per sequence.
+    /// Tokens per sequence [default: as many as the model allows].
     #[arg(long)]
     seq_length: Option<usize>,
     /// Sequences per forward and backward pass.

@@ -112,6 +112,8 @@ pub(crate) fn base_config(args: &TrainArgs, checkpoint: Option<&(PathBuf, Traine
 /// The settings of a run of this model, all filled in.
 fn resolved(mut config: TrainConfig, decoder: &DecoderConfig) -> Result<TrainConfig> {
     config.attention_dropout.get_or_insert(decoder.attention_dropout);
+    let mut experts = decoder.layers.iter().filter_map(|layer| layer.feed_forward.moe());
+    config.check_balances(experts.any(|moe| moe.selection_bias().is_some()))?;
     Ok(config.resolved(decoder.max_seq_len)?)
 }
 
