@@ -175,12 +175,11 @@ impl<R: Recipe> Run<'_, R> {
         let args = self.args;
         let saved = R::Family::read_file(&folder.join("config.json"))?;
         let decoder = saved.decoder()?;
-        let seq_length = config.seq_length;
         let config = resolved(config, &decoder)?;
         let tokenizer = tokenizer::load(&folder.join("tokenizer.json"))?;
         args.model.check_tokenizer(&tokenizer)?;
         if args.model.is_given() {
-            let asked = self.recipe.shape(&args.model, seq_length, Some(&tokenizer))?;
+            let asked = self.recipe.shape(&args.model, config.seq_length, Some(&tokenizer))?;
             let differs = differences(&asked, &saved)?;
             ensure!(
                 differs.is_empty(),
