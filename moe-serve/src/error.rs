@@ -95,9 +95,25 @@ pub enum Error {
     /// The engine failed in a way nobody foresaw; it goes on with the next request.
     #[error("the engine failed on this request: {0}")]
     EnginePanic(String),
+    /// What runs the model is gone; the engine has ended.
+    #[error("the model cannot be run any more: {0}")]
+    EngineLost(String),
     /// The client left, or the server stopped, before the request was done.
     #[error("the request was cancelled")]
     Cancelled,
+}
+
+/// What layers and ranks fail with is the model's failure.
+impl From<moe_core::Error> for Error {
+    fn from(error: moe_core::Error) -> Self {
+        Self::Model(error.into())
+    }
+}
+
+impl From<moe_parallel::Error> for Error {
+    fn from(error: moe_parallel::Error) -> Self {
+        Self::Model(error.into())
+    }
 }
 
 impl Error {

@@ -5,12 +5,16 @@ use crate::generation_config::GenerationDefaults;
 use crate::text::{ChatMessage, ChatTemplate, Grammars, TextTokenizer};
 use crate::{Error, Result};
 use moe_models::{CausalLm, Decoder, Kept, ModelSource, PackedForms};
+use moe_parallel::Mesh;
 use std::collections::BTreeMap;
 use std::path::Path;
 use std::sync::{Arc, OnceLock};
 
 /// What clients call the built-in model.
 const EMBEDDED_NAME: &str = "moe-demo";
+
+const EMBEDDED_CONFIG: &[u8] = include_bytes!("../model/config.json");
+const EMBEDDED_WEIGHTS: &[u8] = include_bytes!("../model/model.safetensors");
 
 /// The contents of the files beside the weights.
 struct TextFiles<'a> {
@@ -85,6 +89,24 @@ impl ServedModel {
         Self::with_text_of(&source, name, lm)
     }
 
+    /// One rank's part of the model that [`ServedModel::load`] loads, with the text's side whole. Called by all ranks of `mesh`.
+    ///
+    /// # Errors
+    /// As [`Self::load`], and if the model cannot be divided so.
+    pub fn load_over(path: &Path, name: Option<String>, forms: impl Into<PackedForms>, mesh: &Mesh) -> Result<Self> {
+        let source = ModelSource::open(path)?;
+        let lm = Decoder::from_source_over(&source, forms, mesh)?;
+        Self::with_text_of(&source, name, lm)
+    }
+
+    /// One rank's part of the model inside this program. Called by all ranks of `mesh`.
+    ///
+    /// # Errors
+    /// If the model cannot be divided so.
+    pub fn embedded_over(name: Option<String>, forms: impl Into<PackedForms>, mesh: &Mesh) -> Result<Self> {
+        Self::with_embedded_text(name, Decoder::from_bytes_over(EMBEDDED_CONFIG, EMBEDDED_WEIGHTS, forms, mesh)?)
+    }
+
     /// The same with the packed weights kept in a file in the folder `cache`: a later start maps it and packs nothing.
     ///
     /// # Errors
@@ -116,9 +138,10 @@ impl ServedModel {
     /// # Errors
     /// None in practice: a test loads it.
     pub fn embedded(name: Option<String>, forms: impl Into<PackedForms>) -> Result<Self> {
-        let config = include_bytes!("../model/config.json");
-        let weights: &[u8] = include_bytes!("../model/model.safetensors");
-        let lm = Decoder::from_bytes(config, weights, forms)?;
+        Self::with_embedded_text(name, Decoder::from_bytes(EMBEDDED_CONFIG, EMBEDDED_WEIGHTS, forms)?)
+    }
+
+    fn with_embedded_text(name: Option<String>, lm: Decoder) -> Result<Self> {
         let files = TextFiles {
             tokenizer: include_bytes!("../model/tokenizer.json"),
             tokenizer_config: Some(include_bytes!("../model/tokenizer_config.json")),

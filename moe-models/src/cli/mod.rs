@@ -3,6 +3,7 @@
 
 pub mod allocator;
 pub mod init;
+pub mod ranks;
 pub mod train;
 
 use crate::{PackedForms, Precision, QuantFormat};

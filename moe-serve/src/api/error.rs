@@ -75,7 +75,7 @@ impl From<Error> for ApiError {
             Error::Grammar(_) => Self::invalid(Some("response_format"), message).with_code("invalid_value"),
             Error::NothingToSample => Self::invalid(Some("logit_bias"), message).with_code("invalid_value"),
             Error::QueueFull { .. } => Self::new(StatusCode::TOO_MANY_REQUESTS, message).with_code("queue_full"),
-            Error::ShuttingDown | Error::Cancelled => {
+            Error::ShuttingDown | Error::Cancelled | Error::EngineLost(_) => {
                 Self::new(StatusCode::SERVICE_UNAVAILABLE, message).with_code("unavailable")
             }
             Error::Timeout { .. } => Self::new(StatusCode::GATEWAY_TIMEOUT, message).with_code("timeout"),

@@ -8,7 +8,7 @@ use super::limits::Limits;
 use super::metrics::ServerMetrics;
 use super::render::Endpoint;
 use super::routes::router;
-use crate::engine::{Engine, EngineConfig, Observer, SchedulingConfig};
+use crate::engine::{Engine, EngineConfig, EngineThread, Replicas, SchedulingConfig};
 use crate::{Error, Result, ServedModel};
 use axum::http::{HeaderValue, Method, header};
 use moe_core::CounterRng;
@@ -113,28 +113,33 @@ impl std::fmt::Debug for Server {
 }
 
 impl Server {
-    /// Starts the engine of `model`.
+    /// Starts the engine of `model`, on a thread of its own.
     ///
     /// # Errors
     /// As [`Engine::start`]; [`crate::Error::Field`] for an origin that is none.
     pub fn new(model: ServedModel, config: ServerConfig) -> Result<Self> {
-        let cors = cors(&config.allowed_origins)?;
-        let metrics = ServerMetrics::new(&model.name, &model.lm.moe_layers(), config.per_expert_metrics)?;
-        let metrics = Arc::new(metrics);
-        let observer: Arc<dyn Observer> = metrics.clone();
-        let engine_config = EngineConfig {
-            max_queue: config.limits.max_queue,
-            scheduling: config.scheduling,
-            kv_cache_bytes: config.kv_cache_bytes,
-            ..model.engine_config()
-        };
-        let engine = Engine::start(model.lm.clone(), engine_config, observer)?;
+        let (metrics, engine_config) = prepare(&model, &config)?;
+        let engine = Engine::start(model.lm.clone(), engine_config, metrics.clone())?;
+        Self::of(model, config, engine, metrics)
+    }
+
+    /// A server of `model` whose steps `replicas` run, and its engine, which is still to be run on a thread of the caller's.
+    ///
+    /// # Errors
+    /// As [`Engine::over`]; [`crate::Error::Field`] for an origin that is none.
+    pub fn over(model: ServedModel, config: ServerConfig, replicas: Box<dyn Replicas>) -> Result<(Self, EngineThread)> {
+        let (metrics, engine_config) = prepare(&model, &config)?;
+        let (engine, work) = Engine::over(replicas, model.lm.as_ref(), engine_config, metrics.clone())?;
+        Ok((Self::of(model, config, engine, metrics)?, work))
+    }
+
+    fn of(model: ServedModel, config: ServerConfig, engine: Engine, metrics: Arc<ServerMetrics>) -> Result<Self> {
         let state = AppState {
             model,
             engine,
             metrics,
             keys: Keys::new(&config.api_keys, config.admin_key.as_ref()),
-            cors,
+            cors: cors(&config.allowed_origins)?,
             bodies: BodyBudget::new(config.limits.max_body_bytes),
             limits: config.limits,
             created: unix_seconds(),
@@ -168,6 +173,18 @@ impl Server {
         state.engine.stop();
         upkeep.abort();
     }
+}
+
+/// Who watches an engine, and what it is told.
+fn prepare(model: &ServedModel, config: &ServerConfig) -> Result<(Arc<ServerMetrics>, EngineConfig)> {
+    let metrics = ServerMetrics::new(&model.name, &model.lm.moe_layers(), config.per_expert_metrics)?;
+    let engine = EngineConfig {
+        max_queue: config.limits.max_queue,
+        scheduling: config.scheduling.clone(),
+        kv_cache_bytes: config.kv_cache_bytes,
+        ..model.engine_config()
+    };
+    Ok((Arc::new(metrics), engine))
 }
 
 /// Which pages may ask from a browser. None, unless their origins are named.

@@ -1,9 +1,10 @@
 //! Which model: a folder, a GGUF file, or the one built in.
 
 use crate::ServedModel;
-use anyhow::Context;
+use anyhow::{Context, ensure};
 use moe_kernels::select;
 use moe_models::cli::{PrecisionArg, QuantizeArg, packed_forms};
+use moe_parallel::Mesh;
 use std::path::PathBuf;
 
 /// Chooses the model.
@@ -38,9 +39,7 @@ impl ModelArgs {
     /// # Errors
     /// What is wrong with which file.
     pub fn load(&self, name: Option<String>) -> anyhow::Result<ServedModel> {
-        if let Ok(isa) = std::env::var(select::ENV) {
-            select::force(isa.parse()?)?;
-        }
+        choose_kernels()?;
         let forms = packed_forms(self.precision, self.quantize);
         let loading = |path: &PathBuf| format!("loading the model in {}", path.display());
         match (&self.model, &self.packed_cache) {
@@ -51,4 +50,26 @@ impl ModelArgs {
             (None, _) => ServedModel::embedded(name, forms).context("loading the built-in model"),
         }
     }
+
+    /// Loads one rank's part of the model, likewise. Called by all ranks of `mesh`.
+    ///
+    /// # Errors
+    /// What is wrong with which file, or why the model cannot be divided so.
+    pub(super) fn load_over(&self, name: Option<String>, mesh: &Mesh) -> anyhow::Result<ServedModel> {
+        ensure!(self.packed_cache.is_none(), "--packed-cache is for one rank: each of several packs its own part");
+        let forms = packed_forms(self.precision, self.quantize);
+        match &self.model {
+            Some(path) => ServedModel::load_over(path, name, forms, mesh)
+                .with_context(|| format!("loading the model in {}", path.display())),
+            None => ServedModel::embedded_over(name, forms, mesh).context("loading the built-in model"),
+        }
+    }
+}
+
+/// The kernels that the environment names, if it names any.
+pub(super) fn choose_kernels() -> anyhow::Result<()> {
+    if let Ok(isa) = std::env::var(select::ENV) {
+        select::force(isa.parse()?)?;
+    }
+    Ok(())
 }

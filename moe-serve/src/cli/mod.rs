@@ -4,6 +4,7 @@ mod bench;
 mod engine;
 mod generate;
 mod load;
+mod ranks;
 mod serve;
 
 pub use bench::BenchCommand;

@@ -1,9 +1,11 @@
 //! `moe-serve`: the server.
 
 use super::engine::EngineArgs;
-use super::load::ModelArgs;
+use super::load::{ModelArgs, choose_kernels};
 use crate::api::{Limits, Server, ServerConfig, terminated};
 use anyhow::{Context, ensure};
+use moe_models::cli::ranks::RankArgs;
+use std::future::Future;
 use std::io::Write;
 use std::net::IpAddr;
 use std::time::Duration;
@@ -13,7 +15,7 @@ use tokio::net::TcpListener;
 #[derive(Debug, Clone, clap::Args)]
 pub struct ServeArgs {
     #[command(flatten)]
-    model: ModelArgs,
+    pub(super) model: ModelArgs,
     /// Address to listen on.
     #[arg(long, default_value = "127.0.0.1")]
     host: IpAddr,
@@ -22,7 +24,7 @@ pub struct ServeArgs {
     port: u16,
     /// Name clients use for the model; by default the folder's.
     #[arg(long, value_name = "NAME")]
-    served_model_name: Option<String>,
+    pub(super) served_model_name: Option<String>,
     /// Requests that may wait beyond those that could start at once; more are refused with 429.
     #[arg(long, value_name = "N", default_value_t = Limits::default().max_queue)]
     max_queue: usize,
@@ -64,20 +66,43 @@ pub struct ServeArgs {
     #[arg(long)]
     per_expert_metrics: bool,
     #[command(flatten)]
-    engine: EngineArgs,
+    pub(super) engine: EngineArgs,
+    #[command(flatten)]
+    pub(super) ranks: RankArgs,
     /// Seed of requests that name none; by default the clock's.
     #[arg(long)]
     seed: Option<u64>,
 }
 
 impl ServeArgs {
-    /// Serves until Ctrl-C or SIGTERM.
+    /// Serves until Ctrl-C or SIGTERM: alone, or as one of several ranks.
     ///
     /// # Errors
-    /// If the model cannot be loaded or the address cannot be used.
+    /// If the model cannot be loaded, the address cannot be used, or another rank fails.
     pub fn run(self) -> anyhow::Result<()> {
+        choose_kernels()?;
+        super::ranks::run(&self)
+    }
+
+    /// Serves a model that is loaded in this process.
+    pub(super) fn serve_alone(&self) -> anyhow::Result<()> {
         let model = self.model.load(self.served_model_name.clone())?;
         let name = model.name.clone();
+        let server = Server::new(model, self.config()?)?;
+        self.listen(server, &name, std::future::pending())
+    }
+
+    /// What the server is told.
+    pub(super) fn config(&self) -> anyhow::Result<ServerConfig> {
+        let mut api_keys = self.api_key.clone();
+        if api_keys.is_empty() {
+            api_keys.extend(key_of("MOE_SERVE_API_KEY")?);
+        }
+        let admin_key = match &self.admin_key {
+            Some(key) => Some(key.clone()),
+            None => key_of("MOE_SERVE_ADMIN_KEY")?,
+        };
+        ensure!(!api_keys.iter().chain(&admin_key).any(String::is_empty), "a key must not be empty");
         let limits = Limits {
             max_body_bytes: self.max_body_bytes,
             max_queue: self.max_queue,
@@ -88,26 +113,25 @@ impl ServeArgs {
             max_connections: self.max_connections as usize,
             ..Limits::default()
         };
-        let mut api_keys = self.api_key;
-        if api_keys.is_empty() {
-            api_keys.extend(key_of("MOE_SERVE_API_KEY")?);
-        }
-        let admin_key = match self.admin_key {
-            Some(key) => Some(key),
-            None => key_of("MOE_SERVE_ADMIN_KEY")?,
-        };
-        ensure!(!api_keys.iter().chain(&admin_key).any(String::is_empty), "a key must not be empty");
-        let config = ServerConfig {
+        Ok(ServerConfig {
             limits,
             seed: self.seed,
             api_keys,
             admin_key,
-            allowed_origins: self.allowed_origin,
+            allowed_origins: self.allowed_origin.clone(),
             per_expert_metrics: self.per_expert_metrics,
             scheduling: self.engine.scheduling(),
             kv_cache_bytes: self.engine.kv_cache_memory_bytes,
-        };
-        let server = Server::new(model, config)?;
+        })
+    }
+
+    /// Listens until a signal comes or `ended` completes.
+    pub(super) fn listen(
+        &self,
+        server: Server,
+        name: &str,
+        ended: impl Future<Output = ()> + Send + 'static,
+    ) -> anyhow::Result<()> {
         let runtime = tokio::runtime::Runtime::new().context("starting the network's threads")?;
         runtime.block_on(async {
             let address = (self.host, self.port);
@@ -117,10 +141,15 @@ impl ServeArgs {
             let url = format!("http://{}", listener.local_addr()?);
             writeln!(std::io::stdout(), "serving {name} on {url} (API at {url}/v1, Ctrl-C ends)").ok();
             let shutdown = async {
-                if let Err(error) = terminated().await {
-                    tracing::error!(%error, "signals cannot be watched; stopping");
+                tokio::select! {
+                    result = terminated() => {
+                        if let Err(error) = result {
+                            tracing::error!(%error, "signals cannot be watched; stopping");
+                        }
+                        tracing::info!("stopping: no new requests, running ones may end");
+                    }
+                    () = ended => tracing::error!("stopping: the engine has ended"),
                 }
-                tracing::info!("stopping: no new requests, running ones may end");
             };
             server.run(listener, shutdown).await;
             Ok(())

@@ -8,13 +8,38 @@ use super::watch::Observer;
 use super::worker::{ModelFacts, Worker};
 use crate::{Error, Result};
 use moe_models::CausalLm;
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Mutex, PoisonError, Weak};
 use std::thread::JoinHandle;
 
 /// Hands jobs to the engine's thread.
 pub struct Engine {
     inbox: Arc<Inbox>,
+    /// Dead once the engine works no more.
+    alive: Weak<()>,
+    /// The engine's own thread, if it has one.
     thread: Mutex<Option<JoinHandle<()>>>,
+}
+
+/// The part of an engine that works: on the thread that runs it.
+pub struct EngineThread {
+    worker: Worker,
+    _alive: Arc<()>,
+}
+
+impl std::fmt::Debug for EngineThread {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("EngineThread").finish_non_exhaustive()
+    }
+}
+
+impl EngineThread {
+    /// Works until the engine is closed and every job has ended.
+    ///
+    /// # Errors
+    /// If what runs the model has failed for good; every job is told so.
+    pub fn run(self) -> Result<()> {
+        self.worker.run()
+    }
 }
 
 impl std::fmt::Debug for Engine {
@@ -27,33 +52,40 @@ impl Engine {
     /// Starts the engine's thread for a model in this process.
     ///
     /// # Errors
-    /// [`Error::Field`] for an impossible schedule; [`Error::Io`] if the system gives no thread; the model's error if there is no
+    /// As [`Engine::over`]; [`Error::Io`] if the system gives no thread; the model's error if there is no
     /// memory for the pages.
     pub fn start(lm: Arc<dyn CausalLm>, config: EngineConfig, observer: Arc<dyn Observer>) -> Result<Self> {
-        config.scheduling.validate()?;
         let replica = LocalReplica::new(Arc::clone(&lm), config.kv_cache_bytes, config.scheduling.max_sequences)?;
-        Self::over(Box::new(replica), lm.as_ref(), config, observer)
+        let (engine, work) = Self::over(Box::new(replica), lm.as_ref(), config, observer)?;
+        let thread = std::thread::Builder::new()
+            .name("moe-engine".into())
+            .spawn(move || {
+                if let Err(error) = work.run() {
+                    tracing::error!(%error, "the engine has ended");
+                }
+            })
+            .map_err(|reason| Error::Io { path: "moe-engine thread".into(), reason })?;
+        *engine.thread.lock().unwrap_or_else(PoisonError::into_inner) = Some(thread);
+        Ok(engine)
     }
 
-    /// Starts the engine's thread for replicas of a model, of which `lm` is any.
+    /// An engine over replicas of a model, of which `lm` is any. It works on whatever thread runs the second part.
     ///
     /// # Errors
-    /// As [`Engine::start`].
+    /// [`Error::Field`] for an impossible schedule.
     pub fn over(
         replicas: Box<dyn Replicas>,
         lm: &dyn CausalLm,
         config: EngineConfig,
         observer: Arc<dyn Observer>,
-    ) -> Result<Self> {
+    ) -> Result<(Self, EngineThread)> {
         config.scheduling.validate()?;
         let inbox = Arc::new(Inbox::new(config.max_queue, config.scheduling.max_sequences));
         let facts = ModelFacts { vocab_size: lm.vocab_size(), max_seq_len: lm.max_seq_len() };
         let worker = Worker::new(replicas, facts, lm.draws(), config, Arc::clone(&inbox), observer);
-        let thread = std::thread::Builder::new()
-            .name("moe-engine".into())
-            .spawn(move || worker.run())
-            .map_err(|reason| Error::Io { path: "moe-engine thread".into(), reason })?;
-        Ok(Self { inbox, thread: Mutex::new(Some(thread)) })
+        let alive = Arc::new(());
+        let engine = Self { inbox, alive: Arc::downgrade(&alive), thread: Mutex::new(None) };
+        Ok((engine, EngineThread { worker, _alive: alive }))
     }
 
     /// Takes a job in. Results go to `listener`; `cancel` gives the job up.
@@ -61,6 +93,10 @@ impl Engine {
     /// # Errors
     /// [`Error::QueueFull`] or [`Error::ShuttingDown`]; `listener` then hears nothing.
     pub fn submit(&self, job: Job, listener: Box<dyn Listener>, cancel: CancelFlag) -> Result<()> {
+        // An engine that has ended takes none.
+        if !self.is_ready() {
+            return Err(Error::ShuttingDown);
+        }
         debug_assert!(
             job.n > 0 && !job.prompts.is_empty() && job.prompts.iter().all(|p| !p.is_empty()),
             "checked at the door"
@@ -73,10 +109,9 @@ impl Engine {
         self.inbox.waiting()
     }
 
-    /// Whether the engine's thread lives.
+    /// Whether the engine works.
     pub fn is_alive(&self) -> bool {
-        let thread = self.thread.lock().unwrap_or_else(PoisonError::into_inner);
-        thread.as_ref().is_some_and(|thread| !thread.is_finished())
+        self.alive.strong_count() > 0
     }
 
     /// Whether jobs are taken.

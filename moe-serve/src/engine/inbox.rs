@@ -5,7 +5,7 @@ use crate::{Error, Result};
 use std::collections::BTreeMap;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 /// Set by whoever no longer wants a job's result; the engine looks at it between steps.
 #[derive(Debug, Clone, Default)]
@@ -87,14 +87,20 @@ impl Inbox {
         Ok(())
     }
 
-    /// What has arrived. Where `idle`, waits for something to arrive; `None` once nothing can any more.
-    pub(super) fn take(&self, idle: bool) -> Option<Vec<Submission>> {
+    /// What has arrived. Where `idle`, waits for something to arrive, for `limit` at most; `None` once nothing can any more.
+    pub(super) fn take(&self, idle: bool, limit: Option<Duration>) -> Option<Vec<Submission>> {
         let mut state = self.lock();
+        let until = limit.map(|limit| Instant::now() + limit);
         while idle && state.arrived.is_empty() && !state.forget {
             if state.closed {
                 return None;
             }
-            state = self.changed.wait(state).unwrap_or_else(PoisonError::into_inner);
+            let left = until.map(|until| until.saturating_duration_since(Instant::now()));
+            state = match left {
+                None => self.changed.wait(state).unwrap_or_else(PoisonError::into_inner),
+                Some(Duration::ZERO) => break,
+                Some(left) => self.changed.wait_timeout(state, left).unwrap_or_else(PoisonError::into_inner).0,
+            };
         }
         Some(std::mem::take(&mut state.arrived))
     }
@@ -184,7 +190,7 @@ mod tests {
         push(&inbox, &flags[0]).expect("one could start at once");
         push(&inbox, &flags[1]).expect("one may wait");
         assert!(matches!(push(&inbox, &flags[2]), Err(Error::QueueFull { waiting: 2, max_queue: 1 })));
-        let numbers: Vec<u64> = inbox.take(true).expect("open").iter().map(|s| s.number).collect();
+        let numbers: Vec<u64> = inbox.take(true, None).expect("open").iter().map(|s| s.number).collect();
         assert_eq!(numbers, [0, 1]);
         inbox.started(0);
         inbox.set_open(0);
@@ -204,8 +210,12 @@ mod tests {
         push(&inbox, &CancelFlag::default()).expect("open");
         inbox.close();
         assert!(matches!(push(&inbox, &CancelFlag::default()), Err(Error::ShuttingDown)));
-        assert_eq!(inbox.take(true).map(|arrived| arrived.len()), Some(1));
-        assert_eq!(inbox.take(false).map(|arrived| arrived.len()), Some(0), "who still works does not wait");
-        assert!(inbox.take(true).is_none());
+        assert_eq!(inbox.take(true, None).map(|arrived| arrived.len()), Some(1));
+        assert_eq!(inbox.take(false, None).map(|arrived| arrived.len()), Some(0), "who still works does not wait");
+        assert!(inbox.take(true, None).is_none());
+        let open = Inbox::new(4, 0);
+        let begun = Instant::now();
+        assert_eq!(open.take(true, Some(Duration::from_millis(20))).map(|arrived| arrived.len()), Some(0));
+        assert!(begun.elapsed() >= Duration::from_millis(20));
     }
 }

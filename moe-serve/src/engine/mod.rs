@@ -11,6 +11,7 @@ mod config;
 mod handle;
 mod inbox;
 mod logprobs;
+mod ranks;
 mod replicas;
 mod request;
 mod sampler;
@@ -21,9 +22,10 @@ mod watch;
 mod worker;
 
 pub use config::{EngineConfig, SchedulingConfig, SpeculationConfig};
-pub use handle::Engine;
+pub use handle::{Engine, EngineThread};
 pub use inbox::CancelFlag;
 pub use logprobs::{TokenLogprob, TokenLogprobs};
+pub use ranks::{RankReplicas, follow};
 pub use replicas::{LocalReplica, Replicas};
 pub use request::{
     FinishReason, Flow, Grammar, GrammarState, Job, Listener, PromptOutput, SampledToken, SamplingParams, StopParams,

@@ -3,6 +3,7 @@
 use crate::Result;
 use moe_models::{CausalLm, KvPool, PagedStep, Pages, PoolConfig, StepOutput};
 use std::sync::Arc;
+use std::time::Duration;
 
 /// One or several copies of a model, each with pages of its own.
 pub trait Replicas: Send {
@@ -13,6 +14,33 @@ pub trait Replicas: Send {
     /// # Errors
     /// Those of the model. Pages that the steps write to then hold anything.
     fn run(&mut self, steps: &[PagedStep]) -> Result<Vec<StepOutput>>;
+    /// How long nothing may be run before [`Replicas::idle`] is called; `None` where it never needs to be.
+    fn idle_limit(&self) -> Option<Duration> {
+        None
+    }
+    /// Keeps what runs steps alive while there is none.
+    ///
+    /// # Errors
+    /// If it has failed.
+    fn idle(&mut self) -> Result<()> {
+        Ok(())
+    }
+    /// Whether no step can be run any more.
+    fn has_failed(&self) -> bool {
+        false
+    }
+}
+
+/// Pages for as many tokens as go into `kv_cache_bytes`, but at least for one sequence of the model's length and at most for
+/// `max_sequences` of them.
+///
+/// # Errors
+/// If there is no memory for a page.
+pub(super) fn pool_config(lm: &dyn CausalLm, kv_cache_bytes: usize, max_sequences: usize) -> Result<PoolConfig> {
+    let least = PoolConfig::for_tokens(1, lm.max_seq_len());
+    let page_bytes = lm.new_pool(PoolConfig { num_pages: 1, ..least })?.bytes().max(1);
+    let most = least.num_pages.saturating_mul(max_sequences.max(1));
+    Ok(PoolConfig { num_pages: (kv_cache_bytes / page_bytes).clamp(least.num_pages, most), ..least })
 }
 
 /// A model in this process, with its pages.
@@ -28,11 +56,7 @@ impl LocalReplica {
     /// # Errors
     /// If there is no memory for the pages.
     pub fn new(lm: Arc<dyn CausalLm>, kv_cache_bytes: usize, max_sequences: usize) -> Result<Self> {
-        let least = PoolConfig::for_tokens(1, lm.max_seq_len());
-        let page_bytes = lm.new_pool(PoolConfig { num_pages: 1, ..least })?.bytes().max(1);
-        let most = least.num_pages.saturating_mul(max_sequences.max(1));
-        let num_pages = (kv_cache_bytes / page_bytes).clamp(least.num_pages, most);
-        let pool = lm.new_pool(PoolConfig { num_pages, ..least })?;
+        let pool = lm.new_pool(pool_config(lm.as_ref(), kv_cache_bytes, max_sequences)?)?;
         Ok(Self { lm, pool })
     }
 }

@@ -18,7 +18,7 @@ pub trait GrammarState: Debug + Send {
     /// may end.
     ///
     /// # Errors
-    /// [`Error::Grammar`] if the grammar cannot go on.
+    /// [`crate::Error::Grammar`] if the grammar cannot go on.
     fn allowed(&self) -> Result<Vec<u32>>;
     /// Goes on by a token that was allowed and ends nothing.
     ///

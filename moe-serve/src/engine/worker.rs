@@ -79,21 +79,45 @@ impl Worker {
         Self { replicas, facts, config, inbox, observer, scheduler, jobs: BTreeMap::new() }
     }
 
-    pub(super) fn run(mut self) {
-        while let Some(arrived) = self.inbox.take(self.jobs.is_empty()) {
-            arrived.into_iter().for_each(|submission| self.accept(submission));
+    /// Works until nothing can come any more.
+    ///
+    /// # Errors
+    /// If the replicas have failed for good.
+    pub(super) fn run(mut self) -> Result<()> {
+        while let Some(arrived) = self.inbox.take(self.jobs.is_empty(), self.replicas.idle_limit()) {
             if self.inbox.take_forget() {
                 self.scheduler.forget_prefixes();
             }
+            let is_idle = arrived.is_empty() && self.jobs.is_empty();
+            arrived.into_iter().for_each(|submission| self.accept(submission));
             self.drop_cancelled();
             let parts = self.scheduler.plan(Instant::now());
             self.inbox.set_open(self.config.scheduling.max_sequences.saturating_sub(self.scheduler.num_running()));
-            if parts.is_empty() {
-                self.unblock();
-            } else {
-                self.step(&parts);
+            let result = match parts {
+                parts if !parts.is_empty() => self.step(&parts),
+                _ if is_idle => self.replicas.idle(),
+                _ => {
+                    self.unblock();
+                    Ok(())
+                }
+            };
+            if let Err(error) = result {
+                return Err(self.give_up(&error));
             }
         }
+        Ok(())
+    }
+
+    /// No step can be run any more: every job that is known or still comes ends with that.
+    fn give_up(&mut self, error: &Error) -> Error {
+        self.inbox.close();
+        let text = error.to_string();
+        let late = self.inbox.take(false, None).unwrap_or_default();
+        late.into_iter().for_each(|submission| self.accept(submission));
+        for number in self.jobs.keys().copied().collect::<Vec<_>>() {
+            self.end(number, Err(Error::EngineLost(text.clone())));
+        }
+        Error::EngineLost(text)
     }
 
     /// One sequence per prompt; the others of a prompt follow when it is read.
@@ -139,7 +163,11 @@ impl Worker {
         }
     }
 
-    fn step(&mut self, parts: &[Part]) {
+    /// Runs a step and tells what it gave.
+    ///
+    /// # Errors
+    /// If no step can be run any more.
+    fn step(&mut self, parts: &[Part]) -> Result<()> {
         let begun = Instant::now();
         self.start_jobs(parts);
         let (steps, places) = self.lay_out(parts);
@@ -147,10 +175,15 @@ impl Worker {
             .unwrap_or_else(|payload| Err(Error::EnginePanic(panic_text(payload.as_ref()))));
         let outputs = match (ran, parts) {
             (Ok(outputs), _) => outputs,
-            (Err(error), [part]) => return self.end(part.id.job, Err(error)),
+            (Err(error), _) if self.replicas.has_failed() => return Err(error),
+            (Err(error), [part]) => {
+                self.end(part.id.job, Err(error));
+                return Ok(());
+            }
             (Err(error), _) => {
                 tracing::warn!(%error, sequences = parts.len(), "a step failed; its sequences are tried alone");
-                return self.scheduler.suspect(parts);
+                self.scheduler.suspect(parts);
+                return Ok(());
             }
         };
         let model_seconds = begun.elapsed().as_secs_f64();
@@ -161,7 +194,7 @@ impl Worker {
                 // The logits lie where they cannot be read: that is nobody's request's fault.
                 let message = error.to_string();
                 parts.iter().for_each(|part| self.end(part.id.job, Err(Error::EnginePanic(message.clone()))));
-                return;
+                return Ok(());
             }
         };
         let counts = self.scheduler.counts();
@@ -176,6 +209,7 @@ impl Worker {
             preemptions: counts.preemptions,
             prefix: (counts.prefix_queries, counts.prefix_hits),
         });
+        Ok(())
     }
 
     fn start_jobs(&mut self, parts: &[Part]) {

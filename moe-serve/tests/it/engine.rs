@@ -25,18 +25,18 @@ type ExpertBits = Vec<(Vec<u32>, Vec<u32>)>;
 
 /// Everything one continuation was told, floats as their bits.
 #[derive(Debug, Clone, Default, PartialEq)]
-struct Told {
-    tokens: Vec<(u32, bool, Logprobs)>,
+pub(crate) struct Told {
+    pub(crate) tokens: Vec<(u32, bool, Logprobs)>,
     experts: Vec<ExpertBits>,
     finished: Option<FinishReason>,
 }
 
 /// Everything a job was told.
 #[derive(Debug, Clone, Default, PartialEq)]
-struct Answer {
+pub(crate) struct Answer {
     prompts: BTreeMap<usize, (Vec<Logprobs>, ExpertBits)>,
-    choices: BTreeMap<usize, Told>,
-    error: Option<String>,
+    pub(crate) choices: BTreeMap<usize, Told>,
+    pub(crate) error: Option<String>,
 }
 
 fn bits(experts: Vec<LayerExperts>) -> ExpertBits {
@@ -98,8 +98,27 @@ impl Observer for Totals {
     }
 }
 
+/// For as many jobs.
+pub(crate) fn config(
+    lm: &dyn CausalLm,
+    max_queue: usize,
+    scheduling: SchedulingConfig,
+    kv_cache_bytes: usize,
+) -> EngineConfig {
+    // The last two ids are padding, as many of the scripted model's are.
+    let is_tiny = lm.vocab_size() == VOCAB as usize;
+    EngineConfig {
+        max_queue,
+        num_tokens: if is_tiny { VOCAB as usize - 2 } else { tokenizer().get_vocab_size(true) },
+        eos_token_ids: vec![0],
+        suppressed: vec![5],
+        scheduling,
+        kv_cache_bytes,
+    }
+}
+
 /// Runs all jobs on one engine, at once or one after the other.
-fn run(
+pub(crate) fn run(
     lm: &Arc<dyn CausalLm>,
     jobs: &[(Job, usize)],
     scheduling: SchedulingConfig,
@@ -107,39 +126,32 @@ fn run(
     together: bool,
 ) -> (Vec<Answer>, StepStats, usize) {
     let totals = Arc::new(Totals::default());
-    let config = EngineConfig {
-        max_queue: jobs.len(),
-        // The last two ids are padding, as many of the scripted model's are.
-        num_tokens: if lm.vocab_size() == VOCAB as usize {
-            VOCAB as usize - 2
-        } else {
-            tokenizer().get_vocab_size(true)
-        },
-        eos_token_ids: vec![0],
-        suppressed: vec![5],
-        scheduling,
-        kv_cache_bytes,
-    };
+    let config = config(lm.as_ref(), jobs.len(), scheduling, kv_cache_bytes);
     let engine = Engine::start(Arc::clone(lm), config, totals.clone()).expect("starts");
-    let submit = |(job, stop_after): &(Job, usize)| {
-        let (done, answer) = mpsc::channel();
-        let recorder = Recorder { answer: Answer::default(), stop_after: *stop_after, done };
-        engine.submit(job.clone(), Box::new(recorder), CancelFlag::default()).expect("the queue is large enough");
-        answer
-    };
-    let wait = |answer: mpsc::Receiver<Answer>| answer.recv_timeout(Duration::from_secs(120)).expect("an end");
     let answers = if together {
-        jobs.iter().map(submit).collect::<Vec<_>>().into_iter().map(wait).collect()
+        jobs.iter().map(|job| submit(&engine, job)).collect::<Vec<_>>().into_iter().map(wait).collect()
     } else {
-        jobs.iter().map(|job| wait(submit(job))).collect()
+        jobs.iter().map(|job| wait(submit(&engine, job))).collect()
     };
     drop(engine);
     let (stats, widest) = *totals.0.lock().expect("no panic");
     (answers, stats, widest)
 }
 
+/// Gives a job to an engine; its answer will come.
+pub(crate) fn submit(engine: &Engine, (job, stop_after): &(Job, usize)) -> mpsc::Receiver<Answer> {
+    let (done, answer) = mpsc::channel();
+    let recorder = Recorder { answer: Answer::default(), stop_after: *stop_after, done };
+    engine.submit(job.clone(), Box::new(recorder), CancelFlag::default()).expect("the queue is large enough");
+    answer
+}
+
+pub(crate) fn wait(answer: mpsc::Receiver<Answer>) -> Answer {
+    answer.recv_timeout(Duration::from_secs(120)).expect("an end")
+}
+
 /// Jobs of every kind; many begin the same way.
-fn random_jobs(count: usize, seed: u64) -> Vec<(Job, usize)> {
+pub(crate) fn random_jobs(count: usize, seed: u64) -> Vec<(Job, usize)> {
     let mut rng = CounterRng::new(seed, 0);
     let mut below = move |n: usize| rng.below(n as u32) as usize;
     let mut text = |len: usize| (0..len).map(|_| below(VOCAB as usize) as u32).collect::<Vec<_>>();
@@ -190,12 +202,17 @@ fn random_jobs(count: usize, seed: u64) -> Vec<(Job, usize)> {
         .collect()
 }
 
-fn model() -> Arc<dyn CausalLm> {
+/// Of random weights; large ones, so that different draws show.
+pub(crate) fn gpt() -> Gpt {
     let mut config = GptConfig::preset("tiny-pr-moe").expect("a preset");
     (config.vocab_size, config.max_seq_len, config.d_model, config.num_heads, config.d_ff) =
         (VOCAB as usize, CONTEXT, 24, 2, 40);
     config.init_std = 0.2;
-    Arc::new(Gpt::new(config, 3, &Device::Cpu).expect("fits").into_packed().expect("packs"))
+    Gpt::new(config, 3, &Device::Cpu).expect("fits")
+}
+
+fn model() -> Arc<dyn CausalLm> {
+    Arc::new(gpt().into_packed().expect("packs"))
 }
 
 /// Issue "A serving engine": 500 random requests alone and together, in chunks, with and without kept prompts, lost pages and

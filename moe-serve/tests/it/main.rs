@@ -13,5 +13,6 @@ mod lifecycle;
 mod metrics;
 mod prefill;
 mod quantized;
+mod ranks;
 mod structured;
 mod support;

@@ -1,7 +1,7 @@
 //! Command-line arguments, and how they override a [`TrainConfig`].
 
 use super::model_args::ModelArgs;
-use super::rank_args::RankArgs;
+use super::rank_args::TrainRankArgs;
 use crate::Recompute;
 use crate::cli::{DtypeArg, PrecisionArg};
 use crate::train::{Blend, TrainConfig};
@@ -41,7 +41,7 @@ pub struct TrainArgs {
     #[command(flatten)]
     pub model: ModelArgs,
     #[command(flatten)]
-    pub(crate) ranks: RankArgs,
+    pub(crate) ranks: TrainRankArgs,
     /// Settings file (.toml or .json) with the fields of the checkpoint's "config"; flags override it.
     #[arg(long, value_name = "FILE")]
     pub(crate) config: Option<PathBuf>,
@@ -139,10 +139,11 @@ pub struct TrainArgs {
 }
 
 /// What `--evaluate` would ignore. `ModelArgs` is the group of all flags that describe a model.
-const TRAINING_ONLY: [&str; 27] = [
+const TRAINING_ONLY: [&str; 28] = [
     "exit_interval",
     "ModelArgs",
     "RankArgs",
+    "TrainRankArgs",
     "data",
     "blend",
     "valid_fraction",

@@ -1,10 +1,10 @@
 //! Chooses the layout of a run's ranks, and tells what it costs.
 
 use super::progress::Progress;
-use super::rank_args::RankArgs;
+use super::rank_args::TrainRankArgs;
 use super::run::Begin;
-use super::world::Seat;
 use crate::DecoderConfig;
+use crate::cli::ranks::Seat;
 use crate::train::launch::{LayoutCost, LayoutRequest, LevelBytes, RankCost, RunSize, choose as choose_layout};
 use crate::train::{ReduceConfig, TrainConfig};
 use anyhow::Result;
@@ -31,7 +31,7 @@ pub(crate) fn run_size(decoder: &DecoderConfig, beside: Vec<DecoderConfig>, conf
 
 /// The layout for a model, printed with its price; none for one rank.
 pub(crate) fn choose(
-    args: &RankArgs,
+    args: &TrainRankArgs,
     seat: &Seat,
     size: &RunSize,
     begin: Begin,
@@ -55,11 +55,11 @@ pub(crate) fn choose(
         return Ok(None);
     }
     if begin != Begin::Restart {
-        args.check_layout(&layout.dims)?;
+        args.common.check_layout(&layout.dims)?;
     }
     describe(&layout, world.div_ceil(seat.ranks_per_node)).iter().for_each(|line| progress.say(line));
     let reduce = ReduceConfig { zero: layout.zero, ..reduce };
-    Ok(Some(Chosen { dims: layout.dims, reduce, exchange: args.exchange() }))
+    Ok(Some(Chosen { dims: layout.dims, reduce, exchange: args.common.exchange() }))
 }
 
 fn megabytes(bytes: usize) -> String {

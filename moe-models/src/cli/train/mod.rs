@@ -10,7 +10,6 @@ mod recipe;
 mod restart;
 mod run;
 mod signals;
-mod world;
 
 pub use args::{EXIT_STATUS, TrainArgs};
 pub use model_args::ModelArgs;

@@ -4,14 +4,14 @@ use super::args::TrainArgs;
 use super::recipe::Recipe;
 use super::run::{Begin, run as run_rank};
 use super::signals::Signals;
-use super::world::{Process, Seat, World};
 use crate::Error;
+use crate::cli::ranks::{Process, Seat, World};
 use anyhow::{Result, bail};
 use moe_parallel::Collectives;
 use moe_parallel::comm::thread::ThreadWorld;
 
 pub(crate) fn run<R: Recipe>(args: &TrainArgs, recipe: &R, signals: &Signals) -> Result<()> {
-    match World::start(&args.ranks)? {
+    match World::start(&args.ranks.common, args.ranks.timeout()?.as_secs_f64())? {
         World::One => {
             args.ranks.check_one_rank()?;
             run_rank(args, recipe, &Seat::ALONE, begin(args), signals)
@@ -27,11 +27,11 @@ fn begin(args: &TrainArgs) -> Begin {
 
 /// Threads of this process: they end together.
 fn on_threads<R: Recipe>(args: &TrainArgs, recipe: &R, ranks: usize, signals: &Signals) -> Result<()> {
-    if args.ranks.max_restarts > 0 {
+    if args.ranks.common.max_restarts > 0 {
         bail!("--max-restarts is for ranks that are processes: threads of one process end together");
     }
     eprintln!("ranks: {ranks} threads of this process");
-    let ranks_per_node = args.ranks.ranks_per_node.unwrap_or(ranks).max(1);
+    let ranks_per_node = args.ranks.common.ranks_per_node.unwrap_or(ranks).max(1);
     let results = ThreadWorld::new(ranks).with_timeout(args.ranks.timeout()?).run(|comm| {
         let seat = Seat { comm: Some(comm), ranks_per_node, ranks_of_process: ranks };
         run_rank(args, recipe, &seat, begin(args), signals)
@@ -61,13 +61,16 @@ fn as_process<R: Recipe>(args: &TrainArgs, recipe: &R, mut process: Process, sig
             .downcast_ref::<Error>()
             .and_then(Error::fault)
             .or_else(|| error.downcast_ref::<moe_parallel::Error>().and_then(moe_parallel::Error::fault));
-        if fault.is_none() || restarts == args.ranks.max_restarts {
+        if fault.is_none() || restarts == args.ranks.common.max_restarts {
             return Err(error);
         }
         restarts += 1;
         let ranks = process.comm.size();
         if first {
-            eprintln!("{error:#}\nrestart {restarts} of {} without the ranks that are gone", args.ranks.max_restarts);
+            eprintln!(
+                "{error:#}\nrestart {restarts} of {} without the ranks that are gone",
+                args.ranks.common.max_restarts
+            );
         }
         process = match process.shrink() {
             Ok(smaller) => smaller,

@@ -1,28 +1,32 @@
 //! Finds the ranks of a run: one, threads of this process, or processes that a launcher has started.
 
-use super::rank_args::{EngineArg, RankArgs};
+use super::args::{EngineArg, RankArgs};
 use crate::train::launch::{Launched, Launcher, find};
 use anyhow::{Context, Result, bail, ensure};
 use moe_parallel::comm::Communicator;
 use moe_parallel::comm::tcp::{TcpConfig, TcpWorld};
 use std::sync::Arc;
+use std::time::Duration;
 
 /// A rank's seat among the others.
-#[derive(Clone)]
-pub(crate) struct Seat {
+#[derive(Debug, Clone)]
+pub struct Seat {
     /// None of a run of one rank.
-    pub(crate) comm: Option<Arc<dyn Communicator>>,
-    pub(crate) ranks_per_node: usize,
+    pub comm: Option<Arc<dyn Communicator>>,
+    /// Consecutive ranks on a machine.
+    pub ranks_per_node: usize,
     /// Ranks that share this process's memory.
-    pub(crate) ranks_of_process: usize,
+    pub ranks_of_process: usize,
 }
 
 impl Seat {
-    pub(crate) const ALONE: Self = Self { comm: None, ranks_per_node: 1, ranks_of_process: 1 };
+    /// Of the only rank.
+    pub const ALONE: Self = Self { comm: None, ranks_per_node: 1, ranks_of_process: 1 };
 }
 
 /// What a run's ranks are.
-pub(crate) enum World {
+#[derive(Debug)]
+pub enum World {
     /// This process alone.
     One,
     /// So many threads of this process.
@@ -32,14 +36,17 @@ pub(crate) enum World {
 }
 
 /// One of several processes.
-pub(crate) struct Process {
+#[derive(Debug)]
+pub struct Process {
     engine: Engine,
-    pub(crate) comm: Arc<dyn Communicator>,
-    pub(crate) ranks_per_node: usize,
+    /// All processes.
+    pub comm: Arc<dyn Communicator>,
+    ranks_per_node: usize,
     /// How it was found, for people.
-    pub(crate) found: String,
+    pub found: String,
 }
 
+#[derive(Debug)]
 enum Engine {
     Tcp(TcpWorld),
     #[cfg(feature = "mpi")]
@@ -47,23 +54,27 @@ enum Engine {
 }
 
 impl World {
-    /// As the arguments and the environment say.
-    pub(crate) fn start(args: &RankArgs) -> Result<Self> {
+    /// As the arguments and the environment say, with a deadline of `timeout_s` for exchanges unless the arguments have one.
+    ///
+    /// # Errors
+    /// If the ranks do not come together.
+    pub fn start(args: &RankArgs, timeout_s: f64) -> Result<Self> {
         if let Some(ranks) = args.ranks {
             ensure!(ranks > 0, "--ranks must be at least 1");
             ensure!(args.engine.is_none(), "--engine is for processes; --ranks makes threads of this one");
             return Ok(if ranks == 1 { Self::One } else { Self::Threads(ranks) });
         }
         match find(|name| std::env::var(name).ok())? {
-            Some(launched) if launched.size > 1 => Ok(Self::Process(Process::start(args, &launched)?)),
+            Some(launched) if launched.size > 1 => {
+                Ok(Self::Process(Process::start(args, &launched, args.timeout(timeout_s)?)?))
+            }
             _ => Ok(Self::One),
         }
     }
 }
 
 impl Process {
-    fn start(args: &RankArgs, launched: &Launched) -> Result<Self> {
-        let timeout = args.timeout()?;
+    fn start(args: &RankArgs, launched: &Launched, timeout: Duration) -> Result<Self> {
         let engine = match args.engine {
             Some(engine) => engine,
             None if launched.launcher == Launcher::OpenMpi && cfg!(feature = "mpi") => EngineArg::Mpi,
@@ -96,12 +107,16 @@ impl Process {
         Ok(Self { engine, comm, ranks_per_node, found })
     }
 
-    pub(crate) fn seat(&self) -> Seat {
+    /// This process's seat.
+    pub fn seat(&self) -> Seat {
         Seat { comm: Some(Arc::clone(&self.comm)), ranks_per_node: self.ranks_per_node, ranks_of_process: 1 }
     }
 
     /// Leaves when all do.
-    pub(crate) fn finish(self) -> Result<()> {
+    ///
+    /// # Errors
+    /// If another process has failed.
+    pub fn finish(self) -> Result<()> {
         drop(self.comm);
         match self.engine {
             Engine::Tcp(world) => world.finish()?,
@@ -112,7 +127,10 @@ impl Process {
     }
 
     /// After a fault: the ranks that are left.
-    pub(crate) fn shrink(self) -> Result<Self> {
+    ///
+    /// # Errors
+    /// If they do not come together.
+    pub fn shrink(self) -> Result<Self> {
         drop(self.comm);
         let (engine, comm) = match self.engine {
             Engine::Tcp(world) => {
@@ -130,7 +148,7 @@ impl Process {
 }
 
 #[cfg(feature = "mpi")]
-fn start_mpi(timeout: std::time::Duration, size: usize) -> Result<(Engine, Arc<dyn Communicator>)> {
+fn start_mpi(timeout: Duration, size: usize) -> Result<(Engine, Arc<dyn Communicator>)> {
     use moe_parallel::Collectives;
     let (world, comm) = moe_parallel::comm::mpi::MpiWorld::start(timeout)?;
     ensure!(
@@ -142,6 +160,6 @@ fn start_mpi(timeout: std::time::Duration, size: usize) -> Result<(Engine, Arc<d
 }
 
 #[cfg(not(feature = "mpi"))]
-fn start_mpi(_: std::time::Duration, _: usize) -> Result<(Engine, Arc<dyn Communicator>)> {
-    bail!("this moe-train was built without MPI: build it with --features mpi, or use --engine tcp")
+fn start_mpi(_: Duration, _: usize) -> Result<(Engine, Arc<dyn Communicator>)> {
+    bail!("this program was built without MPI: build it with --features mpi, or use --engine tcp")
 }
