@@ -11,6 +11,7 @@ mod causal_lm;
 pub mod cli;
 pub mod config;
 mod decoder;
+pub mod deepspeed;
 mod dropout;
 mod error;
 pub mod families;

@@ -8,6 +8,7 @@ const SCRIPTS: &[&str] = &[
     "moe-core/tests/fixtures/make.py",
     "moe-kernels/tests/fixtures/make.py",
     "moe-models/tests/fixtures/make.py",
+    "moe-models/tests/fixtures/deepspeed/make.py",
     "moe-compress/tests/fixtures/gptq/make.py",
 ];
 

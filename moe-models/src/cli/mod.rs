@@ -2,6 +2,7 @@
 //! the environment.
 
 pub mod allocator;
+pub mod import;
 pub mod init;
 pub mod ranks;
 pub mod train;

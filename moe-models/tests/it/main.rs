@@ -1,5 +1,6 @@
 //! Public behaviour of `moe-models`, one module per topic.
 
+mod deepspeed;
 mod equality;
 mod examples;
 mod family;
