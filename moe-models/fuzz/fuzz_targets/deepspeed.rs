@@ -10,7 +10,7 @@ fuzz_target!(|bytes: &[u8]| {
     let fixtures = Path::new(env!("CARGO_MANIFEST_DIR")).join("../tests/fixtures/deepspeed/tokenizer");
     let tokenizer = gpt2_tokenizer(&fixtures.join("vocab.json"), &fixtures.join("merges.txt")).unwrap();
     std::fs::write(dir.path().join("mp_rank_00_model_states.pt"), bytes).unwrap();
-    let arguments = serde_json::Map::new();
+    let arguments = Default::default();
     let what = Import { from: dir.path(), tag: None, arguments: &arguments, dtype: None, tokenizer: &tokenizer };
     if let Err(error) = import(&what, &dir.path().join("out")) {
         let text = error.to_string();

@@ -90,8 +90,10 @@ pub fn import(import: &Import<'_>, out: &Path) -> Result<Imported> {
     let tokenizer_json = to_json(import.tokenizer)?;
     fill_target(out, |dir| {
         write_weights(dir, file_tensors(&table, shape.config.names(), dtype)?, SHARD_BYTES, |spec, piece| {
-            let values = plan.values(spec, piece.expert)?;
-            Ok(values[piece.elements.clone()].to_vec())
+            let mut values = plan.values(spec, piece.expert)?;
+            values.truncate(piece.elements.end);
+            values.drain(..piece.elements.start);
+            Ok(values)
         })?;
         write_config(&shape.config, dir, dtype)?;
         FolderFiles::from(tokenizer_json).write(shape.config.max_seq_len, dir)

@@ -62,12 +62,18 @@ impl Pickle {
         if bytes.len() > MOST_BYTES {
             return Err(format!("its pickle has {} bytes, and at most {MOST_BYTES} are read", bytes.len()));
         }
-        let mut machine = Machine { rest: bytes, values: vec![], stack: vec![], marks: vec![], memo: HashMap::new() };
-        while machine
-            .step()
-            .map_err(|reason| format!("its pickle is damaged at byte {}: {reason}", bytes.len() - machine.rest.len()))?
+        if let &[0x80, other, ..] = bytes
+            && other != PROTOCOL
         {
+            return Err(format!(
+                "its pickle has protocol {other}, and only {PROTOCOL} is implemented, torch.save's own: save it again without \
+                 pickle_protocol"
+            ));
         }
+        let mut machine = Machine { rest: bytes, values: vec![], stack: vec![], marks: vec![], memo: HashMap::new() };
+        while machine.step().map_err(|reason| {
+            format!("its pickle is damaged at byte {}: {reason}; copy it again", bytes.len() - machine.rest.len())
+        })? {}
         let root = machine.pop()?;
         Ok(Self { values: machine.values, root })
     }
@@ -193,10 +199,8 @@ impl<'a> Machine<'a> {
     /// Does what one opcode says; false at the end.
     fn step(&mut self) -> Checked<bool> {
         match self.byte()? {
-            0x80 => match self.byte()? {
-                PROTOCOL => {}
-                other => return Err(format!("protocol {other} is not implemented, only {PROTOCOL}, torch.save's own")),
-            },
+            // Those of other protocols have opcodes that are refused.
+            0x80 => drop(self.byte()?),
             b'.' => return Ok(false),
             b'(' => self.marks.push(self.stack.len()),
             b'0' => drop(self.pop()?),

@@ -46,6 +46,9 @@ fn config(folder: &Folder, arguments: &Arguments, moe_layers: &[(usize, usize)],
     let vocab_size = words.iter().map(|[rows, _]| rows).sum();
     let [max_seq_len, _] = matrix(first, names::POSITIONS)?;
     let num_layers = first.tensors.keys().filter_map(|name| names::layer_of(name)).max().map_or(0, |last| last + 1);
+    if num_layers == 0 {
+        return Err("it has no layers under language_model.encoder, where Megatron has had them since 2021".into());
+    }
     let counts: Vec<usize> = moe_layers.iter().map(|(_, experts)| *experts).collect();
     let expert_interval = moe_layers.first().map_or(1, |(layer, _)| layer + 1);
     let residual = first.tensors.keys().any(|name| name.ends_with(".mlp.coefficient.weight"));

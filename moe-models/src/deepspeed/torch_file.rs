@@ -53,7 +53,7 @@ impl TorchFile {
     pub(super) fn of(path: PathBuf, bytes: Bytes) -> Result<Self> {
         let read = || {
             let entries = entries(bytes.as_ref())?;
-            let pickle = entries.get(PICKLE).ok_or_else(|| format!("it has no {PICKLE}"))?;
+            let pickle = entries.get(PICKLE).ok_or_else(|| format!("it has no {PICKLE}; {AGAIN}"))?;
             let pickle = Pickle::read(&bytes.as_ref()[pickle.clone()])?;
             let order = entries.get("byteorder").map(|range| &bytes.as_ref()[range.clone()]);
             match order {
@@ -187,31 +187,38 @@ impl TorchFile {
     }
 }
 
+/// What helps where a file is damaged.
+const AGAIN: &str = "copy it again";
+
+fn again(reason: impl ToString) -> String {
+    format!("{}; {AGAIN}", reason.to_string())
+}
+
 /// Where the entries of an archive lie, without the name of the folder that all of them are in.
 fn entries(bytes: &[u8]) -> Checked<HashMap<String, Range<usize>>> {
     let mut archive = ZipArchive::new(Cursor::new(bytes)).map_err(|e| match bytes {
         // What torch.save wrote before 1.6, and still does if it is asked to.
         [0x80, 0x02, ..] => "it is a bare pickle, as PyTorch wrote until 1.6; load it and save it again".to_owned(),
-        _ => e.to_string(),
+        _ => again(e),
     })?;
     if archive.has_duplicate_names() {
-        return Err("two entries have one name".into());
+        return Err(again("two entries have one name"));
     }
     let mut entries = HashMap::new();
     for index in 0..archive.len() {
-        let entry = archive.by_index_raw(index).map_err(|e| e.to_string())?;
-        let name = entry.name().map_err(|e| e.to_string())?.into_owned();
+        let entry = archive.by_index_raw(index).map_err(again)?;
+        let name = entry.name().map_err(again)?.into_owned();
         if entry.compression() != CompressionMethod::Stored || entry.encrypted() {
-            return Err(format!("{name:?} is compressed, as torch.save never does"));
+            return Err(format!("{name:?} is compressed, as torch.save never does; {AGAIN}"));
         }
         let start = entry.data_start().and_then(|start| usize::try_from(start).ok());
         let end = usize::try_from(entry.size()).ok().and_then(|len| start?.checked_add(len));
         let (Some(start), Some(end)) = (start, end.filter(|&end| end <= bytes.len())) else {
-            return Err(format!("{name:?} lies past the end of the file"));
+            return Err(format!("{name:?} lies past the end of the file; {AGAIN}"));
         };
-        let (_, below) = name.split_once('/').ok_or_else(|| format!("{name:?} lies in no folder"))?;
+        let (_, below) = name.split_once('/').ok_or_else(|| format!("{name:?} lies in no folder; {AGAIN}"))?;
         if entries.insert(below.to_owned(), start..end).is_some() {
-            return Err(format!("two entries are called {below:?}"));
+            return Err(format!("two entries are called {below:?}; {AGAIN}"));
         }
     }
     Ok(entries)
