@@ -127,11 +127,9 @@ impl Arguments {
         }
         let is_tanh = fields.or("bias_gelu_fusion", true)?;
         if !is_tanh && !fields.or("openai_gelu", false)? {
-            return Err(
-                "args.bias_gelu_fusion must be true, or args.openai_gelu: GELU is its tanh form here, and that of \
-                        other runs is exact"
-                    .into(),
-            );
+            let reason = "args.bias_gelu_fusion or args.openai_gelu must be true: without both GELU is exact, which is not \
+                          implemented";
+            return Err(reason.into());
         }
         let Some(num_heads) = fields.optional("num_attention_heads")? else {
             return Err("args.num_attention_heads is not saved in it; give --num-attention-heads".into());
@@ -144,17 +142,15 @@ impl Arguments {
         if let Some(width) = hidden_size {
             fields.expect("kv_channels", &[Value::Null, (width / num_heads).into()])?;
         }
-        let qkv =
-            match fields.optional("checkpoint_version")? {
-                None => return Err(
-                    "checkpoint_version is not saved in it; give --checkpoint-version (Megatron writes 3 since 2021)"
-                        .into(),
-                ),
-                Some(0.0) => QkvOrder::PartHeadColumn,
-                Some(1.0) => QkvOrder::HeadColumnPart,
-                Some(version) if (2.0..4.0).contains(&version) => QkvOrder::HeadPartColumn,
-                Some(version) => return Err(format!("checkpoint_version {version} is not one of 0, 1, 2 and 3")),
-            };
+        let Some(version) = fields.optional::<f64>("checkpoint_version")? else {
+            return Err("checkpoint_version is not saved in it; give --checkpoint-version (3 since 2021)".into());
+        };
+        let qkv = match version {
+            0.0 => QkvOrder::PartHeadColumn,
+            1.0 => QkvOrder::HeadColumnPart,
+            2.0..4.0 => QkvOrder::HeadPartColumn,
+            _ => return Err(format!("checkpoint_version {version} is not one of 0, 1, 2 and 3")),
+        };
         let mut sizes = vec![("hidden_size", hidden_size)];
         for name in SIZES.into_iter().filter(|name| *name != "hidden_size") {
             sizes.push((name, fields.optional(name)?));

@@ -2,7 +2,7 @@
 
 use crate::config::MOST_LAYERS;
 
-/// `embedding`, with a vocabulary that is sliced.
+/// A row for each token of the vocabulary.
 pub(super) const WORDS: &str = "language_model.embedding.word_embeddings.weight";
 /// Learned positions.
 pub(super) const POSITIONS: &str = "language_model.embedding.position_embeddings.weight";
@@ -46,7 +46,7 @@ pub(super) enum Arranged {
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(super) struct Theirs {
     pub(super) name: String,
-    /// Whether it lies in the file of an expert.
+    /// The layer of the expert in whose file it lies; `None` for what lies in the slices' own.
     pub(super) layer_of_expert: Option<usize>,
     pub(super) arranged: Arranged,
 }

@@ -71,10 +71,14 @@ impl Pickle {
             ));
         }
         let mut machine = Machine { rest: bytes, values: vec![], stack: vec![], marks: vec![], memo: HashMap::new() };
-        while machine.step().map_err(|reason| {
-            format!("its pickle is damaged at byte {}: {reason}; copy it again", bytes.len() - machine.rest.len())
-        })? {}
-        let root = machine.pop()?;
+        let run = |machine: &mut Machine<'_>| {
+            while machine.step()? {}
+            machine.pop()
+        };
+        let root = run(&mut machine).map_err(|reason| {
+            let at = bytes.len() - machine.rest.len();
+            format!("its pickle is damaged at byte {at}: {reason}; copy it again")
+        })?;
         Ok(Self { values: machine.values, root })
     }
 

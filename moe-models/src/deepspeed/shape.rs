@@ -17,8 +17,6 @@ pub(super) struct Shape {
     pub(super) moe_name: MoeName,
 }
 
-/// Routing where no argument says otherwise, which Megatron-DeepSpeed has no arguments for: random token selection, no noise.
-const ROUTING: (bool, f64) = (true, 0.0);
 /// Most rows or columns of a matrix.
 const MOST: usize = 1 << 24;
 
@@ -62,11 +60,12 @@ fn config(folder: &Folder, arguments: &Arguments, moe_layers: &[(usize, usize)],
             eval_factor: arguments.drop_tokens.then_some(arguments.eval_capacity_factor),
             min_capacity: arguments.min_capacity,
         },
-        use_rts: ROUTING.0,
+        // Megatron-DeepSpeed has no arguments for these: they are DeepSpeed's own.
+        use_rts: true,
         noisy_gate: None,
+        z_loss_coef: 0.0,
         sample_second_expert: arguments.sample_second_expert,
         aux_loss_coef: arguments.aux_loss_coef,
-        z_loss_coef: ROUTING.1,
     });
     if moe.is_some() && arguments.top_k.is_none() {
         return Err("args.topk is not saved in it, and it has experts; give --topk".into());
