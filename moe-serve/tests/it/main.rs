@@ -2,6 +2,7 @@
 
 mod access;
 mod bad_requests;
+mod bench;
 mod chat;
 mod completions;
 mod connections;
