@@ -29,11 +29,10 @@ fn draw(rng: &mut CounterRng, count: usize) -> Vec<u32> {
 
 /// Requests of one size, arriving as a Poisson process of `rate` per second (exponential gaps), or all at once without a rate.
 pub(super) fn drawn(count: usize, input_len: usize, output_len: usize, rate: Option<f64>, seed: u64) -> Vec<Planned> {
-    let mut rng = CounterRng::new(seed, 0);
+    let (mut rng, mut arrivals) = (CounterRng::new(seed, 0), CounterRng::new(seed, 1));
     let mut at = 0.0;
     let mut request = |_| {
-        let gap = rate.map_or(0.0, |rate| -(1.0 - rng.uniform_f64()).ln() / rate);
-        at += gap;
+        at += rate.map_or(0.0, |rate| -(1.0 - arrivals.uniform_f64()).ln() / rate);
         Planned { at: Duration::from_secs_f64(at), prompt: draw(&mut rng, input_len), output_len }
     };
     (0..count).map(&mut request).collect()
