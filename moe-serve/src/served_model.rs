@@ -20,6 +20,7 @@ const EMBEDDED_WEIGHTS: &[u8] = include_bytes!("../model/model.safetensors");
 struct TextFiles<'a> {
     tokenizer: &'a [u8],
     tokenizer_config: Option<&'a [u8]>,
+    chat_template: Option<&'a [u8]>,
     generation_config: Option<&'a [u8]>,
 }
 
@@ -78,8 +79,8 @@ impl ServedModel {
     }
 
     /// Loads `config.json`, `model.safetensors` and `tokenizer.json` of a folder, with weights in `forms` (one [`moe_models::Precision`],
-    /// or quantized on the way; a quantized folder keeps its own), and `generation_config.json` and `tokenizer_config.json` where they
-    /// exist; or a GGUF file, which says all of this. Without a `name` the folder's or file's is taken.
+    /// or quantized on the way; a quantized folder keeps its own), and `generation_config.json`, `tokenizer_config.json` and
+    /// `chat_template.jinja` where they exist; or a GGUF file, which says all of this. Without a `name` the folder's or file's is taken.
     ///
     /// # Errors
     /// What is wrong with which file.
@@ -124,10 +125,12 @@ impl ServedModel {
     fn with_text_of(source: &ModelSource, name: Option<String>, lm: Decoder) -> Result<Self> {
         let tokenizer = source.required("tokenizer.json")?;
         let tokenizer_config = source.content("tokenizer_config.json")?;
+        let chat_template = source.content("chat_template.jinja")?;
         let generation_config = source.content("generation_config.json")?;
         let files = TextFiles {
             tokenizer: &tokenizer,
             tokenizer_config: tokenizer_config.as_deref(),
+            chat_template: chat_template.as_deref(),
             generation_config: generation_config.as_deref(),
         };
         Self::from_files(name.or_else(|| source.name()).unwrap_or_else(|| "model".to_owned()), lm, files)
@@ -145,6 +148,7 @@ impl ServedModel {
         let files = TextFiles {
             tokenizer: include_bytes!("../model/tokenizer.json"),
             tokenizer_config: Some(include_bytes!("../model/tokenizer_config.json")),
+            chat_template: None,
             generation_config: Some(include_bytes!("../model/generation_config.json")),
         };
         Self::from_files(name.unwrap_or_else(|| EMBEDDED_NAME.to_owned()), lm, files)
@@ -153,7 +157,7 @@ impl ServedModel {
     fn from_files(name: String, lm: Decoder, files: TextFiles<'_>) -> Result<Self> {
         tracing::info!("weights: {}", describe_weights(&lm));
         let tokenizer = TextTokenizer::from_bytes(files.tokenizer, lm.config().vocab_size)?;
-        let chat = files.tokenizer_config.map_or_else(ChatTemplate::dialogue, ChatTemplate::from_tokenizer_config)?;
+        let chat = ChatTemplate::from_files(files.tokenizer_config, files.chat_template)?;
         let mut defaults =
             files.generation_config.map_or_else(|| Ok(Default::default()), GenerationDefaults::from_bytes)?;
         if defaults.eos_token_ids.is_empty() {
@@ -184,7 +188,19 @@ impl ServedModel {
     /// # Errors
     /// [`Error::Template`].
     pub fn chat_prompt(&self, message: &str) -> Result<String> {
-        self.chat.render(&[ChatMessage { role: "user".into(), content: message.into() }])
+        self.chat.render(&[ChatMessage::new("user", message)])
+    }
+
+    /// The tokens of a prompt that the chat template made.
+    ///
+    /// # Errors
+    /// As [`TextTokenizer::encode`].
+    pub fn encode_chat(&self, prompt: &str) -> Result<Vec<u32>> {
+        if self.chat.says_special_tokens() {
+            self.tokenizer.encode_whole(prompt)
+        } else {
+            self.tokenizer.encode(prompt)
+        }
     }
 
     /// What the engine must know of this model: no queue, one sequence's memory and the default schedule until told otherwise.

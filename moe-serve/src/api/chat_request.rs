@@ -1,28 +1,17 @@
 //! The body of `POST /v1/chat/completions`.
 
 use super::common_request::{Common, UNSUPPORTED};
-use super::fields::{Fields, wrong};
-use super::limits::{MAX_LOGPROBS, MAX_MESSAGES, MAX_PARTS};
-use crate::text::ChatMessage;
+use super::fields::Fields;
+use super::limits::MAX_LOGPROBS;
+use super::message_request::take_messages;
+use super::tool_request::{ToolShape, ToolUse};
+use crate::text::{ChatMessage, RESERVED_VARIABLES};
 use crate::{Error, Result, ServedModel};
 use serde_json::{Map, Value};
 
-const ROLES: [&str; 4] = ["system", "developer", "user", "assistant"];
-
 /// OpenAI's chat fields that this server does not have.
-const UNSUPPORTED_IN_CHAT: [&str; 11] = [
-    "audio",
-    "function_call",
-    "functions",
-    "modalities",
-    "parallel_tool_calls",
-    "reasoning_effort",
-    "safety_identifier",
-    "tool_choice",
-    "tools",
-    "verbosity",
-    "web_search_options",
-];
+const UNSUPPORTED_IN_CHAT: [&str; 7] =
+    ["audio", "function_call", "functions", "modalities", "safety_identifier", "verbosity", "web_search_options"];
 
 /// A chat request, every field checked.
 #[derive(Debug)]
@@ -31,6 +20,9 @@ pub(super) struct ChatRequest {
     pub(super) messages: Vec<ChatMessage>,
     pub(super) max_tokens: Option<usize>,
     pub(super) logprobs: Option<usize>,
+    pub(super) tools: ToolUse,
+    /// What the template is told beside messages and tools.
+    pub(super) variables: Map<String, Value>,
 }
 
 impl ChatRequest {
@@ -40,7 +32,10 @@ impl ChatRequest {
         let max_tokens = take_max_tokens(&mut fields, &common, model.lm.max_seq_len())?;
         let messages = fields.take("messages").ok_or_else(|| Error::field("messages", "`messages` is missing"))?;
         let messages = take_messages(messages)?;
-        let request = Self { max_tokens, messages, logprobs: take_logprobs(&mut fields)?, common };
+        let tools = ToolUse::take(&mut fields, ToolShape::Nested, model)?;
+        check_form(&tools, &common)?;
+        let variables = take_variables(&mut fields, model)?;
+        let request = Self { max_tokens, messages, logprobs: take_logprobs(&mut fields)?, tools, variables, common };
         fields.finish(&[&UNSUPPORTED_IN_CHAT[..], &UNSUPPORTED].concat())?;
         Ok(request)
     }
@@ -73,45 +68,30 @@ fn take_logprobs(fields: &mut Fields) -> Result<Option<usize>> {
     }
 }
 
-/// The messages of a conversation.
-pub(super) fn take_messages(value: Value) -> Result<Vec<ChatMessage>> {
-    match value {
-        Value::Array(items) if (1..=MAX_MESSAGES).contains(&items.len()) => {
-            items.into_iter().enumerate().map(|(i, item)| message(&format!("messages[{i}]"), item)).collect()
+/// The form of calls and a form of one's own exclude each other.
+pub(super) fn check_form(tools: &ToolUse, common: &Common) -> Result<()> {
+    if tools.tools.is_empty() || common.grammar.is_none() {
+        return Ok(());
+    }
+    let text = "`tools` and a form of the answer (`response_format`, `structured_outputs`) exclude each other here; leave one out or \
+                set `tool_choice` to none";
+    Err(Error::field("tools", text))
+}
+
+/// `chat_template_kwargs` (vLLM) and OpenAI's `reasoning_effort`: variables that the model's template knows.
+pub(super) fn take_variables(fields: &mut Fields, model: &ServedModel) -> Result<Map<String, Value>> {
+    let mut variables = fields.object("chat_template_kwargs")?.unwrap_or_default();
+    let known = |name: &str| model.chat.has_variable(name) && !RESERVED_VARIABLES.contains(&name);
+    if let Some(name) = variables.keys().find(|name| !known(name)) {
+        let text = format!("the chat template of this model has no variable `{name:.80}`; leave it out");
+        return Err(Error::field(format!("chat_template_kwargs.{name:.80}"), text));
+    }
+    if let Some(effort) = fields.text("reasoning_effort")? {
+        if !known("reasoning_effort") {
+            let text = "`reasoning_effort`: the chat template of this model does not know it; leave it out";
+            return Err(Error::field("reasoning_effort", text));
         }
-        other => Err(wrong("messages", &format!("an array of 1 to {MAX_MESSAGES} messages"), &other)),
+        variables.insert("reasoning_effort".into(), effort.into());
     }
-}
-
-fn message(path: &str, item: Value) -> Result<ChatMessage> {
-    let Value::Object(map) = item else { return Err(wrong(path, "an object with `role` and `content`", &item)) };
-    let mut fields = Fields::new(map);
-    let role_path = format!("{path}.role");
-    let role = match fields.take("role") {
-        Some(Value::String(role)) if ROLES.contains(&role.as_str()) => role,
-        other => return Err(wrong(&role_path, &format!("one of {}", ROLES.join(", ")), &other.unwrap_or_default())),
-    };
-    let content = content(&format!("{path}.content"), fields.take("content").unwrap_or_default())?;
-    fields.finish(&["name", "refusal", "audio", "tool_calls", "function_call"]).map_err(|error| match error {
-        Error::Field { field, message } => Error::field(format!("{path}.{field}"), message),
-        other => other,
-    })?;
-    Ok(ChatMessage { role, content })
-}
-
-/// A string, or a list of `{"type": "text", "text": ...}`, which are joined.
-fn content(path: &str, value: Value) -> Result<String> {
-    let parts = match value {
-        Value::String(text) => return Ok(text),
-        Value::Array(parts) if (1..=MAX_PARTS).contains(&parts.len()) => parts,
-        other => return Err(wrong(path, "a string or a list of text parts", &other)),
-    };
-    let mut joined = String::new();
-    for (i, part) in parts.iter().enumerate() {
-        let known = part.as_object().is_some_and(|part| part.keys().all(|key| key == "type" || key == "text"));
-        let text = part["text"].as_str().filter(|_| known && part["type"] == "text");
-        let expected = "{\"type\": \"text\", \"text\": ...}, the only kind of part here";
-        joined.push_str(text.ok_or_else(|| wrong(&format!("{path}[{i}]"), expected, part))?);
-    }
-    Ok(joined)
+    Ok(variables)
 }

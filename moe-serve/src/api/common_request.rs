@@ -1,6 +1,6 @@
 //! Fields that completions and chat completions share.
 
-use super::fields::{Fields, wrong};
+use super::fields::{Fields, inside, wrong};
 use super::grammar_request::take_grammar;
 use super::limits::{MAX_LOGIT_BIAS, MAX_N, MAX_PRIORITY, MAX_STOP_BYTES, MAX_STOP_TOKENS, MAX_STOPS, MAX_USER_BYTES};
 use crate::engine::SamplingParams;
@@ -160,10 +160,7 @@ fn take_stream(fields: &mut Fields) -> Result<Option<StreamOptions>> {
         include_usage: options.boolean("include_usage")?.unwrap_or(false),
         continuous_usage: options.boolean("continuous_usage_stats")?.unwrap_or(false),
     };
-    options.finish(&[]).map_err(|error| match error {
-        Error::Field { field, message } => Error::field(format!("stream_options.{field}"), message),
-        other => other,
-    })?;
+    options.finish(&[]).map_err(|error| inside("stream_options", error))?;
     Ok(Some(parsed))
 }
 

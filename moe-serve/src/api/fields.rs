@@ -71,6 +71,14 @@ impl Fields {
     }
 }
 
+/// The error of a field that lies in another one, under its whole path.
+pub(super) fn inside(outer: &str, error: Error) -> Error {
+    match error {
+        Error::Field { field, message } => Error::field(format!("{outer}.{field}"), message),
+        other => other,
+    }
+}
+
 /// "`name`: expected ..., found ...", the value shortened.
 pub(super) fn wrong(name: &str, expected: &str, found: &Value) -> Error {
     let shown = match found {

@@ -1,6 +1,6 @@
 //! `response_format` (OpenAI) and `structured_outputs` (vLLM): what an answer may say.
 
-use super::fields::{Fields, wrong};
+use super::fields::{Fields, inside, wrong};
 use super::limits::{MAX_CHOICE_TEXTS, MAX_GRAMMAR_BYTES};
 use crate::text::GrammarSource;
 use crate::{Error, Result};
@@ -22,14 +22,6 @@ pub(super) fn take_grammar(fields: &mut Fields) -> Result<Option<GrammarSource>>
             Err(Error::field("structured_outputs", text))
         }
         (format, outputs) => Ok(format.or(outputs)),
-    }
-}
-
-/// The path of a field within another one.
-fn inside(outer: &str, error: Error) -> Error {
-    match error {
-        Error::Field { field, message } => Error::field(format!("{outer}.{field}"), message),
-        other => other,
     }
 }
 

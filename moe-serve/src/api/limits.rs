@@ -43,8 +43,8 @@ impl Default for Limits {
 
 /// Bodies of the largest size that may be read and parsed at one time; each takes a multiple of its size in memory.
 pub(super) const MAX_LARGEST_BODIES: usize = 4;
-/// Nesting of a request's JSON; nothing we accept is deeper than 5.
-pub(super) const MAX_JSON_DEPTH: usize = 16;
+/// Nesting of a request's JSON: schemas take two levels for each of their own.
+pub(super) const MAX_JSON_DEPTH: usize = 48;
 /// Values in a request's JSON.
 pub(super) const MAX_JSON_VALUES: usize = 1 << 20;
 /// Continuations per prompt.
@@ -75,3 +75,11 @@ pub(super) const MAX_CHOICE_TEXTS: usize = 1024;
 pub(super) const MAX_PRIORITY: i64 = 1000;
 /// Bytes of `user`.
 pub(super) const MAX_USER_BYTES: usize = 512;
+/// Tools of a request; OpenAI's number.
+pub(super) const MAX_TOOLS: usize = 128;
+/// Bytes of all tools of a request.
+pub(super) const MAX_TOOLS_BYTES: usize = 128 << 10;
+/// Bytes of a tool's name; OpenAI's number.
+pub(super) const MAX_TOOL_NAME_BYTES: usize = 64;
+/// Calls in one message.
+pub(super) const MAX_CALLS_IN_MESSAGE: usize = 128;

@@ -2,6 +2,7 @@
 
 mod access;
 mod activity;
+mod answer_reader;
 mod body;
 mod chat_request;
 mod common_request;
@@ -12,6 +13,7 @@ mod fields;
 mod grammar_request;
 mod json;
 mod limits;
+mod message_request;
 mod metrics;
 mod models;
 mod piece;
@@ -21,6 +23,7 @@ mod routes;
 mod server;
 mod stream;
 mod tokens;
+mod tool_request;
 mod types;
 
 pub use error::ApiError;

@@ -1,5 +1,6 @@
 //! From the engine's events to [`Piece`]s: what each event adds to one choice, independent of the endpoint's format.
 
+use super::answer_reader::AnswerReader;
 use super::prepare::Prepared;
 use super::types::{LayerChoice, PromptTokensDetails, TokenExperts, Usage};
 use crate::engine::{FinishReason, PromptOutput, TokenLogprobs};
@@ -15,25 +16,53 @@ pub(super) struct ScoredToken {
     pub(super) text_offset: usize,
 }
 
+/// A call of a tool, or more of one.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(super) struct CallPiece {
+    pub(super) index: usize,
+    /// Its id and the tool's name, at its beginning.
+    pub(super) opening: Option<(String, String)>,
+    pub(super) arguments: String,
+}
+
 /// What one event adds to one choice.
 #[derive(Debug, Default)]
 pub(super) struct Piece {
     pub(super) choice: usize,
     pub(super) text: String,
+    /// What the model thought, where its form tells.
+    pub(super) reasoning: String,
+    /// Calls of tools, or parts of them.
+    pub(super) calls: Vec<CallPiece>,
     /// Filled only if log-probabilities were asked for.
     pub(super) tokens: Vec<ScoredToken>,
     pub(super) experts: Vec<TokenExperts>,
     pub(super) finish: Option<FinishReason>,
+    /// With `finish`: whether the choice called a tool.
+    pub(super) called: bool,
 }
 
 impl Piece {
     pub(super) fn is_empty(&self) -> bool {
-        self.text.is_empty() && self.tokens.is_empty() && self.experts.is_empty() && self.finish.is_none()
+        self.text.is_empty()
+            && self.reasoning.is_empty()
+            && self.calls.is_empty()
+            && self.tokens.is_empty()
+            && self.experts.is_empty()
+            && self.finish.is_none()
     }
 
     /// Appends what came later for the same choice.
     pub(super) fn extend(&mut self, later: Piece) {
         self.text.push_str(&later.text);
+        self.reasoning.push_str(&later.reasoning);
+        for call in later.calls {
+            match self.calls.last_mut() {
+                Some(last) if call.opening.is_none() => last.arguments.push_str(&call.arguments),
+                _ => self.calls.push(call),
+            }
+        }
+        self.called |= later.called;
         self.tokens.extend(later.tokens);
         self.experts.extend(later.experts);
         self.finish = later.finish.or(self.finish);
@@ -55,11 +84,18 @@ pub(super) struct PieceMaker {
     echoed_chars: Vec<usize>,
     /// Prompt tokens that did not have to be read.
     cached_tokens: usize,
+    /// Per choice, if the parts of answers are told apart.
+    readers: Vec<AnswerReader>,
 }
 
 impl PieceMaker {
-    pub(super) fn new(prepared: &Prepared, tokenizer: Arc<TextTokenizer>) -> Self {
+    /// `call_seed` makes the ids of calls.
+    pub(super) fn new(prepared: &Prepared, tokenizer: Arc<TextTokenizer>, call_seed: u64) -> Self {
         let job = &prepared.job;
+        let num_choices = job.prompts.len() * job.n;
+        let readers = prepared.reading.as_ref().map_or_else(Vec::new, |reading| {
+            (0..num_choices).map(|choice| AnswerReader::new(reading, choice, call_seed)).collect()
+        });
         Self {
             tokenizer,
             prompts: job.prompts.clone(),
@@ -67,9 +103,10 @@ impl PieceMaker {
             echo: prepared.echo,
             logprobs: job.logprobs.is_some(),
             experts: job.experts,
-            generated: vec![(0, 0); job.prompts.len() * job.n],
+            generated: vec![(0, 0); num_choices],
             echoed_chars: vec![0; job.prompts.len()],
             cached_tokens: 0,
+            readers,
         }
     }
 
@@ -95,7 +132,9 @@ impl PieceMaker {
                 let text_offset = self.echoed_chars[choice / self.n] + token.text_offset;
                 let scored = ScoredToken { token_id: token.token_id, logprobs: token.logprobs, text_offset };
                 let tokens = if self.logprobs { vec![scored] } else { Vec::new() };
-                vec![Piece { choice, text: token.text, tokens, ..Piece::default() }]
+                let mut pieces = self.told(choice, token.text, false);
+                pieces[0].tokens = tokens;
+                pieces
             }
             Event::Experts { choice, experts } => {
                 let (count, token_id) = self.generated[choice];
@@ -104,9 +143,20 @@ impl PieceMaker {
                 vec![Piece { choice, experts, ..Piece::default() }]
             }
             Event::Finished { choice, text, reason } => {
-                vec![Piece { choice, text, finish: Some(reason), ..Piece::default() }]
+                let mut pieces = self.told(choice, text, true);
+                let called = self.readers.get(choice).is_some_and(AnswerReader::has_called);
+                pieces.push(Piece { choice, finish: Some(reason), called, ..Piece::default() });
+                pieces
             }
             Event::Done(_) => Vec::new(),
+        }
+    }
+
+    /// The parts of more text, at least one; what is left in the last place if the choice has ended.
+    fn told(&mut self, choice: usize, text: String, ended: bool) -> Vec<Piece> {
+        match self.readers.get_mut(choice) {
+            Some(reader) => reader.read(&text, ended),
+            None => vec![Piece { choice, text, ..Piece::default() }],
         }
     }
 
@@ -130,7 +180,7 @@ impl PieceMaker {
             text: text.clone(),
             tokens: tokens.clone(),
             experts: experts.clone(),
-            finish: None,
+            ..Piece::default()
         };
         let pieces = (0..self.n).map(piece).collect();
         self.echoed_chars[prompt_index] = text.chars().count();

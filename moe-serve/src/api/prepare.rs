@@ -3,8 +3,9 @@
 use super::chat_request::ChatRequest;
 use super::common_request::{Common, StreamOptions};
 use super::completion_request::{CompletionRequest, PromptInput};
+use super::tool_request::ToolUse;
 use crate::engine::{Grammar, Job, StopParams};
-use crate::text::{GrammarSource, TextOptions};
+use crate::text::{ChatMessage, GrammarSource, TextOptions, Tool, ToolFormat};
 use crate::{Error, Result, ServedModel};
 use std::sync::Arc;
 
@@ -18,6 +19,17 @@ pub(super) struct Prepared {
     pub(super) text: TextOptions,
     pub(super) echo: bool,
     pub(super) stream: Option<StreamOptions>,
+    /// How calls and thoughts are told from the text of the answer; as text, without it.
+    pub(super) reading: Option<Reading>,
+}
+
+/// How the parts of an answer are told apart.
+#[derive(Debug, Clone)]
+pub(super) struct Reading {
+    pub(super) format: ToolFormat,
+    pub(super) tools: Vec<Tool>,
+    /// Whether calls after the first one are kept.
+    pub(super) parallel: bool,
 }
 
 /// Makes the job of a completion request.
@@ -27,29 +39,53 @@ pub(super) fn completion(request: CompletionRequest, model: &ServedModel, fresh_
     let prompts: Vec<Vec<u32>> =
         prompts.into_iter().map(|prompt| encode(model, "prompt", prompt, generates)).collect::<Result<_>>()?;
     let max_tokens = max_tokens.unwrap_or_else(|| default_tokens(model, &prompts, DEFAULT_COMPLETION_TOKENS));
-    let text = TextOptions { stops: common.stops.clone(), min_tokens: common.min_tokens, trim_start: false };
+    let text = TextOptions { stops: common.stops.clone(), min_tokens: common.min_tokens, ..TextOptions::default() };
     let prompt_logprobs = logprobs.filter(|_| echo);
     let stream = common.stream;
     let grammar = compile(model, common.grammar.as_ref())?;
     let job = Job { prompt_logprobs, grammar, ..job(common, prompts, max_tokens, logprobs, fresh_seed) };
-    Ok(Prepared { job, text, echo, stream })
+    Ok(Prepared { job, text, echo, stream, reading: None })
 }
 
 /// Makes the job of a chat request.
 pub(super) fn chat(request: ChatRequest, model: &ServedModel, fresh_seed: u64) -> Result<Prepared> {
-    let ChatRequest { common, messages, max_tokens, logprobs } = request;
-    // The template only adds to the messages, so a conversation that is too long is refused before it is rendered.
-    let bytes: usize = messages.iter().map(|message| message.content.len()).sum();
-    check_bytes(model, "messages", bytes)?;
-    let prompt = encode(model, "messages", PromptInput::Text(model.chat.render(&messages)?), 1)?;
-    let prompts = vec![prompt];
+    let ChatRequest { common, messages, max_tokens, logprobs, tools, variables } = request;
+    check_bytes(model, "messages", bytes_of(&messages, &tools))?;
+    let prompt = model.chat.render_with(&messages, &tools.tools, &variables)?;
+    let prompts = vec![fitting(model, "messages", model.encode_chat(&prompt)?, 1)?];
     let max_tokens = max_tokens.unwrap_or_else(|| default_tokens(model, &prompts, model.lm.max_seq_len()));
-    let stops = common.stops.iter().cloned().chain(model.chat.stop_strings()).collect();
-    let text = TextOptions { stops, min_tokens: common.min_tokens, trim_start: model.chat.trims_start() };
+    let format = model.chat.tool_format().filter(|format| format.always_reads() || !tools.tools.is_empty());
+    let forced = format.and_then(|format| tools.grammar(format, model));
+    let grammar = match forced {
+        Some(source) => Some(model.grammars()?.compile(&source).map_err(of_tools)?),
+        None => compile(model, common.grammar.as_ref())?,
+    };
+    let text = TextOptions {
+        stops: common.stops.iter().cloned().chain(model.chat.stop_strings()).collect(),
+        min_tokens: common.min_tokens,
+        trim_start: model.chat.trims_start(),
+        shown_tokens: format.map(|format| format.markers(&model.tokenizer)).unwrap_or_default(),
+    };
+    let reading = format.map(|format| Reading { format, tools: tools.tools, parallel: tools.parallel });
     let stream = common.stream;
-    let grammar = compile(model, common.grammar.as_ref())?;
     let job = Job { grammar, ..job(common, prompts, max_tokens, logprobs, fresh_seed) };
-    Ok(Prepared { job, text, echo: false, stream })
+    Ok(Prepared { job, text, echo: false, stream, reading })
+}
+
+/// A template only adds to what it is given, so a conversation that is too long is refused before it is rendered.
+fn bytes_of(messages: &[ChatMessage], tools: &ToolUse) -> usize {
+    let contents = messages.iter().filter_map(|message| message.content.as_ref()).map(String::len).sum::<usize>();
+    let calls = messages.iter().flat_map(|message| &message.tool_calls);
+    let names = calls.map(|call| call.name.len()).sum::<usize>();
+    contents + names + tools.tools.iter().map(|tool| tool.name.len()).sum::<usize>()
+}
+
+/// A grammar made of tools fails for their schemas.
+fn of_tools(error: Error) -> Error {
+    match error {
+        Error::Grammar(text) => Error::field("tools", format!("a schema in `tools` cannot be held to: {text}")),
+        other => other,
+    }
 }
 
 fn job(common: Common, prompts: Vec<Vec<u32>>, max_tokens: usize, logprobs: Option<usize>, fresh_seed: u64) -> Job {
@@ -104,13 +140,18 @@ fn check_bytes(model: &ServedModel, field: &str, bytes: usize) -> Result<()> {
 
 /// Token ids of a prompt that leaves room for `generates` tokens.
 fn encode(model: &ServedModel, field: &str, prompt: PromptInput, generates: usize) -> Result<Vec<u32>> {
-    let mut ids = match prompt {
+    let ids = match prompt {
         PromptInput::Tokens(ids) => ids,
         PromptInput::Text(text) => {
             check_bytes(model, field, text.len())?;
             model.tokenizer.encode(&text)?
         }
     };
+    fitting(model, field, ids, generates)
+}
+
+/// Token ids that leave room for `generates` more.
+fn fitting(model: &ServedModel, field: &str, mut ids: Vec<u32>, generates: usize) -> Result<Vec<u32>> {
     if ids.is_empty() {
         let text = || format!("`{field}` is empty, and this model has no token to begin with");
         ids.push(model.first_token().ok_or_else(|| Error::field(field, text()))?);

@@ -1,9 +1,9 @@
 //! [`Renderer`]: pieces to the wire format of either endpoint, whole or as chunks.
 
-use super::piece::{Piece, ScoredToken};
+use super::piece::{CallPiece, Piece, ScoredToken};
 use super::types::{
-    Answer, ChatAnswer, ChatChoice, ChatLogprob, ChatLogprobs, ChatTokenLogprob, CompletionChoice, CompletionLogprobs,
-    Delta, TokenExperts, Usage,
+    Answer, ChatAnswer, ChatChoice, ChatLogprob, ChatLogprobs, ChatTokenLogprob, ChatToolCall, CompletionChoice,
+    CompletionLogprobs, Delta, FunctionCall, TokenExperts, Usage,
 };
 use crate::engine::{FinishReason, TokenLogprob};
 use crate::text::TextTokenizer;
@@ -106,21 +106,33 @@ impl Renderer {
         ChatChoice {
             index: piece.choice,
             logprobs: self.chat_logprobs(&piece.tokens),
-            message: Some(ChatAnswer { role: "assistant", content: piece.text, refusal: None }),
+            finish_reason: finish_reason(&piece),
+            message: Some(ChatAnswer {
+                role: "assistant",
+                content: (piece.calls.is_empty() || !piece.text.is_empty()).then_some(piece.text),
+                reasoning_content: (!piece.reasoning.is_empty()).then_some(piece.reasoning),
+                refusal: None,
+                tool_calls: piece.calls.into_iter().filter_map(whole_call).collect(),
+            }),
             delta: None,
-            finish_reason: piece.finish.map(FinishReason::as_str),
             expert_choices: self.experts(piece.experts),
         }
     }
 
     fn chat_delta(&self, piece: Piece, first: bool) -> ChatChoice {
-        let content = (first || !piece.text.is_empty()).then_some(piece.text);
+        let says_nothing = piece.text.is_empty() && piece.calls.is_empty() && piece.reasoning.is_empty();
+        let content = (first && says_nothing || !piece.text.is_empty()).then_some(piece.text.clone());
         ChatChoice {
             index: piece.choice,
             logprobs: self.chat_logprobs(&piece.tokens),
             message: None,
-            delta: Some(Delta { role: first.then_some("assistant"), content }),
-            finish_reason: piece.finish.map(FinishReason::as_str),
+            finish_reason: finish_reason(&piece),
+            delta: Some(Delta {
+                role: first.then_some("assistant"),
+                content,
+                reasoning_content: (!piece.reasoning.is_empty()).then_some(piece.reasoning),
+                tool_calls: piece.calls.into_iter().map(call_delta).collect(),
+            }),
             expert_choices: self.experts(piece.experts),
         }
     }
@@ -136,4 +148,24 @@ impl Renderer {
             scored.map(|l| ChatTokenLogprob { token: one(&l.token), top_logprobs: l.top.iter().map(one).collect() });
         self.logprobs.then(|| ChatLogprobs { content: content.collect() })
     }
+}
+
+/// Why a choice ended; one that called a tool waits for its answer.
+fn finish_reason(piece: &Piece) -> Option<&'static str> {
+    match piece.finish {
+        Some(FinishReason::Stop) if piece.called => Some("tool_calls"),
+        finish => finish.map(FinishReason::as_str),
+    }
+}
+
+fn whole_call(call: CallPiece) -> Option<ChatToolCall> {
+    let (id, name) = call.opening?;
+    let function = FunctionCall { name: Some(name), arguments: call.arguments };
+    Some(ChatToolCall { index: None, id: Some(id), kind: Some("function"), function })
+}
+
+fn call_delta(call: CallPiece) -> ChatToolCall {
+    let (id, name) = call.opening.unzip();
+    let kind = id.is_some().then_some("function");
+    ChatToolCall { index: Some(call.index), id, kind, function: FunctionCall { name, arguments: call.arguments } }
 }

@@ -135,7 +135,7 @@ async fn answer(
 ) -> Result<Response, ApiError> {
     let deadline = Instant::now() + state.limits.request_timeout;
     let prepared = read(&state, request, prepare).await?;
-    let maker = PieceMaker::new(&prepared, state.model.tokenizer.clone());
+    let maker = PieceMaker::new(&prepared, state.model.tokenizer.clone(), state.fresh_seed());
     let (listener, receiver) = TextListener::new(state.model.tokenizer.clone(), prepared.text);
     let renderer = Renderer {
         endpoint,

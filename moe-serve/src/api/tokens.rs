@@ -1,11 +1,13 @@
 //! `POST /tokenize` and `/detokenize`, as vLLM has them.
 
-use super::chat_request::take_messages;
+use super::chat_request::take_variables;
 use super::common_request::token_id;
 use super::error::ApiError;
 use super::fields::{Fields, wrong};
 use super::limits::MAX_JSON_VALUES;
+use super::message_request::take_messages;
 use super::server::AppState;
+use super::tool_request::{ToolShape, ToolUse};
 use crate::text::Detokenizer;
 use crate::{Error, Result, ServedModel};
 use serde_json::{Map, Value, json};
@@ -15,19 +17,22 @@ pub(super) fn tokenize(body: Map<String, Value>, state: &AppState) -> std::resul
     let mut fields = Fields::new(body);
     state.check_model(fields.text("model")?.as_deref())?;
     let model = &state.model;
-    let text = take_text(&mut fields, model)?;
+    let tokens = take_tokens(&mut fields, model)?;
     let with_names = fields.boolean("return_token_strs")?.unwrap_or(false);
     fields.finish(&["add_special_tokens", "add_generation_prompt"])?;
-    let tokens = model.tokenizer.encode(&text)?;
     let names = with_names.then(|| tokens.iter().map(|&id| model.tokenizer.shown(id)).collect::<Vec<_>>());
     let max_model_len = model.lm.max_seq_len();
     Ok(json!({"count": tokens.len(), "max_model_len": max_model_len, "tokens": tokens, "token_strs": names}))
 }
 
-fn take_text(fields: &mut Fields, model: &ServedModel) -> Result<String> {
+fn take_tokens(fields: &mut Fields, model: &ServedModel) -> Result<Vec<u32>> {
     match (fields.text("prompt")?, fields.take("messages")) {
-        (Some(text), None) => Ok(text),
-        (None, Some(messages)) => model.chat.render(&take_messages(messages)?),
+        (Some(text), None) => model.tokenizer.encode(&text),
+        (None, Some(messages)) => {
+            let tools = ToolUse::take(fields, ToolShape::Nested, model)?.tools;
+            let variables = take_variables(fields, model)?;
+            model.encode_chat(&model.chat.render_with(&take_messages(messages)?, &tools, &variables)?)
+        }
         (Some(_), Some(_)) => {
             Err(Error::field("messages", "`messages` and `prompt` exclude each other; leave one out"))
         }

@@ -69,9 +69,37 @@ pub(super) struct ChatChoice {
 #[derive(Debug, Serialize)]
 pub(super) struct ChatAnswer {
     pub(super) role: &'static str,
-    pub(super) content: String,
+    /// Null if the answer is calls alone.
+    pub(super) content: Option<String>,
+    /// What the model thought before it answered.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub(super) reasoning_content: Option<String>,
     /// Always null: the model does not refuse in a separate field.
     pub(super) refusal: Option<String>,
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    pub(super) tool_calls: Vec<ChatToolCall>,
+}
+
+/// A call of a tool, or what a chunk adds to one.
+#[derive(Debug, Serialize)]
+pub(super) struct ChatToolCall {
+    /// Which one, in chunks.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub(super) index: Option<usize>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub(super) id: Option<String>,
+    #[serde(rename = "type", skip_serializing_if = "Option::is_none")]
+    pub(super) kind: Option<&'static str>,
+    pub(super) function: FunctionCall,
+}
+
+/// The function of a call.
+#[derive(Debug, Serialize)]
+pub(super) struct FunctionCall {
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub(super) name: Option<String>,
+    /// JSON, as the model wrote it.
+    pub(super) arguments: String,
 }
 
 /// What a chunk adds.
@@ -81,6 +109,10 @@ pub(super) struct Delta {
     pub(super) role: Option<&'static str>,
     #[serde(skip_serializing_if = "Option::is_none")]
     pub(super) content: Option<String>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub(super) reasoning_content: Option<String>,
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    pub(super) tool_calls: Vec<ChatToolCall>,
 }
 
 /// The newer shape of log-probabilities.

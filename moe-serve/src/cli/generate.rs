@@ -112,12 +112,15 @@ impl GenerateArgs {
         let chat_stops = if self.chat { model.chat.stop_strings() } else { Vec::new() };
         let stops = self.stop.iter().chain(&model.defaults.stop_strings).cloned().chain(chat_stops).collect();
         let min_tokens = model.defaults.min_new_tokens;
-        TextOptions { stops, min_tokens, trim_start: self.chat && model.chat.trims_start() }
+        TextOptions { stops, min_tokens, trim_start: self.chat && model.chat.trims_start(), ..TextOptions::default() }
     }
 
     fn job(&self, model: &ServedModel, sampling: SamplingParams) -> anyhow::Result<Job> {
-        let text = if self.chat { model.chat_prompt(&self.prompt)? } else { self.prompt.clone() };
-        let mut prompt = model.tokenizer.encode(&text)?;
+        let mut prompt = if self.chat {
+            model.encode_chat(&model.chat_prompt(&self.prompt)?)?
+        } else {
+            model.tokenizer.encode(&self.prompt)?
+        };
         if prompt.is_empty() {
             prompt.push(model.first_token().context("--prompt is empty, and this model has no token to begin with")?);
         }

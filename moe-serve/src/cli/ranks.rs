@@ -81,7 +81,7 @@ fn serve_rank(args: &ServeArgs, seat: &Seat, timeout: Duration) -> Result<()> {
     let comm: Arc<dyn Communicator> = seat.comm.clone().context("a rank of several has a communicator")?;
     let dims = args.ranks.serving_dims(comm.size())?;
     let mesh = Arc::new(Mesh::new(Arc::clone(&comm), dims, seat.ranks_per_node, args.ranks.exchange())?);
-    let model = args.model.load_over(args.served_model_name.clone(), &mesh)?;
+    let model = args.told(args.model.load_over(args.served_model_name.clone(), &mesh)?);
     let config = args.config()?;
     let (kv_cache_bytes, max_sequences) = (config.kv_cache_bytes, config.scheduling.max_sequences);
     if comm.rank() > 0 {

@@ -2,7 +2,9 @@
 
 use super::engine::EngineArgs;
 use super::load::{ModelArgs, choose_kernels};
+use crate::ServedModel;
 use crate::api::{Limits, Server, ServerConfig, terminated};
+use crate::text::ToolFormat;
 use anyhow::{Context, ensure};
 use moe_models::cli::ranks::RankArgs;
 use std::future::Future;
@@ -65,6 +67,10 @@ pub struct ServeArgs {
     /// A series for each expert of each layer in /metrics: as many as the model has experts.
     #[arg(long)]
     per_expert_metrics: bool,
+    /// How the model writes calls of tools, where its chat template does not show it: dialogue, hermes, mistral, deepseek_v3,
+    /// deepseek_v31, llama3_json, llama4_json, granite, glm45, openai.
+    #[arg(long, value_name = "NAME", value_parser = tool_format)]
+    tool_call_parser: Option<ToolFormat>,
     #[command(flatten)]
     pub(super) engine: EngineArgs,
     #[command(flatten)]
@@ -86,10 +92,18 @@ impl ServeArgs {
 
     /// Serves a model that is loaded in this process.
     pub(super) fn serve_alone(&self) -> anyhow::Result<()> {
-        let model = self.model.load(self.served_model_name.clone())?;
+        let model = self.told(self.model.load(self.served_model_name.clone())?);
         let name = model.name.clone();
         let server = Server::new(model, self.config()?)?;
         self.listen(server, &name, std::future::pending())
+    }
+
+    /// The model with what the command line says of it.
+    pub(super) fn told(&self, mut model: ServedModel) -> ServedModel {
+        if let Some(format) = self.tool_call_parser {
+            model.chat = model.chat.with_tool_format(format);
+        }
+        model
     }
 
     /// What the server is told.
@@ -155,6 +169,10 @@ impl ServeArgs {
             Ok(())
         })
     }
+}
+
+fn tool_format(name: &str) -> Result<ToolFormat, String> {
+    ToolFormat::named(name).ok_or_else(|| format!("expected one of {}", ToolFormat::all_names().join(", ")))
 }
 
 /// A key from the environment.

@@ -69,6 +69,8 @@ pub struct TextOptions {
     pub min_tokens: usize,
     /// Leading white space is dropped.
     pub trim_start: bool,
+    /// Special tokens whose names are part of the text, for whoever reads it.
+    pub shown_tokens: Vec<u32>,
 }
 
 /// The running state of one continuation.
@@ -154,7 +156,11 @@ impl Listener for TextListener {
         let SampledToken { token_id, is_stop, logprobs } = token;
         let tokenizer = self.tokenizer.clone();
         let min_tokens = self.options.min_tokens;
-        let bytes = if is_stop { &[] } else { tokenizer.bytes(token_id) };
+        let bytes = match is_stop {
+            true => &[],
+            false if self.options.shown_tokens.contains(&token_id) => tokenizer.shown_bytes(token_id),
+            false => tokenizer.bytes(token_id),
+        };
         let assembly = self.assembly(choice);
         let text_offset = assembly.chars;
         let text = assembly.push(bytes, min_tokens);

@@ -51,8 +51,9 @@ impl Grammars {
     /// [`Error::Tokenizer`] if the parser cannot work with its tokens.
     pub fn new(tokenizer: &TextTokenizer, eos_token_ids: &[u32]) -> Result<Self> {
         let num_tokens = tokenizer.num_tokens() as u32;
-        // A token that begins with this byte would be taken for a special one; no text has it.
+        // The byte that special tokens begin with, which grammars name by id; no text has it.
         let spelled = |id: u32| match tokenizer.bytes(id) {
+            _ if tokenizer.is_special(id) => [&[TokTrie::SPECIAL_TOKEN_MARKER], tokenizer.shown_bytes(id)].concat(),
             [TokTrie::SPECIAL_TOKEN_MARKER, ..] => Vec::new(),
             bytes => bytes.to_vec(),
         };

@@ -6,10 +6,13 @@ mod detokenize;
 mod grammar;
 mod stop;
 mod tokenizer;
+mod tools;
 
 pub use assembler::{Event, EventReceiver, TextListener, TextOptions, TokenText};
-pub use chat::{ChatMessage, ChatTemplate};
+pub(crate) use chat::RESERVED as RESERVED_VARIABLES;
+pub use chat::{ChatMessage, ChatTemplate, Tool, ToolCall};
 pub use detokenize::Detokenizer;
 pub use grammar::{GrammarSource, Grammars};
 pub use stop::StopMatcher;
 pub use tokenizer::TextTokenizer;
+pub use tools::{AnswerParser, AnswerPart, MAX_CALLS, ToolFormat};

@@ -89,7 +89,19 @@ impl TextTokenizer {
     /// # Errors
     /// [`Error::Tokenizer`]; [`Error::UnknownToken`] if the model does not have one of the tokens.
     pub fn encode(&self, text: &str) -> Result<Vec<u32>> {
-        let encoding = self.inner.encode_fast(text, true).map_err(|e| Error::Tokenizer(e.to_string()))?;
+        self.encode_as(text, true)
+    }
+
+    /// Token ids of a text that says all special tokens itself, as models' own chat templates do.
+    ///
+    /// # Errors
+    /// As [`Self::encode`].
+    pub fn encode_whole(&self, text: &str) -> Result<Vec<u32>> {
+        self.encode_as(text, false)
+    }
+
+    fn encode_as(&self, text: &str, add_special_tokens: bool) -> Result<Vec<u32>> {
+        let encoding = self.inner.encode_fast(text, add_special_tokens).map_err(|e| Error::Tokenizer(e.to_string()))?;
         let ids = encoding.get_ids().to_vec();
         match ids.iter().find(|&&id| id as usize >= self.vocab_size) {
             Some(&token_id) => Err(Error::UnknownToken { token_id, vocab_size: self.vocab_size }),
@@ -100,6 +112,16 @@ impl TextTokenizer {
     /// The id of a token by its name, if the model has it.
     pub fn id_of(&self, name: &str) -> Option<u32> {
         self.inner.token_to_id(name).filter(|&id| (id as usize) < self.vocab_size)
+    }
+
+    /// The id of a special token by its name.
+    pub fn special_id(&self, name: &str) -> Option<u32> {
+        self.id_of(name).filter(|id| self.special.contains_key(id))
+    }
+
+    /// Whether a token is special, so that it adds nothing to a text.
+    pub fn is_special(&self, token_id: u32) -> bool {
+        self.special.contains_key(&token_id)
     }
 
     /// Bytes the token adds to a text: none for a special token or an unknown id.

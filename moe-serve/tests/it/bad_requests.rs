@@ -97,7 +97,6 @@ fn impossible_chats_name_their_field() {
         ("messages", json!([{"role": "user", "content": "hi", "colour": 1}]), "messages[0].colour"),
         ("messages", user(json!([{"type": "image_url", "image_url": {"url": "x"}}])), "messages[0].content[0]"),
         ("messages", user(json!([{"type": "text", "text": "x", "more": 1}])), "messages[0].content[0]"),
-        ("tools", json!([]), "tools"),
         ("response_format", json!({"type": "xml"}), "response_format.type"),
         ("top_logprobs", json!(2), "top_logprobs"),
         ("max_completion_tokens", json!(0), "max_completion_tokens"),

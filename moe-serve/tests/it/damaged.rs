@@ -196,7 +196,7 @@ fn generate_from(dir: &Path) -> Result<()> {
     let stop = StopParams { max_tokens, min_tokens: d.min_new_tokens, ..StopParams::default() };
     let (logprobs, prompt_logprobs) = (Some(3), Some(2));
     let job = Job { prompts, n: 2, sampling, stop, logprobs, prompt_logprobs, experts: true, ..Job::default() };
-    let options = TextOptions { stops: d.stop_strings.clone(), min_tokens: d.min_new_tokens, trim_start: false };
+    let options = TextOptions { stops: d.stop_strings.clone(), min_tokens: d.min_new_tokens, ..TextOptions::default() };
     let (listener, mut events) = TextListener::new(model.tokenizer.clone(), options);
     let engine = Engine::start(model.lm.clone(), EngineConfig { max_queue: 1, ..model.engine_config() }, Arc::new(()))?;
     engine.submit(job, Box::new(listener), events.cancel_flag())?;

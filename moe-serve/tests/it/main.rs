@@ -17,3 +17,4 @@ mod quantized;
 mod ranks;
 mod structured;
 mod support;
+mod tools;
