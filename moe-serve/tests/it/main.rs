@@ -17,4 +17,5 @@ mod quantized;
 mod ranks;
 mod structured;
 mod support;
+mod templates;
 mod tools;

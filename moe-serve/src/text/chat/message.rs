@@ -25,11 +25,11 @@ impl ChatMessage {
         Self { role: role.into(), content: Some(content.into()), ..Self::default() }
     }
 
-    /// As templates know it: `content` is always there, the rest where it is said.
-    pub(super) fn to_json(&self, arguments: ArgumentsAs) -> Value {
+    /// As templates know it: `content` is always there, `empty` if there is none, and the rest where it is said.
+    pub(super) fn to_json(&self, arguments: ArgumentsAs, empty: &Value) -> Value {
         let mut fields = Map::new();
         fields.insert("role".into(), self.role.as_str().into());
-        fields.insert("content".into(), self.content.as_deref().into());
+        fields.insert("content".into(), self.content.as_deref().map_or_else(|| empty.clone(), Value::from));
         if let Some(reasoning) = &self.reasoning {
             fields.insert("reasoning_content".into(), reasoning.as_str().into());
         }

@@ -15,7 +15,7 @@ use super::tools::ToolFormat;
 use crate::{Error, Result};
 use message::ArgumentsAs;
 use minijinja::syntax::SyntaxConfig;
-use minijinja::value::{Serde, Value as Jinja};
+use minijinja::value::{Serde, Value as Jinja, ValueKind};
 use minijinja::{Environment, ErrorKind};
 use serde_json::{Map, Value};
 use std::collections::HashSet;
@@ -34,6 +34,8 @@ const DEFAULT: &str = "default";
 const TOOL_USE: &str = "tool_use";
 /// Steps of a template's machine for one prompt: the longest conversations take thousands, an endless loop all of them.
 const FUEL: u64 = 50_000_000;
+/// By these a template tells messages of nothing but calls from others.
+const NONE_TESTS: [&str; 3] = ["content is none", "'content'] is none", "\"content\"] is none"];
 /// What a template is told by its renderer, not by whoever asks.
 pub(crate) const RESERVED: [&str; 4] = ["messages", "tools", "documents", "add_generation_prompt"];
 
@@ -44,6 +46,8 @@ pub struct ChatTemplate {
     is_dialogue: bool,
     /// What templates ask to be told.
     variables: HashSet<String>,
+    /// Whether the text of a message that has none is null to the template, which asks for that, or else empty.
+    empty_is_none: bool,
     format: Option<ToolFormat>,
     /// Special tokens by their names, such as `bos_token`.
     tokens: Map<String, Value>,
@@ -90,14 +94,17 @@ impl ChatTemplate {
     fn compile(sources: Vec<(String, String)>, tokens: Map<String, Value>) -> Result<Self> {
         let mut environment = environment()?;
         let mut variables = HashSet::new();
+        let mut empty_is_none = false;
         let format = sources.iter().find_map(|(_, source)| ToolFormat::of_template(source));
         for (name, source) in sources {
-            let source = without_generation_tags(&source);
+            // As Jinja2 reads files, whatever system wrote them.
+            let source = without_generation_tags(&source.replace("\r\n", "\n"));
+            empty_is_none |= NONE_TESTS.iter().any(|test| source.contains(test));
             environment.add_template_owned(name.clone(), source).map_err(|e| Error::Template(e.to_string()))?;
             let template = environment.get_template(&name).map_err(|e| Error::Template(e.to_string()))?;
             variables.extend(template.undeclared_variables(false));
         }
-        Ok(Self { environment, is_dialogue: false, variables, format, tokens })
+        Ok(Self { environment, is_dialogue: false, variables, empty_is_none, format, tokens })
     }
 
     /// Reads and asks for calls of tools in this form, whatever the template looks like.
@@ -156,7 +163,8 @@ impl ChatTemplate {
         let mut context = variables.clone();
         context.extend(self.tokens.clone());
         let definitions: Vec<Value> = tools.iter().map(|tool| tool.definition.clone()).collect();
-        context.insert("messages".into(), messages.iter().map(|message| message.to_json(arguments)).collect());
+        let empty = if self.empty_is_none { Value::Null } else { "".into() };
+        context.insert("messages".into(), messages.iter().map(|m| m.to_json(arguments, &empty)).collect());
         context.insert("tools".into(), if tools.is_empty() { Value::Null } else { definitions.into() });
         context.insert("documents".into(), Value::Null);
         context.insert("add_generation_prompt".into(), true.into());
@@ -194,6 +202,13 @@ fn environment() -> Result<Environment<'static>> {
     environment.set_formatter(python::print);
     environment.set_unknown_method_callback(minijinja_contrib::pycompat::unknown_method_callback);
     environment.add_filter("tojson", python::tojson);
+    // Jinja2's: nothing is none of these, text and objects are both.
+    environment.add_test("iterable", |value: Jinja| {
+        !matches!(value.kind(), ValueKind::None | ValueKind::Number | ValueKind::Bool)
+    });
+    environment.add_test("sequence", |value: Jinja| {
+        !matches!(value.kind(), ValueKind::None | ValueKind::Number | ValueKind::Bool)
+    });
     environment.add_filter("string", |value: Jinja| python::to_str(&value));
     let refused = |message: String| minijinja::Error::new(ErrorKind::InvalidOperation, message);
     environment
