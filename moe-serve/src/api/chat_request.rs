@@ -23,6 +23,8 @@ pub(super) struct ChatRequest {
     pub(super) tools: ToolUse,
     /// What the template is told beside messages and tools.
     pub(super) variables: Map<String, Value>,
+    /// The field that the messages came in.
+    pub(super) messages_field: &'static str,
 }
 
 impl ChatRequest {
@@ -35,7 +37,8 @@ impl ChatRequest {
         let tools = ToolUse::take(&mut fields, ToolShape::Nested, model)?;
         check_form(&tools, &common)?;
         let variables = take_variables(&mut fields, model)?;
-        let request = Self { max_tokens, messages, logprobs: take_logprobs(&mut fields)?, tools, variables, common };
+        let logprobs = take_logprobs(&mut fields)?;
+        let request = Self { max_tokens, messages, logprobs, tools, variables, common, messages_field: "messages" };
         fields.finish(&[&UNSUPPORTED_IN_CHAT[..], &UNSUPPORTED].concat())?;
         Ok(request)
     }

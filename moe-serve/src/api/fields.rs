@@ -16,6 +16,11 @@ impl Fields {
         self.0.remove(name).filter(|value| !value.is_null())
     }
 
+    /// Puts in what was found elsewhere.
+    pub(super) fn put(&mut self, name: &str, value: Value) {
+        self.0.insert(name.to_owned(), value);
+    }
+
     fn take_as<T>(&mut self, name: &str, expected: &str, read: impl Fn(&Value) -> Option<T>) -> Result<Option<T>> {
         let Some(value) = self.take(name) else { return Ok(None) };
         read(&value).map(Some).ok_or_else(|| wrong(name, expected, &value))

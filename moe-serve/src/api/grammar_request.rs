@@ -25,7 +25,8 @@ pub(super) fn take_grammar(fields: &mut Fields) -> Result<Option<GrammarSource>>
     }
 }
 
-fn response_format(format: Map<String, Value>) -> Result<Option<GrammarSource>> {
+/// One of OpenAI's forms, none for text.
+pub(super) fn response_format(format: Map<String, Value>) -> Result<Option<GrammarSource>> {
     let mut fields = Fields::new(format);
     let kind = fields.text("type")?.unwrap_or_default();
     let source = match kind.as_str() {

@@ -19,6 +19,7 @@ mod models;
 mod piece;
 mod prepare;
 mod render;
+mod responses;
 mod routes;
 mod server;
 mod stream;

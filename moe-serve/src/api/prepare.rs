@@ -49,10 +49,10 @@ pub(super) fn completion(request: CompletionRequest, model: &ServedModel, fresh_
 
 /// Makes the job of a chat request.
 pub(super) fn chat(request: ChatRequest, model: &ServedModel, fresh_seed: u64) -> Result<Prepared> {
-    let ChatRequest { common, messages, max_tokens, logprobs, tools, variables } = request;
-    check_bytes(model, "messages", bytes_of(&messages, &tools))?;
+    let ChatRequest { common, messages, max_tokens, logprobs, tools, variables, messages_field } = request;
+    check_bytes(model, messages_field, bytes_of(&messages, &tools))?;
     let prompt = model.chat.render_with(&messages, &tools.tools, &variables)?;
-    let prompts = vec![fitting(model, "messages", model.encode_chat(&prompt)?, 1)?];
+    let prompts = vec![fitting(model, messages_field, model.encode_chat(&prompt)?, 1)?];
     let max_tokens = max_tokens.unwrap_or_else(|| default_tokens(model, &prompts, model.lm.max_seq_len()));
     let format = model.chat.tool_format().filter(|format| format.always_reads() || !tools.tools.is_empty());
     let forced = format.and_then(|format| tools.grammar(format, model));

@@ -8,6 +8,7 @@ use super::json::parse_object;
 use super::piece::PieceMaker;
 use super::prepare::{self, Prepared};
 use super::render::{Endpoint, Renderer};
+use super::responses::{self, ResponseRequest, ResponseWriter};
 use super::server::AppState;
 use super::stream::Running;
 use super::{models, tokens};
@@ -42,6 +43,7 @@ pub(super) fn router(state: Arc<AppState>) -> Router {
         .route("/v1/models/{*id}", get(models::one))
         .route("/v1/completions", post(completions))
         .route("/v1/chat/completions", post(chat_completions))
+        .route("/v1/responses", post(respond))
         .route("/tokenize", post(tokenize))
         .route("/detokenize", post(detokenize))
         .fallback(no_route)
@@ -135,8 +137,6 @@ async fn answer(
 ) -> Result<Response, ApiError> {
     let deadline = Instant::now() + state.limits.request_timeout;
     let prepared = read(&state, request, prepare).await?;
-    let maker = PieceMaker::new(&prepared, state.model.tokenizer.clone(), state.fresh_seed());
-    let (listener, receiver) = TextListener::new(state.model.tokenizer.clone(), prepared.text);
     let renderer = Renderer {
         endpoint,
         id: state.fresh_id(endpoint),
@@ -146,16 +146,43 @@ async fn answer(
         logprobs: prepared.job.logprobs.is_some(),
         experts: prepared.job.experts,
     };
+    let stream = prepared.stream;
+    let running = submit(&state, prepared, deadline)?;
+    match stream {
+        Some(options) => Ok(running.stream(renderer, options)),
+        None => running.collect(&renderer).await,
+    }
+}
+
+async fn respond(State(state): State<Arc<AppState>>, request: Request) -> Result<Response, ApiError> {
+    let deadline = Instant::now() + state.limits.request_timeout;
+    let (prepared, settings) = read(&state, request, |body, state| {
+        let request = ResponseRequest::from_json(body, &state.model)?;
+        state.check_model(request.chat.common.model.as_deref())?;
+        tracing::debug!(user = request.chat.common.user, "response");
+        Ok((prepare::chat(request.chat, &state.model, state.fresh_seed())?, request.settings))
+    })
+    .await?;
+    let created = super::server::unix_seconds();
+    let writer = ResponseWriter::new(state.fresh_number(), created, state.model.name.clone(), settings);
+    let stream = prepared.stream;
+    let running = submit(&state, prepared, deadline)?;
+    match stream {
+        Some(_) => Ok(responses::stream(running, writer)),
+        None => responses::collect(running, writer).await,
+    }
+}
+
+/// Gives a request to the engine.
+fn submit(state: &AppState, prepared: Prepared, deadline: Instant) -> Result<Running, ApiError> {
+    let maker = PieceMaker::new(&prepared, state.model.tokenizer.clone(), state.fresh_seed());
+    let (listener, receiver) = TextListener::new(state.model.tokenizer.clone(), prepared.text);
     state.engine.submit(prepared.job, Box::new(listener), receiver.cancel_flag()).inspect_err(|error| {
         if let Error::QueueFull { .. } = error {
             state.metrics.rejected();
         }
     })?;
-    let running = Running { receiver, maker, renderer, deadline, limit: state.limits.request_timeout };
-    match prepared.stream {
-        Some(options) => Ok(running.stream(options)),
-        None => running.collect().await,
-    }
+    Ok(Running { receiver, maker, deadline, limit: state.limits.request_timeout })
 }
 
 /// Reads a request, and makes of it what `prepare` does, where that may take its time.

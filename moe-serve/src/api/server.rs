@@ -88,8 +88,13 @@ impl AppState {
             Endpoint::Completions => "cmpl",
             Endpoint::Chat => "chatcmpl",
         };
+        format!("{prefix}-{}", self.fresh_number())
+    }
+
+    /// What an id ends with.
+    pub(super) fn fresh_number(&self) -> String {
         let number = self.requests.fetch_add(1, Ordering::Relaxed);
-        format!("{prefix}-{:016x}", CounterRng::mix(self.created, &[number]))
+        format!("{:016x}", CounterRng::mix(self.created, &[number]))
     }
 
     /// Refuses a model that is not served; a request may leave the name out.

@@ -11,6 +11,7 @@ use axum::Json;
 use axum::body::{Body, Bytes};
 use axum::http::header;
 use axum::response::{IntoResponse, Response};
+use futures_util::{Stream, StreamExt};
 use serde_json::Value;
 use std::collections::VecDeque;
 use std::convert::Infallible;
@@ -21,7 +22,6 @@ use tokio::time::{Instant, timeout_at};
 pub(super) struct Running {
     pub(super) receiver: EventReceiver,
     pub(super) maker: PieceMaker,
-    pub(super) renderer: Renderer,
     /// When the answer must be complete.
     pub(super) deadline: Instant,
     pub(super) limit: Duration,
@@ -29,7 +29,7 @@ pub(super) struct Running {
 
 impl Running {
     /// The next event, or the error that ends the request. Dropping `self` afterwards cancels the job.
-    async fn next(&mut self) -> Result<Option<Vec<Piece>>, ApiError> {
+    pub(super) async fn next(&mut self) -> Result<Option<Vec<Piece>>, ApiError> {
         let timeout = || Error::Timeout { limit_s: self.limit.as_secs() };
         match timeout_at(self.deadline, self.receiver.next()).await.map_err(|_| timeout())? {
             Event::Done(result) => result.map(|()| None).map_err(ApiError::from),
@@ -38,7 +38,7 @@ impl Running {
     }
 
     /// Waits for the whole answer.
-    pub(super) async fn collect(mut self) -> Result<Response, ApiError> {
+    pub(super) async fn collect(mut self, renderer: &Renderer) -> Result<Response, ApiError> {
         let choice = |choice| Piece { choice, ..Piece::default() };
         let mut choices: Vec<Piece> = (0..self.maker.num_choices()).map(choice).collect();
         while let Some(pieces) = self.next().await? {
@@ -46,28 +46,34 @@ impl Running {
                 choices[piece.choice].extend(piece);
             }
         }
-        Ok(Json(self.renderer.whole(choices, self.maker.usage())).into_response())
+        Ok(Json(renderer.whole(choices, self.maker.usage())).into_response())
     }
 
     /// Answers at once and sends each piece as it comes.
-    pub(super) fn stream(self, options: StreamOptions) -> Response {
+    pub(super) fn stream(self, renderer: Renderer, options: StreamOptions) -> Response {
         let begun = vec![false; self.maker.num_choices()];
-        let state = SseState { running: self, options, begun, ready: VecDeque::new(), ended: false };
-        let body = Body::from_stream(futures_util::stream::unfold(state, |mut state| async move {
-            state.next_frame().await.map(|frame| (Ok::<_, Infallible>(frame), state))
-        }));
-        let headers = [
-            (header::CONTENT_TYPE, "text/event-stream; charset=utf-8"),
-            (header::CACHE_CONTROL, "no-cache"),
-            // Asks a reverse proxy not to hold the pieces back.
-            (header::HeaderName::from_static("x-accel-buffering"), "no"),
-        ];
-        (headers, body).into_response()
+        let state = SseState { running: self, renderer, options, begun, ready: VecDeque::new(), ended: false };
+        event_stream(futures_util::stream::unfold(state, |mut state| async move {
+            state.next_frame().await.map(|frame| (frame, state))
+        }))
     }
+}
+
+/// An answer of server-sent events.
+pub(super) fn event_stream(frames: impl Stream<Item = Bytes> + Send + 'static) -> Response {
+    let body = Body::from_stream(frames.map(Ok::<_, Infallible>));
+    let headers = [
+        (header::CONTENT_TYPE, "text/event-stream; charset=utf-8"),
+        (header::CACHE_CONTROL, "no-cache"),
+        // Asks a reverse proxy not to hold the pieces back.
+        (header::HeaderName::from_static("x-accel-buffering"), "no"),
+    ];
+    (headers, body).into_response()
 }
 
 struct SseState {
     running: Running,
+    renderer: Renderer,
     options: StreamOptions,
     /// Per choice, whether a chunk was sent.
     begun: Vec<bool>,
@@ -93,18 +99,18 @@ impl SseState {
 
     fn push(&mut self, piece: Piece) {
         let first = !std::mem::replace(&mut self.begun[piece.choice], true);
-        let announces = first && self.running.renderer.endpoint == Endpoint::Chat;
+        let announces = first && self.renderer.endpoint == Endpoint::Chat;
         if piece.is_empty() && !announces {
             self.begun[piece.choice] = !first;
             return;
         }
         let usage: Option<Usage> = self.options.continuous_usage.then(|| self.running.maker.usage());
-        self.ready.push_back(frame(&self.running.renderer.chunk(piece, first, usage)));
+        self.ready.push_back(frame(&self.renderer.chunk(piece, first, usage)));
     }
 
     fn end(&mut self) {
         if self.options.include_usage {
-            self.ready.push_back(frame(&self.running.renderer.usage_chunk(self.running.maker.usage())));
+            self.ready.push_back(frame(&self.renderer.usage_chunk(self.running.maker.usage())));
         }
         self.end_marker();
     }

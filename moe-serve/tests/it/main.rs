@@ -15,6 +15,7 @@ mod metrics;
 mod prefill;
 mod quantized;
 mod ranks;
+mod responses;
 mod structured;
 mod support;
 mod templates;
