@@ -5,20 +5,49 @@ use serde_json::{Map, Value};
 use std::ops::RangeInclusive;
 
 /// A request's fields, not yet taken. `null` counts as absent.
-pub(super) struct Fields(Map<String, Value>);
+pub(super) struct Fields {
+    left: Map<String, Value>,
+    /// Whether a test wants to know which are asked for.
+    #[cfg(test)]
+    watched: bool,
+}
+
+#[cfg(test)]
+thread_local! {
+    /// Of the next object that is read on this thread: the names it was asked for.
+    static ASKED: std::cell::RefCell<Option<std::collections::BTreeSet<String>>> = const { std::cell::RefCell::new(None) };
+    static WATCH_NEXT: std::cell::Cell<bool> = const { std::cell::Cell::new(false) };
+}
+
+/// The fields that `read` asks its outermost object for.
+#[cfg(test)]
+pub(super) fn asked_by<T>(read: impl FnOnce() -> T) -> (T, std::collections::BTreeSet<String>) {
+    ASKED.set(Some(Default::default()));
+    WATCH_NEXT.set(true);
+    let result = read();
+    (result, ASKED.take().unwrap_or_default())
+}
 
 impl Fields {
     pub(super) fn new(fields: Map<String, Value>) -> Self {
-        Self(fields)
+        Self {
+            left: fields,
+            #[cfg(test)]
+            watched: WATCH_NEXT.replace(false),
+        }
     }
 
     pub(super) fn take(&mut self, name: &str) -> Option<Value> {
-        self.0.remove(name).filter(|value| !value.is_null())
+        #[cfg(test)]
+        if self.watched {
+            ASKED.with_borrow_mut(|asked| asked.as_mut().map(|asked| asked.insert(name.to_owned())));
+        }
+        self.left.remove(name).filter(|value| !value.is_null())
     }
 
     /// Puts in what was found elsewhere.
     pub(super) fn put(&mut self, name: &str, value: Value) {
-        self.0.insert(name.to_owned(), value);
+        self.left.insert(name.to_owned(), value);
     }
 
     fn take_as<T>(&mut self, name: &str, expected: &str, read: impl Fn(&Value) -> Option<T>) -> Result<Option<T>> {
@@ -65,7 +94,7 @@ impl Fields {
     /// Refuses whatever is left; fields in `unsupported` are OpenAI's but not ours.
     pub(super) fn finish(self, unsupported: &[&str]) -> Result<()> {
         let Some((name, _)) =
-            self.0.iter().find(|(name, value)| !unsupported.contains(&name.as_str()) || !value.is_null())
+            self.left.iter().find(|(name, value)| !unsupported.contains(&name.as_str()) || !value.is_null())
         else {
             return Ok(());
         };

@@ -16,6 +16,8 @@ mod limits;
 mod message_request;
 mod metrics;
 mod models;
+#[cfg(test)]
+mod openapi_tests;
 mod piece;
 mod prepare;
 mod render;

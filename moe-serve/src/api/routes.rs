@@ -27,6 +27,9 @@ use tower_http::trace::TraceLayer;
 
 const PAGE: &str = include_str!("../../page/index.html");
 
+/// What a client may send and get; a test holds it to the fields that requests are read by.
+pub(super) const OPENAPI: &str = include_str!("openapi.json");
+
 /// The page is one file: it may run its own script and style and talk to this server, nothing else.
 const PAGE_POLICY: &str = "default-src 'none'; style-src 'unsafe-inline'; script-src 'unsafe-inline'; connect-src 'self'; \
                            img-src data:; base-uri 'none'; form-action 'none'; frame-ancestors 'none'";
@@ -37,6 +40,7 @@ pub(super) fn router(state: Arc<AppState>) -> Router {
         .route("/health", get(health))
         .route("/ready", get(ready))
         .route("/version", get(version))
+        .route("/openapi.json", get(openapi))
         .route("/metrics", get(metrics))
         .route("/reset_prefix_cache", post(reset_prefix_cache))
         .route("/v1/models", get(models::list))
@@ -79,6 +83,10 @@ async fn ready(State(state): State<Arc<AppState>>) -> Response {
 
 async fn version() -> axum::Json<Value> {
     axum::Json(json!({"version": env!("CARGO_PKG_VERSION")}))
+}
+
+async fn openapi() -> Response {
+    ([(header::CONTENT_TYPE, "application/json")], OPENAPI).into_response()
 }
 
 async fn reset_prefix_cache(State(state): State<Arc<AppState>>) -> StatusCode {

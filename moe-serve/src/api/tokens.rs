@@ -25,7 +25,8 @@ pub(super) fn tokenize(body: Map<String, Value>, state: &AppState) -> std::resul
     Ok(json!({"count": tokens.len(), "max_model_len": max_model_len, "tokens": tokens, "token_strs": names}))
 }
 
-fn take_tokens(fields: &mut Fields, model: &ServedModel) -> Result<Vec<u32>> {
+/// The tokens of either kind of request.
+pub(super) fn take_tokens(fields: &mut Fields, model: &ServedModel) -> Result<Vec<u32>> {
     match (fields.text("prompt")?, fields.take("messages")) {
         (Some(text), None) => model.tokenizer.encode(&text),
         (None, Some(messages)) => {

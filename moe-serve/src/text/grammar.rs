@@ -13,9 +13,9 @@ use std::sync::Arc;
 /// What a continuation may say.
 #[derive(Debug, Clone, PartialEq)]
 pub enum GrammarSource {
-    /// Any JSON object.
+    /// Any JSON object, on one line.
     JsonObject,
-    /// JSON of a schema; references to other documents are not followed.
+    /// JSON of a schema, on one line; references to other documents are not followed.
     JsonSchema(Value),
     /// Text that a regular expression matches as a whole, without look-around and back-references.
     Regex(String),
@@ -73,8 +73,8 @@ impl Grammars {
     /// [`Error::Grammar`] if it is none, is too large, or uses what is not supported.
     pub fn compile(&self, source: &GrammarSource) -> Result<Arc<dyn Grammar>> {
         let grammar = match source {
-            GrammarSource::JsonObject => TopLevelGrammar::from_json_schema(json!({"type": "object"})),
-            GrammarSource::JsonSchema(schema) => TopLevelGrammar::from_json_schema(schema.clone()),
+            GrammarSource::JsonObject => TopLevelGrammar::from_json_schema(on_one_line(json!({"type": "object"}))),
+            GrammarSource::JsonSchema(schema) => TopLevelGrammar::from_json_schema(on_one_line(schema.clone())),
             GrammarSource::Regex(regex) => TopLevelGrammar::from_regex(regex),
             GrammarSource::Choice(texts) => {
                 // A JSON string is a string of Lark too.
@@ -90,6 +90,15 @@ impl Grammars {
         Walk::begin(matcher, self.ends.clone()).allowed()?;
         Ok(Arc::new(compiled))
     }
+}
+
+/// A schema whose values have at most one space after a comma or a colon: of free white space a small model would never come to an end.
+pub(super) fn on_one_line(mut schema: Value) -> Value {
+    if let Value::Object(fields) = &mut schema {
+        let spacing = json!({"item_separator": ", ?", "key_separator": ": ?", "whitespace_flexible": false});
+        fields.insert("x-guidance".into(), spacing);
+    }
+    schema
 }
 
 /// A grammar before its first token.
@@ -217,6 +226,8 @@ mod tests {
             (GrammarSource::JsonSchema(schema.clone()), "{\"n\": x", (6, false, false)),
             (GrammarSource::JsonSchema(schema), "{\"m\"", (2, false, false)),
             (GrammarSource::JsonObject, "{\"any\": [1, {}]}", (16, true, true)),
+            (GrammarSource::JsonObject, "{\"any\":[1,{}]}", (14, true, true)),
+            (GrammarSource::JsonObject, "{\n", (1, false, false)),
             (GrammarSource::JsonObject, "[", (0, false, false)),
             (GrammarSource::Lark("start: \"a\"+ \"b\"".into()), "aab", (3, true, true)),
         ] {

@@ -1,14 +1,16 @@
 """Drives a running moe-serve with the official `openai` package.
 
     python3 -m venv .venv && .venv/bin/pip install openai
-    .venv/bin/python moe-serve/tests/openai_client.py [http://127.0.0.1:8000]
+    .venv/bin/python moe-serve/tests/clients/openai_client.py [http://127.0.0.1:8000]
 
 Prints one line per check and fails at the first that does not hold.
 """
 
+import json
 import sys
 
 import openai
+from pydantic import BaseModel
 
 BASE = sys.argv[1] if len(sys.argv) > 1 else "http://127.0.0.1:8000"
 client = openai.OpenAI(base_url=f"{BASE}/v1", api_key="none", max_retries=0, timeout=120)
@@ -81,6 +83,80 @@ def chat_stream(model, want):
     done("streamed chat", f"{len(chunks)} chunks, same text for the same seed")
 
 
+class Person(BaseModel):
+    kind: str
+    legs: int
+
+
+SCHEMA = {"type": "object", "properties": {"kind": {"enum": ["cat", "dog"]}, "legs": {"type": "integer", "minimum": 0, "maximum": 9}},
+          "required": ["kind", "legs"], "additionalProperties": False}
+TOOL = {"type": "function", "function": {"name": "pet", "description": "Takes a pet.", "parameters": SCHEMA}}
+
+
+def check_pet(text):
+    pet = json.loads(text)
+    assert pet["kind"] in ("cat", "dog") and 0 <= pet["legs"] <= 9, text
+
+
+def schema(model):
+    answer = client.chat.completions.create(
+        model=model, messages=MESSAGES, seed=1, max_tokens=100,
+        response_format={"type": "json_schema", "json_schema": {"name": "pet", "schema": SCHEMA, "strict": True}})
+    check_pet(answer.choices[0].message.content)
+    done("JSON schema", answer.choices[0].message.content)
+    try:
+        parsed = client.chat.completions.parse(model=model, messages=MESSAGES, seed=2, response_format=Person, max_tokens=120)
+        done("pydantic model", parsed.choices[0].message.parsed)
+    except openai.LengthFinishReasonError as error:  # a model that knows nothing may talk on within a string
+        done("pydantic model", f"cut off: {error.completion.choices[0].message.content!r:.60}")
+
+
+def tools(model):
+    ask = {"model": model, "messages": MESSAGES, "tools": [TOOL], "seed": 4, "max_tokens": 100}
+    named = {"type": "function", "function": {"name": "pet"}}
+    choice = client.chat.completions.create(**ask, tool_choice=named).choices[0]
+    call = choice.message.tool_calls[0]
+    assert choice.finish_reason == "tool_calls" and call.function.name == "pet", choice
+    check_pet(call.function.arguments)
+    done("named tool", f"{call.id} {call.function.arguments}")
+    with client.chat.completions.stream(**ask, tool_choice=named) as events:
+        kinds = [event.type for event in events]
+        final = events.get_final_completion().choices[0]
+    assert final.message.tool_calls[0].function.arguments == call.function.arguments, final
+    assert "tool_calls.function.arguments.delta" in kinds and final.finish_reason == "tool_calls", kinds
+    done("streamed tool", f"{len(kinds)} events, the same call")
+    free = client.chat.completions.create(**ask, tool_choice="auto", parallel_tool_calls=False).choices[0]
+    done("auto", f"{free.finish_reason}: {free.message.content!r:.50}")
+    result = {"role": "tool", "tool_call_id": call.id, "content": "taken"}
+    again = client.chat.completions.create(
+        model=model, messages=MESSAGES + [choice.message, result], tools=[TOOL], max_tokens=8, seed=1).choices[0]
+    done("after a tool's answer", repr(again.message.content))
+
+
+def responses(model):
+    ask = {"model": model, "input": "Hello! How are you today?", "max_output_tokens": 24, "store": False, "extra_body": {"seed": 1}}
+    answer = client.responses.create(**ask)
+    assert answer.status in ("completed", "incomplete") and answer.usage.output_tokens <= 24, answer
+    done("response", repr(answer.output_text))
+    with client.responses.stream(**ask) as events:
+        kinds = {event.type: event for event in events}
+        final = events.get_final_response()
+    assert final.output_text == answer.output_text, (final.output_text, answer.output_text)
+    assert {"response.created", "response.output_text.delta", "response.output_text.done"} <= set(kinds), kinds
+    done("streamed response", f"{len(kinds)} kinds of events, the same text")
+    tool = {"type": "function", "name": "pet", "parameters": SCHEMA, "strict": True}
+    called = client.responses.create(model=model, input="A pet?", tools=[tool], tool_choice="required", parallel_tool_calls=False, store=False)
+    check_pet(called.output[0].arguments)
+    items = [{"role": "user", "content": "A pet?"}, called.output[0],
+             {"type": "function_call_output", "call_id": called.output[0].call_id, "output": "taken"}]
+    again = client.responses.create(model=model, input=items, instructions="Be brief.", max_output_tokens=8, store=False)
+    done("response after a call", f"{called.output[0].arguments} -> {again.output_text!r}")
+    formed = client.responses.create(model=model, input="A pet?", store=False, max_output_tokens=100, extra_body={"seed": 3},
+                                     text={"format": {"type": "json_schema", "name": "pet", "schema": SCHEMA}})
+    check_pet(formed.output_text)
+    done("response of a schema", formed.output_text)
+
+
 def experts(model):
     answer = client.completions.create(
         model=model, prompt=PROMPT, max_tokens=2, extra_body={"return_expert_choices": True})
@@ -93,6 +169,7 @@ def errors(model):
     for name, kind, call in [
         ("temperature 3", openai.BadRequestError, lambda: client.completions.create(model=model, prompt="a", temperature=3)),
         ("unknown field", openai.BadRequestError, lambda: client.completions.create(model=model, prompt="a", extra_body={"x": 1})),
+        ("kept response", openai.BadRequestError, lambda: client.responses.create(model=model, input="a", store=True)),
         ("unknown model", openai.NotFoundError, lambda: client.completions.create(model="other", prompt="a")),
     ]:
         try:
@@ -108,5 +185,8 @@ stream(MODEL, complete(MODEL))
 several(MODEL)
 echo(MODEL)
 chat_stream(MODEL, chat(MODEL))
+schema(MODEL)
+tools(MODEL)
+responses(MODEL)
 experts(MODEL)
 errors(MODEL)

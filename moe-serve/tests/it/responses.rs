@@ -164,6 +164,7 @@ fn impossible_requests_name_their_field() {
         (json!({"truncation": "auto"}), "truncation"),
         (json!({"include": ["x"]}), "include"),
         (json!({"n": 2}), "n"),
+        (json!({"response_format": {"type": "text"}}), "response_format"),
         (json!({"stream": true, "stream_options": {"include_usage": true}}), "stream_options"),
         (json!({"return_expert_choices": true}), "return_expert_choices"),
         (json!({"text": {"format": {"type": "xml"}}}), "text.format.type"),

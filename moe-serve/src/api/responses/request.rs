@@ -11,7 +11,7 @@ use crate::{Error, Result, ServedModel};
 use serde_json::{Map, Value, json};
 
 /// OpenAI's fields that this server does not have.
-const UNSUPPORTED: [&str; 16] = [
+const UNSUPPORTED: [&str; 15] = [
     "background",
     "context_management",
     "conversation",
@@ -23,7 +23,6 @@ const UNSUPPORTED: [&str; 16] = [
     "prompt",
     "prompt_cache_key",
     "prompt_cache_retention",
-    "response_format",
     "safety_identifier",
     "service_tier",
     "top_logprobs",
@@ -50,6 +49,10 @@ impl ResponseRequest {
         match fields.text("truncation")?.as_deref() {
             None | Some("disabled") => {}
             Some(other) => return Err(wrong("truncation", "disabled: nothing of `input` is left out", &other.into())),
+        }
+        if fields.take("response_format").is_some() {
+            let text = "`response_format` is a field of chats; in responses it is `text.format`";
+            return Err(Error::field("response_format", text));
         }
         let form = take_text(&mut fields)?;
         let reasoning = take_reasoning(&mut fields)?;

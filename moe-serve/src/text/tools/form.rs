@@ -1,7 +1,8 @@
 //! [`Form`]: how a family writes a call, as text around its name and arguments; and the grammar of that.
 
 use crate::text::chat::Tool;
-use serde_json::{Map, Value, json};
+use crate::text::grammar::on_one_line;
+use serde_json::{Map, Value};
 
 /// How the ids of calls look.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -111,11 +112,9 @@ impl Form {
     }
 }
 
-/// JSON of a schema, spaced as models are trained to write it and not otherwise: free white space could go on forever.
-fn json_of(mut schema: Map<String, Value>) -> String {
-    let spacing = json!({"item_separator": ", ", "key_separator": ": ", "whitespace_flexible": false});
-    schema.insert("x-guidance".into(), spacing);
-    format!("%json {}", Value::Object(schema))
+/// JSON of a schema.
+fn json_of(schema: Map<String, Value>) -> String {
+    format!("%json {}", on_one_line(Value::Object(schema)))
 }
 
 /// Each property in the schema's order, those that are not required or not.
