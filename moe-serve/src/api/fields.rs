@@ -64,7 +64,8 @@ impl Fields {
     /// A number above 0, at most `max`.
     pub(super) fn positive(&mut self, name: &str, max: f32) -> Result<Option<f32>> {
         let expected = format!("a number above 0, at most {max}");
-        self.take_as(name, &expected, |v| v.as_f64().map(|x| x as f32).filter(|&x| x > 0.0 && x <= max))
+        let read = |x: f64| (x as f32).max(f32::MIN_POSITIVE);
+        self.take_as(name, &expected, |v| v.as_f64().filter(|&x| x > 0.0 && x <= f64::from(max)).map(read))
     }
 
     /// A whole number in `range`.
