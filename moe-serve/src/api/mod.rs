@@ -5,6 +5,7 @@ mod activity;
 mod answer_reader;
 mod body;
 mod chat_request;
+mod check;
 mod common_request;
 mod completion_request;
 mod connections;
@@ -29,6 +30,7 @@ mod tokens;
 mod tool_request;
 mod types;
 
+pub use check::check_request;
 pub use error::ApiError;
 pub use limits::Limits;
 pub(crate) use server::DEFAULT_KV_CACHE_BYTES;

@@ -58,7 +58,7 @@ pub(super) fn chat(request: ChatRequest, model: &ServedModel, fresh_seed: u64) -
     let forced = format.and_then(|format| tools.grammar(format, model));
     let grammar = match forced {
         Some(source) => Some(model.grammars()?.compile(&source).map_err(of_tools)?),
-        None => compile(model, common.grammar.as_ref())?,
+        None => compile(model, common.grammar.as_ref()).map_err(|error| of_form(error, messages_field))?,
     };
     let text = TextOptions {
         stops: common.stops.iter().cloned().chain(model.chat.stop_strings()).collect(),
@@ -78,6 +78,14 @@ fn bytes_of(messages: &[ChatMessage], tools: &ToolUse) -> usize {
     let calls = messages.iter().flat_map(|message| &message.tool_calls);
     let names = calls.map(|call| call.name.len()).sum::<usize>();
     contents + names + tools.tools.iter().map(|tool| tool.name.len()).sum::<usize>()
+}
+
+/// In responses a form has another name than in chats.
+fn of_form(error: Error, messages_field: &str) -> Error {
+    match error {
+        Error::Grammar(_) if messages_field == "input" => Error::field("text.format", error.to_string()),
+        other => other,
+    }
 }
 
 /// A grammar made of tools fails for their schemas.

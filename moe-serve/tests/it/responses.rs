@@ -169,6 +169,7 @@ fn impossible_requests_name_their_field() {
         (json!({"return_expert_choices": true}), "return_expert_choices"),
         (json!({"text": {"format": {"type": "xml"}}}), "text.format.type"),
         (json!({"text": {"verbosity": "low"}}), "text.verbosity"),
+        (json!({"text": {"format": {"type": "json_schema", "schema": {"type": "nonsense"}}}}), "text.format"),
         (json!({"reasoning": {"effort": "low"}}), "reasoning_effort"),
         (json!({"reasoning": {"summary": "auto"}}), "reasoning.summary"),
         (json!({"tools": [{"type": "web_search"}]}), "tools[0].type"),
