@@ -10,6 +10,7 @@ const SCRIPTS: &[&str] = &[
     "moe-models/tests/fixtures/make.py",
     "moe-models/tests/fixtures/deepspeed/make.py",
     "moe-compress/tests/fixtures/gptq/make.py",
+    "moe-serve/tests/fixtures/chat_templates/make.py",
 ];
 
 #[derive(clap::Args)]

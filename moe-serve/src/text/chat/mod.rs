@@ -262,7 +262,7 @@ fn without_generation_tags(source: &str) -> String {
     let mut rest = source;
     while let Some(at) = rest.find("{%") {
         let (before, tag) = rest.split_at(at);
-        let Some(end) = tag.find("%}") else { break };
+        let Some(end) = tag[2..].find("%}").map(|at| at + 2) else { break };
         let inner = &tag[2..end];
         let word = inner.trim_matches(['-', '+']).trim();
         out.push_str(before);

@@ -120,7 +120,13 @@ fn a_template_without_an_end_is_an_error() {
 
 #[test]
 fn bad_templates_are_errors() {
-    for config in ["{", r#"{"chat_template": "{% for %}"}"#, r#"{"chat_template": [1]}"#, r#"{"chat_template": 3}"#] {
+    for config in [
+        "{",
+        r#"{"chat_template": "{% for %}"}"#,
+        r#"{"chat_template": [1]}"#,
+        r#"{"chat_template": 3}"#,
+        r#"{"chat_template": "{%}"}"#,
+    ] {
         assert!(ChatTemplate::from_files(Some(config.as_bytes()), None).is_err(), "{config}");
     }
 }
