@@ -86,12 +86,13 @@ impl Parser {
         self.pending.skip(char::is_whitespace);
         let ends = ["\n", KEY.0, CLOSE].iter().filter_map(|end| self.pending.0.find(end)).min();
         let Some(end) = ends.filter(|&end| end > 0) else {
-            if last || ends.is_some() {
-                let broken = OPEN.to_owned() + &self.pending.take();
-                self.text.push(&broken, out);
+            let is_broken = last || ends.is_some();
+            if is_broken {
+                // A call of nothing is text, and so is what follows, unless that is a call.
+                self.text.push(OPEN, out);
                 self.state = State::Text;
             }
-            return false;
+            return is_broken;
         };
         self.name = self.pending.take_front(end).trim().to_owned();
         self.text.call();

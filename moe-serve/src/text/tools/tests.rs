@@ -152,6 +152,7 @@ fn glm() {
         "|weather{\"other\": \"a b\"}",
     );
     check("glm45", "<tool_call></tool_call>", "<tool_call></tool_call>");
+    check("glm45", "<tool_call></tool_call><tool_call>now\n</tool_call>", "<tool_call></tool_call>|now{}");
     check("glm45", "plain", "plain");
 }
 
