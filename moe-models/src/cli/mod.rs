@@ -23,7 +23,11 @@ pub fn exit_code(body: impl FnOnce() -> anyhow::Result<()>) -> ExitCode {
     }
 }
 
-fn choose_kernels() -> anyhow::Result<()> {
+/// Uses the kernels that the environment names, if it names any.
+///
+/// # Errors
+/// For a name that is none, or kernels that this machine cannot run.
+pub fn choose_kernels() -> anyhow::Result<()> {
     match std::env::var(select::ENV) {
         Ok(name) => Ok(select::force(name.parse()?)?),
         Err(_) => Ok(()),

@@ -2,8 +2,7 @@
 
 use crate::ServedModel;
 use anyhow::{Context, ensure};
-use moe_kernels::select;
-use moe_models::cli::{PrecisionArg, QuantizeArg, packed_forms};
+use moe_models::cli::{PrecisionArg, QuantizeArg, choose_kernels, packed_forms};
 use moe_parallel::Mesh;
 use std::path::PathBuf;
 
@@ -56,6 +55,7 @@ impl ModelArgs {
     /// # Errors
     /// What is wrong with which file, or why the model cannot be divided so.
     pub(super) fn load_over(&self, name: Option<String>, mesh: &Mesh) -> anyhow::Result<ServedModel> {
+        choose_kernels()?;
         ensure!(self.packed_cache.is_none(), "--packed-cache is for one rank: each of several packs its own part");
         let forms = packed_forms(self.precision, self.quantize);
         match &self.model {
@@ -64,12 +64,4 @@ impl ModelArgs {
             None => ServedModel::embedded_over(name, forms, mesh).context("loading the built-in model"),
         }
     }
-}
-
-/// The kernels that the environment names, if it names any.
-pub(super) fn choose_kernels() -> anyhow::Result<()> {
-    if let Ok(isa) = std::env::var(select::ENV) {
-        select::force(isa.parse()?)?;
-    }
-    Ok(())
 }

@@ -1,7 +1,7 @@
 //! `moe-serve`: the server.
 
 use super::engine::EngineArgs;
-use super::load::{ModelArgs, choose_kernels};
+use super::load::ModelArgs;
 use crate::ServedModel;
 use crate::api::{Limits, Server, ServerConfig, terminated};
 use crate::text::ToolFormat;
@@ -86,7 +86,6 @@ impl ServeArgs {
     /// # Errors
     /// If the model cannot be loaded, the address cannot be used, or another rank fails.
     pub fn run(self) -> anyhow::Result<()> {
-        choose_kernels()?;
         super::ranks::run(&self)
     }
 

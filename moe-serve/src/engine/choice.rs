@@ -3,7 +3,7 @@
 use super::config::EngineConfig;
 use super::logprobs::TokenLogprobs;
 use super::request::{FinishReason, GrammarState, Job, SampledToken};
-use super::sampler::{Limits, Sampler};
+use super::sampler::{Sampler, TokenLimits};
 use crate::Result;
 use moe_core::CounterRng;
 use std::time::Instant;
@@ -73,7 +73,7 @@ impl Choice {
             let generated = self.generated + i;
             let forbidden: &[u32] = if generated < self.min_tokens { &self.stop_ids } else { &[] };
             let allowed = self.grammar.as_ref().map(|grammar| grammar.allowed()).transpose()?;
-            let limits = Limits { forbidden, allowed: allowed.as_deref() };
+            let limits = TokenLimits { forbidden, allowed: allowed.as_deref() };
             let token_id = self.sampler.sample(row, limits, self.prompt_len + generated, self.rng.uniform_f64())?;
             self.sampler.push(token_id);
             let logprobs = job.logprobs.map(|num_top| TokenLogprobs::of(row, token_id, num_top, num_tokens));

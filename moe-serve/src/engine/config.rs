@@ -55,18 +55,20 @@ impl SchedulingConfig {
     pub fn validate(&self) -> Result<()> {
         let Self { max_batch_tokens, max_sequences, speculation, .. } = self;
         if *max_sequences == 0 {
-            return Err(Error::field("max_sequences", "max_sequences must be at least 1"));
+            return Err(Error::field("max_sequences", "max_sequences (--max-num-seqs) must be at least 1"));
         }
         if max_batch_tokens < max_sequences {
             let message = format!(
-                "max_batch_tokens is {max_batch_tokens}, but {max_sequences} sequences generate a token each in a step; raise it \
-                 or lower max_sequences"
+                "max_batch_tokens (--max-num-batched-tokens) is {max_batch_tokens}, but {max_sequences} sequences generate a token each in a step; raise it \
+                 or lower max_sequences (--max-num-seqs)"
             );
             return Err(Error::field("max_batch_tokens", message));
         }
         let SpeculationConfig { num_tokens, min_ngram, max_ngram } = *speculation;
         if num_tokens > 0 && !(1..=max_ngram).contains(&min_ngram) {
-            let message = format!("min_ngram must be from 1 to max_ngram ({max_ngram}), got {min_ngram}");
+            let message = format!(
+                "min_ngram (--prompt-lookup-min) must be from 1 to max_ngram (--prompt-lookup-max, {max_ngram}), got {min_ngram}"
+            );
             return Err(Error::field("min_ngram", message));
         }
         Ok(())

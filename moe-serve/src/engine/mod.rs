@@ -30,5 +30,5 @@ pub use replicas::{LocalReplica, Replicas};
 pub use request::{
     FinishReason, Flow, Grammar, GrammarState, Job, Listener, PromptOutput, SampledToken, SamplingParams, StopParams,
 };
-pub use sampler::{Limits, Sampler};
+pub use sampler::{Sampler, TokenLimits};
 pub use watch::{JobStats, Observer, Outcome, StepStats};

@@ -11,7 +11,7 @@ use std::collections::HashMap;
 
 /// What may be drawn this time.
 #[derive(Debug, Clone, Copy, Default)]
-pub struct Limits<'a> {
+pub struct TokenLimits<'a> {
     /// These are not.
     pub forbidden: &'a [u32],
     /// Only these are, if given: token `id` is bit `id % 32` of word `id / 32`.
@@ -57,7 +57,7 @@ impl Sampler {
     ///
     /// # Errors
     /// [`Error::LogitsNotFinite`] if a logit is NaN or positive infinity, [`Error::NothingToSample`] if all are forbidden.
-    pub fn sample(&self, logits: &[f32], limits: Limits<'_>, position: usize, uniform: f64) -> Result<u32> {
+    pub fn sample(&self, logits: &[f32], limits: TokenLimits<'_>, position: usize, uniform: f64) -> Result<u32> {
         if !lanes_all(logits, |x| x < f32::INFINITY) {
             return Err(Error::LogitsNotFinite { position });
         }
@@ -75,7 +75,7 @@ impl Sampler {
     }
 
     /// Logits after bias and penalties; forbidden and padding tokens are negative infinity or left out.
-    fn adjusted<'a>(&self, logits: &'a [f32], limits: Limits<'_>) -> Cow<'a, [f32]> {
+    fn adjusted<'a>(&self, logits: &'a [f32], limits: TokenLimits<'_>) -> Cow<'a, [f32]> {
         let params = &self.params;
         let mut adjusted = Cow::Borrowed(&logits[..self.num_tokens.min(logits.len())]);
         if !params.logit_bias.is_empty() {

@@ -16,7 +16,7 @@ fn check(params: &SamplingParams, prompt: &[u32], generated: &[u32], want: &[f64
     let mut got = vec![0.0; want.len()];
     for i in 0..steps {
         let uniform = (f64::from(i) + 0.5) / f64::from(steps);
-        let id = sampler.sample(&logits(), Limits::default(), 0, uniform).expect("finite logits");
+        let id = sampler.sample(&logits(), TokenLimits::default(), 0, uniform).expect("finite logits");
         got[id as usize] += 1.0 / f64::from(steps);
     }
     for (id, (got, want)) in got.iter().zip(want).enumerate() {
@@ -87,7 +87,7 @@ fn logit_bias_is_added_before_everything() {
 fn greedy_takes_the_lowest_id_among_equals() {
     let params = SamplingParams { temperature: 0.0, ..Default::default() };
     let sampler = Sampler::new(params, 4, &[], &[]);
-    assert_eq!(sampler.sample(&[1.0, 3.0, 3.0, 2.0], Limits::default(), 0, 0.9).ok(), Some(1));
+    assert_eq!(sampler.sample(&[1.0, 3.0, 3.0, 2.0], TokenLimits::default(), 0, 0.9).ok(), Some(1));
 }
 
 #[test]
@@ -101,8 +101,8 @@ fn padding_suppressed_and_forbidden_tokens_are_never_drawn() {
     }
 }
 
-fn forbid(forbidden: &[u32]) -> Limits<'_> {
-    Limits { forbidden, ..Limits::default() }
+fn forbid(forbidden: &[u32]) -> TokenLimits<'_> {
+    TokenLimits { forbidden, ..TokenLimits::default() }
 }
 
 #[test]
@@ -115,11 +115,11 @@ fn only_allowed_tokens_are_drawn() {
     ] {
         let sampler = Sampler::new(SamplingParams { temperature, ..Default::default() }, 70, &[], &[]);
         for step in 0..200 {
-            let limits = Limits { forbidden: &[], allowed: Some(&allowed) };
+            let limits = TokenLimits { forbidden: &[], allowed: Some(&allowed) };
             let got = sampler.sample(&logits, limits, 0, f64::from(step) / 200.0).expect("one is left");
             assert!(want.contains(&got), "{got} of {want:?}");
         }
-        let limits = Limits { forbidden: &[7, 35, 66], allowed: Some(&allowed) };
+        let limits = TokenLimits { forbidden: &[7, 35, 66], allowed: Some(&allowed) };
         assert!(matches!(sampler.sample(&logits, limits, 0, 0.5), Err(Error::NothingToSample)));
     }
 }
@@ -129,17 +129,20 @@ fn bad_logits_are_errors() {
     let params = SamplingParams::default();
     let sampler = Sampler::new(params, 2, &[], &[]);
     assert!(matches!(
-        sampler.sample(&[0.0, f32::NAN], Limits::default(), 7, 0.0),
+        sampler.sample(&[0.0, f32::NAN], TokenLimits::default(), 7, 0.0),
         Err(Error::LogitsNotFinite { position: 7 })
     ));
     assert!(matches!(
-        sampler.sample(&[0.0, f32::INFINITY], Limits::default(), 0, 0.0),
+        sampler.sample(&[0.0, f32::INFINITY], TokenLimits::default(), 0, 0.0),
         Err(Error::LogitsNotFinite { .. })
     ));
     assert!(matches!(sampler.sample(&[0.0, 0.0], forbid(&[0, 1]), 0, 0.0), Err(Error::NothingToSample)));
     let greedy = SamplingParams { temperature: 0.0, ..Default::default() };
     let sampler = Sampler::new(greedy, 2, &[], &[]);
-    assert!(matches!(sampler.sample(&[f32::NEG_INFINITY; 2], Limits::default(), 0, 0.0), Err(Error::NothingToSample)));
+    assert!(matches!(
+        sampler.sample(&[f32::NEG_INFINITY; 2], TokenLimits::default(), 0, 0.0),
+        Err(Error::NothingToSample)
+    ));
 }
 
 /// The draw by its definition: everything sorted, every step on its own.
@@ -191,7 +194,7 @@ fn partly_sorted_draws_are_those_of_the_definition() {
         };
         let sampler = Sampler::new(params.clone(), len, &[], &[]);
         for uniform in [0.0, rng.uniform_f64(), rng.uniform_f64(), 0.999_999] {
-            let got = sampler.sample(&logits, Limits::default(), 0, uniform).expect("finite");
+            let got = sampler.sample(&logits, TokenLimits::default(), 0, uniform).expect("finite");
             assert_eq!(got, drawn_slowly(&params, &logits, uniform), "case {case}: {params:?} at {uniform}");
             ids.insert(got);
         }

@@ -43,7 +43,7 @@ pub struct StepStats {
     pub drafts: (usize, usize),
     /// The whole step, and the part of it that the model took.
     pub seconds: (f64, f64),
-    /// Sequences that are worked on, and that wait.
+    /// Sequences that are worked on.
     pub running: usize,
     /// Sequences that wait, those that were begun and lost their pages among them.
     pub waiting: usize,

@@ -20,10 +20,13 @@ use rayon::prelude::*;
 use std::collections::BTreeMap;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::Arc;
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 /// Logits from which on it pays to draw on several threads.
 const PARALLEL_LOGITS: usize = 1 << 14;
+
+/// Between two counts of the pages in use.
+const USAGE_INTERVAL: Duration = Duration::from_millis(200);
 
 /// What the engine must know of the model itself.
 #[derive(Debug, Clone, Copy)]
@@ -40,6 +43,8 @@ pub(super) struct Worker {
     observer: Arc<dyn Observer>,
     scheduler: Scheduler,
     jobs: BTreeMap<u64, Active>,
+    /// When the pages in use were counted, and their share.
+    usage: (Option<Instant>, f64),
 }
 
 /// Where a part of a step lies.
@@ -76,7 +81,7 @@ impl Worker {
         observer: Arc<dyn Observer>,
     ) -> Self {
         let scheduler = Scheduler::new(config.scheduling.clone(), replicas.pages(), salted);
-        Self { replicas, facts, config, inbox, observer, scheduler, jobs: BTreeMap::new() }
+        Self { replicas, facts, config, inbox, observer, scheduler, jobs: BTreeMap::new(), usage: (None, 0.0) }
     }
 
     /// Works until nothing can come any more.
@@ -197,7 +202,7 @@ impl Worker {
                 return Ok(());
             }
         };
-        let counts = self.scheduler.counts();
+        let (counts, page_usage) = (self.scheduler.counts(), self.page_usage());
         self.observer.step(&StepStats {
             sequences: parts.len(),
             tokens: parts.iter().map(Part::len).sum(),
@@ -205,11 +210,19 @@ impl Worker {
             seconds: (begun.elapsed().as_secs_f64(), model_seconds),
             running: self.scheduler.num_running(),
             waiting: self.scheduler.num_waiting(),
-            page_usage: self.scheduler.page_usage(),
+            page_usage,
             preemptions: counts.preemptions,
             prefix: (counts.prefix_queries, counts.prefix_hits),
         });
         Ok(())
+    }
+
+    /// Share of the pages in use. Counting goes through all that is kept, so it is done now and then, and when nothing runs any more.
+    fn page_usage(&mut self) -> f64 {
+        if self.scheduler.num_running() == 0 || self.usage.0.is_none_or(|counted| counted.elapsed() >= USAGE_INTERVAL) {
+            self.usage = (Some(Instant::now()), self.scheduler.page_usage());
+        }
+        self.usage.1
     }
 
     fn start_jobs(&mut self, parts: &[Part]) {

@@ -3,7 +3,7 @@
 
 use super::form::{Arguments, Form};
 use super::pending::{Pending, TextOut};
-use super::{AnswerParser, AnswerPart, Family};
+use super::{AnswerParser, AnswerPart, Family, Stepwise};
 use crate::text::chat::Tool;
 use serde_json::Value;
 
@@ -135,18 +135,16 @@ impl Parser {
     }
 }
 
-impl AnswerParser for Parser {
-    fn push(&mut self, text: &str) -> Vec<AnswerPart> {
-        let mut out = Vec::new();
-        self.pending.push(text);
-        while self.step(false, &mut out) {}
-        out
+impl Stepwise for Parser {
+    fn pending(&mut self) -> &mut Pending {
+        &mut self.pending
     }
 
-    fn finish(&mut self) -> Vec<AnswerPart> {
-        let mut out = Vec::new();
-        while self.step(true, &mut out) {}
-        self.text.finish(&mut out);
-        out
+    fn advance(&mut self, last: bool, out: &mut Vec<AnswerPart>) -> bool {
+        self.step(last, out)
+    }
+
+    fn end(&mut self, out: &mut Vec<AnswerPart>) {
+        self.text.finish(out);
     }
 }

@@ -3,7 +3,7 @@
 
 use super::form::Form;
 use super::pending::Pending;
-use super::{AnswerParser, AnswerPart, Family};
+use super::{AnswerParser, AnswerPart, Family, Stepwise};
 use crate::text::chat::Tool;
 
 const CHANNEL: &str = "<|channel|>";
@@ -121,17 +121,12 @@ fn message_of(head: &str, out: &mut Vec<AnswerPart>) -> State {
     if channel.as_deref() == Some("analysis") { State::Reasoning } else { State::Text }
 }
 
-impl AnswerParser for Parser {
-    fn push(&mut self, text: &str) -> Vec<AnswerPart> {
-        let mut out = Vec::new();
-        self.pending.push(text);
-        while self.step(false, &mut out) {}
-        out
+impl Stepwise for Parser {
+    fn pending(&mut self) -> &mut Pending {
+        &mut self.pending
     }
 
-    fn finish(&mut self) -> Vec<AnswerPart> {
-        let mut out = Vec::new();
-        while self.step(true, &mut out) {}
-        out
+    fn advance(&mut self, last: bool, out: &mut Vec<AnswerPart>) -> bool {
+        self.step(last, out)
     }
 }

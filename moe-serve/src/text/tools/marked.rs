@@ -2,7 +2,7 @@
 
 use super::call_reader::{CallReader, Step, ValueReader};
 use super::pending::{Pending, TextOut};
-use super::{AnswerParser, AnswerPart};
+use super::{AnswerPart, Stepwise};
 
 /// How a family marks its calls.
 #[derive(Debug)]
@@ -164,18 +164,16 @@ impl MarkedParser {
     }
 }
 
-impl AnswerParser for MarkedParser {
-    fn push(&mut self, text: &str) -> Vec<AnswerPart> {
-        let mut out = Vec::new();
-        self.pending.push(text);
-        while self.step(false, &mut out) {}
-        out
+impl Stepwise for MarkedParser {
+    fn pending(&mut self) -> &mut Pending {
+        &mut self.pending
     }
 
-    fn finish(&mut self) -> Vec<AnswerPart> {
-        let mut out = Vec::new();
-        while self.step(true, &mut out) {}
-        self.text.finish(&mut out);
-        out
+    fn advance(&mut self, last: bool, out: &mut Vec<AnswerPart>) -> bool {
+        self.step(last, out)
+    }
+
+    fn end(&mut self, out: &mut Vec<AnswerPart>) {
+        self.text.finish(out);
     }
 }

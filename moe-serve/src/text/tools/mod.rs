@@ -22,6 +22,7 @@ use super::chat::Tool;
 use super::grammar::GrammarSource;
 use super::tokenizer::TextTokenizer;
 use form::Form;
+use pending::Pending;
 use std::fmt::Debug;
 
 /// What a piece of an answer turned out to be.
@@ -43,6 +44,32 @@ pub trait AnswerParser: Debug + Send {
     fn push(&mut self, text: &str) -> Vec<AnswerPart>;
     /// What is left when no more text comes.
     fn finish(&mut self) -> Vec<AnswerPart>;
+}
+
+/// A reader that goes through what has come step by step.
+trait Stepwise: Debug + Send {
+    /// What has come and is not read yet.
+    fn pending(&mut self) -> &mut Pending;
+    /// One step; false if more text is needed, of which none comes if `last`.
+    fn advance(&mut self, last: bool, out: &mut Vec<AnswerPart>) -> bool;
+    /// What is left after the last step.
+    fn end(&mut self, _out: &mut Vec<AnswerPart>) {}
+}
+
+impl<P: Stepwise> AnswerParser for P {
+    fn push(&mut self, text: &str) -> Vec<AnswerPart> {
+        let mut out = Vec::new();
+        self.pending().push(text);
+        while self.advance(false, &mut out) {}
+        out
+    }
+
+    fn finish(&mut self) -> Vec<AnswerPart> {
+        let mut out = Vec::new();
+        while self.advance(true, &mut out) {}
+        self.end(&mut out);
+        out
+    }
 }
 
 /// One family's way to write calls.
