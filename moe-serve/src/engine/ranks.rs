@@ -27,7 +27,7 @@ const INLINE: usize = 1022;
 /// What rank 0 tells the others to do.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum Order {
-    /// Nothing: it is still there.
+    /// Say that they are still there, as it is.
     Wait = 0,
     /// Run a step.
     Step = 1,
@@ -226,7 +226,8 @@ impl Replicas for RankReplicas {
     }
 
     fn idle(&mut self) -> Result<()> {
-        let result = self.tell(Order::Wait, &[]);
+        // All answer, so that the death of one is heard of without a request.
+        let result = self.tell(Order::Wait, &[]).and_then(|()| Ok(self.rank.world().barrier(SITE)?));
         self.fail_all(result)
     }
 
@@ -279,6 +280,8 @@ fn follow_orders(rank: &Rank) -> Result<()> {
         }
         if order == Order::Step as u32 {
             rank.run(&decode_steps(&words, rank.pool.config())?)?;
+        } else {
+            rank.world().barrier(SITE)?;
         }
     }
 }

@@ -6,7 +6,7 @@ use moe_kernels::KernelOps;
 use moe_models::{CausalLm, Decoder, LayerExperts, ParamSource, Precision};
 use moe_parallel::all_to_all::Route;
 use moe_parallel::comm::Communicator;
-use moe_parallel::comm::thread::{Clock, FaultPlan, ThreadWorld};
+use moe_parallel::comm::thread::{Clock, FaultPlan, Injection, ThreadWorld};
 use moe_parallel::{Collectives, Coordination, ExchangeConfig, Mesh, ParallelDims};
 use moe_serve::engine::{
     CancelFlag, Engine, FinishReason, Flow, Job, Listener, PromptOutput, RankReplicas, SampledToken, SchedulingConfig,
@@ -220,4 +220,27 @@ fn a_rank_that_leaves_ends_the_start() {
         (rank == 0).then(|| RankReplicas::new(mesh, Arc::clone(&lm), KV_CACHE_BYTES, 8, timeout).map(|_| ()))
     });
     assert!(matches!(&results[0], Some(Err(Error::Model(_)))), "{results:?}");
+}
+
+#[test]
+fn a_rank_that_is_gone_is_missed_without_a_request() {
+    let dims = ParallelDims::new(2, 1, 2, 1);
+    let timeout = Duration::from_millis(400);
+    // Far beyond the operations of the start: the rank stops at a meeting of an idle server.
+    let stop = FaultPlan::none().with(1, 60, Injection::Stop);
+    let results = ThreadWorld::new(2).with_timeout(timeout).with_faults(stop).run(|comm| -> Result<bool> {
+        let rank = comm.rank();
+        let (mesh, lm) = part(comm, dims, ExchangeConfig::default())?;
+        if rank > 0 {
+            return follow(mesh, lm, KV_CACHE_BYTES, 8).map(|()| false);
+        }
+        let replicas = RankReplicas::new(mesh, Arc::clone(&lm), KV_CACHE_BYTES, 8, timeout)?;
+        let scheduling = SchedulingConfig { max_sequences: 8, ..SchedulingConfig::default() };
+        let config = config(lm.as_ref(), 8, scheduling, KV_CACHE_BYTES);
+        let (engine, work) = Engine::over(Box::new(replicas), lm.as_ref(), config, Arc::new(()))?;
+        assert!(engine.is_ready());
+        let lost = matches!(work.run(), Err(Error::EngineLost(_)));
+        Ok(lost && !engine.is_ready())
+    });
+    assert!(matches!(results[0], Ok(true)) && results[1].is_err(), "{results:?}");
 }
