@@ -218,6 +218,17 @@ unsafe fn ask_for_huge_pages(start: *mut u8, bytes: usize) {
     let _ = (start, bytes);
 }
 
+/// Asks for huge pages under memory that an allocator gave and nothing has been written to, as far as whole ones lie in it.
+pub(crate) fn prefer_huge_pages(words: &[u32]) {
+    let (start, bytes) = (words.as_ptr().cast::<u8>().cast_mut(), size_of_val(words));
+    let before = start.align_offset(HUGE_PAGE).min(bytes);
+    let whole = (bytes - before) / HUGE_PAGE * HUGE_PAGE;
+    if whole > 0 {
+        // SAFETY: inside of the words, from the beginning of a huge page on.
+        unsafe { ask_for_huge_pages(start.add(before), whole) };
+    }
+}
+
 /// Largest buffer a thread keeps, 256 MiB.
 const KEEP_WORDS: usize = 64 << 20;
 

@@ -322,6 +322,14 @@ impl DecoderOps for KernelOps {
         if work >= LEAST_CHAIN { parallel::together(body) } else { parallel::serially(body) }
     }
 
+    fn lanes(&self) -> usize {
+        parallel::threads()
+    }
+
+    fn side_by_side(&self, count: usize, work: &(dyn Fn(usize) + Sync)) {
+        parallel::for_each(count, |index| parallel::serially(|| work(index)));
+    }
+
     fn embedding(&self, table: &Weight, ids: &[u32]) -> moe_core::Result<Tensor> {
         let Some(packed) = PackedMatrices::of(table)? else {
             return Ok(embedding::embedding(table.tensor()?, ids)?);

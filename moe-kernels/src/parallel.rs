@@ -216,9 +216,14 @@ fn take(run: &AtomicU64, split: impl Fn(u32, u32) -> (u32, (u32, u32))) -> Optio
     Some(split(first, end).0 as usize)
 }
 
+/// Threads that [`for_each`] called here would take.
+pub(crate) fn threads() -> usize {
+    if SERIAL.get() { 1 } else { rayon::current_num_threads() }
+}
+
 /// Runs `work(i)` for every `i` in `0..count`; each thread takes the next task when it is free.
 pub fn for_each(count: usize, work: impl Fn(usize) + Sync) {
-    let threads = if SERIAL.get() { 1 } else { rayon::current_num_threads().min(count) };
+    let threads = threads().min(count);
     if threads <= 1 {
         return (0..count).for_each(work);
     }

@@ -17,8 +17,8 @@ use moe_core::{
     RouterConfig, Weight,
 };
 use moe_parallel::{Mesh, RankDispatcher};
-use std::sync::Arc;
-use tracing::debug_span;
+use std::sync::{Arc, OnceLock};
+use tracing::{Span, debug_span};
 
 /// How tokens are routed outside training.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
@@ -143,8 +143,13 @@ pub struct Decoder {
     recompute: Recompute,
     dropout: DropoutConfig,
     ops: Arc<dyn Ops>,
+    /// Whether its weights fit a cache that cores share, on one rank.
+    is_small: bool,
     device: Device,
 }
+
+/// Bytes of weights that cores which share a cache can each read as fast as one of them.
+const SMALL: usize = 32 << 20;
 
 impl Decoder {
     /// A decoder whose parameters lie under `vb`, kept in the form that `ops` keeps weights in.
@@ -185,7 +190,11 @@ impl Decoder {
         let dropout = DropoutConfig { attention: config.attention_dropout, ..DropoutConfig::default() };
         dropout.validate()?;
         let device = vb.device().clone();
-        Ok(Self { config, embeddings, layers, norm, head, eval_routing, recompute, dropout, ops, device })
+        let is_small = false;
+        let new =
+            Self { config, embeddings, layers, norm, head, eval_routing, recompute, dropout, ops, is_small, device };
+        let bytes: usize = new.weights().iter().map(|weight| weight.bytes()).sum();
+        Ok(Self { is_small: backend.mesh.is_none() && bytes <= SMALL, ..new })
     }
 
     /// The same with another choice of what training passes compute again.
@@ -386,6 +395,16 @@ impl Decoder {
         };
         Ok(StepOutput { logits, experts })
     }
+
+    /// The parts of a checked step, side by side.
+    fn run_parts(&self, parts: &[PagedStep], pool: &KvPool, pass: &Span) -> Result<StepOutput> {
+        let outputs: Vec<OnceLock<Result<StepOutput>>> = parts.iter().map(|_| OnceLock::new()).collect();
+        self.ops.side_by_side(parts.len(), &|index| {
+            outputs[index].get_or_init(|| pass.in_scope(|| self.run_step(&parts[index], pool)));
+        });
+        let outputs = outputs.into_iter().map(|output| output.into_inner().unwrap_or_else(ran_no_pass));
+        joined(outputs.collect::<Result<_>>()?)
+    }
 }
 
 impl CausalLm for Decoder {
@@ -424,12 +443,38 @@ impl CausalLm for Decoder {
     fn run(&self, step: &PagedStep, pool: &KvPool) -> Result<StepOutput> {
         self.check_step(step, pool)?;
         let tokens = step.token_ids().len();
-        let _pass = debug_span!("pass", sequences = step.num_sequences(), tokens).entered();
+        let pass = debug_span!("pass", sequences = step.num_sequences(), tokens);
         let mut output = None;
-        let mut run = || output = Some(self.run_step(step, pool));
-        self.ops.chain(tokens * self.config.products_per_token(), &mut run);
-        output.unwrap_or_else(|| Err(Error::Argument("the backend ran no pass".into())))
+        self.ops.chain(tokens * self.config.products_per_token(), &mut || {
+            let parts = if self.is_small { step.split(self.ops.lanes(), pool.config().page_size) } else { None };
+            output = Some(match parts {
+                Some(parts) => self.run_parts(&parts, pool, &pass),
+                None => pass.in_scope(|| self.run_step(step, pool)),
+            });
+        });
+        output.unwrap_or_else(ran_no_pass)
     }
+}
+
+fn ran_no_pass<T>() -> Result<T> {
+    Err(Error::Argument("the backend ran no pass".into()))
+}
+
+/// The output of a step of which the parts have these.
+fn joined(parts: Vec<StepOutput>) -> Result<StepOutput> {
+    let logits = Tensor::cat(&parts.iter().map(|part| &part.logits).collect::<Vec<_>>(), 0)?;
+    let mut experts: Vec<LayerExperts> = Vec::new();
+    for part in parts {
+        if experts.is_empty() {
+            experts = part.experts;
+            continue;
+        }
+        for (all, part) in experts.iter_mut().zip(part.experts) {
+            all.expert_ids.extend(part.expert_ids);
+            all.weights.extend(part.weights);
+        }
+    }
+    Ok(StepOutput { logits, experts })
 }
 
 /// What a caller learns of a layer's routing.

@@ -442,7 +442,6 @@ impl DecoderOps for RankOps {
         self.inner.paged_attention(queries, pool, sequences, shape)
     }
 
-    /// Ranks wait for each other inside of `body`, so no thread is kept awake.
     fn paged_attention_with_sinks(
         &self,
         queries: &Tensor,
@@ -454,6 +453,7 @@ impl DecoderOps for RankOps {
         self.inner.paged_attention_with_sinks(queries, sinks, pool, sequences, shape)
     }
 
+    /// Ranks wait for each other inside of `body`, so no thread is kept awake.
     fn chain(&self, _: usize, body: &mut dyn FnMut()) {
         body();
     }

@@ -218,6 +218,18 @@ pub trait DecoderOps: WeightOps {
         body();
     }
 
+    /// Into how many parts a chain over independent tokens is best divided, where every part reads all weights from a cache that
+    /// the parts share: as many as [`DecoderOps::side_by_side`] runs at once.
+    fn lanes(&self) -> usize {
+        1
+    }
+
+    /// Runs `work(0)` to `work(count - 1)`, each with every operation in it on one thread. No operation waits for another
+    /// process inside of it.
+    fn side_by_side(&self, count: usize, work: &(dyn Fn(usize) + Sync)) {
+        (0..count).for_each(work);
+    }
+
     /// Rows of a table.
     ///
     /// # Shapes

@@ -260,6 +260,14 @@ impl DecoderOps for ObservedOps {
         self.inner.chain(work, body);
     }
 
+    fn lanes(&self) -> usize {
+        self.inner.lanes()
+    }
+
+    fn side_by_side(&self, count: usize, work: &(dyn Fn(usize) + Sync)) {
+        self.inner.side_by_side(count, work);
+    }
+
     fn embedding(&self, table: &Weight, ids: &[u32]) -> Result<Tensor> {
         self.inner.embedding(table, ids)
     }

@@ -23,13 +23,13 @@ const LEAST_WORK: usize = 1 << 17;
 /// The sizes of an attention, and how it is computed.
 #[derive(Debug, Clone, Copy)]
 pub(super) struct Heads {
-    num_kv_heads: usize,
+    pub(super) num_kv_heads: usize,
     /// Query heads per key head.
-    group: usize,
+    pub(super) group: usize,
     shape: AttentionShape,
-    head_dim: usize,
-    precision: Precision,
-    isa: Isa,
+    pub(super) head_dim: usize,
+    pub(super) precision: Precision,
+    pub(super) isa: Isa,
     /// Of the probabilities; its coordinates are whole sequences'.
     dropout: Option<HeadDropout>,
 }
@@ -52,12 +52,12 @@ impl<'a> Strip<'a> {
         Self { values: &self.values[row * self.row_stride + column..], ..self }
     }
 
-    fn row(self, row: usize, width: usize) -> &'a [f32] {
+    pub(super) fn row(self, row: usize, width: usize) -> &'a [f32] {
         &self.values[row * self.row_stride..][..width]
     }
 
     /// The first rows, to be summed over the columns.
-    fn by_row(self, rows: usize, width: usize) -> Operand<'a> {
+    pub(super) fn by_row(self, rows: usize, width: usize) -> Operand<'a> {
         Operand::rows(self.values, rows, width, self.row_stride)
     }
 
@@ -107,8 +107,8 @@ pub(super) struct Sequence<'a> {
 /// Rows of some columns of a matrix that tasks write their own parts of.
 #[derive(Debug, Clone, Copy)]
 pub(super) struct Place {
-    into: SharedMut<f32>,
-    first: usize,
+    pub(super) into: SharedMut<f32>,
+    pub(super) first: usize,
     row_stride: usize,
 }
 
@@ -161,11 +161,6 @@ impl Heads {
         Self { isa, ..self }
     }
 
-    /// The precision of the products.
-    pub(super) fn precision(&self) -> Precision {
-        self.precision
-    }
-
     /// Columns of the queries and of the output.
     pub(super) fn d_model(&self) -> usize {
         self.num_kv_heads * self.group * self.head_dim
@@ -181,7 +176,7 @@ impl Heads {
     }
 
     /// First column of the queries that share a key head.
-    fn query_column(&self, kv_head: usize) -> usize {
+    pub(super) fn query_column(&self, kv_head: usize) -> usize {
         kv_head * self.group * self.head_dim
     }
 
@@ -265,10 +260,11 @@ impl Heads {
         let queries_by_row = folded.by_row(rows, self.head_dim);
         if let Source::Packed(pages) = keys {
             with_packed_rows(self.isa, self.precision, &queries_by_row, |queries| {
-                pages.for_keys(kv_head, visible, |first, panels| {
+                for first in pages.starts(visible) {
+                    let panels = pages.keys(kv_head, first, visible);
                     // SAFETY: `probs` is borrowed for the call.
                     unsafe { queries.times(panels, Start::Zero, scores.into, (first, visible)) };
-                });
+                }
             });
         } else {
             keys.for_pieces(kv_head * self.head_dim, self.head_dim, visible, |first, len, piece| {
@@ -278,19 +274,23 @@ impl Heads {
                 };
             });
         }
-        let (scale, group, shape) = (self.scale(), self.group, self.shape);
-        let seen = |row| shape.seen(visible - queries + row / group);
         for (i, row) in probs.chunks_exact_mut(visible).enumerate() {
-            let Range { start, end } = seen(i);
-            row[..start].fill(0.0);
-            row[end..].fill(0.0);
-            let seen = &mut row[start..end];
-            match sinks.map(|sinks| sinks[i % group]) {
-                None => vectorize!(self.isa, (seen: &mut [f32], scale: f32) { softmax(seen, scale) }),
-                Some(sink) => vectorize!(self.isa, (seen: &mut [f32], scale: f32, sink: f32) {
-                    softmax_with_sink(seen, scale, sink);
-                }),
-            }
+            let sink = sinks.map(|sinks| sinks[i % self.group]);
+            self.soften(row, visible - queries + i / self.group, sink);
+        }
+    }
+
+    /// Probabilities in the place of the scores of the query at `position`.
+    pub(super) fn soften(&self, row: &mut [f32], position: usize, sink: Option<f32>) {
+        let Range { start, end } = self.shape.seen(position);
+        row[..start].fill(0.0);
+        row[end..].fill(0.0);
+        let (seen, scale) = (&mut row[start..end], self.scale());
+        match sink {
+            None => vectorize!(self.isa, (seen: &mut [f32], scale: f32) { softmax(seen, scale) }),
+            Some(sink) => vectorize!(self.isa, (seen: &mut [f32], scale: f32, sink: f32) {
+                softmax_with_sink(seen, scale, sink);
+            }),
         }
     }
 
@@ -311,17 +311,21 @@ impl Heads {
             // The last blocks see the most keys: they go first.
             for start in (0..sequence.new).step_by(self.block()).rev() {
                 let to = out.from(first_row + start, 0);
-                tasks.extend((0..self.num_kv_heads).map(|kv_head| (index, kv_head, start, to)));
+                tasks.extend(self.tasks_of(sequence).map(|kv_heads| (index, kv_heads, start, to)));
             }
             first_row += sequence.new;
             work += sequence.new * sequence.len * self.d_model();
         }
         parallel::for_each_if(work, LEAST_WORK, tasks.len(), |task| {
-            let (index, kv_head, start, to) = tasks[task];
-            let sequence = &sequences[index];
+            let (index, ref kv_heads, start, to) = tasks[task];
+            let (sequence, kv_head) = (&sequences[index], kv_heads.start);
+            let to = to.from(0, self.query_column(kv_head));
+            if let Some(pages) = self.decoded(sequence) {
+                // SAFETY: each task writes the columns of its heads in the row of its sequence.
+                return unsafe { self.decode(sequence, pages, kv_heads.clone(), sinks, to) };
+            }
             let queries = self.block().min(sequence.new - start);
             let dropped = self.dropped(index, kv_head, start);
-            let to = to.from(0, self.query_column(kv_head));
             // SAFETY: each task writes the columns of its heads in the rows of its block.
             unsafe { self.forward_block(sequence, kv_head, (start, queries), (sinks, dropped), to) };
         });
@@ -356,16 +360,15 @@ impl Heads {
                     if let Source::Packed(pages) = &of.values {
                         let probs = probs.by_row(rows, visible);
                         return with_packed_rows(self.isa, self.precision, &probs, |probs| {
-                            pages.for_values(kv_head, visible, |first, panels| {
-                                let start = if first == 0 { Start::Zero } else { Start::Output };
-                                probs.times(panels, start, to.into, (to.first, to.row_stride));
-                            });
+                            for first in pages.starts(visible) {
+                                let panels = pages.values(kv_head, first, visible);
+                                probs.times(panels, Start::at(first), to.into, (to.first, to.row_stride));
+                            }
                         });
                     }
                     of.values.for_pieces(column, self.head_dim, visible, |first, len, piece| {
-                        let sum_from = if first == 0 { Start::Zero } else { Start::Output };
                         let probs = probs.from(0, first).by_row(rows, len);
-                        self.product(probs, piece.by_column(len, self.head_dim), sum_from, to);
+                        self.product(probs, piece.by_column(len, self.head_dim), Start::at(first), to);
                     });
                 });
             }

@@ -6,6 +6,7 @@
 //! block it is in: decoding token by token gives the bits of the whole pass.
 
 mod blocks;
+mod decode;
 mod paged;
 mod pages;
 mod sinks;

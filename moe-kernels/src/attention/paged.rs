@@ -8,7 +8,7 @@
 use super::blocks::{Heads, Sequence, Source, Strip};
 use super::pages::{PackedPages, PageLayout};
 use super::{AttentionShape, KvShape, PagedKv, PagedSequence};
-use crate::buffer::with_scratch_f32;
+use crate::buffer::{prefer_huge_pages, with_scratch_f32};
 use crate::custom::{expect_f32, with_inputs};
 use crate::{Error, Precision, Result};
 use candle_core::{CpuStorage, DType, Device, InplaceOp2, Layout, Storage, Tensor};
@@ -31,7 +31,11 @@ pub fn new_pages(
         return Ok([rows()?, rows()?]);
     }
     let layout = PageLayout::new(block_size, shape, precision);
-    Ok([zeros(layout.key_page())?, zeros(layout.value_page())?])
+    let pages = [zeros(layout.key_page())?, zeros(layout.value_page())?];
+    for pages in &pages {
+        prefer_huge_pages(words(&pages.storage_and_layout())?);
+    }
+    Ok(pages)
 }
 
 impl PageLayout {
@@ -198,7 +202,7 @@ fn attend_pages(
             })
         })?
     } else {
-        let layout = PageLayout::of(pool, heads.precision())?;
+        let layout = PageLayout::of(pool, heads.precision)?;
         let (keys, values) = (pool.keys.storage_and_layout(), pool.values.storage_and_layout());
         let [keys, values] = [words(&keys)?, words(&values)?];
         with_inputs("paged_attention", &[queries], |inputs| {
@@ -398,9 +402,11 @@ mod tests {
 
     #[test]
     fn neither_threads_nor_instruction_sets_nor_other_sequences_change_anything() {
-        for block_size in [16, 32] {
-            for precision in PRECISIONS {
-                let case = Case::new(SHAPES[1], 34, block_size, precision, &LENGTHS);
+        for (block_size, precision) in
+            [16, 32].into_iter().flat_map(|size| PRECISIONS.map(|precision| (size, precision)))
+        {
+            for (shape, head_dim) in [(SHAPES[1], 34), (AttentionShape::new(8, 8), 40)] {
+                let case = Case::new(shape, head_dim, block_size, precision, &LENGTHS);
                 let run = |isa: Isa, threads: usize| {
                     let heads = Heads::new(case.shape, case.head_dim, precision).on(isa);
                     let pool = rayon::ThreadPoolBuilder::new().num_threads(threads).build().unwrap();

@@ -131,26 +131,27 @@ pub(super) struct PackedPages<'a> {
     pub(super) blocks: &'a [u32],
 }
 
-impl PackedPages<'_> {
-    /// Calls `body` with the first token and the panels of each page that holds keys of the first `visible` tokens.
-    pub(super) fn for_keys(&self, head: usize, visible: usize, mut body: impl FnMut(usize, Panels<'_>)) {
-        self.for_pages(self.keys, self.layout.key_page(), visible, |first, len, page| {
-            body(first, self.layout.keys(page, head, len));
-        });
+impl<'a> PackedPages<'a> {
+    /// The first token of each page that holds some of the first `visible` tokens.
+    pub(super) fn starts(&self, visible: usize) -> impl Iterator<Item = usize> + use<> {
+        (0..visible).step_by(self.layout.page_size)
+    }
+
+    /// The panels of one head's keys in the page that begins with token `first`, as far as they are `visible`.
+    pub(super) fn keys(&self, head: usize, first: usize, visible: usize) -> Panels<'a> {
+        let (page, len) = self.page(self.keys, self.layout.key_page(), first, visible);
+        self.layout.keys(page, head, len)
     }
 
     /// The same for values.
-    pub(super) fn for_values(&self, head: usize, visible: usize, mut body: impl FnMut(usize, Panels<'_>)) {
-        self.for_pages(self.values, self.layout.value_page(), visible, |first, len, page| {
-            body(first, self.layout.values(page, head, first, len));
-        });
+    pub(super) fn values(&self, head: usize, first: usize, visible: usize) -> Panels<'a> {
+        let (page, len) = self.page(self.values, self.layout.value_page(), first, visible);
+        self.layout.values(page, head, first, len)
     }
 
-    fn for_pages(&self, words: &[u32], page_words: usize, visible: usize, mut body: impl FnMut(usize, usize, &[u32])) {
+    fn page(&self, words: &'a [u32], page_words: usize, first: usize, visible: usize) -> (&'a [u32], usize) {
         let size = self.layout.page_size;
-        for (index, first) in (0..visible).step_by(size).enumerate() {
-            let page = &words[self.blocks[index] as usize * page_words..][..page_words];
-            body(first, size.min(visible - first), page);
-        }
+        let page = self.blocks[first / size] as usize;
+        (&words[page * page_words..][..page_words], size.min(visible - first))
     }
 }

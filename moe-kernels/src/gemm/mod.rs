@@ -16,6 +16,7 @@
 //! 2^-126 as zero.
 
 mod ahead;
+mod beside;
 mod micro;
 mod pack;
 mod rounded;
@@ -26,6 +27,7 @@ mod tests;
 
 use crate::parallel::SharedMut;
 use crate::{Isa, Result, buffer, parallel};
+pub(crate) use beside::with_single_rows;
 pub use pack::bf16_round;
 pub use rounded::Rounded;
 pub(crate) use rows::{Panels, panel_words, with_packed_rows};
@@ -107,6 +109,11 @@ impl<'a> Start<'a> {
     /// The bias if there is one.
     pub fn bias(bias: Option<&'a [f32]>) -> Self {
         bias.map_or(Self::Zero, Self::Bias)
+    }
+
+    /// Of the piece of a product that begins at `first` of its inner dimension.
+    pub(crate) fn at(first: usize) -> Self {
+        if first == 0 { Self::Zero } else { Self::Output }
     }
 }
 

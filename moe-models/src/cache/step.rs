@@ -111,6 +111,24 @@ impl PagedStep {
         if words.0.is_empty() { Ok(step) } else { Err(Words::broken()) }
     }
 
+    /// The same in `count` steps of about as many tokens, cut between sequences; none where there is no such cut. Pages are
+    /// copied already.
+    pub(crate) fn split(&self, count: usize, page_size: usize) -> Option<Vec<Self>> {
+        let total = self.token_ids.len();
+        let (mut steps, mut end) = (vec![Self::default(); count], 0);
+        for part in &self.parts {
+            // The one that the middle of its tokens falls into.
+            let index = (2 * end + part.new) * count / (2 * total).max(1);
+            let token_ids = &self.token_ids[end..end + part.new];
+            steps[index.min(count - 1)].push(part.clone(), token_ids, page_size);
+            end += part.new;
+        }
+        let longest = steps.iter().map(|step| step.token_ids.len()).max()?;
+        let shortest = steps.iter().map(|step| step.token_ids.len()).min()?;
+        // Even to a fifth.
+        (count > 1 && shortest > 0 && 5 * longest * count <= 6 * total).then_some(steps)
+    }
+
     /// New tokens of all sequences.
     pub fn token_ids(&self) -> &[u32] {
         &self.token_ids

@@ -106,6 +106,43 @@ fn steps_number_positions_and_slots() {
     assert_eq!(lens, [(5, 2), (1, 1), (2, 2)]);
 }
 
+#[test]
+fn steps_are_split_between_sequences_where_that_is_even() {
+    let pool = pool(64);
+    let step = |lengths: &[usize]| {
+        let mut step = PagedStep::default();
+        for (index, &new) in lengths.iter().enumerate() {
+            let mut sequence = pool.sequence().with_seed(index as u64);
+            append(&pool, &mut sequence, 1 + index, 0).unwrap();
+            step.add(&mut sequence, &ids(0..new as u32), LogitsOf::Last, pool.pages()).unwrap();
+        }
+        step
+    };
+    for (lengths, count, want) in [
+        (&[1usize, 1, 1, 1, 1][..], 2, Some(&[2usize, 3][..])),
+        (&[1, 1, 1], 3, Some(&[1, 1, 1])),
+        (&[5, 4, 6, 4], 2, Some(&[2, 2])),
+        (&[8, 1, 1], 2, None),
+        (&[1, 1, 8], 2, None),
+        (&[9], 2, None),
+        (&[1, 1, 1, 1], 1, None),
+        (&[1, 1], 3, None),
+        (&[], 2, None),
+    ] {
+        let whole = step(lengths);
+        let parts = whole.split(count, SIZE);
+        let sequences = parts.as_ref().map(|parts| parts.iter().map(PagedStep::num_sequences).collect::<Vec<_>>());
+        assert_eq!(sequences.as_deref(), want, "{lengths:?} in {count}");
+        let Some(parts) = parts else { continue };
+        let all = |of: fn(&PagedStep) -> Vec<u32>| parts.iter().flat_map(of).collect::<Vec<_>>();
+        assert_eq!(all(|step| step.token_ids().to_vec()), whole.token_ids());
+        assert_eq!(all(|step| step.positions.clone()), whole.positions);
+        assert_eq!(all(|step| step.slots.clone()), whole.slots);
+        assert_eq!(parts.iter().flat_map(|step| step.draws.clone()).collect::<Vec<_>>(), whole.draws);
+        assert_eq!(all(PagedStep::logit_rows).len(), lengths.len());
+    }
+}
+
 fn ids(range: std::ops::Range<u32>) -> Vec<u32> {
     range.collect()
 }

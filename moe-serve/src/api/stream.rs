@@ -13,7 +13,6 @@ use axum::http::header;
 use axum::response::{IntoResponse, Response};
 use futures_util::{Stream, StreamExt};
 use serde_json::Value;
-use std::collections::VecDeque;
 use std::convert::Infallible;
 use std::time::Duration;
 use tokio::time::{Instant, timeout_at};
@@ -31,7 +30,18 @@ impl Running {
     /// The next event, or the error that ends the request. Dropping `self` afterwards cancels the job.
     pub(super) async fn next(&mut self) -> Result<Option<Vec<Piece>>, ApiError> {
         let timeout = || Error::Timeout { limit_s: self.limit.as_secs() };
-        match timeout_at(self.deadline, self.receiver.next()).await.map_err(|_| timeout())? {
+        let event = timeout_at(self.deadline, self.receiver.next()).await.map_err(|_| timeout())?;
+        self.pieces(event)
+    }
+
+    /// The same if there is one already.
+    fn ready(&mut self) -> Option<Result<Option<Vec<Piece>>, ApiError>> {
+        let event = self.receiver.ready()?;
+        Some(self.pieces(event))
+    }
+
+    fn pieces(&mut self, event: Event) -> Result<Option<Vec<Piece>>, ApiError> {
+        match event {
             Event::Done(result) => result.map(|()| None).map_err(ApiError::from),
             event => Ok(Some(self.maker.pieces(event))),
         }
@@ -52,7 +62,7 @@ impl Running {
     /// Answers at once and sends each piece as it comes.
     pub(super) fn stream(self, renderer: Renderer, options: StreamOptions) -> Response {
         let begun = vec![false; self.maker.num_choices()];
-        let state = SseState { running: self, renderer, options, begun, ready: VecDeque::new(), ended: false };
+        let state = SseState { running: self, renderer, options, begun, ready: Vec::new(), ended: false };
         event_stream(futures_util::stream::unfold(state, |mut state| async move {
             state.next_frame().await.map(|frame| (frame, state))
         }))
@@ -77,24 +87,36 @@ struct SseState {
     options: StreamOptions,
     /// Per choice, whether a chunk was sent.
     begun: Vec<bool>,
-    ready: VecDeque<Bytes>,
+    /// What has not been sent.
+    ready: Vec<u8>,
     ended: bool,
 }
 
 impl SseState {
+    /// All that there is to send, once there is something: who reads slower than tokens come gets several at a time.
     async fn next_frame(&mut self) -> Option<Bytes> {
-        while self.ready.is_empty() && !self.ended {
-            match self.running.next().await {
+        while !self.ended {
+            let next = match self.running.ready() {
+                Some(next) => next,
+                None if self.ready.is_empty() => self.running.next().await,
+                None => break,
+            };
+            match next {
                 Ok(Some(pieces)) => pieces.into_iter().for_each(|piece| self.push(piece)),
                 Ok(None) => self.end(),
                 Err(error) => {
                     self.running.receiver.cancel_flag().cancel();
-                    self.ready.push_back(frame(&error.body()));
+                    self.send(&error.body());
                     self.end_marker();
                 }
             }
         }
-        self.ready.pop_front()
+        let ready = std::mem::take(&mut self.ready);
+        (!ready.is_empty()).then(|| ready.into())
+    }
+
+    fn send(&mut self, value: &Value) {
+        self.ready.extend_from_slice(format!("data: {value}\n\n").as_bytes());
     }
 
     fn push(&mut self, piece: Piece) {
@@ -105,22 +127,20 @@ impl SseState {
             return;
         }
         let usage: Option<Usage> = self.options.continuous_usage.then(|| self.running.maker.usage());
-        self.ready.push_back(frame(&self.renderer.chunk(piece, first, usage)));
+        let chunk = self.renderer.chunk(piece, first, usage);
+        self.send(&chunk);
     }
 
     fn end(&mut self) {
         if self.options.include_usage {
-            self.ready.push_back(frame(&self.renderer.usage_chunk(self.running.maker.usage())));
+            let chunk = self.renderer.usage_chunk(self.running.maker.usage());
+            self.send(&chunk);
         }
         self.end_marker();
     }
 
     fn end_marker(&mut self) {
-        self.ready.push_back(Bytes::from_static(b"data: [DONE]\n\n"));
+        self.ready.extend_from_slice(b"data: [DONE]\n\n");
         self.ended = true;
     }
-}
-
-fn frame(value: &Value) -> Bytes {
-    Bytes::from(format!("data: {value}\n\n"))
 }

@@ -23,7 +23,7 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 /// Logits from which on it pays to draw on several threads.
-const PARALLEL_LOGITS: usize = 1 << 14;
+const PARALLEL_LOGITS: usize = 1 << 18;
 
 /// Between two counts of the pages in use.
 const USAGE_INTERVAL: Duration = Duration::from_millis(200);

@@ -8,6 +8,7 @@ use crate::{Error, Result};
 use moe_models::LayerExperts;
 use std::collections::HashMap;
 use std::sync::Arc;
+use tokio::sync::mpsc::error::TryRecvError;
 use tokio::sync::mpsc::{UnboundedReceiver, UnboundedSender, unbounded_channel};
 
 /// A generated token and the text it set free.
@@ -200,6 +201,15 @@ impl EventReceiver {
     /// The next event. After an engine that vanished without a word, [`Event::Done`] with an error.
     pub async fn next(&mut self) -> Event {
         self.receiver.recv().await.unwrap_or_else(vanished)
+    }
+
+    /// The next event if there is one already.
+    pub fn ready(&mut self) -> Option<Event> {
+        match self.receiver.try_recv() {
+            Ok(event) => Some(event),
+            Err(TryRecvError::Empty) => None,
+            Err(TryRecvError::Disconnected) => Some(vanished()),
+        }
     }
 
     /// As [`EventReceiver::next`], outside async code.

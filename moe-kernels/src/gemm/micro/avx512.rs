@@ -32,6 +32,29 @@ pub(super) unsafe fn run(a_format: Format, tile: &Tile<'_>) {
     }
 }
 
+/// Tiles of one row and one panel, for [`Format::F32`] and [`Format::Pairs`].
+///
+/// # Safety
+/// As [`run`]; the tiles must be as [`super::run_beside`] checks, at most [`super::MOST_BESIDE`] of them.
+pub(super) unsafe fn run_beside(a_format: Format, tiles: &[Tile<'_>]) {
+    macro_rules! instance {
+        ($kernel:ident) => {
+            match tiles {
+                [] => {}
+                // SAFETY: passed on from the caller.
+                [a] => unsafe { $kernel([a]) },
+                [a, b] => unsafe { $kernel([a, b]) },
+                [a, b, c] => unsafe { $kernel([a, b, c]) },
+                [a, b, c, d] => unsafe { $kernel([a, b, c, d]) },
+                [a, b, c, d, e] => unsafe { $kernel([a, b, c, d, e]) },
+                [a, b, c, d, e, f] => unsafe { $kernel([a, b, c, d, e, f]) },
+                _ => unreachable!("no kernel for {} tiles", tiles.len()),
+            }
+        };
+    }
+    if a_format == Format::F32 { instance!(f32_beside) } else { instance!(pairs_beside) }
+}
+
 /// Lanes of vector `vector` (of 16 columns) that exist.
 fn lanes(cols: usize, vector: usize) -> __mmask16 {
     match cols.saturating_sub(vector * 16) {
@@ -191,5 +214,43 @@ unsafe fn wide_tile<const ROWS: usize, const PANELS: usize, const VECTORS: usize
             }
         }
         store_sums(tile, sums);
+    }
+}
+
+#[target_feature(enable = "avx512f")]
+unsafe fn f32_beside<const TILES: usize>(tiles: [&Tile<'_>; TILES]) {
+    // SAFETY: A holds `steps` words of each tile, B as many steps.
+    unsafe {
+        let mut sums = tiles.map(|tile| load_sums::<1, 2>(tile)[0]);
+        let (a, b) = (tiles.map(|tile| tile.a.as_ptr()), tiles.map(|tile| tile.b.as_ptr()));
+        for step in 0..tiles[0].steps {
+            for (sums, (a, b)) in sums.iter_mut().zip(a.iter().zip(b)) {
+                let a = _mm512_set1_ps(f32::from_bits(*a.add(step)));
+                for (vector, sum) in sums.iter_mut().enumerate() {
+                    let b = _mm512_loadu_ps(b.add(step * PANEL_COLS + vector * 16).cast());
+                    *sum = _mm512_fmadd_ps(a, b, *sum);
+                }
+            }
+        }
+        tiles.iter().zip(sums).for_each(|(tile, sums)| store_sums(tile, [sums]));
+    }
+}
+
+#[target_feature(enable = "avx512f,avx512bf16")]
+unsafe fn pairs_beside<const TILES: usize>(tiles: [&Tile<'_>; TILES]) {
+    // SAFETY: as in `f32_beside`; a vector of words and one of bf16 pairs are the same 64 bytes.
+    unsafe {
+        let mut sums = tiles.map(|tile| load_sums::<1, 2>(tile)[0]);
+        let (a, b) = (tiles.map(|tile| tile.a.as_ptr()), tiles.map(|tile| tile.b.as_ptr()));
+        for step in 0..tiles[0].steps {
+            for (sums, (a, b)) in sums.iter_mut().zip(a.iter().zip(b)) {
+                let a: __m512bh = std::mem::transmute(_mm512_set1_epi32(*a.add(step) as i32));
+                for (vector, sum) in sums.iter_mut().enumerate() {
+                    let b = _mm512_loadu_si512(b.add(step * PANEL_COLS + vector * 16).cast());
+                    *sum = _mm512_dpbf16_ps(*sum, a, std::mem::transmute::<__m512i, __m512bh>(b));
+                }
+            }
+        }
+        tiles.iter().zip(sums).for_each(|(tile, sums)| store_sums(tile, [sums]));
     }
 }

@@ -54,6 +54,26 @@ pub(super) fn panels_at_once(a_format: Format, rows: usize) -> usize {
     }
 }
 
+/// Products that [`run_beside`] runs at once: enough chains to keep the multipliers busy, and few enough that all addresses stay in
+/// registers.
+pub(super) const MOST_BESIDE: usize = 6;
+
+/// Runs up to [`MOST_BESIDE`] tiles of one row and one panel each, all of as many steps.
+pub(super) fn run_beside(isa: Isa, a_format: Format, tiles: &[Tile<'_>]) {
+    #[cfg(target_arch = "x86_64")]
+    if isa >= Isa::Avx512 && matches!(a_format, Format::F32 | Format::Pairs) {
+        let steps = tiles.first().map_or(0, |tile| tile.steps);
+        for tile in tiles {
+            assert!(tile.rows == 1 && tile.panels == 1 && tile.steps == steps && tile.a.len() == steps);
+            assert!(tile.b.len() >= steps * PANEL_COLS && (1..=PANEL_COLS).contains(&tile.cols));
+        }
+        // SAFETY: this machine can run `isa`; the sizes of A and B were checked; each `out` covers its tile and belongs to this
+        // task alone.
+        return unsafe { avx512::run_beside(a_format, tiles) };
+    }
+    tiles.iter().for_each(|tile| run(isa, a_format, tile));
+}
+
 /// Orders what [`Tile::streams`] has stored before whatever tells other threads that it is there.
 pub(super) fn finish_stream() {
     #[cfg(target_arch = "x86_64")]
