@@ -55,6 +55,8 @@ pub(super) struct Run {
     flags: Vec<String>,
     /// Instead of the experiment's.
     train_tokens: Option<u64>,
+    /// The same.
+    seeds: Option<Vec<u64>>,
     /// The run of this experiment or of another (`experiment/run`) whose model of the same seed is the teacher.
     pub(super) teacher: Option<String>,
     /// The same for the model that is trained further.
@@ -110,9 +112,9 @@ impl Experiment {
         if smoke {
             own.seeds.truncate(1);
             own.train_tokens = SMOKE_TOKENS;
-            own.run.iter_mut().for_each(|run| run.train_tokens = None);
+            own.run.iter_mut().for_each(|run| (run.train_tokens, run.seeds) = (None, None));
         }
-        ensure!(!own.seeds.is_empty(), "seeds is empty");
+        ensure!(own.run.iter().all(|run| !own.seeds_of(run).is_empty()), "seeds is empty");
         let sources = own.run.iter().flat_map(|run| [&run.teacher, &run.made_of]).flatten();
         let unknown = own.compared().chain(sources).find(|name| own.place_of(name).is_none());
         ensure!(unknown.is_none(), "{unknown:?} is no run; a run of another experiment is called experiment/run");
@@ -152,7 +154,16 @@ impl Experiment {
                 minutes: run.minutes,
             }
         };
-        self.seeds.iter().flat_map(|&seed| self.run.iter().map(move |run| job(run, seed))).collect()
+        let mut seeds: Vec<u64> = self.run.iter().flat_map(|run| self.seeds_of(run)).copied().collect();
+        seeds.sort_unstable();
+        seeds.dedup();
+        let of_seed =
+            |seed| self.run.iter().filter(move |run| self.seeds_of(run).contains(&seed)).map(move |run| job(run, seed));
+        seeds.into_iter().flat_map(of_seed).collect()
+    }
+
+    fn seeds_of<'a>(&'a self, run: &'a Run) -> &'a [u64] {
+        run.seeds.as_ref().unwrap_or(&self.seeds)
     }
 }
 
@@ -195,6 +206,7 @@ mod tests {
         teacher = "one"
         made_of = "other/three 1/2"
         train_tokens = 50
+        seeds = [2, 3]
         minutes = 2.0
         [[reach]]
         title = "r"
@@ -207,9 +219,9 @@ mod tests {
     fn a_file_becomes_jobs() {
         let jobs = Experiment::parse(TEXT, "x".into(), false).unwrap().jobs();
         let names: Vec<String> = jobs.iter().map(Job::name).collect();
-        assert_eq!(names, ["one-seed1", "two-seed1", "one-seed2", "two-seed2"]);
-        assert_eq!((jobs[1].flags.join(" ").as_str(), jobs[1].train_tokens), ("--a --b --lr-warmup-tokens 5", 50));
-        let needs: Vec<_> = jobs[1].needs().cloned().collect();
+        assert_eq!(names, ["one-seed1", "one-seed2", "two-seed2", "two-seed3"]);
+        assert_eq!((jobs[2].flags.join(" ").as_str(), jobs[2].train_tokens), ("--a --b --lr-warmup-tokens 5", 50));
+        let needs: Vec<_> = jobs[2].needs().cloned().collect();
         assert_eq!(needs, [("x".into(), "one".into()), ("other".into(), "three 1/2".into())]);
         assert_eq!(file_name("three 1/2", 3), "three-1-2-seed3");
         let smoke = Experiment::parse(TEXT, "x".into(), true).unwrap().jobs();
@@ -241,9 +253,16 @@ mod tests {
         files.sort();
         files.dedup();
         assert_eq!(files.len(), jobs.len(), "two runs have one name");
-        let named: Vec<_> = all.iter().flat_map(|e| e.compared().filter_map(|name| e.place_of(name))).collect();
-        for (experiment, run) in jobs.iter().flat_map(Job::needs).chain(&named) {
-            assert!(jobs.iter().any(|job| job.experiment == *experiment && job.run == *run), "{experiment}/{run}");
+        let is = |job: &Job, (experiment, run): &(String, String)| job.experiment == *experiment && job.run == *run;
+        for named in all.iter().flat_map(|e| e.compared().filter_map(|name| e.place_of(name))) {
+            assert!(jobs.iter().any(|job| is(job, &named)), "{named:?}");
+        }
+        for (job, needed) in jobs.iter().flat_map(|job| job.needs().map(move |needed| (job, needed))) {
+            assert!(
+                jobs.iter().any(|other| is(other, needed) && other.seed == job.seed),
+                "{needed:?} of seed {}",
+                job.seed
+            );
         }
     }
 }
