@@ -1,9 +1,10 @@
-//! [`Counted`]: a communicator that counts what the experts' exchanges send, on its way to another one.
+//! [`Counted`]: a communicator that counts what the experts' exchanges send, and the time they take, on its way to another one.
 
 use moe_parallel::comm::{Cause, Communicator, Expected, Fault, Group, Kind, Parcel, Pending, Stamp};
 use moe_parallel::{Phase, Result};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
+use std::time::{Duration, Instant};
 
 /// Messages to other ranks and the bytes in them, inside the node and to other nodes.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
@@ -19,6 +20,36 @@ pub(crate) struct Traffic {
 struct Counts {
     messages: [AtomicU64; 2],
     bytes: [AtomicU64; 2],
+    nanoseconds: AtomicU64,
+}
+
+impl Counts {
+    /// Adds the time that something takes.
+    fn timed<T>(&self, body: impl FnOnce() -> T) -> T {
+        let begun = Instant::now();
+        let result = body();
+        let nanoseconds = u64::try_from(begun.elapsed().as_nanos()).unwrap_or(u64::MAX);
+        self.nanoseconds.fetch_add(nanoseconds, Ordering::Relaxed);
+        result
+    }
+}
+
+/// An exchange under way, which is waited for on the clock.
+#[derive(Debug)]
+struct Timed {
+    inner: Box<dyn Pending>,
+    counts: Arc<Counts>,
+}
+
+impl Pending for Timed {
+    fn wait(self: Box<Self>) -> Result<Vec<Parcel>> {
+        let Self { inner, counts } = *self;
+        counts.timed(|| inner.wait())
+    }
+
+    fn test(&mut self) -> bool {
+        self.inner.test()
+    }
 }
 
 /// All-to-alls of rows and counts, and the gathering of what tensor ranks have fetched apart.
@@ -41,9 +72,14 @@ impl Counted {
         Self { inner, ranks_per_node, counts: Arc::default() }
     }
 
+    /// Time in exchanges so far: handing messages over, and waiting for those of others.
+    pub(crate) fn exchange_time(&self) -> Duration {
+        Duration::from_nanos(self.counts.nanoseconds.load(Ordering::Relaxed))
+    }
+
     /// What has been sent so far.
     pub(crate) fn traffic(&self) -> Traffic {
-        let Counts { messages, bytes } = &*self.counts;
+        let Counts { messages, bytes, .. } = &*self.counts;
         let [messages, bytes] = [messages, bytes].map(|levels| levels.each_ref().map(|n| n.load(Ordering::Relaxed)));
         Traffic {
             intra_node_messages: messages[0],
@@ -60,16 +96,18 @@ impl Communicator for Counted {
     }
 
     fn start(&self, stamp: Stamp, sends: Vec<(usize, Parcel)>, receives: &[Expected]) -> Result<Box<dyn Pending>> {
-        if is_of_experts(&stamp) {
-            let node = |world_rank: usize| world_rank / self.ranks_per_node;
-            let here = node(self.group().world_rank());
-            for (peer, parcel) in &sends {
-                let level = usize::from(node(self.group().members()[*peer]) != here);
-                self.counts.messages[level].fetch_add(1, Ordering::Relaxed);
-                self.counts.bytes[level].fetch_add(parcel.payload().len() as u64, Ordering::Relaxed);
-            }
+        if !is_of_experts(&stamp) {
+            return self.inner.start(stamp, sends, receives);
         }
-        self.inner.start(stamp, sends, receives)
+        let node = |world_rank: usize| world_rank / self.ranks_per_node;
+        let here = node(self.group().world_rank());
+        for (peer, parcel) in &sends {
+            let level = usize::from(node(self.group().members()[*peer]) != here);
+            self.counts.messages[level].fetch_add(1, Ordering::Relaxed);
+            self.counts.bytes[level].fetch_add(parcel.payload().len() as u64, Ordering::Relaxed);
+        }
+        let inner = self.counts.timed(|| self.inner.start(stamp, sends, receives))?;
+        Ok(Box::new(Timed { inner, counts: Arc::clone(&self.counts) }))
     }
 
     fn over(&self, group: Group) -> Arc<dyn Communicator> {
@@ -99,6 +137,7 @@ mod tests {
             // One value for each rank of the world; two in a group of the ranks 0, 2 and 1, 3.
             comm.start_all_to_all_v(layer, &[1f32; 4], &[1; 4], &[1; 4]).unwrap().wait().unwrap();
             let members = vec![comm.rank() % 2, comm.rank() % 2 + 2];
+            assert!(comm.exchange_time() > Duration::ZERO);
             let group = comm.over(Group::new(1 + comm.rank() as u64 % 2, members, comm.rank()));
             group.all_gather(layer, &[1f32; 2]).unwrap();
             comm.all_gather(Site::new(Phase::Forward), &[1f32; 2]).unwrap();

@@ -2,7 +2,7 @@
 
 use crate::counted::{Counted, Traffic};
 use crate::held;
-use crate::phases::Phases;
+use crate::phases::{PhaseSeconds, Phases};
 use anyhow::{Context, Result};
 use moe_models::DecoderConfig;
 use moe_parallel::{Collectives, Communicator, Phase, Placement, Site};
@@ -72,25 +72,26 @@ impl Measured {
         step: impl FnOnce() -> Result<u64>,
     ) -> Result<Sample> {
         let share = 1.0 / ranks_of_process as f64;
-        let (before, sent) = (phases.total().values(), counted.traffic());
+        let (before, sent, exchanged) = (phases.total(), counted.traffic(), counted.exchange_time());
         let begun = Instant::now();
         let dropped = step()?;
         let seconds = begun.elapsed().as_secs_f64();
-        let after = phases.total().values();
-        let parts: Vec<f64> = after.iter().zip(before).map(|(after, before)| (after - before) * share).collect();
-        let Traffic { intra_node_messages, intra_node_bytes, inter_node_messages, inter_node_bytes } =
-            counted.traffic();
+        let (after, all_sent) = (phases.total(), counted.traffic());
+        let exchange = (counted.exchange_time() - exchanged).as_secs_f64();
+        let spent = |of: fn(PhaseSeconds) -> f64| (of(after) - of(before)) * share;
+        let counts = |of: fn(Traffic) -> u64| (of(all_sent) - of(sent)) as f64;
         Ok([
             seconds,
-            parts[0],
-            parts[1],
-            parts[2],
-            parts[3],
-            parts[4],
-            (intra_node_messages - sent.intra_node_messages) as f64,
-            (intra_node_bytes - sent.intra_node_bytes) as f64,
-            (inter_node_messages - sent.inter_node_messages) as f64,
-            (inter_node_bytes - sent.inter_node_bytes) as f64,
+            spent(|phases| phases.attention),
+            spent(|phases| phases.gate),
+            // Beside a branch, results are handed over before `combine`: that is in the exchange alone.
+            (spent(|phases| phases.dispatch_and_combine) - exchange).max(0.0),
+            exchange,
+            spent(|phases| phases.experts),
+            counts(|sent| sent.intra_node_messages),
+            counts(|sent| sent.intra_node_bytes),
+            counts(|sent| sent.inter_node_messages),
+            counts(|sent| sent.inter_node_bytes),
             dropped as f64,
         ])
     }

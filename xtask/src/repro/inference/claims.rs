@@ -2,6 +2,9 @@
 
 use std::fmt::Write as _;
 
+/// What something came to in each case, such as a number of ranks.
+pub(super) type Cases = Vec<(String, f64)>;
+
 /// One of them.
 #[derive(Debug)]
 pub(super) struct Claim {
@@ -11,16 +14,21 @@ pub(super) struct Claim {
     pub(super) published: String,
     /// Those from here.
     pub(super) here: String,
-    /// None where nothing was measured that could tell.
-    pub(super) shows: Option<bool>,
+    /// In which cases it does; none where nothing was measured that could tell.
+    pub(super) shows: Vec<(String, bool)>,
 }
 
 impl Claim {
-    pub(super) fn verdict(&self) -> &'static str {
-        match self.shows {
-            Some(true) => "shows here",
-            Some(false) => "does not show here",
-            None => "not measured",
+    pub(super) fn verdict(&self) -> String {
+        let labels = |shows: bool| {
+            let of = self.shows.iter().filter(|case| case.1 == shows).map(|case| case.0.as_str());
+            of.collect::<Vec<_>>().join(", ")
+        };
+        match (labels(true), labels(false)) {
+            (yes, no) if yes.is_empty() && no.is_empty() => "not measured".into(),
+            (_, no) if no.is_empty() => "shows here".into(),
+            (yes, _) if yes.is_empty() => "does not show here".into(),
+            (yes, no) => format!("shows: {yes}; does not show: {no}"),
         }
     }
 }
@@ -38,7 +46,18 @@ pub(super) fn table(claims: &[Claim]) -> String {
 /// Numbers one after the other, of as many digits as matter.
 pub(super) fn listed(values: &[f64], unit: &str) -> String {
     let shown: Vec<String> = values.iter().map(|value| format!("{}{unit}", digits(*value))).collect();
+    shown.join(", ")
+}
+
+/// The same with their cases.
+pub(super) fn by_case(cases: &Cases, unit: &str) -> String {
+    let shown: Vec<String> = cases.iter().map(|(case, value)| format!("{case}: {}{unit}", digits(*value))).collect();
     if shown.is_empty() { "-".into() } else { shown.join(", ") }
+}
+
+/// As a case is called.
+pub(super) fn ranks_named(ranks: usize) -> String {
+    if ranks == 1 { "1 rank".into() } else { format!("{ranks} ranks") }
 }
 
 /// Three digits.
@@ -51,38 +70,63 @@ pub(super) fn digits(value: f64) -> String {
     }
 }
 
-/// Whether all are at least this; None without any.
-pub(super) fn all_at_least(values: &[f64], least: f64) -> Option<bool> {
-    (!values.is_empty()).then(|| values.iter().all(|value| *value >= least))
+/// In which cases something holds.
+pub(super) fn where_holds(cases: &Cases, holds: impl Fn(f64) -> bool) -> Vec<(String, bool)> {
+    cases.iter().map(|(case, value)| (case.clone(), holds(*value))).collect()
 }
 
-/// Whether values never fall, and grow in all; None of fewer than two.
-pub(super) fn rises(values: &[f64]) -> Option<bool> {
-    let (first, last) = (values.first()?, values.last()?);
-    (values.len() > 1).then(|| last > first && values.windows(2).all(|pair| pair[1] >= pair[0]))
+/// Whether values never fall from one case to the next, and grow in all: one case, or none of fewer than two values.
+pub(super) fn rises(cases: &Cases) -> Vec<(String, bool)> {
+    let values: Vec<f64> = cases.iter().map(|case| case.1).collect();
+    match values.as_slice() {
+        [first, .., last] => {
+            let rises = last > first && values.windows(2).all(|pair| pair[1] >= pair[0]);
+            vec![("from the first to the last".into(), rises)]
+        }
+        _ => Vec::new(),
+    }
 }
 
 #[cfg(test)]
-mod tests {
+pub(super) mod tests {
     use super::*;
+
+    /// What each claim comes to: all cases, none, some or nothing at all.
+    pub(in crate::repro::inference) fn verdicts(claims: &[Claim]) -> String {
+        let sign = |claim: &Claim| match claim.verdict().as_str() {
+            "shows here" => '+',
+            "does not show here" => '-',
+            "not measured" => '?',
+            _ => '~',
+        };
+        claims.iter().map(sign).collect()
+    }
 
     #[test]
     fn verdicts_follow_from_figures() {
-        assert_eq!((all_at_least(&[2.0, 1.0], 1.0), all_at_least(&[2.0, 0.9], 1.0)), (Some(true), Some(false)));
-        assert_eq!(all_at_least(&[], 1.0), None);
-        assert_eq!((rises(&[1.0, 1.0, 2.0]), rises(&[1.0, 3.0, 2.0]), rises(&[1.0])), (Some(true), Some(false), None));
-        assert_eq!(rises(&[1.0, 1.0]), Some(false));
+        let cases = |values: &[f64]| -> Cases {
+            values.iter().enumerate().map(|(index, value)| (ranks_named(index + 1), *value)).collect()
+        };
         let claim = |shows| Claim { says: "s".into(), published: "p".into(), here: "h".into(), shows };
-        let text = table(&[claim(Some(true)), claim(Some(false)), claim(None)]);
-        for line in ["| s | p | h | shows here |", "| s | p | h | does not show here |", "| s | p | h | not measured |"]
-        {
-            assert!(text.contains(line), "{text}");
-        }
+        let of = |values: &[f64]| claim(where_holds(&cases(values), |value| value >= 1.0)).verdict();
+        assert_eq!(of(&[2.0, 1.0]), "shows here");
+        assert_eq!(of(&[0.5]), "does not show here");
+        assert_eq!(of(&[]), "not measured");
+        assert_eq!(of(&[2.0, 0.9, 1.0]), "shows: 1 rank, 3 ranks; does not show: 2 ranks");
+        let rising = |values: &[f64]| verdicts(&[claim(rises(&cases(values)))]);
+        assert_eq!([rising(&[1.0, 1.0, 2.0]), rising(&[1.0, 3.0, 2.0]), rising(&[1.0])], ["+", "-", "?"]);
+        assert_eq!(rising(&[1.0, 1.0]), "-");
+        let text = table(&[claim(rises(&cases(&[1.0, 2.0])))]);
+        assert!(text.contains("| s | p | h | shows here |"), "{text}");
     }
 
     #[test]
     fn three_digits_are_shown() {
         assert_eq!(listed(&[0.1234, 1.234, 12.34, 123.4], "x"), "0.123x, 1.23x, 12.3x, 123x");
-        assert_eq!(listed(&[], "x"), "-");
+        assert_eq!(
+            by_case(&vec![("1 rank".into(), 2.0), ("2 ranks".into(), 3.0)], "x"),
+            "1 rank: 2.00x, 2 ranks: 3.00x"
+        );
+        assert_eq!(by_case(&Vec::new(), "x"), "-");
     }
 }

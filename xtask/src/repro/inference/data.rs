@@ -18,6 +18,8 @@ pub(super) struct Data {
     /// Programs that wanted a core in the minutes before the first run and before the last: this one's too, and of whoever else
     /// uses the machine.
     pub(super) load: [f64; 2],
+    /// Of the programs that were measured, as `nice` counts it: those below 0 have a core before others.
+    pub(super) nice: i64,
     /// How many times narrower than the paper's the models are.
     pub(super) narrow: usize,
     /// Sizes at which figures say nothing.
@@ -227,6 +229,7 @@ pub(super) mod tests {
             command: "c".into(),
             minutes: 1.0,
             load: [0.5, 2.0],
+            nice: 0,
             narrow: 16,
             smoke: false,
             delay_us: 50,

@@ -39,7 +39,7 @@ impl Args {
         if self.smoke {
             return Size { narrow: 32, seconds: 0.5, smoke: true };
         }
-        Size { narrow: 16, seconds: 6.0, smoke: false }
+        Size { narrow: 16, seconds: 4.0, smoke: false }
     }
 }
 
@@ -63,6 +63,14 @@ fn load() -> Result<f64> {
     first.context("/proc/loadavg has no number")
 }
 
+/// The priority of this program, which those that it starts have too.
+fn nice() -> Result<i64> {
+    let text = std::fs::read_to_string("/proc/self/stat").context("cannot read /proc/self/stat")?;
+    // Behind the name, which may hold anything.
+    let words = text.rsplit_once(')').and_then(|(_, rest)| rest.split_whitespace().nth(16)?.parse().ok());
+    words.context("/proc/self/stat has no nice value")
+}
+
 fn measure(size: Size) -> Result<Data> {
     let begun = Instant::now();
     let arguments: Vec<String> = std::env::args().skip(1).collect();
@@ -74,6 +82,7 @@ fn measure(size: Size) -> Result<Data> {
         command: format!("cargo xtask {}", arguments.join(" ")),
         minutes: 0.0,
         load: [load()?; 2],
+        nice: nice()?,
         narrow: size.narrow,
         smoke: size.smoke,
         delay_us: place::DELAY.as_micros() as u64,
@@ -114,11 +123,12 @@ fn set_up(data: &Data) -> String {
 
 fn text(data: &Data) -> String {
     let mut text = String::from("# Inference\n\n");
-    let Data { machine, commit, compiler, command, minutes, load: [before, after], .. } = data;
+    let Data { machine, commit, compiler, command, minutes, load: [before, after], nice, .. } = data;
     let _ = write!(
         text,
         "Made by `cargo xtask repro inference` of `measured.json` alone.\n\n```text\nmachine: {machine}\ncommit: {commit}\ncompiler: \
-         {compiler}\ncommand: {command}\ntime: {minutes:.1} minutes\nload of the machine: {before:.1} before, {after:.1} at the end\n```\n"
+         {compiler}\ncommand: {command}\ntime: {minutes:.1} minutes\nload of the machine: {before:.1} before, {after:.1} at the end; \
+         nice {nice}\n```\n"
     );
     if data.smoke {
         text += "\nThis is a smoke run: its figures say nothing.\n";

@@ -72,7 +72,12 @@ impl Place {
             let config = place.folder.join(format!("config-{index}.json"));
             fs::write(&config, model.config(size.narrow).to_string())?;
             let mut init = Command::new(place.program("moe-init"));
-            shell::run(init.arg("--config").arg(config).arg("--out").arg(place.model(model)?))?;
+            init.arg("--config").arg(config).arg("--out").arg(place.model(model)?);
+            if index > 0 {
+                // The first one has trained it.
+                init.arg("--tokenizer").arg(place.tokenizer()?);
+            }
+            shell::run(&mut init)?;
         }
         Ok(place)
     }
@@ -85,6 +90,11 @@ impl Place {
     fn model(&self, model: &Model) -> Result<PathBuf> {
         let index = ALL.iter().position(|known| known.name == model.name).context("no such model")?;
         Ok(self.folder.join(format!("model-{index}")))
+    }
+
+    /// Of all models.
+    pub(super) fn tokenizer(&self) -> Result<PathBuf> {
+        Ok(self.model(ALL[0])?.join("tokenizer.json"))
     }
 
     /// Where a run may write.

@@ -1,6 +1,6 @@
 //! What travels for a token by each route between hosts, beside the paper's formulas of its section 5.3.
 
-use super::claims::{Claim, digits, listed};
+use super::claims::{Cases, Claim, by_case, digits, where_holds};
 use super::data::{Data, Part, Step};
 use super::models::MOE;
 use super::place::{Cluster, Place};
@@ -117,7 +117,7 @@ pub(super) fn section(data: &Data) -> String {
     let mut text = format!(
         "\n## Routes between hosts (section 5.3)\n\nThe paper: of p ranks, G on a node, L of a tensor group, a rank sends O(p) messages flat, \
          O(G + p/G) hierarchically, with twice the volume, O(p/L) + O(L) coordinated with tensor slicing; on 128 GPUs, L = 8, 128 C1 + C2 \
-         become 16 C1 + C2.\n\nHere: {} at a {}th of its width, G = 2, L = {TENSOR_RANKS} for every route, 8 tokens a tensor group, {} us one \
+         become 16 C1 + C2.\n\nHere: {} at 1/{} of its width, G = 2, L = {TENSOR_RANKS} for every route, 8 tokens a tensor group, {} us one \
          way. Counted where they are sent, for a layer: the counts of rows, the rows there and back, and what a tensor group gathers. \
          `most` is the sum of these by the plan (flat 3 (p - 1), hierarchical 3 (G - 1 + p/G - 1), coordinated 3 (p/L - 1) + L - 1, both 3 \
          (G/L - 1 + p/G - 1) + L - 1); a rank without rows for another sends it no message. Exchange: layout and all-to-all of a layer, \
@@ -155,74 +155,58 @@ pub(super) fn section(data: &Data) -> String {
 }
 
 /// A value of one way over that of another, in every case.
-fn ratios(data: &Data, [first, second]: [&Way; 2], value: impl Fn(&Step) -> f64) -> Vec<f64> {
-    let ratio = |case| Some(value(find(data, case, first)?) / value(find(data, case, second)?));
+fn ratios(data: &Data, [first, second]: [&Way; 2], value: impl Fn(&Step) -> f64) -> Cases {
+    let ratio = |case: Case| {
+        let ratio = value(find(data, case, first)?) / value(find(data, case, second)?);
+        Some((format!("{} ranks at {} Gbit/s", case.1, case.0), ratio))
+    };
     cases(data).into_iter().filter_map(ratio).collect()
-}
-
-fn all(values: &[f64], holds: impl Fn(f64) -> bool) -> Option<bool> {
-    (!values.is_empty()).then(|| values.iter().all(|value| holds(*value)))
 }
 
 /// What the paper says about this.
 pub(super) fn claims(data: &Data) -> Vec<Claim> {
-    let times = |values: &[f64]| listed(values, "x");
-    let cases: Vec<String> =
-        cases(data).iter().map(|(gbits, ranks)| format!("{ranks} ranks at {gbits} Gbit/s")).collect();
-    let of_cases = cases.join(", ");
-    let within = WAYS.iter().flat_map(|way| data.of(Part::Routes).filter(|step| way.is(step)).map(move |s| (way, s)));
-    let within: Vec<f64> =
-        within.map(|(way, step)| step.most_messages / (way.most(step) * step.moe_layers) as f64).collect();
-    let fewer = ratios(data, [&HIERARCHICAL, &FLAT], Step::messages);
-    let volume = ratios(data, [&HIERARCHICAL, &FLAT], Step::bytes);
-    let coordinated = ratios(data, [&COORDINATED, &FLAT], Step::messages);
-    let [hierarchical_ms, coordinated_ms] =
-        [&HIERARCHICAL, &COORDINATED].map(|way| ratios(data, [&FLAT, way], exchange_ms));
+    let share = |way: &Way| {
+        let shares = data.of(Part::Routes).filter(|step| way.is(step));
+        let most = shares.map(|step| step.most_messages / (way.most(step) * step.moe_layers) as f64).reduce(f64::max);
+        most.map(|most| (way.name.to_owned(), most))
+    };
+    let shares: Cases = WAYS.iter().filter_map(share).collect();
+    let claim = |says: &str, published: &str, cases: Cases, holds: fn(f64) -> bool| Claim {
+        says: says.into(),
+        published: published.into(),
+        here: by_case(&cases, "x"),
+        shows: where_holds(&cases, holds),
+    };
+    let messages = |way| ratios(data, [way, &FLAT], Step::messages);
+    let gain = |way| ratios(data, [&FLAT, way], exchange_ms);
     vec![
-        Claim {
-            says: "no rank sends more messages than the formulas say".into(),
-            published: "p, G + p/G, p/L + L".into(),
-            here: match within.iter().copied().reduce(f64::max) {
-                Some(most) => format!("at most {:.0}% of the plan's", 100.0 * most),
-                None => "-".into(),
-            },
-            shows: all(&within, |share| share <= 1.0),
-        },
-        Claim {
-            says: format!("hierarchical sends fewer messages than flat ({of_cases})"),
-            published: "G + p/G of p".into(),
-            here: times(&fewer),
-            shows: all(&fewer, |ratio| ratio < 1.0),
-        },
-        Claim {
-            says: "hierarchical at most doubles the volume".into(),
-            published: "2x".into(),
-            here: times(&volume),
-            shows: all(&volume, |ratio| ratio <= 2.0),
-        },
-        Claim {
-            says: "coordinated sends fewer messages than flat".into(),
-            published: "p/L + L of p".into(),
-            here: times(&coordinated),
-            shows: all(&coordinated, |ratio| ratio < 1.0),
-        },
-        Claim {
-            says: "the hierarchical exchange of so few tokens is as fast as the flat one, or faster".into(),
-            published: "wins where latency dominates".into(),
-            here: times(&hierarchical_ms),
-            shows: all(&hierarchical_ms, |gain| gain >= 1.0),
-        },
-        Claim {
-            says: "so is the coordinated one".into(),
-            published: "128 C1 + C2 to 16 C1 + C2".into(),
-            here: times(&coordinated_ms),
-            shows: all(&coordinated_ms, |gain| gain >= 1.0),
-        },
+        claim(
+            "no rank sends more messages than its route's formula says (most of any rank, over the plan's)",
+            "p, G + p/G, p/L + L",
+            shares,
+            |share| share <= 1.0,
+        ),
+        claim("hierarchical sends fewer messages than flat", "G + p/G of p", messages(&HIERARCHICAL), |of| of < 1.0),
+        claim(
+            "hierarchical at most doubles the volume",
+            "2x",
+            ratios(data, [&HIERARCHICAL, &FLAT], Step::bytes),
+            |of| of <= 2.0,
+        ),
+        claim("coordinated sends fewer messages than flat", "p/L + L of p", messages(&COORDINATED), |of| of < 1.0),
+        claim(
+            "the hierarchical exchange of so few tokens is faster than the flat one",
+            "wins where latency dominates",
+            gain(&HIERARCHICAL),
+            |gain| gain > 1.0,
+        ),
+        claim("so is the coordinated one", "128 C1 + C2 to 16 C1 + C2", gain(&COORDINATED), |gain| gain > 1.0),
     ]
 }
 
 #[cfg(test)]
 mod tests {
+    use super::super::claims::tests::verdicts;
     use super::super::data::tests::{data, step};
     use super::*;
 
@@ -255,11 +239,10 @@ mod tests {
             let all = [(&FLAT, 20.0, 4.0), (&HIERARCHICAL, hierarchical, 2.0), (&COORDINATED, coordinated, 5.0)];
             data(all.map(of_way).to_vec())
         };
-        let shows = |data: &Data| claims(data).iter().map(|claim| claim.shows).collect::<Vec<_>>();
-        assert_eq!(shows(&measured(11.0, 9.0)), [true, true, true, true, true, false].map(Some));
+        assert_eq!(verdicts(&claims(&measured(11.0, 9.0))), "+++++-");
         // More than its plan, and than the flat one.
-        assert_eq!(shows(&measured(25.0, 9.0)), [false, false, true, true, true, false].map(Some));
-        assert!(shows(&data(Vec::new())).iter().all(Option::is_none));
+        assert_eq!(verdicts(&claims(&measured(25.0, 9.0))), "~-+++-");
+        assert_eq!(verdicts(&claims(&data(Vec::new()))), "??????");
         let text = section(&measured(11.0, 9.0));
         let row = "| 10 | 4 | 8 | hierarchical | G + p/G | 11.0 | 11.0 | 12 | 0.00 | 2.75 | 21 | 42 | 0.175 | 1.00 |";
         assert!(text.contains(row), "{text}");
