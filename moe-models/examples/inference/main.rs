@@ -17,7 +17,7 @@ use candle_core::{Device, Tensor};
 use clap::Parser;
 use counted::Counted;
 use measure::{Measured, RankRecord};
-use moe_core::{CounterRng, Ops, ParamSpec};
+use moe_core::{CounterRng, Ops};
 use moe_kernels::KernelOps;
 use moe_models::cli::ranks::{RankArgs, Seat, World};
 use moe_models::cli::{PrecisionArg, choose_kernels};
@@ -27,7 +27,7 @@ use moe_models::{
 };
 use moe_parallel::comm::Reduction;
 use moe_parallel::comm::thread::ThreadWorld;
-use moe_parallel::{Collectives, Communicator, Mesh, Phase, Placement, Site};
+use moe_parallel::{Collectives, Communicator, Mesh, Phase, Site};
 use original::Original;
 use phases::Phases;
 use serde_json::json;
@@ -115,30 +115,12 @@ fn rank(args: &Args, phases: &Phases, seat: &Seat) -> Result<String> {
     let dims = args.ranks.serving_dims(world.size())?;
     let mesh = Mesh::new(Arc::clone(&world), dims, seat.ranks_per_node, args.ranks.exchange())?;
 
-    // 1. Ours, with keys and values of all tokens but the new ones; then what that takes.
+    // 1. Ours, and what it takes; then the original over the same weights.
     let precision = Precision::from(args.precision);
     let ours = Decoder::load_over(&args.model, precision, &mesh)?;
-    let (len, sequences) = (args.context as usize, args.sequences as usize);
-    ensure!(len <= ours.max_seq_len(), "--context must be at most the model's {}, got {len}", ours.max_seq_len());
-    let pool = ours.new_pool(PoolConfig::for_tokens(sequences, len))?;
-    let mut rng = CounterRng::new(1, dims.dense(world.rank()).dp_rank as u64);
-    let mut ids = |count: usize| -> Vec<u32> { (0..count).map(|_| rng.below(ours.vocab_size() as u32)).collect() };
-    let mut cached: Vec<CachedSequence> = (0..sequences).map(|_| pool.sequence()).collect();
-    for sequence in &mut cached {
-        let step = SequenceStep { sequence, token_ids: &ids(len - 1), logits: LogitsOf::None };
-        ours.forward(&mut [step], &pool)?;
-    }
-    let mut next_step = || -> Result<PagedStep> {
-        let mut step = PagedStep::default();
-        for (sequence, id) in cached.iter_mut().zip(ids(sequences)) {
-            step.add(sequence, &[id], LogitsOf::Last, pool.pages())?;
-        }
-        Ok(step)
-    };
-    ours.run(&next_step()?, &pool)?;
+    let mut workload = Workload::new(args, &ours, dims.dense(world.rank()).dp_rank)?;
+    ours.run(&workload.next_step()?, &workload.pool)?;
     let record = RankRecord::new(ours.config(), &mesh.placement(), seat.ranks_of_process)?;
-
-    // 2. The original over the same weights.
     let originals = args.min_capacity.iter().map(|&rows| original(args, &mesh, precision, rows));
     let originals = originals.collect::<Result<Vec<_>>>()?;
     let mut forms = vec![Form {
@@ -146,22 +128,20 @@ fn rank(args: &Args, phases: &Phases, seat: &Seat) -> Result<String> {
         run: Box::new(|step, pool| Ok((CausalLm::run(&ours, step, pool)?.logits, 0))),
     }];
     for (original, rows) in originals.iter().zip(&args.min_capacity) {
-        forms.push(Form {
-            name: format!("original, {rows} rows"),
-            run: Box::new(|step, pool| original.run(step, pool)),
-        });
+        let run = Box::new(|step: &PagedStep, pool: &KvPool| original.run(step, pool));
+        forms.push(Form { name: format!("original, {rows} rows"), run });
     }
-    check(&forms, &next_step()?, &pool)?;
+    check(&forms, &workload.next_step()?, &workload.pool)?;
 
-    // 3. Steps of all forms in turns, so that all meet the same minutes.
+    // 2. Steps of all forms in turns, so that all meet the same minutes.
     let mut measured = Measured::new(forms.len());
     let mut round = |keep: bool| -> Result<f64> {
-        let step = next_step()?;
+        let step = workload.next_step()?;
         let begun = Instant::now();
         for (index, form) in forms.iter().enumerate() {
             world.barrier(SITE)?;
-            let sample =
-                measured.sample(phases, &counted, seat.ranks_of_process, || Ok((form.run)(&step, &pool)?.1))?;
+            let run = || Ok((form.run)(&step, &workload.pool)?.1);
+            let sample = measure::sample(phases, &counted, seat.ranks_of_process, run)?;
             if keep {
                 measured.keep(index, sample);
             }
@@ -177,15 +157,55 @@ fn rank(args: &Args, phases: &Phases, seat: &Seat) -> Result<String> {
         round(true)?;
     }
 
-    // 4. One line for each form.
+    // 3. One line for each form.
     let head = json!({
         "ranks": world.size(), "ranks_per_node": seat.ranks_per_node, "dp": dims.dp, "tp": dims.tp, "ep": dims.ep,
         "route": format!("{:?}", args.ranks.exchange().route).to_lowercase(),
         "coordination": format!("{:?}", args.ranks.exchange().coordination),
-        "sequences": sequences, "context": len, "precision": format!("{precision:?}").to_lowercase(),
+        "sequences": args.sequences, "context": args.context, "precision": format!("{precision:?}").to_lowercase(),
     });
     let names: Vec<&str> = forms.iter().map(|form| form.name.as_str()).collect();
     measured.lines(&*world, &head, &names, &record)
+}
+
+/// The sequences of a replica, each of which has all tokens but the last.
+struct Workload {
+    pool: KvPool,
+    cached: Vec<CachedSequence>,
+    vocab_size: u32,
+    rng: CounterRng,
+}
+
+impl Workload {
+    /// Reads the prompts. Called by all ranks; those of a tensor group have the same.
+    fn new(args: &Args, lm: &Decoder, dp_rank: usize) -> Result<Self> {
+        let (len, sequences) = (args.context as usize, args.sequences as usize);
+        ensure!(len <= lm.max_seq_len(), "--context must be at most the model's {}, got {len}", lm.max_seq_len());
+        let pool = lm.new_pool(PoolConfig::for_tokens(sequences, len))?;
+        let cached = (0..sequences).map(|_| pool.sequence()).collect();
+        let rng = CounterRng::new(1, dp_rank as u64);
+        let mut workload = Self { pool, cached, vocab_size: lm.vocab_size() as u32, rng };
+        for index in 0..sequences {
+            let token_ids = &workload.ids(len - 1);
+            let step = SequenceStep { sequence: &mut workload.cached[index], token_ids, logits: LogitsOf::None };
+            lm.forward(&mut [step], &workload.pool)?;
+        }
+        Ok(workload)
+    }
+
+    fn ids(&mut self, count: usize) -> Vec<u32> {
+        (0..count).map(|_| self.rng.below(self.vocab_size)).collect()
+    }
+
+    /// Another last token for each sequence: none of them grows.
+    fn next_step(&mut self) -> Result<PagedStep> {
+        let mut step = PagedStep::default();
+        let ids = self.ids(self.cached.len());
+        for (sequence, id) in self.cached.iter_mut().zip(ids) {
+            step.add(sequence, &[id], LogitsOf::Last, self.pool.pages())?;
+        }
+        Ok(step)
+    }
 }
 
 fn original(args: &Args, mesh: &Mesh, precision: Precision, min_capacity: usize) -> Result<Original> {
@@ -210,11 +230,6 @@ fn check(forms: &[Form<'_>], step: &PagedStep, pool: &KvPool) -> Result<()> {
         ensure!(differing <= dropped, "{}: logits of {differing} tokens differ, and {dropped} were dropped", form.name);
     }
     Ok(())
-}
-
-/// Parameters of the model that a rank holds.
-fn held(spec: &ParamSpec, placement: &Placement) -> usize {
-    placement.local_shape(spec).iter().product()
 }
 
 #[cfg(test)]

@@ -1,7 +1,6 @@
 //! What is measured of a step on each rank, and what becomes of it over steps and ranks.
 
 use crate::counted::{Counted, Traffic};
-use crate::held;
 use crate::phases::{PhaseSeconds, Phases};
 use anyhow::{Context, Result};
 use moe_models::DecoderConfig;
@@ -39,7 +38,12 @@ impl RankRecord {
         Ok(Self {
             parameters: count.total,
             active_parameters: count.active,
-            held: config.params().specs().iter().map(|spec| held(spec, placement)).sum(),
+            held: config
+                .params()
+                .specs()
+                .iter()
+                .map(|spec| placement.local_shape(spec).iter().product::<usize>())
+                .sum(),
             resident_bytes: resident_bytes()? / ranks_of_process as u64,
             layers: config.layers.len(),
             moe_layers: config.moe_layers().len(),
@@ -55,45 +59,44 @@ fn resident_bytes() -> Result<u64> {
     Ok(1024 * kilobytes.context("/proc/self/status has no RssAnon")?)
 }
 
+/// Runs a step, which says how many tokens were dropped.
+pub(crate) fn sample(
+    phases: &Phases,
+    counted: &Counted,
+    ranks_of_process: usize,
+    step: impl FnOnce() -> Result<u64>,
+) -> Result<Sample> {
+    let share = 1.0 / ranks_of_process as f64;
+    let (before, sent, exchanged) = (phases.total(), counted.traffic(), counted.exchange_time());
+    let begun = Instant::now();
+    let dropped = step()?;
+    let seconds = begun.elapsed().as_secs_f64();
+    let (after, all_sent) = (phases.total(), counted.traffic());
+    let exchange = (counted.exchange_time() - exchanged).as_secs_f64();
+    let spent = |of: fn(PhaseSeconds) -> f64| (of(after) - of(before)) * share;
+    let counts = |of: fn(Traffic) -> u64| (of(all_sent) - of(sent)) as f64;
+    Ok([
+        seconds,
+        spent(|phases| phases.attention),
+        spent(|phases| phases.gate),
+        // Beside a branch, results are handed over before `combine`: that is in the exchange alone.
+        (spent(|phases| phases.dispatch_and_combine) - exchange).max(0.0),
+        exchange,
+        spent(|phases| phases.experts),
+        counts(|sent| sent.intra_node_messages),
+        counts(|sent| sent.intra_node_bytes),
+        counts(|sent| sent.inter_node_messages),
+        counts(|sent| sent.inter_node_bytes),
+        dropped as f64,
+    ])
+}
+
 /// The samples of all forms on this rank.
 pub(crate) struct Measured(Vec<Vec<Sample>>);
 
 impl Measured {
     pub(crate) fn new(forms: usize) -> Self {
         Self(vec![Vec::new(); forms])
-    }
-
-    /// Runs a step, which says how many tokens were dropped.
-    pub(crate) fn sample(
-        &self,
-        phases: &Phases,
-        counted: &Counted,
-        ranks_of_process: usize,
-        step: impl FnOnce() -> Result<u64>,
-    ) -> Result<Sample> {
-        let share = 1.0 / ranks_of_process as f64;
-        let (before, sent, exchanged) = (phases.total(), counted.traffic(), counted.exchange_time());
-        let begun = Instant::now();
-        let dropped = step()?;
-        let seconds = begun.elapsed().as_secs_f64();
-        let (after, all_sent) = (phases.total(), counted.traffic());
-        let exchange = (counted.exchange_time() - exchanged).as_secs_f64();
-        let spent = |of: fn(PhaseSeconds) -> f64| (of(after) - of(before)) * share;
-        let counts = |of: fn(Traffic) -> u64| (of(all_sent) - of(sent)) as f64;
-        Ok([
-            seconds,
-            spent(|phases| phases.attention),
-            spent(|phases| phases.gate),
-            // Beside a branch, results are handed over before `combine`: that is in the exchange alone.
-            (spent(|phases| phases.dispatch_and_combine) - exchange).max(0.0),
-            exchange,
-            spent(|phases| phases.experts),
-            counts(|sent| sent.intra_node_messages),
-            counts(|sent| sent.intra_node_bytes),
-            counts(|sent| sent.inter_node_messages),
-            counts(|sent| sent.inter_node_bytes),
-            dropped as f64,
-        ])
     }
 
     pub(crate) fn keep(&mut self, form: usize, sample: Sample) {
