@@ -12,8 +12,8 @@ use std::fmt::Write as _;
 const MIN_CAPACITIES: &str = "4,1";
 pub(super) const OURS: &str = "ours";
 /// The better of the original's two.
-pub(super) const ORIGINAL: &str = "original, 1 rows";
-const FORMS: [&str; 3] = [OURS, ORIGINAL, "original, 4 rows"];
+pub(super) const ORIGINAL: &str = "original, capacity 1";
+const FORMS: [&str; 3] = [OURS, ORIGINAL, "original, capacity 4"];
 const GBITS: f64 = 10.0;
 
 /// One rank a host as long as there are as many cores.
@@ -100,7 +100,7 @@ pub(super) fn section(data: &Data) -> String {
             text += &row(step, data.cores);
         }
     }
-    text += "\n| ranks | the original's rows | step | gate and layout | all-to-all | experts | an MoE layer | bytes |\n\
+    text += "\n| ranks | the original | step | gate and layout | all-to-all | experts | an MoE layer | bytes |\n\
              |---|---|---|---|---|---|---|---|\n";
     for (ranks, form) in
         data.ranks_of(Part::Formulation).into_iter().flat_map(|r| FORMS[1..].iter().map(move |f| (r, f)))
@@ -159,16 +159,16 @@ pub(super) fn claims(data: &Data) -> Vec<Claim> {
         shows: where_holds(gains, |gain| gain > 1.0),
     };
     vec![
-        faster("ours takes less time for a token than the original's form with 4 rows an expert", &padded),
-        faster("the same with 1 row an expert", &single),
+        faster("ours takes less time for a token than the original's form with a capacity of 4", &padded),
+        faster("the same with a capacity of 1", &single),
         Claim {
-            says: "the gain grows with the ranks (1 row)".into(),
+            says: "the gain grows with the ranks (capacity 1)".into(),
             published: published.clone(),
             here: by_case(&single, "x"),
             shows: rises(&single),
         },
         Claim {
-            says: "gate and layout take at least 6 times less (1 row)".into(),
+            says: "gate and layout take at least 6 times less (capacity 1)".into(),
             published: "more than 6x".into(),
             here: by_case(&kernels, "x"),
             shows: where_holds(&kernels, |gain| gain >= 6.0),
@@ -240,7 +240,7 @@ mod tests {
         for part in [
             "| 64 | 43.9 | 12.7 | 3.46 | 181 | 619 |",
             "| 1 | 1 | ours | 2.00 | 4000 | 4000 | 0.100 | 0.100 | 0.200 | 0.400 | 0.100 | 0.100 | 0.067 | 36 | 3.0 | 0.0 |",
-            "| 2 | original, 1 rows | 3.00x | 1.00x | 1.00x | 1.00x | 1.00x | 1.00x |",
+            "| 2 | original, capacity 1 | 3.00x | 1.00x | 1.00x | 1.00x | 1.00x | 1.00x |",
         ] {
             assert!(text.contains(part), "{part}: {text}");
         }

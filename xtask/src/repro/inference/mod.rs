@@ -113,7 +113,7 @@ fn set_up(data: &Data) -> String {
          - Models are {} times narrower and their weights are random, so experts are chosen about evenly. Products read bf16.\n\
          - The baseline is the original's formulation (one-hot einsums, every expert padded to its capacity, one flat all-to-all of all \
          rows) over this project's own products, attention and network, not PyTorch: what Python and its kernels add is not in it. \
-         Its experts take at least 4 rows of a rank (the layer's default) or 1 (its inference module's). Both compute what ours \
+         Its experts have a capacity of at least 4 rows of a rank (the layer's default) or 1 (its inference module's). Both compute what ours \
          does, which is checked before anything is timed.\n\
          - Each sequence has 128 tokens and gets one; times are means over ranks and over the faster half of the steps, all forms in \
          turns; of two such measurements the faster counts (`measured.json` has both).\n",
@@ -176,7 +176,7 @@ mod tests {
         std::fs::create_dir_all(&dir).unwrap();
         let mut steps = Vec::new();
         for ranks in [1, 2] {
-            steps.extend(["ours", "original, 1 rows"].map(|form| step(Part::Formulation, form, ranks)));
+            steps.extend(["ours", "original, capacity 1"].map(|form| step(Part::Formulation, form, ranks)));
             steps.push(step(Part::Kinds, "ours", ranks));
         }
         let kept = serde_json::to_string(&data(steps)).unwrap();
