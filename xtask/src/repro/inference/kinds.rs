@@ -47,7 +47,7 @@ fn ratios(data: &Data, [first, second]: [&Model; 2], value: impl Fn(&Step) -> f6
 
 pub(super) fn section(data: &Data) -> String {
     let mut text = String::from(
-        "\n## Kinds of models (figures 12 to 15)\n\nThe paper's figure 14 (read from its chart; the MoE on 128 GPUs); of figures 12, 13 \
+        "\n## Kinds of models (figures 12 to 15)\n\nThe paper's figure 14 (read from its chart); of figures 12, 13 \
          and 15 statements alone are known.\n\n| model | ms a token | tokens/s a GPU |\n|---|---|---|\n",
     );
     for (model, ms, rate) in FIGURE_14 {

@@ -110,7 +110,8 @@ fn set_up(data: &Data) -> String {
          compute, so that a step on more ranks cannot take less time, and all-to-alls include that waiting. The paper's ranks are A100 \
          GPUs with a network of their own.\n\
          - Messages travel over TCP; the paper's over NCCL and SCCL.\n\
-         - Models are {} times narrower and their weights are random, so experts are chosen about evenly. Products read bf16.\n\
+         - Models are {} times narrower. Their weights are random, so tokens choose experts as no trained model does; what the original \
+         drops tells how unevenly. Products read bf16.\n\
          - The baseline is the original's formulation (one-hot einsums, every expert padded to its capacity, one flat all-to-all of all \
          rows) over this project's own products, attention and network, not PyTorch: what Python and its kernels add is not in it. \
          Its experts have a capacity of at least 4 rows of a rank (the layer's default) or 1 (its inference module's). Both compute what ours \
