@@ -2,8 +2,32 @@
 
 use std::fmt::Write as _;
 
+/// A value, and between what values measurements of the same thing lie.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub(super) struct Span {
+    pub(super) value: f64,
+    pub(super) low: f64,
+    pub(super) high: f64,
+}
+
+impl From<f64> for Span {
+    fn from(value: f64) -> Self {
+        Self { value, low: value, high: value }
+    }
+}
+
+impl std::ops::Neg for Span {
+    type Output = Self;
+    fn neg(self) -> Self {
+        Self { value: -self.value, low: -self.high, high: -self.low }
+    }
+}
+
 /// What something came to in each case, such as a number of ranks.
-pub(super) type Cases = Vec<(String, f64)>;
+pub(super) type Cases = Vec<(String, Span)>;
+
+/// Whether something holds in each case; None where it does by one measurement and does not by another.
+pub(super) type Verdicts = Vec<(String, Option<bool>)>;
 
 /// One of them.
 #[derive(Debug)]
@@ -15,21 +39,27 @@ pub(super) struct Claim {
     /// Those from here.
     pub(super) here: String,
     /// In which cases it does; none where nothing was measured that could tell.
-    pub(super) shows: Vec<(String, bool)>,
+    pub(super) shows: Verdicts,
 }
 
 impl Claim {
     pub(super) fn verdict(&self) -> String {
-        let labels = |shows: bool| {
-            let of = self.shows.iter().filter(|case| case.1 == shows).map(|case| case.0.as_str());
-            of.collect::<Vec<_>>().join(", ")
-        };
-        match (labels(true), labels(false)) {
-            (yes, no) if yes.is_empty() && no.is_empty() => "not measured".into(),
-            (_, no) if no.is_empty() => "shows here".into(),
-            (yes, _) if yes.is_empty() => "does not show here".into(),
-            (yes, no) => format!("shows: {yes}; does not show: {no}"),
-        }
+        const WORDS: [(Option<bool>, &str, &str); 3] = [
+            (Some(true), "shows", "shows here"),
+            (Some(false), "does not show", "does not show here"),
+            (None, "not told apart", "not told apart here"),
+        ];
+        let parts = WORDS.iter().filter_map(|(shows, part, whole)| {
+            let of = self.shows.iter().filter(|case| case.1 == *shows).map(|case| case.0.as_str());
+            let cases: Vec<&str> = of.collect();
+            match cases.len() {
+                0 => None,
+                all if all == self.shows.len() => Some((*whole).to_owned()),
+                _ => Some(format!("{part}: {}", cases.join(", "))),
+            }
+        });
+        let parts: Vec<String> = parts.collect();
+        if parts.is_empty() { "not measured".into() } else { parts.join("; ") }
     }
 }
 
@@ -49,9 +79,13 @@ pub(super) fn listed(values: &[f64], unit: &str) -> String {
     shown.join(", ")
 }
 
-/// The same with their cases.
+/// The same with their cases, and with the spans of those that were measured more than once.
 pub(super) fn by_case(cases: &Cases, unit: &str) -> String {
-    let shown: Vec<String> = cases.iter().map(|(case, value)| format!("{case}: {}{unit}", digits(*value))).collect();
+    let shown = cases.iter().map(|(case, Span { value, low, high })| {
+        let span = if low < high { format!(" ({} to {})", digits(*low), digits(*high)) } else { String::new() };
+        format!("{case}: {}{unit}{span}", digits(*value))
+    });
+    let shown: Vec<String> = shown.collect();
     if shown.is_empty() { "-".into() } else { shown.join(", ") }
 }
 
@@ -70,21 +104,24 @@ pub(super) fn digits(value: f64) -> String {
     }
 }
 
-/// In which cases something holds.
-pub(super) fn where_holds(cases: &Cases, holds: impl Fn(f64) -> bool) -> Vec<(String, bool)> {
-    cases.iter().map(|(case, value)| (case.clone(), holds(*value))).collect()
+/// What two measurements say together.
+pub(super) fn agreed(one: bool, other: bool) -> Option<bool> {
+    (one == other).then_some(one)
 }
 
-/// Whether values never fall from one case to the next, and grow in all: one case, or none of fewer than two values.
-pub(super) fn rises(cases: &Cases) -> Vec<(String, bool)> {
-    let values: Vec<f64> = cases.iter().map(|case| case.1).collect();
-    match values.as_slice() {
-        [first, .., last] => {
-            let rises = last > first && values.windows(2).all(|pair| pair[1] >= pair[0]);
-            vec![("from the first to the last".into(), rises)]
-        }
-        _ => Vec::new(),
-    }
+/// In which cases something holds that holds for all values above one, or below.
+pub(super) fn where_holds(cases: &Cases, holds: impl Fn(f64) -> bool) -> Verdicts {
+    cases.iter().map(|(case, span)| (case.clone(), agreed(holds(span.low), holds(span.high)))).collect()
+}
+
+/// Whether values never fall from one case to the next, and grow in all; nothing of fewer than two values.
+pub(super) fn rises(cases: &Cases) -> Verdicts {
+    let spans: Vec<Span> = cases.iter().map(|case| case.1).collect();
+    let [first, .., last] = spans.as_slice() else { return Vec::new() };
+    let pairs = || spans.windows(2).map(|pair| (pair[0], pair[1]));
+    let surely = last.low > first.high && pairs().all(|(before, after)| after.low >= before.high);
+    let perhaps = last.high > first.low && pairs().all(|(before, after)| after.high >= before.low);
+    vec![("from the first to the last".into(), agreed(surely, perhaps))]
 }
 
 #[cfg(test)]
@@ -97,6 +134,7 @@ pub(super) mod tests {
             "shows here" => '+',
             "does not show here" => '-',
             "not measured" => '?',
+            "not told apart here" => '=',
             _ => '~',
         };
         claims.iter().map(sign).collect()
@@ -105,7 +143,7 @@ pub(super) mod tests {
     #[test]
     fn verdicts_follow_from_figures() {
         let cases = |values: &[f64]| -> Cases {
-            values.iter().enumerate().map(|(index, value)| (ranks_named(index + 1), *value)).collect()
+            values.iter().enumerate().map(|(index, value)| (ranks_named(index + 1), Span::from(*value))).collect()
         };
         let claim = |shows| Claim { says: "s".into(), published: "p".into(), here: "h".into(), shows };
         let of = |values: &[f64]| claim(where_holds(&cases(values), |value| value >= 1.0)).verdict();
@@ -116,6 +154,13 @@ pub(super) mod tests {
         let rising = |values: &[f64]| verdicts(&[claim(rises(&cases(values)))]);
         assert_eq!([rising(&[1.0, 1.0, 2.0]), rising(&[1.0, 3.0, 2.0]), rising(&[1.0])], ["+", "-", "?"]);
         assert_eq!(rising(&[1.0, 1.0]), "-");
+        // Two measurements that differ.
+        let wide = |low, high| vec![("a".to_owned(), Span { value: low, low, high })];
+        let between = |low, high| claim(where_holds(&wide(low, high), |value| value >= 1.0)).verdict();
+        assert_eq!(between(0.5, 1.5), "not told apart here");
+        assert_eq!((between(1.0, 1.5).as_str(), between(0.5, 0.9).as_str()), ("shows here", "does not show here"));
+        let rising = |second| verdicts(&[claim(rises(&[wide(1.0, 2.0), second].concat()))]);
+        assert_eq!([rising(wide(1.5, 3.0)), rising(wide(2.5, 3.0)), rising(wide(0.1, 0.5))], ["=", "+", "-"]);
         let text = table(&[claim(rises(&cases(&[1.0, 2.0])))]);
         assert!(text.contains("| s | p | h | shows here |"), "{text}");
     }
@@ -123,10 +168,8 @@ pub(super) mod tests {
     #[test]
     fn three_digits_are_shown() {
         assert_eq!(listed(&[0.1234, 1.234, 12.34, 123.4], "x"), "0.123x, 1.23x, 12.3x, 123x");
-        assert_eq!(
-            by_case(&vec![("1 rank".into(), 2.0), ("2 ranks".into(), 3.0)], "x"),
-            "1 rank: 2.00x, 2 ranks: 3.00x"
-        );
+        let cases = vec![("1 rank".into(), 2.0.into()), ("2 ranks".into(), Span { value: 3.0, low: 2.5, high: 4.0 })];
+        assert_eq!(by_case(&cases, "x"), "1 rank: 2.00x, 2 ranks: 3.00x (2.50 to 4.00)");
         assert_eq!(by_case(&Vec::new(), "x"), "-");
     }
 }

@@ -1,5 +1,6 @@
 //! Everything that was measured, as it is kept: the report is made of it alone.
 
+use super::claims::Span;
 use super::models::Model;
 use anyhow::{Context, Result};
 use serde::{Deserialize, Serialize};
@@ -49,6 +50,22 @@ impl Data {
             }
         }
         best.into_iter()
+    }
+
+    /// A value of what `step` was measured of: that of `step`, and the smallest and the largest of all measurements.
+    pub(super) fn span(&self, step: &Step, value: impl Fn(&Step) -> f64) -> Span {
+        let all = || self.steps.iter().filter(|other| other.is_as(step)).map(&value);
+        Span {
+            value: value(step),
+            low: all().fold(f64::INFINITY, f64::min),
+            high: all().fold(f64::NEG_INFINITY, f64::max),
+        }
+    }
+
+    /// A value of one over that of another.
+    pub(super) fn ratio(&self, [first, second]: [&Step; 2], value: impl Fn(&Step) -> f64) -> Span {
+        let (first, second) = (self.span(first, &value), self.span(second, &value));
+        Span { value: first.value / second.value, low: first.low / second.high, high: first.high / second.low }
     }
 
     /// How ranks were laid out in a part, from few to many.
@@ -255,7 +272,10 @@ pub(super) mod tests {
     fn the_better_of_two_measurements_counts() {
         let of = |ms, form| Step { step_ms: ms, ..step(Part::Kinds, form, 2) };
         let all = data(vec![of(3.0, "ours"), of(2.0, "ours"), of(4.0, "ours"), of(9.0, "another")]);
-        assert_eq!(all.of(Part::Kinds).map(|step| step.step_ms).collect::<Vec<_>>(), [2.0, 9.0]);
+        let best: Vec<&Step> = all.of(Part::Kinds).collect();
+        assert_eq!(best.iter().map(|step| step.step_ms).collect::<Vec<_>>(), [2.0, 9.0]);
+        let ratio = all.ratio([best[1], best[0]], |step| step.step_ms);
+        assert_eq!((ratio.value, ratio.low, ratio.high), (4.5, 2.25, 4.5));
     }
 
     #[test]

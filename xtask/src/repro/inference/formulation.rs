@@ -59,14 +59,14 @@ fn find<'a>(data: &'a Data, form: &str, ranks: usize) -> Option<&'a Step> {
 
 /// A value of each number of ranks, of one form.
 fn series(data: &Data, form: &str, value: impl Fn(&Step) -> f64) -> Cases {
-    let of = |ranks| Some((ranks_named(ranks), value(find(data, form, ranks)?)));
+    let of = |ranks| Some((ranks_named(ranks), data.span(find(data, form, ranks)?, &value)));
     data.ranks_of(Part::Formulation).into_iter().filter_map(of).collect()
 }
 
 /// How many times one of the original's forms takes as long as ours.
 fn gains(data: &Data, form: &str, value: impl Fn(&Step) -> f64) -> Cases {
     let pair = |ranks| {
-        let gain = value(find(data, form, ranks)?) / value(find(data, OURS, ranks)?);
+        let gain = data.ratio([find(data, form, ranks)?, find(data, OURS, ranks)?], &value);
         Some((ranks_named(ranks), gain))
     };
     data.ranks_of(Part::Formulation).into_iter().filter_map(pair).collect()
@@ -149,7 +149,7 @@ pub(super) fn claims(data: &Data) -> Vec<Claim> {
     let [padded, single] = [FORMS[2], ORIGINAL].map(|form| gains(data, form, |step| step.step_ms));
     let kernels = gains(data, ORIGINAL, Step::gate_and_layout_ms);
     let steps = series(data, OURS, |step| step.step_ms);
-    let falling: Cases = steps.iter().map(|(case, ms)| (case.clone(), -ms)).collect();
+    let falling: Cases = steps.iter().map(|(case, ms)| (case.clone(), -*ms)).collect();
     let a_rank = series(data, OURS, |step| step.rate() / step.ranks as f64);
     let a_core = series(data, OURS, |step| step.rate() / step.ranks.min(data.cores) as f64);
     let faster = |says: &str, gains: &Cases| Claim {

@@ -1,6 +1,6 @@
 //! The kinds of models beside the dense one of their quality: the paper's figures 12 to 15.
 
-use super::claims::{Cases, Claim, by_case, digits, ranks_named, where_holds};
+use super::claims::{Cases, Claim, Span, agreed, by_case, digits, ranks_named, where_holds};
 use super::data::{Data, Part, Step};
 use super::formulation::{self, ORIGINAL, OURS};
 use super::models::{ALL, DENSE, MOE, MOS, Model, PR_MOE};
@@ -39,7 +39,7 @@ fn find<'a>(data: &'a Data, model: &Model, ranks: usize) -> Option<&'a Step> {
 /// The value of one model over that of another, for each number of ranks.
 fn ratios(data: &Data, [first, second]: [&Model; 2], value: impl Fn(&Step) -> f64) -> Cases {
     let ratio = |ranks| {
-        let ratio = value(find(data, first, ranks)?) / value(find(data, second, ranks)?);
+        let ratio = data.ratio([find(data, first, ranks)?, find(data, second, ranks)?], &value);
         Some((ranks_named(ranks), ratio))
     };
     data.ranks_of(Part::Kinds).into_iter().filter_map(ratio).collect()
@@ -89,7 +89,7 @@ pub(super) fn section(data: &Data) -> String {
 fn on_half_the_ranks(data: &Data) -> Cases {
     let pair = |ranks: usize| {
         let half = ranks.is_multiple_of(2).then_some(ranks / 2)?;
-        let ratio = find(data, &MOE, ranks)?.held_parameters / find(data, &MOS, half)?.held_parameters;
+        let ratio = data.ratio([find(data, &MOE, ranks)?, find(data, &MOS, half)?], |step| step.held_parameters);
         Some((format!("{half} instead of {ranks}"), ratio))
     };
     data.ranks_of(Part::Kinds).into_iter().filter_map(pair).collect()
@@ -102,12 +102,13 @@ pub(super) fn claims(data: &Data) -> Vec<Claim> {
     let [moe, mos] = [&MOE, &MOS].map(|model| ratios(data, [&DENSE, model], step_ms));
     let original = |ranks| {
         let original = data.of(Part::Formulation).find(|step| step.is(&MOE, ORIGINAL, ranks))?;
-        Some((ranks_named(ranks), find(data, &DENSE, ranks)?.step_ms / original.step_ms))
+        Some((ranks_named(ranks), data.ratio([find(data, &DENSE, ranks)?, original], step_ms)))
     };
     let original: Cases = data.ranks_of(Part::Kinds).into_iter().filter_map(original).collect();
-    let reversed = |(case, gain): &(String, f64)| {
+    let reversed = |(case, gain): &(String, Span)| {
         let ours = moe.iter().find(|ours| ours.0 == *case)?.1;
-        Some((case.clone(), *gain < 1.0 && ours > 1.0))
+        let (surely, perhaps) = (gain.high < 1.0 && ours.low > 1.0, gain.low < 1.0 && ours.high > 1.0);
+        Some((case.clone(), agreed(surely, perhaps)))
     };
     let at_least = |says: &str, published: &str, ratios: Cases, least: f64| Claim {
         says: says.into(),

@@ -114,10 +114,10 @@ fn set_up(data: &Data) -> String {
          drops tells how unevenly. Products read bf16.\n\
          - The baseline is the original's formulation (one-hot einsums, every expert padded to its capacity, one flat all-to-all of all \
          rows) over this project's own products, attention and network, not PyTorch: what Python and its kernels add is not in it. \
-         Its experts have a capacity of at least 4 rows of a rank (the layer's default) or 1 (its inference module's). Both compute what ours \
-         does, which is checked before anything is timed.\n\
+         Its experts have a capacity of at least 4 rows of a rank (the layer's default) or 1 (its inference module's). Both compute \
+         what ours does but for what they drop, which is checked before anything is timed.\n\
          - Each sequence has 128 tokens and gets one; times are means over ranks and over the faster half of the steps, all forms in \
-         turns; of two such measurements the faster counts (`measured.json` has both).\n",
+         turns; of several such measurements the fastest counts (`measured.json` has all).\n",
         data.delay_us, data.cores, data.narrow,
     )
 }
@@ -134,7 +134,8 @@ fn text(data: &Data) -> String {
     if data.smoke {
         text += "\nThis is a smoke run: its figures say nothing.\n";
     }
-    text += "\n## What shows\n\n";
+    text += "\n## What shows\n\nBeside each figure the span of all measurements of the same thing; what one of them would confirm and \
+             another not is not told apart.\n\n";
     let claims = [formulation::claims(data), kinds::claims(data), training::claims(data), routes::claims(data)];
     text += &claims::table(&claims.into_iter().flatten().collect::<Vec<_>>());
     text += "\n## What is different\n\n";

@@ -157,7 +157,7 @@ pub(super) fn section(data: &Data) -> String {
 /// A value of one way over that of another, in every case.
 fn ratios(data: &Data, [first, second]: [&Way; 2], value: impl Fn(&Step) -> f64) -> Cases {
     let ratio = |case: Case| {
-        let ratio = value(find(data, case, first)?) / value(find(data, case, second)?);
+        let ratio = data.ratio([find(data, case, first)?, find(data, case, second)?], &value);
         Some((format!("{} ranks at {} Gbit/s", case.1, case.0), ratio))
     };
     cases(data).into_iter().filter_map(ratio).collect()
@@ -168,7 +168,7 @@ pub(super) fn claims(data: &Data) -> Vec<Claim> {
     let share = |way: &Way| {
         let shares = data.of(Part::Routes).filter(|step| way.is(step));
         let most = shares.map(|step| step.most_messages / (way.most(step) * step.moe_layers) as f64).reduce(f64::max);
-        most.map(|most| (way.name.to_owned(), most))
+        most.map(|most| (way.name.to_owned(), most.into()))
     };
     let shares: Cases = WAYS.iter().filter_map(share).collect();
     let claim = |says: &str, published: &str, cases: Cases, holds: fn(f64) -> bool| Claim {

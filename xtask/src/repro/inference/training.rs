@@ -137,7 +137,7 @@ pub(super) fn claims(data: &Data) -> Vec<Claim> {
         says: "the MoE trains at least 5 times as many samples/s as the dense model of its quality".into(),
         published: format!("{:.2}x", moe / dense),
         here: gain.map_or("-".into(), |gain| format!("{}x", digits(gain))),
-        shows: gain.map(|gain| ("here".into(), gain >= 5.0)).into_iter().collect(),
+        shows: gain.map(|gain| ("here".into(), Some(gain >= 5.0))).into_iter().collect(),
     }]
 }
 
