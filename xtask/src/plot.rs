@@ -88,9 +88,16 @@ pub(crate) fn draw_panels(panels: &[Panel], [x_name, y_name]: [&str; 2], out: &P
                 .label(&curve.name)
                 .legend(move |(x, y)| PathElement::new(vec![(x, y), (x + 18, y)], color.stroke_width(2)));
         }
+        // Where curves that rise, or fall, leave room.
+        let falls = |curve: &&Curve| {
+            let ends = curve.points.first().zip(curve.points.last());
+            ends.is_some_and(|(first, last)| last.1 < first.1)
+        };
+        let mostly_fall = 2 * panel.curves.iter().filter(falls).count() > panel.curves.len();
+        let corner = if mostly_fall { SeriesLabelPosition::UpperRight } else { SeriesLabelPosition::LowerRight };
         chart
             .configure_series_labels()
-            .position(SeriesLabelPosition::LowerRight)
+            .position(corner)
             .background_style(WHITE.mix(0.8))
             .border_style(BLACK.mix(0.3))
             .draw()?;

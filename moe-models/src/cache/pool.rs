@@ -174,8 +174,11 @@ impl KvPool {
         Ok(())
     }
 
-    /// The pages of one layer.
-    pub(crate) fn layer(&self, index: usize) -> PagedKv<'_> {
+    /// The pages of one layer, for [`crate::blocks::Attention::forward_paged`].
+    ///
+    /// # Panics
+    /// If the pool was made for fewer layers.
+    pub fn layer(&self, index: usize) -> PagedKv<'_> {
         let [keys, values] = &self.layers[index];
         PagedKv { keys, values, block_size: self.pages.config.page_size, shape: self.layout.layers[index] }
     }

@@ -111,6 +111,11 @@ impl Hosts {
         fs::write(etc.join("hosts"), table).with_context(|| format!("cannot write {}", etc.display()))
     }
 
+    /// Where the others reach the first host.
+    pub(crate) fn first_address(&self) -> String {
+        format!("{NETWORK}.1")
+    }
+
     /// Open MPI's launcher on the first host, to start `ranks` processes on each. The hosts have names of their own, or Open MPI
     /// would take them for one.
     pub(crate) fn mpirun(&self, ranks: usize) -> Result<Command> {
