@@ -19,6 +19,7 @@ mod metrics;
 mod models;
 #[cfg(test)]
 mod openapi_tests;
+mod page;
 mod piece;
 mod prepare;
 mod render;

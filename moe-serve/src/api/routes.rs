@@ -5,6 +5,7 @@ use super::chat_request::ChatRequest;
 use super::completion_request::CompletionRequest;
 use super::error::ApiError;
 use super::json::parse_object;
+use super::page::page;
 use super::piece::PieceMaker;
 use super::prepare::{self, Prepared};
 use super::render::{Endpoint, Renderer};
@@ -18,21 +19,15 @@ use axum::Router;
 use axum::extract::{Request, State};
 use axum::http::{Method, StatusCode, Uri, header};
 use axum::middleware::from_fn_with_state;
-use axum::response::{Html, IntoResponse, Response};
+use axum::response::{IntoResponse, Response};
 use axum::routing::{get, post};
 use serde_json::{Map, Value, json};
 use std::sync::Arc;
 use tokio::time::Instant;
 use tower_http::trace::TraceLayer;
 
-const PAGE: &str = include_str!("../../page/index.html");
-
 /// What a client may send and get; a test holds it to the fields that requests are read by.
 pub(super) const OPENAPI: &str = include_str!("openapi.json");
-
-/// The page is one file: it may run its own script and style and talk to this server, nothing else.
-const PAGE_POLICY: &str = "default-src 'none'; style-src 'unsafe-inline'; script-src 'unsafe-inline'; connect-src 'self'; \
-                           img-src data:; base-uri 'none'; form-action 'none'; frame-ancestors 'none'";
 
 pub(super) fn router(state: Arc<AppState>) -> Router {
     Router::new()
@@ -57,11 +52,6 @@ pub(super) fn router(state: Arc<AppState>) -> Router {
         .layer(state.cors.clone())
         .layer(TraceLayer::new_for_http())
         .with_state(state)
-}
-
-async fn page() -> Response {
-    let headers = [(header::CONTENT_SECURITY_POLICY, PAGE_POLICY), (header::X_CONTENT_TYPE_OPTIONS, "nosniff")];
-    (headers, Html(PAGE)).into_response()
 }
 
 async fn health(State(state): State<Arc<AppState>>) -> Response {
