@@ -28,6 +28,16 @@ pub enum Error {
         /// What was expected and what came.
         reason: String,
     },
+    /// A file of TLS cannot be used.
+    #[error("{flag} {}: {reason}", path.display())]
+    Tls {
+        /// The flag that names the file.
+        flag: &'static str,
+        /// The file.
+        path: PathBuf,
+        /// What was expected and what came; part of the message, so not a source of its own.
+        reason: String,
+    },
     /// The tokenizer failed on a text.
     #[error("tokenizer: {0}")]
     Tokenizer(String),

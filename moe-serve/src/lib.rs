@@ -2,7 +2,6 @@
 //!
 //! Three layers, each ignorant of the next: [`engine`] works on token ids, [`text`] puts characters around it, [`api`]
 //! speaks HTTP. [`ServedModel`] holds a model with everything needed to talk to it; [`cli`] is the command line.
-//! Absent on purpose: TLS (a reverse proxy's job).
 
 pub mod api;
 pub mod cli;

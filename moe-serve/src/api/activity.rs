@@ -34,6 +34,15 @@ struct State {
     since: Instant,
     /// Since when the client takes nothing of what is ready for it.
     blocked: Option<Instant>,
+    /// Whether it is to be closed for the sake of another one.
+    gives_way: bool,
+}
+
+impl State {
+    /// Whether nothing is lost with it.
+    fn waits_for_client(&self) -> bool {
+        self.phase != Phase::Busy && self.blocked.is_none()
+    }
 }
 
 /// What one connection is doing.
@@ -45,7 +54,7 @@ pub(super) struct Activity {
 
 impl Activity {
     pub(super) fn new() -> Arc<Self> {
-        let state = State { phase: Phase::New, since: Instant::now(), blocked: None };
+        let state = State { phase: Phase::New, since: Instant::now(), blocked: None, gives_way: false };
         Arc::new(Self { state: Mutex::new(state), changed: Notify::new() })
     }
 
@@ -72,7 +81,11 @@ impl Activity {
 
     /// When the connection exceeds which limit if nothing changes.
     fn due(&self, limits: &Limits) -> Option<(Instant, &'static str)> {
-        let State { phase, since, blocked } = *self.lock();
+        let state = self.lock();
+        let State { phase, since, blocked, gives_way } = *state;
+        if gives_way && state.waits_for_client() {
+            return Some((since, "max_connections"));
+        }
         match (blocked, phase) {
             (Some(blocked), _) => Some((blocked + limits.write_timeout, "write_timeout")),
             (None, Phase::New | Phase::Head) => Some((since + limits.header_timeout, "header_timeout")),
@@ -83,8 +96,20 @@ impl Activity {
 
     fn enter(&self, phase: Phase) {
         let mut state = self.lock();
-        (state.phase, state.since) = (phase, Instant::now());
+        (state.phase, state.since, state.gives_way) = (phase, Instant::now(), false);
         drop(state);
+        self.changed.notify_one();
+    }
+
+    /// Since when it waits for its client, if it does and has not been told to give way.
+    pub(super) fn waiting_since(&self) -> Option<Instant> {
+        let state = self.lock();
+        (state.waits_for_client() && !state.gives_way).then_some(state.since)
+    }
+
+    /// Has the connection closed, unless its client has asked meanwhile.
+    pub(super) fn give_way(&self) {
+        self.lock().gives_way = true;
         self.changed.notify_one();
     }
 

@@ -1,44 +1,60 @@
 //! Accepts connections, as many as may be open at one time, closes those that exceed a limit, and ends them in good order.
 //!
+//! Where all are taken, the one that has waited for its client the longest gives way to the next: connections that ask for nothing keep
+//! nobody out. Those that are being answered stay, and more wait.
+//!
 //! In place of `axum::serve`, which bounds neither their number nor their idleness. HTTP/1.1 only, as before.
 
 use super::activity::{Activity, WatchedBody, WatchedIo};
 use super::limits::Limits;
+use super::tls::Tls;
 use axum::Router;
 use hyper::body::Incoming;
 use hyper::server::conn::http1;
 use hyper::service::{Service, service_fn};
 use hyper_util::rt::TokioIo;
 use hyper_util::service::TowerToHyperService;
+use std::collections::HashMap;
 use std::convert::Infallible;
 use std::future::Future;
 use std::io::ErrorKind;
 use std::pin::pin;
-use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
+use tokio::io::{AsyncRead, AsyncWrite};
 use tokio::net::{TcpListener, TcpStream};
 use tokio::sync::{OwnedSemaphorePermit, Semaphore, watch};
 
 /// After the system refused a connection, for lack of open files as a rule.
 const RETRY_AFTER: Duration = Duration::from_secs(1);
 
+/// Before another connection is asked to give way, because the last one had something to do after all.
+const RETRY_GIVE_WAY: Duration = Duration::from_millis(20);
+
+/// What every connection is served with.
+#[derive(Debug, Clone)]
+pub(super) struct Served {
+    pub(super) router: Router,
+    pub(super) limits: Limits,
+    pub(super) tls: Option<Tls>,
+}
+
 /// Serves `listener` until `shutdown` completes; then accepts no more, and returns when the last connection has ended.
-pub(super) async fn serve(
-    listener: TcpListener,
-    router: Router,
-    limits: Limits,
-    shutdown: impl Future<Output = ()> + Send + 'static,
-) {
-    let limits = Arc::new(limits);
-    let slots = Arc::new(Semaphore::new(limits.max_connections.min(Semaphore::MAX_PERMITS)));
+pub(super) async fn serve(listener: TcpListener, served: Served, shutdown: impl Future<Output = ()> + Send + 'static) {
+    let served = Arc::new(served);
+    let slots = Slots::new(served.limits.max_connections);
     // Each connection holds a receiver: it hears of the end, and its own end is heard of.
     let (stopping, connections) = watch::channel(false);
     let accept_all = async {
         loop {
-            let slot = free_slot(&slots, &limits).await;
             let Some(stream) = accept(&listener).await else { continue };
-            let (router, limits, stopped) = (router.clone(), limits.clone(), connections.clone());
-            tokio::spawn(async move { connection(stream, router, &limits, stopped, slot).await });
+            let (slot, activity) = slots.take().await;
+            let (served, stopped) = (served.clone(), connections.clone());
+            tokio::spawn(async move {
+                let _slot = slot;
+                connection(stream, activity, &served, stopped).await;
+            });
         }
     };
     tokio::select! {
@@ -50,13 +66,65 @@ pub(super) async fn serve(
     stopping.closed().await;
 }
 
-/// Room for one more connection. While there is none, clients wait to be accepted.
-async fn free_slot(slots: &Arc<Semaphore>, limits: &Limits) -> Option<OwnedSemaphorePermit> {
-    if slots.available_permits() == 0 {
-        tracing::warn!(max_connections = limits.max_connections, "no more connections until one closes");
+/// Room for connections, and who has it.
+struct Slots {
+    max: usize,
+    free: Arc<Semaphore>,
+    taken: Arc<Mutex<HashMap<u64, Arc<Activity>>>>,
+    next: AtomicU64,
+}
+
+/// The room of one connection, until it is dropped.
+struct Slot {
+    id: u64,
+    taken: Arc<Mutex<HashMap<u64, Arc<Activity>>>>,
+    _permit: Option<OwnedSemaphorePermit>,
+}
+
+impl Drop for Slot {
+    fn drop(&mut self) {
+        lock(&self.taken).remove(&self.id);
     }
-    // The semaphore is never closed.
-    slots.clone().acquire_owned().await.ok()
+}
+
+impl Slots {
+    fn new(max: usize) -> Self {
+        let free = Arc::new(Semaphore::new(max.min(Semaphore::MAX_PERMITS)));
+        Self { max, free, taken: Arc::default(), next: AtomicU64::new(0) }
+    }
+
+    /// Room for one more connection, which begins when there is. While all have something to do it waits, and clients wait to be accepted.
+    async fn take(&self) -> (Slot, Arc<Activity>) {
+        let mut acquired = pin!(self.free.clone().acquire_owned());
+        let mut warned = false;
+        let permit = loop {
+            if self.free.available_permits() == 0 && !self.make_way() && !warned {
+                tracing::warn!(max_connections = self.max, "no more connections until one closes");
+                warned = true;
+            }
+            tokio::select! {
+                biased;
+                permit = acquired.as_mut() => break permit,
+                () = tokio::time::sleep(RETRY_GIVE_WAY) => {}
+            }
+        };
+        let (id, activity) = (self.next.fetch_add(1, Ordering::Relaxed), Activity::new());
+        lock(&self.taken).insert(id, activity.clone());
+        // The semaphore is never closed.
+        (Slot { id, taken: self.taken.clone(), _permit: permit.ok() }, activity)
+    }
+
+    /// Has the connection closed that has waited for its client the longest; false if none does.
+    fn make_way(&self) -> bool {
+        let taken = lock(&self.taken);
+        let longest = taken.values().filter_map(|activity| Some((activity.waiting_since()?, activity)));
+        let longest = longest.min_by_key(|(since, _)| *since);
+        longest.inspect(|(_, activity)| activity.give_way()).is_some()
+    }
+}
+
+fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
 /// The next connection, or none if its client left or the system refused it.
@@ -79,41 +147,55 @@ async fn accept(listener: &TcpListener) -> Option<TcpStream> {
 }
 
 /// Serves one connection until either side ends it, it exceeds a limit, or the server stops and it has nothing to do.
-async fn connection(
-    stream: TcpStream,
-    router: Router,
-    limits: &Limits,
+async fn connection(stream: TcpStream, activity: Arc<Activity>, served: &Served, mut stopped: watch::Receiver<bool>) {
+    // Below TLS, where a client that takes nothing is seen at once.
+    let io = WatchedIo { stream, activity: activity.clone() };
+    let Some(tls) = &served.tls else { return exchange(io, activity, served, stopped).await };
+    let encrypted = tokio::select! {
+        result = tls.accept(io) => result,
+        limit = activity.overdue(&served.limits) => return closing(limit),
+        _ = stopped.wait_for(|stopped| *stopped) => return,
+    };
+    match encrypted {
+        Ok(io) => exchange(io, activity, served, stopped).await,
+        Err(error) => tracing::debug!(%error, "no TLS"),
+    }
+}
+
+/// Requests and answers, one after another.
+async fn exchange(
+    io: impl AsyncRead + AsyncWrite + Unpin,
+    activity: Arc<Activity>,
+    served: &Served,
     mut stopped: watch::Receiver<bool>,
-    _slot: Option<OwnedSemaphorePermit>,
 ) {
-    let activity = Activity::new();
-    let router = TowerToHyperService::new(router);
+    let router = TowerToHyperService::new(served.router.clone());
     let service = service_fn(|request: hyper::Request<Incoming>| {
         let busy = activity.busy();
         let answer = router.call(request);
         async move { answer.await.map(|r| r.map(|body| WatchedBody { body, _busy: busy })) as Result<_, Infallible> }
     });
-    let io = TokioIo::new(WatchedIo { stream, activity: activity.clone() });
-    let mut served = pin!(http1::Builder::new().serve_connection(io, service));
-    let mut overdue = pin!(activity.overdue(limits));
+    let mut exchanged = pin!(http1::Builder::new().serve_connection(TokioIo::new(io), service));
+    let mut overdue = pin!(activity.overdue(&served.limits));
     let mut stops = false;
     loop {
         tokio::select! {
-            result = served.as_mut() => {
+            result = exchanged.as_mut() => {
                 if let Err(error) = result {
                     tracing::debug!(%error, "connection ended");
                 }
                 return;
             }
-            limit = overdue.as_mut() => {
-                tracing::debug!(limit, "closing a connection");
-                return;
-            }
+            limit = overdue.as_mut() => return closing(limit),
             // A sender that is gone stops too.
             _ = stopped.wait_for(|stopped| *stopped), if !stops => {
                 stops = true;
-                served.as_mut().graceful_shutdown();
+                exchanged.as_mut().graceful_shutdown();
             }
         }
     }
+}
+
+fn closing(limit: &str) {
+    tracing::debug!(limit, "closing a connection");
 }

@@ -83,6 +83,7 @@ impl From<Error> for ApiError {
             | Error::Candle(_)
             | Error::Io { .. }
             | Error::ModelFile { .. }
+            | Error::Tls { .. }
             | Error::Tokenizer(_)
             | Error::UnknownToken { .. }
             | Error::Metrics(_)

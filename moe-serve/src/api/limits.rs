@@ -19,7 +19,7 @@ pub struct Limits {
     pub keep_alive_timeout: Duration,
     /// How long a client may take nothing of what is ready for it. A stream that has nothing ready is not slow.
     pub write_timeout: Duration,
-    /// Connections open at one time; more wait until one closes.
+    /// Connections open at one time; those that wait for their clients give way to more, which otherwise wait until one closes.
     pub max_connections: usize,
     /// After a signal to stop, so long may running answers go on.
     pub shutdown_grace: Duration,

@@ -2,12 +2,13 @@
 
 use super::access::Keys;
 use super::body::BodyBudget;
-use super::connections::serve;
+use super::connections::{Served, serve};
 use super::error::ApiError;
 use super::limits::Limits;
 use super::metrics::ServerMetrics;
 use super::render::Endpoint;
 use super::routes::router;
+use super::tls::Tls;
 use crate::engine::{Engine, EngineConfig, EngineThread, Replicas, SchedulingConfig};
 use crate::{Error, Result, ServedModel};
 use axum::http::{HeaderValue, Method, header};
@@ -44,6 +45,8 @@ pub struct ServerConfig {
     pub scheduling: SchedulingConfig,
     /// Memory for keys and values; at least one sequence of the model's length always fits.
     pub kv_cache_bytes: usize,
+    /// What connections are encrypted with; without it they are not.
+    pub tls: Option<Tls>,
 }
 
 impl Default for ServerConfig {
@@ -57,6 +60,7 @@ impl Default for ServerConfig {
             per_expert_metrics: false,
             scheduling: SchedulingConfig::default(),
             kv_cache_bytes: DEFAULT_KV_CACHE_BYTES,
+            tls: None,
         }
     }
 }
@@ -70,6 +74,7 @@ pub(super) struct AppState {
     pub(super) bodies: BodyBudget,
     pub(super) keys: Keys,
     pub(super) cors: CorsLayer,
+    tls: Option<Tls>,
     /// When the server started, in seconds since 1970.
     pub(super) created: u64,
     seed: u64,
@@ -147,6 +152,7 @@ impl Server {
             cors: cors(&config.allowed_origins)?,
             bodies: BodyBudget::new(config.limits.max_body_bytes),
             limits: config.limits,
+            tls: config.tls,
             created: unix_seconds(),
             seed: config.seed.unwrap_or_else(clock_seed),
             requests: AtomicU64::new(0),
@@ -167,7 +173,8 @@ impl Server {
             // The receiver is gone only if serving already ended.
             stopping.send(()).ok();
         };
-        let serve = serve(listener, router(state.clone()), state.limits.clone(), signal);
+        let served = Served { router: router(state.clone()), limits: state.limits.clone(), tls: state.tls.clone() };
+        let serve = serve(listener, served, signal);
         let grace = state.limits.shutdown_grace;
         tokio::select! {
             () = serve => {}

@@ -3,13 +3,14 @@
 use super::engine::EngineArgs;
 use super::load::ModelArgs;
 use crate::ServedModel;
-use crate::api::{Limits, Server, ServerConfig, terminated};
+use crate::api::{Limits, Server, ServerConfig, Tls, terminated};
 use crate::text::ToolFormat;
 use anyhow::{Context, ensure};
 use moe_models::cli::ranks::RankArgs;
 use std::future::Future;
 use std::io::Write;
 use std::net::IpAddr;
+use std::path::PathBuf;
 use std::time::Duration;
 use tokio::net::TcpListener;
 
@@ -37,7 +38,8 @@ pub struct ServeArgs {
     /// Bytes a request's body may have.
     #[arg(long, value_name = "BYTES", default_value_t = Limits::default().max_body_bytes)]
     max_body_bytes: usize,
-    /// Connections open at one time; more wait until one closes. Each is an open file.
+    /// Connections open at one time, each an open file. Where all are taken, the one that has waited for its client the longest is closed
+    /// for the next; those that are answered are not, and more wait.
     #[arg(long, value_name = "N", default_value_t = Limits::default().max_connections as u32,
         value_parser = clap::value_parser!(u32).range(1..=1_000_000))]
     max_connections: u32,
@@ -61,6 +63,12 @@ pub struct ServeArgs {
     /// The key of /metrics and /reset_prefix_cache, which API keys then do not open; or MOE_SERVE_ADMIN_KEY.
     #[arg(long, value_name = "KEY")]
     admin_key: Option<String>,
+    /// A PEM file with the server's certificate, and those between it and its authority: clients are then answered over TLS alone.
+    #[arg(long, value_name = "FILE", requires = "tls_key")]
+    tls_cert: Option<PathBuf>,
+    /// A PEM file with the key of --tls-cert.
+    #[arg(long, value_name = "FILE", requires = "tls_cert")]
+    tls_key: Option<PathBuf>,
     /// Origin whose pages may ask from a browser, such as `https://example.org`; may be given several times; * for all.
     #[arg(long, value_name = "ORIGIN")]
     allowed_origin: Vec<String>,
@@ -135,6 +143,10 @@ impl ServeArgs {
             per_expert_metrics: self.per_expert_metrics,
             scheduling: self.engine.scheduling(),
             kv_cache_bytes: self.engine.kv_cache_memory_bytes,
+            tls: match (&self.tls_cert, &self.tls_key) {
+                (Some(certificate), Some(key)) => Some(Tls::from_files(certificate, key)?),
+                _ => None,
+            },
         })
     }
 
@@ -151,7 +163,8 @@ impl ServeArgs {
             let listener = TcpListener::bind(address)
                 .await
                 .with_context(|| format!("listening on {}:{}; choose another --port", self.host, self.port))?;
-            let url = format!("http://{}", listener.local_addr()?);
+            let scheme = if self.tls_cert.is_some() { "https" } else { "http" };
+            let url = format!("{scheme}://{}", listener.local_addr()?);
             writeln!(std::io::stdout(), "serving {name} on {url} (API at {url}/v1, Ctrl-C ends)").ok();
             let shutdown = async {
                 tokio::select! {

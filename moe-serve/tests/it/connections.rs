@@ -134,11 +134,11 @@ fn a_slow_stream_that_is_read_goes_on_past_every_limit() {
 
 #[test]
 fn more_connections_than_allowed_wait_for_one_to_close() {
-    let server = server(Limits { max_connections: 2, ..lenient() });
-    let first = connect(&server);
-    let mut second = connect(&server);
-    second.write_all(GET).expect("open");
-    read_answer(&mut second);
+    let lm = ScriptedLm::new(&"the cat sat on the mat. ".repeat(20)).slow(Duration::from_millis(20));
+    let server = TestServer::start(served(Arc::new(lm)), Limits { max_connections: 2, ..lenient() });
+    let long = json!({"prompt": "the", "max_tokens": 100, "ignore_eos": true, "stream": true});
+    let first = server.client.open("/v1/completions", &long);
+    let second = server.client.open("/v1/completions", &long);
     let mut third = connect(&server);
     third.write_all(GET).expect("the system takes it");
     third.set_read_timeout(Some(LIMIT)).expect("a socket");
@@ -147,6 +147,31 @@ fn more_connections_than_allowed_wait_for_one_to_close() {
     drop(first);
     third.set_read_timeout(Some(Duration::from_secs(60))).expect("a socket");
     assert!(read_answer(&mut third).starts_with("HTTP/1.1 200"));
+    // Who was answered was not disturbed.
+    assert_eq!(second.whole().events().last().expect("chunks")["choices"][0]["finish_reason"], "length");
+}
+
+#[test]
+fn connections_that_ask_for_nothing_give_way_to_others() {
+    let server = server(Limits { max_connections: 3, ..lenient() });
+    let mut silent: Vec<TcpStream> = (0..2).map(|_| connect(&server)).collect();
+    std::thread::sleep(LIMIT);
+    let mut kept = connect(&server);
+    for round in 0..4 {
+        kept.write_all(GET).expect("open");
+        assert!(read_answer(&mut kept).starts_with("HTTP/1.1 200"), "{round}");
+        // One more, which asks for something.
+        let mut next = connect(&server);
+        next.write_all(GET).expect("open");
+        assert!(read_answer(&mut next).starts_with("HTTP/1.1 200"), "{round}");
+        silent.push(next);
+    }
+    // The first ones were closed, in their order, and the last ones are open.
+    for (i, stream) in silent.iter_mut().enumerate() {
+        stream.set_read_timeout(Some(LIMIT)).expect("a socket");
+        let closed = stream.read(&mut [0]).is_ok_and(|bytes| bytes == 0);
+        assert_eq!(closed, i < 4, "{i}");
+    }
 }
 
 #[test]
