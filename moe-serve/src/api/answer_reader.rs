@@ -19,8 +19,9 @@ pub(super) struct AnswerReader {
 
 impl AnswerReader {
     pub(super) fn new(reading: &Reading, choice: usize, call_seed: u64) -> Self {
-        let Reading { format, ref tools, parallel } = *reading;
-        Self { choice, parser: format.parser(tools), format, parallel, call_seed, calls: 0 }
+        let Reading { format, ref tools, parallel, or_form } = *reading;
+        let parser = if or_form { format.parser_or_form(tools) } else { format.parser(tools) };
+        Self { choice, parser, format, parallel, call_seed, calls: 0 }
     }
 
     pub(super) fn has_called(&self) -> bool {

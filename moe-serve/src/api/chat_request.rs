@@ -35,7 +35,6 @@ impl ChatRequest {
         let messages = fields.take("messages").ok_or_else(|| Error::field("messages", "`messages` is missing"))?;
         let messages = take_messages(messages)?;
         let tools = ToolUse::take(&mut fields, ToolShape::Nested, model)?;
-        check_form(&tools, &common)?;
         let variables = take_variables(&mut fields, model)?;
         let logprobs = take_logprobs(&mut fields)?;
         let request = Self { max_tokens, messages, logprobs, tools, variables, common, messages_field: "messages" };
@@ -69,16 +68,6 @@ fn take_logprobs(fields: &mut Fields) -> Result<Option<usize>> {
         (false, Some(1..)) => Err(Error::field("top_logprobs", "`top_logprobs` needs `logprobs`: true")),
         (false, _) => Ok(None),
     }
-}
-
-/// The form of calls and a form of one's own exclude each other.
-pub(super) fn check_form(tools: &ToolUse, common: &Common) -> Result<()> {
-    if tools.tools.is_empty() || common.grammar.is_none() {
-        return Ok(());
-    }
-    let text = "`tools` and a form of the answer (`response_format`, `structured_outputs`) exclude each other here; leave one out or \
-                set `tool_choice` to none";
-    Err(Error::field("tools", text))
 }
 
 /// `chat_template_kwargs` (vLLM) and OpenAI's `reasoning_effort`: variables that the model's template knows.

@@ -70,7 +70,8 @@ pub(super) fn parts(path: &str, value: Value, types: &[&str]) -> Result<String> 
     let silent = |key: &String, value: &Value| match key.as_str() {
         "type" | "text" => true,
         // What an answer's part has that is given back.
-        "annotations" | "logprobs" => value.is_null() || value.as_array().is_some_and(Vec::is_empty),
+        "annotations" => value.is_null() || value.as_array().is_some_and(Vec::is_empty),
+        "logprobs" => value.is_null() || value.is_array(),
         _ => false,
     };
     let mut joined = String::new();

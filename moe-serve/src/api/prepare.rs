@@ -3,7 +3,7 @@
 use super::chat_request::ChatRequest;
 use super::common_request::{Common, StreamOptions};
 use super::completion_request::{CompletionRequest, PromptInput};
-use super::tool_request::ToolUse;
+use super::tool_request::{ToolChoice, ToolUse};
 use crate::engine::{Grammar, Job, StopParams};
 use crate::text::{ChatMessage, GrammarSource, TextOptions, Tool, ToolFormat};
 use crate::{Error, Result, ServedModel};
@@ -30,6 +30,8 @@ pub(super) struct Reading {
     pub(super) tools: Vec<Tool>,
     /// Whether calls after the first one are kept.
     pub(super) parallel: bool,
+    /// Whether an answer without calls is of a form, in which nothing looks like a call.
+    pub(super) or_form: bool,
 }
 
 /// Makes the job of a completion request.
@@ -49,15 +51,20 @@ pub(super) fn completion(request: CompletionRequest, model: &ServedModel, fresh_
 
 /// Makes the job of a chat request.
 pub(super) fn chat(request: ChatRequest, model: &ServedModel, fresh_seed: u64) -> Result<Prepared> {
-    let ChatRequest { common, messages, max_tokens, logprobs, tools, variables, messages_field } = request;
+    let ChatRequest { mut common, messages, max_tokens, logprobs, tools, variables, messages_field } = request;
     check_bytes(model, messages_field, bytes_of(&messages, &tools))?;
     let prompt = model.chat.render_with(&messages, &tools.tools, &variables)?;
     let prompts = vec![fitting(model, messages_field, model.encode_chat(&prompt)?, 1)?];
     let max_tokens = max_tokens.unwrap_or_else(|| default_tokens(model, &prompts, model.lm.max_seq_len()));
     let format = model.chat.tool_format().filter(|format| format.always_reads() || !tools.tools.is_empty());
-    let forced = format.and_then(|format| tools.grammar(format, model));
-    let grammar = match forced {
-        Some(source) => Some(model.grammars()?.compile(&source).map_err(of_tools)?),
+    let has_form = common.grammar.is_some();
+    let grammar = match format.filter(|_| !tools.tools.is_empty()) {
+        Some(format) => {
+            // A form that cannot be had is not the tools' fault.
+            compile(model, common.grammar.as_ref()).map_err(|error| of_form(error, messages_field))?;
+            let source = tools.grammar(format, common.grammar.take(), model)?;
+            compile(model, source.as_ref()).map_err(of_tools)?
+        }
         None => compile(model, common.grammar.as_ref()).map_err(|error| of_form(error, messages_field))?,
     };
     let text = TextOptions {
@@ -66,7 +73,8 @@ pub(super) fn chat(request: ChatRequest, model: &ServedModel, fresh_seed: u64) -
         trim_start: model.chat.trims_start(),
         shown_tokens: format.map(|format| format.markers(&model.tokenizer)).unwrap_or_default(),
     };
-    let reading = format.map(|format| Reading { format, tools: tools.tools, parallel: tools.parallel });
+    let or_form = has_form && tools.choice == ToolChoice::Auto;
+    let reading = format.map(|format| Reading { format, tools: tools.tools, parallel: tools.parallel, or_form });
     let stream = common.stream;
     let job = Job { grammar, ..job(common, prompts, max_tokens, logprobs, fresh_seed) };
     Ok(Prepared { job, text, echo: false, stream, reading })

@@ -138,16 +138,19 @@ impl Renderer {
     }
 
     fn chat_logprobs(&self, tokens: &[ScoredToken]) -> Option<ChatLogprobs> {
-        let one = |t: &TokenLogprob| ChatLogprob {
-            token: self.tokenizer.shown(t.token_id),
-            logprob: t.logprob.max(LOGPROB_FLOOR),
-            bytes: self.tokenizer.shown_bytes(t.token_id).to_vec(),
-        };
-        let scored = tokens.iter().filter_map(|t| t.logprobs.as_ref());
-        let content =
-            scored.map(|l| ChatTokenLogprob { token: one(&l.token), top_logprobs: l.top.iter().map(one).collect() });
-        self.logprobs.then(|| ChatLogprobs { content: content.collect() })
+        self.logprobs.then(|| ChatLogprobs { content: token_logprobs(tokens, &self.tokenizer) })
     }
+}
+
+/// The newer shape of log-probabilities, which responses have too.
+pub(super) fn token_logprobs(tokens: &[ScoredToken], tokenizer: &TextTokenizer) -> Vec<ChatTokenLogprob> {
+    let one = |t: &TokenLogprob| ChatLogprob {
+        token: tokenizer.shown(t.token_id),
+        logprob: t.logprob.max(LOGPROB_FLOOR),
+        bytes: tokenizer.shown_bytes(t.token_id).to_vec(),
+    };
+    let scored = tokens.iter().filter_map(|t| t.logprobs.as_ref());
+    scored.map(|l| ChatTokenLogprob { token: one(&l.token), top_logprobs: l.top.iter().map(one).collect() }).collect()
 }
 
 /// Why a choice ended; one that called a tool waits for its answer.

@@ -162,7 +162,8 @@ async fn respond(State(state): State<Arc<AppState>>, request: Request) -> Result
     })
     .await?;
     let created = super::server::unix_seconds();
-    let writer = ResponseWriter::new(state.fresh_number(), created, state.model.name.clone(), settings);
+    let (model, tokenizer) = (state.model.name.clone(), state.model.tokenizer.clone());
+    let writer = ResponseWriter::new(state.fresh_number(), created, model, tokenizer, settings);
     let stream = prepared.stream;
     let running = submit(&state, prepared, deadline)?;
     match stream {

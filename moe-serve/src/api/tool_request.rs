@@ -50,33 +50,40 @@ impl ToolUse {
             return Ok(Self { tools: Vec::new(), choice, parallel });
         }
         check_model(&tools, model)?;
-        if choice == ToolChoice::Auto
-            && let Some(i) = tools.iter().position(is_strict)
-        {
-            let field = if shape == ToolShape::Nested {
-                format!("tools[{i}].function.strict")
-            } else {
-                format!("tools[{i}].strict")
-            };
-            let text = format!(
-                "`{field}`: with `tool_choice` auto the model is free to write what it likes; leave `strict` out, or choose \
-                 `required` or a function, which hold every call to its schema"
-            );
-            return Err(Error::field(field, text));
-        }
         Ok(Self { tools, choice, parallel })
     }
 
-    /// What the answer must be, if it must call.
-    pub(super) fn grammar(&self, format: ToolFormat, model: &ServedModel) -> Option<GrammarSource> {
-        match &self.choice {
-            ToolChoice::None | ToolChoice::Auto => None,
-            ToolChoice::Required => Some(format.grammar(&self.tools, self.parallel, &model.tokenizer)),
-            ToolChoice::Named(name) => {
-                let tool = self.tools.iter().filter(|tool| tool.name == *name).cloned().collect::<Vec<_>>();
-                Some(format.grammar(&tool, false, &model.tokenizer))
+    /// What the answer must be: calls, if it must call; calls or `form`, if it may; text in which every call is held to its schema, if
+    /// that is wanted of one.
+    pub(super) fn grammar(
+        &self,
+        format: ToolFormat,
+        form: Option<GrammarSource>,
+        model: &ServedModel,
+    ) -> Result<Option<GrammarSource>> {
+        let (tools, tokenizer) = (&self.tools, &model.tokenizer);
+        Ok(match (&self.choice, form) {
+            (ToolChoice::None, form) => form,
+            (ToolChoice::Auto, Some(form)) => {
+                let either = format.grammar_or_form(tools, self.parallel, form, tokenizer);
+                let text = || {
+                    format!(
+                        "`tools` and a form of the answer (`response_format`, `text.format`, `structured_outputs`) exclude each other with \
+                         `tool_choice` auto where calls are bare JSON ({}); leave one out, or set `tool_choice` to required or none",
+                        format.name()
+                    )
+                };
+                Some(either.ok_or_else(|| Error::field("tools", text()))?)
             }
-        }
+            (ToolChoice::Auto, None) => {
+                tools.iter().any(is_strict).then(|| format.free_grammar(tools, self.parallel, tokenizer))
+            }
+            (ToolChoice::Required, _) => Some(format.grammar(tools, self.parallel, tokenizer)),
+            (ToolChoice::Named(name), _) => {
+                let tool = tools.iter().filter(|tool| tool.name == *name).cloned().collect::<Vec<_>>();
+                Some(format.grammar(&tool, false, tokenizer))
+            }
+        })
     }
 }
 

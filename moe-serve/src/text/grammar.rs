@@ -23,6 +23,39 @@ pub enum GrammarSource {
     Choice(Vec<String>),
     /// A context-free grammar in llguidance's variant of Lark.
     Lark(String),
+    /// A grammar that refers to another one.
+    Either {
+        /// It, which calls the other `@form`.
+        lark: String,
+        /// The other one.
+        form: Box<GrammarSource>,
+    },
+}
+
+impl GrammarSource {
+    /// In the words of llguidance.
+    fn grammar(&self) -> TopLevelGrammar {
+        match self {
+            Self::JsonObject => TopLevelGrammar::from_json_schema(on_one_line(json!({"type": "object"}))),
+            Self::JsonSchema(schema) => TopLevelGrammar::from_json_schema(on_one_line(schema.clone())),
+            Self::Regex(regex) => TopLevelGrammar::from_regex(regex),
+            Self::Choice(texts) => {
+                // A JSON string is a string of Lark too.
+                let quoted: Vec<String> = texts.iter().map(|text| Value::from(text.as_str()).to_string()).collect();
+                TopLevelGrammar::from_lark(format!("start: {}", quoted.join(" | ")))
+            }
+            Self::Lark(lark) => TopLevelGrammar::from_lark(lark.clone()),
+            Self::Either { lark, form } => {
+                let mut all = TopLevelGrammar::from_lark(lark.clone());
+                let mut others = form.grammar().grammars;
+                if let Some(form) = others.first_mut() {
+                    form.name = Some("form".to_owned());
+                }
+                all.grammars.extend(others);
+                all
+            }
+        }
+    }
 }
 
 /// Makes grammars for one tokenizer.
@@ -72,19 +105,8 @@ impl Grammars {
     /// # Errors
     /// [`Error::Grammar`] if it is none, is too large, or uses what is not supported.
     pub fn compile(&self, source: &GrammarSource) -> Result<Arc<dyn Grammar>> {
-        let grammar = match source {
-            GrammarSource::JsonObject => TopLevelGrammar::from_json_schema(on_one_line(json!({"type": "object"}))),
-            GrammarSource::JsonSchema(schema) => TopLevelGrammar::from_json_schema(on_one_line(schema.clone())),
-            GrammarSource::Regex(regex) => TopLevelGrammar::from_regex(regex),
-            GrammarSource::Choice(texts) => {
-                // A JSON string is a string of Lark too.
-                let quoted: Vec<String> = texts.iter().map(|text| Value::from(text.as_str()).to_string()).collect();
-                TopLevelGrammar::from_lark(format!("start: {}", quoted.join(" | ")))
-            }
-            GrammarSource::Lark(lark) => TopLevelGrammar::from_lark(lark.clone()),
-        };
         let refuse = |e: anyhow::Error| Error::Grammar(format!("{e:#}"));
-        let matcher = Matcher::new(Ok(self.factory.create_parser(grammar).map_err(refuse)?));
+        let matcher = Matcher::new(Ok(self.factory.create_parser(source.grammar()).map_err(refuse)?));
         let compiled = Compiled { matcher: Matcher::deep_clone(&matcher), ends: self.ends.clone() };
         // What cannot even begin is refused now.
         Walk::begin(matcher, self.ends.clone()).allowed()?;

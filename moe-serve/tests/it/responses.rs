@@ -146,6 +146,41 @@ fn a_form_and_an_end() {
 }
 
 #[test]
+fn text_tells_how_likely_it_was() {
+    let server = scripted();
+    let mut body = json!({"input": "how are you?", "include": ["message.output_text.logprobs"], "top_logprobs": 2});
+    let answer = server.client.post(PATH, &body).ok();
+    let part = answer["output"][0]["content"][0].clone();
+    let logprobs = part["logprobs"].as_array().expect("asked for");
+    let said: String = logprobs.iter().map(|logprob| logprob["token"].as_str().expect("a token")).collect();
+    assert_eq!(said.trim_start(), ANSWER, "every token of the text, and no other");
+    assert!(logprobs.iter().all(|logprob| logprob["logprob"].as_f64().is_some_and(|p| p <= 0.0)));
+    assert!(logprobs.iter().all(|logprob| logprob["top_logprobs"].as_array().is_some_and(|top| top.len() == 2)));
+    assert_eq!(answer["top_logprobs"], 2);
+    body["stream"] = true.into();
+    let events = events(&server, &body);
+    let deltas = events.iter().filter(|event| event["type"] == "response.output_text.delta");
+    let streamed: Vec<Value> = deltas.flat_map(|event| event["logprobs"].as_array().expect("a list").clone()).collect();
+    assert_eq!(&streamed, logprobs);
+    let done = events.iter().find(|event| event["type"] == "response.output_text.done").expect("an end");
+    assert_eq!(done["logprobs"], part["logprobs"]);
+    // What was answered can be given back.
+    let item = &answer["output"][0];
+    let input = json!([{"role": "user", "content": "how are you?"}, item, {"role": "user", "content": "and?"}]);
+    server.client.post(PATH, &json!({"input": input, "max_output_tokens": 1})).ok();
+}
+
+#[test]
+fn calls_do_not_tell_how_likely_they_were() {
+    let tool = json!({"type": "function", "name": "now"});
+    let body = json!({"input": "who?", "tools": [tool], "tool_choice": "required", "parallel_tool_calls": false,
+        "include": ["message.output_text.logprobs"], "max_output_tokens": 40});
+    let answer = server().client.post(PATH, &body).ok();
+    let kinds: Vec<&Value> = answer["output"].as_array().expect("items").iter().map(|item| &item["type"]).collect();
+    assert_eq!(kinds, ["function_call"]);
+}
+
+#[test]
 fn impossible_requests_name_their_field() {
     let server = scripted();
     let input = |item: Value| json!({"input": [item]});
@@ -162,7 +197,10 @@ fn impossible_requests_name_their_field() {
         (json!({"previous_response_id": "resp_1"}), "previous_response_id"),
         (json!({"background": true}), "background"),
         (json!({"truncation": "auto"}), "truncation"),
-        (json!({"include": ["x"]}), "include"),
+        (json!({"include": "x"}), "include"),
+        (json!({"include": ["reasoning.encrypted_content"]}), "include[0]"),
+        (json!({"top_logprobs": 2}), "top_logprobs"),
+        (json!({"include": ["message.output_text.logprobs"], "top_logprobs": 21}), "top_logprobs"),
         (json!({"n": 2}), "n"),
         (json!({"response_format": {"type": "text"}}), "response_format"),
         (json!({"stream": true, "stream_options": {"include_usage": true}}), "stream_options"),
@@ -173,7 +211,7 @@ fn impossible_requests_name_their_field() {
         (json!({"reasoning": {"effort": "low"}}), "reasoning_effort"),
         (json!({"reasoning": {"summary": "auto"}}), "reasoning.summary"),
         (json!({"tools": [{"type": "web_search"}]}), "tools[0].type"),
-        (json!({"tools": [{"type": "function", "name": "a", "strict": true}]}), "tools[0].strict"),
+        (json!({"tools": [{"type": "function", "name": "a", "strict": 1}]}), "tools[0].strict"),
         (json!({"max_output_tokens": 0}), "max_output_tokens"),
         (json!({"messages": []}), "messages"),
         (json!({"input": "the cat sat ".repeat(400)}), "input"),

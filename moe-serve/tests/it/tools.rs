@@ -178,6 +178,73 @@ fn calls_that_must_be() {
     assert_eq!(names.len(), 2, "both are called: {names:?}");
 }
 
+/// The text is the model's own, and so is whether it calls; how it calls is not.
+#[test]
+fn strict_calls_by_choice() {
+    let wayward = scripted(" I look.\n@mat {\"who\": \"cow\", \"n\": 77}");
+    let call = |body: &Value| {
+        let choice = wayward.client.post(PATH, body).ok()["choices"][0].clone();
+        assert_eq!(
+            (&choice["message"]["content"], &choice["finish_reason"]),
+            (&json!("I look."), &json!("tool_calls"))
+        );
+        choice["message"]["tool_calls"][0]["function"].clone()
+    };
+    let free = call(&ask(json!({})));
+    assert_eq!(free["arguments"], "{\"who\": \"cow\", \"n\": 77}", "the schema is a wish");
+    for of in 0..2 {
+        // Once one of them is strict, so are all.
+        let mut strict = tools();
+        strict[of]["function"]["strict"] = true.into();
+        let mut body = ask(json!({"tools": strict, "max_tokens": 60}));
+        let held = call(&body);
+        let arguments: Value = serde_json::from_str(held["arguments"].as_str().expect("text")).expect("JSON");
+        assert!(arguments["who"] == "cat" || arguments["who"] == "dog", "{arguments}");
+        assert!(arguments["n"].as_u64().is_some_and(|n| n <= 9), "{arguments}");
+        body["stream"] = true.into();
+        let (text, calls, finish) = assembled(&wayward.client.post(PATH, &body).events());
+        assert_eq!((text.as_str(), finish, &calls[0]["function"]), ("I look.", json!("tool_calls"), &held));
+        let body = ask(json!({"tools": strict}));
+        let said = scripted(" I am well, @john {you}").client.post(PATH, &body).ok()["choices"][0].clone();
+        assert_eq!(said["message"]["content"], "I am well, @john {you}");
+        assert_eq!(said["finish_reason"], "stop");
+    }
+}
+
+#[test]
+fn calls_or_a_form() {
+    let form = json!({"type": "json_schema", "json_schema": {"name": "x", "schema": {"type": "object",
+        "properties": {"at": {"enum": ["@now {}", "\n@now {}"]}}, "required": ["at"], "additionalProperties": false}}});
+    let server = server();
+    let (mut of_form, mut calling) = (0, 0);
+    for seed in 0..24 {
+        let mut body = ask(json!({"response_format": form, "seed": seed, "temperature": 1.3, "max_tokens": 110}));
+        let choice = server.client.post(PATH, &body).ok()["choices"][0].clone();
+        let message = &choice["message"];
+        if let Some(calls) = message["tool_calls"].as_array() {
+            assert_eq!(message["content"], Value::Null, "{message}");
+            assert!(calls.iter().all(|call| call["function"]["name"] == "mat" || call["function"]["name"] == "now"));
+            calling += 1;
+        } else {
+            let text = message["content"].as_str().expect("text");
+            let value: Value = serde_json::from_str(text).unwrap_or_else(|e| panic!("{e}: {text}"));
+            assert!(value["at"].is_string() && choice["finish_reason"] == "stop", "{choice}");
+            of_form += 1;
+        }
+        body["stream"] = true.into();
+        let (text, calls, finish) = assembled(&server.client.post(PATH, &body).events());
+        assert_eq!(text, message["content"].as_str().unwrap_or_default());
+        assert_eq!(calls.len(), message["tool_calls"].as_array().map_or(0, Vec::len));
+        assert_eq!(finish, choice["finish_reason"]);
+    }
+    assert!(of_form > 0 && calling > 0, "{of_form} of the form, {calling} calling");
+    // Where it must call the form has nothing to say, and where it may not the tools have not.
+    for (choice, key) in [("required", "tool_calls"), ("none", "content")] {
+        let body = ask(json!({"response_format": form, "tool_choice": choice, "seed": 1, "max_tokens": 110}));
+        assert!(!server.client.post(PATH, &body).ok()["choices"][0]["message"][key].is_null(), "{choice}");
+    }
+}
+
 /// The test model with a template of its own.
 fn with_template(template: &str) -> TestServer {
     let mut model = served(Arc::new(ScriptedLm::new("the cat")));
@@ -233,7 +300,8 @@ fn impossible_tools_name_their_field() {
         (json!({"tools": tool(json!({"name": "a b"}))}), "tools[0].function.name"),
         (json!({"tools": tool(json!({"name": "a", "parameters": 3}))}), "tools[0].function.parameters"),
         (json!({"tools": tool(json!({"name": "a", "more": 3}))}), "tools[0].function.more"),
-        (json!({"tools": tool(json!({"name": "a", "strict": true}))}), "tools[0].function.strict"),
+        (json!({"tools": tool(json!({"name": "a", "strict": 1}))}), "tools[0].function.strict"),
+        (json!({"tools": tool(json!({"name": "a", "strict": true, "parameters": {"type": "nonsense"}}))}), "tools"),
         (json!({"tools": tool(json!({"name": "a", "description": "x".repeat(200_000)}))}), "tools"),
         (json!({"tools": [tools()[1], tools()[1]]}), "tools[1]"),
         (
@@ -244,7 +312,8 @@ fn impossible_tools_name_their_field() {
         (json!({"tool_choice": {"type": "function", "function": {"name": "other"}}}), "tool_choice"),
         (json!({"tools": null, "tool_choice": "required"}), "tool_choice"),
         (json!({"parallel_tool_calls": 1}), "parallel_tool_calls"),
-        (json!({"response_format": {"type": "json_object"}}), "tools"),
+        (json!({"response_format": {"type": "xml"}}), "response_format.type"),
+        (json!({"structured_outputs": {"regex": "("}}), "response_format"),
         (json!({"functions": []}), "functions"),
         (json!({"messages": [{"role": "tool", "content": "x"}]}), "messages[0].tool_call_id"),
         (json!({"messages": [{"role": "user", "content": "x", "tool_calls": []}]}), "messages[0].tool_calls"),

@@ -1,16 +1,25 @@
 //! [`ResponseWriter`]: pieces of an answer to the items of a response and the events of its stream.
 
 use super::super::piece::{CallPiece, Piece};
+use super::super::render::token_logprobs;
 use super::super::types::Usage;
 use crate::engine::FinishReason;
+use crate::text::TextTokenizer;
 use serde_json::{Map, Value, json};
+use std::sync::Arc;
 
 /// The item that grows.
 #[derive(Debug)]
 enum Open {
-    Message(String),
+    Message { text: String, logprobs: Vec<Value> },
     Reasoning(String),
     Call { call_id: String, name: String, arguments: String },
+}
+
+impl Open {
+    fn nothing_said() -> Self {
+        Self::Message { text: String::new(), logprobs: Vec::new() }
+    }
 }
 
 /// Writes one response.
@@ -20,16 +29,26 @@ pub(in super::super) struct ResponseWriter {
     number: String,
     created: u64,
     model: String,
+    tokenizer: Arc<TextTokenizer>,
     settings: Map<String, Value>,
     items: Vec<Value>,
     open: Option<Open>,
+    /// Log-probabilities of tokens whose text has not come, if they are wanted.
+    early: Vec<Value>,
     finish: Option<FinishReason>,
     events: usize,
 }
 
 impl ResponseWriter {
-    pub(in super::super) fn new(number: String, created: u64, model: String, settings: Map<String, Value>) -> Self {
-        Self { number, created, model, settings, items: Vec::new(), open: None, finish: None, events: 0 }
+    pub(in super::super) fn new(
+        number: String,
+        created: u64,
+        model: String,
+        tokenizer: Arc<TextTokenizer>,
+        settings: Map<String, Value>,
+    ) -> Self {
+        let (items, early) = Default::default();
+        Self { number, created, model, tokenizer, settings, items, open: None, early, finish: None, events: 0 }
     }
 
     /// The first events of a stream.
@@ -41,19 +60,23 @@ impl ResponseWriter {
     /// What a piece adds.
     pub(super) fn push(&mut self, piece: Piece) -> Vec<Value> {
         let mut events = Vec::new();
+        // Only text tells how likely it was: of thoughts and calls nothing is kept.
+        self.early.extend(token_logprobs(&piece.tokens, &self.tokenizer).into_iter().map(|logprob| json!(logprob)));
         if !piece.reasoning.is_empty() {
+            self.early.clear();
             if !matches!(self.open, Some(Open::Reasoning(_))) {
                 self.open_item(Open::Reasoning(String::new()), &mut events);
             }
             self.more(&piece.reasoning, &mut events);
         }
         if !piece.text.is_empty() {
-            if !matches!(self.open, Some(Open::Message(_))) {
-                self.open_item(Open::Message(String::new()), &mut events);
+            if !matches!(self.open, Some(Open::Message { .. })) {
+                self.open_item(Open::nothing_said(), &mut events);
             }
             self.more(&piece.text, &mut events);
         }
         for CallPiece { opening, arguments, .. } in piece.calls {
+            self.early.clear();
             if let Some((call_id, name)) = opening {
                 self.open_item(Open::Call { call_id, name, arguments: String::new() }, &mut events);
             }
@@ -94,7 +117,7 @@ impl ResponseWriter {
     /// An answer of nothing is a message of nothing.
     fn finish_items(&mut self, events: &mut Vec<Value>) {
         if self.open.is_none() && self.items.is_empty() {
-            self.open_item(Open::Message(String::new()), events);
+            self.open_item(Open::nothing_said(), events);
         }
         self.close_item(events);
     }
@@ -141,7 +164,7 @@ impl ResponseWriter {
         let prefix = match &self.open {
             Some(Open::Reasoning(_)) => "rs",
             Some(Open::Call { .. }) => "fc",
-            Some(Open::Message(_)) | None => "msg",
+            Some(Open::Message { .. }) | None => "msg",
         };
         format!("{prefix}_{}{}", self.number, self.items.len())
     }
@@ -157,8 +180,8 @@ impl ResponseWriter {
                     if status == "in_progress" { json!([]) } else { json!([{"type": "reasoning_text", "text": text}]) };
                 json!({"type": "reasoning", "id": id, "summary": [], "content": content, "status": status})
             }
-            Some(Open::Message(text)) => {
-                let content = if status == "in_progress" { json!([]) } else { json!([part(text)]) };
+            Some(Open::Message { text, logprobs }) => {
+                let content = if status == "in_progress" { json!([]) } else { json!([part(text, logprobs)]) };
                 json!({"type": "message", "id": id, "role": "assistant", "content": content, "status": status})
             }
             None => Value::Null,
@@ -171,16 +194,19 @@ impl ResponseWriter {
         let item = self.item("in_progress");
         let output_index = self.items.len();
         events.push(self.event("response.output_item.added", json!({"output_index": output_index, "item": item})));
-        if let Some(Open::Message(_)) = self.open {
-            events.push(self.item_event("response.content_part.added", json!({"content_index": 0, "part": part("")})));
+        if let Some(Open::Message { .. }) = self.open {
+            let part = part("", &[]);
+            events.push(self.item_event("response.content_part.added", json!({"content_index": 0, "part": part})));
         }
     }
 
     fn more(&mut self, text: &str, events: &mut Vec<Value>) {
         let (kind, fields) = match &mut self.open {
-            Some(Open::Message(all)) => {
+            Some(Open::Message { text: all, logprobs }) => {
+                let more = std::mem::take(&mut self.early);
                 all.push_str(text);
-                ("response.output_text.delta", json!({"content_index": 0, "delta": text, "logprobs": []}))
+                logprobs.extend_from_slice(&more);
+                ("response.output_text.delta", json!({"content_index": 0, "delta": text, "logprobs": more}))
             }
             Some(Open::Reasoning(all)) => {
                 all.push_str(text);
@@ -197,9 +223,9 @@ impl ResponseWriter {
 
     fn close_item(&mut self, events: &mut Vec<Value>) {
         match &self.open {
-            Some(Open::Message(text)) => {
-                let (text, part) = (text.clone(), part(text));
-                let done = json!({"content_index": 0, "text": text, "logprobs": []});
+            Some(Open::Message { text, logprobs }) => {
+                let part = part(text, logprobs);
+                let done = json!({"content_index": 0, "text": text, "logprobs": logprobs});
                 events.push(self.item_event("response.output_text.done", done));
                 events.push(self.item_event("response.content_part.done", json!({"content_index": 0, "part": part})));
             }
@@ -221,8 +247,8 @@ impl ResponseWriter {
     }
 }
 
-fn part(text: &str) -> Value {
-    json!({"type": "output_text", "text": text, "annotations": [], "logprobs": []})
+fn part(text: &str, logprobs: &[Value]) -> Value {
+    json!({"type": "output_text", "text": text, "annotations": [], "logprobs": logprobs})
 }
 
 fn usage_of(usage: Usage) -> Value {

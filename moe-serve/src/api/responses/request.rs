@@ -1,9 +1,10 @@
 //! The body of `POST /v1/responses`.
 
-use super::super::chat_request::{ChatRequest, check_form, take_variables};
+use super::super::chat_request::{ChatRequest, take_variables};
 use super::super::common_request::{Common, StreamOptions};
 use super::super::fields::{Fields, inside, wrong};
 use super::super::grammar_request::response_format;
+use super::super::limits::MAX_LOGPROBS;
 use super::super::tool_request::{ToolShape, ToolUse};
 use super::input::take_input;
 use crate::text::ChatMessage;
@@ -11,11 +12,10 @@ use crate::{Error, Result, ServedModel};
 use serde_json::{Map, Value, json};
 
 /// OpenAI's fields that this server does not have.
-const UNSUPPORTED: [&str; 15] = [
+const UNSUPPORTED: [&str; 13] = [
     "background",
     "context_management",
     "conversation",
-    "include",
     "max_tool_calls",
     "metadata",
     "moderation",
@@ -25,9 +25,11 @@ const UNSUPPORTED: [&str; 15] = [
     "prompt_cache_retention",
     "safety_identifier",
     "service_tier",
-    "top_logprobs",
     "verbosity",
 ];
+
+/// What `include` may name.
+const INCLUDED: &str = "message.output_text.logprobs";
 
 /// A request, every field checked.
 #[derive(Debug)]
@@ -79,11 +81,11 @@ impl ResponseRequest {
         if let Some(max_tokens) = max_tokens {
             common.check_max_tokens("max_output_tokens", max_tokens, max_seq_len)?;
         }
+        let logprobs = take_logprobs(&mut fields)?;
         let mut messages = Vec::new();
         messages.extend(fields.text("instructions")?.map(|text| ChatMessage::new("system", text)));
         messages.extend(take_input(fields.take("input").ok_or_else(|| Error::field("input", "`input` is missing"))?)?);
         let tools = ToolUse::take(&mut fields, ToolShape::Flat, model)?;
-        check_form(&tools, &common)?;
         if let Some(effort) = reasoning {
             fields.put("reasoning_effort", effort);
         }
@@ -91,9 +93,9 @@ impl ResponseRequest {
         fields.finish(&UNSUPPORTED)?;
         settings.insert("temperature".into(), json!(common.sampling.temperature));
         settings.insert("top_p".into(), json!(common.sampling.top_p));
+        settings.insert("top_logprobs".into(), logprobs.unwrap_or(0).into());
         settings.insert("parallel_tool_calls".into(), tools.parallel.into());
-        let chat =
-            ChatRequest { common, messages, max_tokens, logprobs: None, tools, variables, messages_field: "input" };
+        let chat = ChatRequest { common, messages, max_tokens, logprobs, tools, variables, messages_field: "input" };
         Ok(Self { chat, settings })
     }
 }
@@ -138,6 +140,24 @@ fn take_text(fields: &mut Fields) -> Result<Option<crate::text::GrammarSource>> 
     let form = read().map_err(|error| inside("text", error))?;
     text.finish(&["verbosity"]).map_err(|error| inside("text", error))?;
     Ok(form)
+}
+
+/// `include` and `top_logprobs`: how many alternatives of each token, if its log-probability is wanted.
+fn take_logprobs(fields: &mut Fields) -> Result<Option<usize>> {
+    let include = fields.take("include").unwrap_or_else(|| json!([]));
+    let parts = include.as_array().ok_or_else(|| wrong("include", "a list", &include))?;
+    if let Some(i) = parts.iter().position(|part| part != INCLUDED) {
+        let expected = format!("{INCLUDED}, the only thing that can be included here");
+        return Err(wrong(&format!("include[{i}]"), &expected, &parts[i]));
+    }
+    let top = fields.count("top_logprobs", 0..=MAX_LOGPROBS)?;
+    match (parts.is_empty(), top) {
+        (false, top) => Ok(Some(top.unwrap_or(0))),
+        (true, Some(1..)) => {
+            Err(Error::field("top_logprobs", format!("`top_logprobs` needs `include`: [\"{INCLUDED}\"]")))
+        }
+        (true, _) => Ok(None),
+    }
 }
 
 fn take_reasoning(fields: &mut Fields) -> Result<Option<Value>> {

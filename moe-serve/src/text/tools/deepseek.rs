@@ -2,7 +2,7 @@
 //! the same names.
 
 use super::call_reader::ValueReader;
-use super::form::Form;
+use super::form::{Before, Form};
 use super::pending::{Pending, TextOut};
 use super::{AnswerParser, AnswerPart, Family, Stepwise};
 use crate::text::chat::Tool;
@@ -15,6 +15,7 @@ const SEPARATOR: &str = "<｜tool▁sep｜>";
 const MARKERS: [&str; 5] = [CALLS_BEGIN, CALLS_END, CALL_BEGIN, CALL_END, SEPARATOR];
 
 const V3: Form = Form {
+    before: Before::Text(&[CALLS_BEGIN, CALL_BEGIN]),
     begin: CALLS_BEGIN,
     before_name: "<｜tool▁call▁begin｜>function<｜tool▁sep｜>",
     after_name: "\n```json\n",

@@ -1,13 +1,20 @@
 //! The form of the dialogues that the models trained here know: a line `@NAME {...}`.
 
 use super::call_reader::ValueReader;
-use super::form::Form;
+use super::form::{Before, Form};
 use super::pending::{Pending, TextOut};
 use super::{AnswerParser, AnswerPart, Family, Stepwise, names_of};
 use crate::text::chat::Tool;
 
-const FORM: Form =
-    Form { begin: " ", before_name: "@", after_name: " ", after_arguments: "", between: "\n", ..Form::JSON };
+const FORM: Form = Form {
+    before: Before::Lines,
+    begin: " ",
+    before_name: "@",
+    after_name: " ",
+    after_arguments: "",
+    between: "\n",
+    ..Form::JSON
+};
 
 pub(super) struct Dialogue;
 

@@ -1,4 +1,6 @@
 //! [`Form`]: how a family writes a call, as text around its name and arguments; and the grammar of that.
+//!
+//! What else an answer may say is `free.rs`.
 
 use crate::text::chat::Tool;
 use crate::text::grammar::on_one_line;
@@ -22,9 +24,23 @@ pub(super) enum Arguments {
     Tagged,
 }
 
+/// What an answer that may call says before, or instead.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Before {
+    /// Text, which ends where one of these begins; calls begin with the first of them.
+    Text(&'static [&'static str]),
+    /// Nothing: text that does not begin as a call does, and has none of these, is the whole answer.
+    Nothing(&'static [&'static str]),
+    /// Lines: one that begins as a call does is one.
+    Lines,
+    /// Messages of their own, as in gpt-oss' answers.
+    Messages,
+}
+
 /// The texts around a call.
 #[derive(Debug)]
 pub(super) struct Form {
+    pub(super) before: Before,
     /// Before the first call.
     pub(super) begin: &'static str,
     pub(super) before_name: &'static str,
@@ -47,6 +63,7 @@ pub(super) struct Form {
 impl Form {
     /// What most families have in common.
     pub(super) const JSON: Self = Self {
+        before: Before::Text(&[]),
         begin: "",
         before_name: "",
         after_name: "",
@@ -67,35 +84,58 @@ impl Form {
         }
     }
 
-    /// One to `count` calls of `tools`, in llguidance's variant of Lark. `special_id` knows the tokens that no text makes.
+    /// What a call begins with, up to its arguments.
+    pub(super) fn head(&self, tool: &Tool) -> String {
+        [self.before_name, &tool.name, self.after_name].concat()
+    }
+
+    /// An answer of one to `count` calls of `tools`, in llguidance's variant of Lark. `special_id` knows the tokens that no text makes.
     pub(super) fn grammar(&self, tools: &[Tool], count: usize, special_id: impl Fn(&str) -> Option<u32>) -> String {
-        let literal = |text: &str| self.literal(text, &special_id);
-        let more = match count {
-            0 | 1 => String::new(),
-            count => format!(" more{{0,{}}}", count - 1),
-        };
-        let calls: Vec<String> = (0..tools.len()).map(|i| format!("call_{i}")).collect();
-        let mut lark =
-            format!("start: {} call{more} {}\ncall: {}\n", literal(self.begin), literal(self.end), calls.join(" | "));
-        if count > 1 {
-            lark.push_str(&format!("more: {} call\n", literal(self.between)));
-        }
+        format!("start: calls\n{}", self.calls(tools, count, &special_id))
+    }
+
+    /// The same, or an answer of the grammar named `form`.
+    pub(super) fn grammar_or_form(
+        &self,
+        tools: &[Tool],
+        count: usize,
+        special_id: impl Fn(&str) -> Option<u32>,
+    ) -> String {
+        format!("start: calls | @form\n{}", self.calls(tools, count, &special_id))
+    }
+
+    /// The rule `calls`, and `further` for those after the first.
+    pub(super) fn calls(&self, tools: &[Tool], count: usize, special_id: &impl Fn(&str) -> Option<u32>) -> String {
+        let literal = |text: &str| self.literal(text, special_id);
+        let mut lark = format!("calls: {} call further\n", literal(self.begin));
+        let names: Vec<String> = (0..tools.len()).map(|i| format!("call_{i}")).collect();
+        lark.push_str(&format!("call: {}\n", names.join(" | ")));
+        lark.push_str(&match count {
+            0 | 1 => format!("further: {}\n", literal(self.end)),
+            count => {
+                format!(
+                    "further: more{{0,{}}} {}\nmore: {} call\n",
+                    count - 1,
+                    literal(self.end),
+                    literal(self.between)
+                )
+            }
+        });
         for (i, tool) in tools.iter().enumerate() {
-            let head = literal(&[self.before_name, &tool.name, self.after_name].concat());
             let arguments = match self.arguments {
                 Arguments::Json => json_of(tool.parameters.clone()),
                 Arguments::Tagged => tagged(&tool.parameters, &literal),
             };
-            lark.push_str(&format!("call_{i}: {head} {arguments} {}\n", literal(self.after_arguments)));
+            lark.push_str(&format!("call_{i}: {} tail_{i}\n", literal(&self.head(tool))));
+            lark.push_str(&format!("tail_{i}: {arguments} {}\n", literal(self.after_arguments)));
         }
         lark + "RAW: /[^<]*/\n"
     }
 
     /// A text in Lark, its special tokens by their ids.
-    fn literal(&self, text: &str, special_id: impl Fn(&str) -> Option<u32>) -> String {
+    pub(super) fn literal(&self, text: &str, special_id: impl Fn(&str) -> Option<u32>) -> String {
         let mut parts = Vec::new();
         let mut rest = text;
-        let quoted = |text: &str| Value::from(text).to_string();
         while !rest.is_empty() {
             let special = |marker: &&str| Some((rest.find(*marker)?, marker.len(), special_id(marker)?));
             let Some((at, len, id)) = self.markers.iter().filter_map(special).min() else { break };
@@ -110,6 +150,11 @@ impl Form {
         }
         parts.join(" ")
     }
+}
+
+/// A text as a string of Lark, which one of JSON is too.
+pub(super) fn quoted(text: &str) -> String {
+    Value::from(text).to_string()
 }
 
 /// JSON of a schema.

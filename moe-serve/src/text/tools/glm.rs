@@ -1,7 +1,7 @@
 //! GLM-4.5's form: `<tool_call>NAME`, then `<arg_key>KEY</arg_key><arg_value>VALUE</arg_value>` for each argument. Values are JSON, but for
 //! strings, which stand as they are.
 
-use super::form::{Arguments, Form};
+use super::form::{Arguments, Before, Form};
 use super::pending::{Pending, TextOut};
 use super::{AnswerParser, AnswerPart, Family, Stepwise};
 use crate::text::chat::Tool;
@@ -13,6 +13,7 @@ const KEY: (&str, &str) = ("<arg_key>", "</arg_key>");
 const VALUE: (&str, &str) = ("<arg_value>", "</arg_value>");
 
 const FORM: Form = Form {
+    before: Before::Text(&[OPEN]),
     before_name: "<tool_call>",
     after_name: "\n",
     after_arguments: "</tool_call>",

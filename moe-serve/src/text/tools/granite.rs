@@ -1,6 +1,6 @@
 //! Granite 3's form: `<|tool_call|>[{"name": ..., "arguments": {...}}, ...]`.
 
-use super::form::Form;
+use super::form::{Before, Form};
 use super::marked::{MarkedParser, Marks};
 use super::{AnswerParser, Family, names_of};
 use crate::text::chat::Tool;
@@ -9,6 +9,7 @@ const MARKS: Marks =
     Marks { opens: &["<|tool_call|>"], closes: &[], punctuation: "[],", bare: false, after_name: None };
 
 const FORM: Form = Form {
+    before: Before::Text(&["<|tool_call|>"]),
     begin: "<|tool_call|>[",
     before_name: "{\"name\": \"",
     after_name: "\", \"arguments\": ",

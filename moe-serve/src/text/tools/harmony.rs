@@ -1,7 +1,7 @@
 //! gpt-oss' form, harmony: an answer is messages, each with a channel. `final` is for the reader, `analysis` is thought, and one whose
 //! head says `to=functions.NAME` is a call.
 
-use super::form::Form;
+use super::form::{Before, Form};
 use super::pending::Pending;
 use super::{AnswerParser, AnswerPart, Family, Stepwise};
 use crate::text::chat::Tool;
@@ -13,6 +13,7 @@ const ENDS: [&str; 4] = ["<|end|>", "<|call|>", "<|return|>", START];
 const RECIPIENT: &str = "to=functions.";
 
 const FORM: Form = Form {
+    before: Before::Messages,
     before_name: "<|channel|>commentary to=functions.",
     after_name: " <|constrain|>json<|message|>",
     after_arguments: "",

@@ -1,6 +1,6 @@
 //! Hermes' form, which Qwen2, Qwen3 and Granite 4 have too: `<tool_call>{"name": ..., "arguments": {...}}</tool_call>`.
 
-use super::form::Form;
+use super::form::{Before, Form};
 use super::marked::{MarkedParser, Marks};
 use super::{AnswerParser, Family, names_of};
 use crate::text::chat::Tool;
@@ -9,6 +9,7 @@ const MARKS: Marks =
     Marks { opens: &["<tool_call>"], closes: &["</tool_call>"], punctuation: "", bare: false, after_name: None };
 
 const FORM: Form = Form {
+    before: Before::Text(&["<tool_call>"]),
     before_name: "<tool_call>\n{\"name\": \"",
     after_name: "\", \"arguments\": ",
     after_arguments: "}\n</tool_call>",

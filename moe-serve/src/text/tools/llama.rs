@@ -1,6 +1,6 @@
 //! The JSON form of Llama 3 and 4: an answer that is `{"name": ..., "parameters": {...}}`, of several with `;` between them.
 
-use super::form::Form;
+use super::form::{Before, Form};
 use super::marked::{MarkedParser, Marks};
 use super::{AnswerParser, Family, names_of};
 use crate::text::chat::Tool;
@@ -14,6 +14,7 @@ const MARKS: Marks = Marks {
 };
 
 const FORM: Form = Form {
+    before: Before::Nothing(MARKS.opens),
     before_name: "{\"name\": \"",
     after_name: "\", \"parameters\": ",
     after_arguments: "}",

@@ -1,6 +1,6 @@
 //! Mistral's form: `[TOOL_CALLS][{"name": ..., "arguments": {...}}, ...]`, or `[TOOL_CALLS]NAME[ARGS]{...}` of its later models.
 
-use super::form::{CallIds, Form};
+use super::form::{Before, CallIds, Form};
 use super::marked::{MarkedParser, Marks};
 use super::{AnswerParser, Family, names_of};
 use crate::text::chat::Tool;
@@ -9,6 +9,7 @@ const MARKS: Marks =
     Marks { opens: &["[TOOL_CALLS]"], closes: &[], punctuation: "[],", bare: false, after_name: Some("[ARGS]") };
 
 const FORM: Form = Form {
+    before: Before::Text(&["[TOOL_CALLS]"]),
     begin: "[TOOL_CALLS][",
     before_name: "{\"name\": \"",
     after_name: "\", \"arguments\": ",

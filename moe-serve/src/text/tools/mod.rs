@@ -1,12 +1,14 @@
 //! Calls of tools in the text of an answer: how each family of models writes them, found as the text grows ([`AnswerParser`]) and
-//! asked for by a grammar ([`ToolFormat::grammar`]).
+//! asked for by a grammar ([`ToolFormat::grammar`]) or held to one where they come ([`ToolFormat::free_grammar`]).
 //!
 //! One file per family. A family is known by what its chat template says, or by the name that vLLM's `--tool-call-parser` has for it.
 
 mod call_reader;
 mod deepseek;
 mod dialogue;
+mod either;
 mod form;
+mod free;
 mod glm;
 mod granite;
 mod harmony;
@@ -21,7 +23,8 @@ mod tests;
 use super::chat::Tool;
 use super::grammar::GrammarSource;
 use super::tokenizer::TextTokenizer;
-use form::Form;
+use either::EitherParser;
+use form::{Before, Form};
 use pending::Pending;
 use std::fmt::Debug;
 
@@ -144,6 +147,13 @@ impl ToolFormat {
         self.0.parser(tools)
     }
 
+    /// A reader of one answer of [`ToolFormat::grammar_or_form`]: what does not begin as a call does is text to its end.
+    pub fn parser_or_form(self, tools: &[Tool]) -> Box<dyn AnswerParser> {
+        let form = self.0.form();
+        let beginnings = tools.iter().map(|tool| form.begin.to_owned() + &form.head(tool)).collect();
+        Box::new(EitherParser::new(beginnings, self.0.parser(tools)))
+    }
+
     /// Whether answers need the reader also where no tools were given.
     pub fn always_reads(self) -> bool {
         self.0.form().always_reads
@@ -161,8 +171,29 @@ impl ToolFormat {
 
     /// An answer of nothing but calls: one, or up to [`MAX_CALLS`] if `parallel` and the family knows several.
     pub fn grammar(self, tools: &[Tool], parallel: bool, tokenizer: &TextTokenizer) -> GrammarSource {
-        let count = if parallel && self.0.form().parallel { MAX_CALLS } else { 1 };
-        GrammarSource::Lark(self.0.form().grammar(tools, count, |name| tokenizer.special_id(name)))
+        GrammarSource::Lark(self.0.form().grammar(tools, self.count(parallel), |name| tokenizer.special_id(name)))
+    }
+
+    /// An answer of such calls, or of a form of its own; none where calls are JSON that could begin any form.
+    pub fn grammar_or_form(
+        self,
+        tools: &[Tool],
+        parallel: bool,
+        form: GrammarSource,
+        tokenizer: &TextTokenizer,
+    ) -> Option<GrammarSource> {
+        let family = self.0.form();
+        let lark = family.grammar_or_form(tools, self.count(parallel), |name| tokenizer.special_id(name));
+        (!matches!(family.before, Before::Nothing(_))).then(|| GrammarSource::Either { lark, form: Box::new(form) })
+    }
+
+    /// An answer of text, such calls, or text and then calls.
+    pub fn free_grammar(self, tools: &[Tool], parallel: bool, tokenizer: &TextTokenizer) -> GrammarSource {
+        GrammarSource::Lark(self.0.form().free_grammar(tools, self.count(parallel), |name| tokenizer.special_id(name)))
+    }
+
+    fn count(self, parallel: bool) -> usize {
+        if parallel && self.0.form().parallel { MAX_CALLS } else { 1 }
     }
 }
 

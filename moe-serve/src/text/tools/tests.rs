@@ -227,10 +227,23 @@ fn tokenizer(special: &[&str]) -> TextTokenizer {
 
 /// How many of the answer's tokens the grammar takes, of how many, and whether the answer may end there.
 fn walk(format: ToolFormat, parallel: bool, special: &[&str], answer: &str) -> (usize, usize, bool) {
+    walk_of(special, answer, |tokenizer| format.grammar(&tools(), parallel, tokenizer))
+}
+
+/// The same for an answer that need not call.
+fn walk_free(format: ToolFormat, special: &[&str], answer: &str) -> (usize, usize, bool) {
+    walk_of(special, answer, |tokenizer| format.free_grammar(&tools(), true, tokenizer))
+}
+
+fn walk_of(
+    special: &[&str],
+    answer: &str,
+    source: impl FnOnce(&TextTokenizer) -> GrammarSource,
+) -> (usize, usize, bool) {
     let tokenizer = tokenizer(special);
     let grammars = Grammars::new(&tokenizer, &[0]).expect("works");
-    let source = format.grammar(&tools(), parallel, &tokenizer);
-    let mut state = grammars.compile(&source).unwrap_or_else(|e| panic!("{format:?}: {e}: {source:?}")).start();
+    let source = source(&tokenizer);
+    let mut state = grammars.compile(&source).unwrap_or_else(|e| panic!("{e}: {source:?}")).start();
     let allows =
         |state: &dyn GrammarState, id: u32| state.allowed().expect("goes on")[id as usize / 32] >> (id % 32) & 1 == 1;
     let ids = tokenizer.encode(answer).expect("encodes");
@@ -245,29 +258,32 @@ fn walk(format: ToolFormat, parallel: bool, special: &[&str], answer: &str) -> (
     (taken, ids.len(), allows(state.as_ref(), 0))
 }
 
+/// Calls as the grammars have them, with `ARGS` for their arguments.
+const CALLS: [(&str, &str); 9] = [
+    ("hermes", "<tool_call>\n{\"name\": \"weather\", \"arguments\": ARGS}\n</tool_call>"),
+    ("mistral", "[TOOL_CALLS][{\"name\": \"weather\", \"arguments\": ARGS}]"),
+    ("granite", "<|tool_call|>[{\"name\": \"weather\", \"arguments\": ARGS}]"),
+    ("llama3_json", "{\"name\": \"weather\", \"parameters\": ARGS}"),
+    (
+        "deepseek_v3",
+        "<｜tool▁calls▁begin｜><｜tool▁call▁begin｜>function<｜tool▁sep｜>weather\n```json\nARGS\n```<｜tool▁call▁end｜><｜tool▁calls▁end｜>",
+    ),
+    (
+        "deepseek_v31",
+        "<｜tool▁calls▁begin｜><｜tool▁call▁begin｜>weather<｜tool▁sep｜>ARGS<｜tool▁call▁end｜><｜tool▁calls▁end｜>",
+    ),
+    ("openai", "<|channel|>commentary to=functions.weather <|constrain|>json<|message|>ARGS"),
+    ("dialogue", " @weather ARGS"),
+    (
+        "glm45",
+        "<tool_call>weather\n<arg_key>city</arg_key>\n<arg_value>x</arg_value>\n<arg_key>days</arg_key>\n<arg_value>3</arg_value>\n</tool_call>",
+    ),
+];
+
 #[test]
 fn grammars_say_what_parsers_read() {
     let arguments = "{\"city\": \"x\", \"days\": 3}";
-    for (name, answer) in [
-        ("hermes", "<tool_call>\n{\"name\": \"weather\", \"arguments\": ARGS}\n</tool_call>"),
-        ("mistral", "[TOOL_CALLS][{\"name\": \"weather\", \"arguments\": ARGS}]"),
-        ("granite", "<|tool_call|>[{\"name\": \"weather\", \"arguments\": ARGS}]"),
-        ("llama3_json", "{\"name\": \"weather\", \"parameters\": ARGS}"),
-        (
-            "deepseek_v3",
-            "<｜tool▁calls▁begin｜><｜tool▁call▁begin｜>function<｜tool▁sep｜>weather\n```json\nARGS\n```<｜tool▁call▁end｜><｜tool▁calls▁end｜>",
-        ),
-        (
-            "deepseek_v31",
-            "<｜tool▁calls▁begin｜><｜tool▁call▁begin｜>weather<｜tool▁sep｜>ARGS<｜tool▁call▁end｜><｜tool▁calls▁end｜>",
-        ),
-        ("openai", "<|channel|>commentary to=functions.weather <|constrain|>json<|message|>ARGS"),
-        ("dialogue", " @weather ARGS"),
-        (
-            "glm45",
-            "<tool_call>weather\n<arg_key>city</arg_key>\n<arg_value>x</arg_value>\n<arg_key>days</arg_key>\n<arg_value>3</arg_value>\n</tool_call>",
-        ),
-    ] {
+    for (name, answer) in CALLS {
         let format = ToolFormat::named(name).expect("a name");
         let answer = answer.replace("ARGS", arguments);
         // With the family's marks as special tokens, and with none.
@@ -292,6 +308,96 @@ fn several_calls_where_they_are_allowed() {
     assert!(taken == of && ends);
     let (taken, of, _) = walk(hermes, false, &[], &twice);
     assert!(taken < of);
+}
+
+/// What may be said before a call of each family.
+fn before(name: &str) -> &'static str {
+    match name {
+        "openai" => "<|channel|>analysis<|message|>I <look> {at} it.<|end|><|start|>assistant",
+        // A call is the whole answer.
+        "llama3_json" => "",
+        "dialogue" => "I @look\n@weath\n@weather, you {say}.\n",
+        _ => "I <look> {at} \n[it].",
+    }
+}
+
+#[test]
+fn free_answers_are_held_where_they_call() {
+    for (name, call) in CALLS {
+        let format = ToolFormat::named(name).expect("a name");
+        let markers = format.0.form().markers;
+        for special in [markers, &[]] {
+            let call = before(name).to_owned() + call;
+            let good = call.replace("ARGS", "{\"city\": \"x\", \"days\": 3}");
+            let (taken, of, ends) = walk_free(format, special, &good);
+            assert!(taken == of && ends, "{name}: {taken} of {of}, {special:?}: {good}");
+            let bad = good.replace('3', "x");
+            let (taken, of, _) = walk_free(format, special, &bad);
+            assert!(taken < of, "{name}, {special:?}: not the schema's");
+            let unknown = good.replace("weather", "wether");
+            let (taken, of, _) = walk_free(format, special, &unknown);
+            // In the dialogue form a line of another name is a line of text.
+            assert!(taken < of || name == "dialogue", "{name}, {special:?} has no such tool");
+            let text = match name {
+                "openai" => format!("{}<|channel|>final<|message|>A < b {{c}}.", before(name)),
+                "llama3_json" => "A {b} <c> [d]".to_owned(),
+                _ => format!("{}\n\u{e9} <tool {{", before(name)),
+            };
+            let (taken, of, ends) = walk_free(format, special, &text);
+            assert!(taken == of && ends, "{name}: {taken} of {of}, {special:?}: {text}");
+        }
+    }
+}
+
+#[test]
+fn an_answer_is_calls_or_of_a_form() {
+    let schema = json!({"type": "object", "properties": {"name": {"type": "string"}}, "required": ["name"], "additionalProperties": false});
+    let forms = [
+        (GrammarSource::JsonSchema(schema), "{\"name\": \"<tool_call>weather\"}", "{\"name\": 3}"),
+        (GrammarSource::JsonObject, "{\"a\": [1]}", "[1]"),
+        (GrammarSource::Regex("[0-9/]+".into()), "12/3", "12a"),
+        (GrammarSource::Choice(vec!["yes".into(), "no".into()]), "yes", "maybe"),
+        (GrammarSource::Lark("start: \"(\" start \")\" | \"x\"".into()), "((x))", "((x)}"),
+    ];
+    for (name, call) in CALLS {
+        let format = ToolFormat::named(name).expect("a name");
+        let call = call.replace("ARGS", "{\"city\": \"x\", \"days\": 3}");
+        if name == "llama3_json" {
+            assert!(format.grammar_or_form(&tools(), true, GrammarSource::JsonObject, &tokenizer(&[])).is_none());
+            continue;
+        }
+        for (form, good, bad) in &forms {
+            for special in [format.0.form().markers, &[]] {
+                let walk = |answer: &str| {
+                    walk_of(special, answer, |tokenizer| {
+                        format.grammar_or_form(&tools(), true, form.clone(), tokenizer).expect("they can be told apart")
+                    })
+                };
+                // A mark that is a token of its own is never part of a text.
+                let plain = if special.is_empty() { (*good).to_owned() } else { good.replace("<tool_call>", "") };
+                for answer in [call.as_str(), &plain] {
+                    let (taken, of, ends) = walk(answer);
+                    assert!(taken == of && ends, "{name}: {taken} of {of}, {special:?}, {form:?}: {answer}");
+                }
+                for answer in [*bad, format!("Well, {call}").as_str()] {
+                    let (taken, of, ends) = walk(answer);
+                    assert!(taken < of || !ends, "{name}, {special:?}, {form:?}: {answer}");
+                }
+            }
+            for (answer, want) in
+                [(good, (*good).to_owned()), (&call.as_str(), "|weather{\"city\": \"x\", \"days\": 3}".into())]
+            {
+                for size in [usize::MAX, 1, 3] {
+                    let mut parser = format.parser_or_form(&tools());
+                    let chars: Vec<char> = answer.chars().collect();
+                    let mut parts: Vec<AnswerPart> =
+                        chars.chunks(size).flat_map(|piece| parser.push(&piece.iter().collect::<String>())).collect();
+                    parts.extend(parser.finish());
+                    assert_eq!(told(&parts), want, "{name} in pieces of {size}: {answer}");
+                }
+            }
+        }
+    }
 }
 
 proptest::proptest! {
