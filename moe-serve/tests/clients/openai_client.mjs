@@ -60,6 +60,13 @@ const result = { role: "tool", tool_call_id: called.message.tool_calls[0].id, co
 await client.chat.completions.create({ model, messages: [...messages, called.message, result], tools, max_tokens: 8 });
 done("tools, whole and streamed", called.message.tool_calls[0].function.arguments);
 
+const strict = [{ type: "function", function: { name: "pet", parameters: schema, strict: true } }];
+const either = (await client.chat.completions.create({ model, messages, tools: strict, response_format: format, seed: 6, max_tokens: 100 })).choices[0];
+checkPet(either.message.tool_calls?.[0].function.arguments ?? either.message.content);
+const spoken = (await client.chat.completions.create({ model, messages, tools: strict, seed: 1, max_tokens: 24 })).choices[0];
+assert(spoken.message.content || spoken.message.tool_calls, JSON.stringify(spoken));
+done("a strict tool, with a form and without", JSON.stringify(either.message.content ?? either.message.tool_calls[0].function));
+
 let taken = 0;
 const runner = client.chat.completions.runTools({
   model, messages, seed: 4, max_tokens: 60, tool_choice: asking.tool_choice,
@@ -76,6 +83,8 @@ const stream = client.responses.stream(asked).on("event", (event) => kinds.add(e
 const final = await stream.finalResponse();
 assert.equal(final.output_text, response.output_text);
 assert(kinds.has("response.output_text.delta") && (kinds.has("response.completed") || kinds.has("response.incomplete")));
+const likely = await client.responses.create({ ...asked, include: ["message.output_text.logprobs"], top_logprobs: 2 });
+assert(likely.output[0].content[0].logprobs.every((token) => token.logprob <= 0 && token.top_logprobs.length === 2));
 const flat = [{ type: "function", name: "pet", parameters: schema, strict: true }];
 const calling = await client.responses.create({ model, input: "A pet?", tools: flat, tool_choice: "required", parallel_tool_calls: false, store: false });
 checkPet(calling.output[0].arguments);

@@ -8,6 +8,7 @@ Prints one line per check and fails at the first that does not hold.
 
 import json
 import sys
+from typing import Literal
 
 import openai
 from pydantic import BaseModel
@@ -88,6 +89,10 @@ class Person(BaseModel):
     legs: int
 
 
+class Pet(BaseModel):
+    kind: Literal["cat", "dog"]
+
+
 SCHEMA = {"type": "object", "properties": {"kind": {"enum": ["cat", "dog"]}, "legs": {"type": "integer", "minimum": 0, "maximum": 9}},
           "required": ["kind", "legs"], "additionalProperties": False}
 TOOL = {"type": "function", "function": {"name": "pet", "description": "Takes a pet.", "parameters": SCHEMA}}
@@ -127,6 +132,10 @@ def tools(model):
     done("streamed tool", f"{len(kinds)} events, the same call")
     free = client.chat.completions.create(**ask, tool_choice="auto", parallel_tool_calls=False).choices[0]
     done("auto", f"{free.finish_reason}: {free.message.content!r:.50}")
+    strict = openai.pydantic_function_tool(Pet, name="pet")
+    parsed = client.chat.completions.parse(
+        model=model, messages=MESSAGES, tools=[strict], response_format=Pet, seed=6, max_tokens=120).choices[0].message
+    done("strict tool or a pydantic model", parsed.tool_calls or parsed.parsed)
     result = {"role": "tool", "tool_call_id": call.id, "content": "taken"}
     again = client.chat.completions.create(
         model=model, messages=MESSAGES + [choice.message, result], tools=[TOOL], max_tokens=8, seed=1).choices[0]
@@ -144,6 +153,10 @@ def responses(model):
     assert final.output_text == answer.output_text, (final.output_text, answer.output_text)
     assert {"response.created", "response.output_text.delta", "response.output_text.done"} <= set(kinds), kinds
     done("streamed response", f"{len(kinds)} kinds of events, the same text")
+    likely = client.responses.create(**ask, include=["message.output_text.logprobs"], top_logprobs=2).output[0].content[0]
+    assert "".join(token.token for token in likely.logprobs).strip().startswith(likely.text.strip()), likely
+    assert all(len(token.top_logprobs) == 2 and token.logprob <= 0 for token in likely.logprobs), likely
+    done("response with log-probabilities", f"{sum(token.logprob for token in likely.logprobs):.2f} for {len(likely.logprobs)} tokens")
     tool = {"type": "function", "name": "pet", "parameters": SCHEMA, "strict": True}
     called = client.responses.create(model=model, input="A pet?", tools=[tool], tool_choice="required", parallel_tool_calls=False, store=False)
     check_pet(called.output[0].arguments)
