@@ -29,7 +29,10 @@ use tokio::sync::{OwnedSemaphorePermit, Semaphore, watch};
 /// After the system refused a connection, for lack of open files as a rule.
 const RETRY_AFTER: Duration = Duration::from_secs(1);
 
-/// Before another connection is asked to give way, because the last one had something to do after all.
+/// So long a client may take to ask before its connection gives way: what it sends is on its way, or it is busy itself.
+const MIN_WAIT: Duration = Duration::from_secs(1);
+
+/// Before another connection is asked to give way, because the last one had something to do after all or has not waited long enough.
 const RETRY_GIVE_WAY: Duration = Duration::from_millis(20);
 
 /// What every connection is served with.
@@ -114,12 +117,15 @@ impl Slots {
         (Slot { id, taken: self.taken.clone(), _permit: permit.ok() }, activity)
     }
 
-    /// Has the connection closed that has waited for its client the longest; false if none does.
+    /// Has the connection closed that has waited for its client the longest, if that was long enough; false if none waits.
     fn make_way(&self) -> bool {
         let taken = lock(&self.taken);
         let longest = taken.values().filter_map(|activity| Some((activity.waiting_since()?, activity)));
         let longest = longest.min_by_key(|(since, _)| *since);
-        longest.inspect(|(_, activity)| activity.give_way()).is_some()
+        if let Some((_, activity)) = longest.filter(|(since, _)| since.elapsed() >= MIN_WAIT) {
+            activity.give_way();
+        }
+        longest.is_some()
     }
 }
 
@@ -180,6 +186,8 @@ async fn exchange(
     let mut stops = false;
     loop {
         tokio::select! {
+            // What has come is read before a limit is said to be exceeded.
+            biased;
             result = exchanged.as_mut() => {
                 if let Err(error) = result {
                     tracing::debug!(%error, "connection ended");
