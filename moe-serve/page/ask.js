@@ -53,7 +53,7 @@ async function generate() {
     if (chat && !prompt.trim()) throw Error("Write a message first.");
     [path, body] = requestOf(prompt);
   } catch (error) { return fail(error.message); }
-  const turn = { user: prompt, said: "", tokens: [], first: 0, finish: null, decoder: new TextDecoder(), promptDecoder: new TextDecoder() };
+  const turn = { user: prompt, said: "", tokens: [], sent: performance.now(), finish: null, decoder: new TextDecoder(), promptDecoder: new TextDecoder() };
   state.abort = new AbortController();
   if (chat) { turns().push(turn); $("prompt").value = ""; } else state.turns.text = [turn];
   show(turn);
@@ -67,7 +67,7 @@ async function generate() {
   } catch (error) {
     if (error.name === "AbortError") turn.finish = "stopped";
     else fail(error.message);
-    if (chat && !turn.said && !turn.first) takeBack(turn);
+    if (chat && !turn.said && !turn.tokens.some(token => !token.prompt)) takeBack(turn);
   }
   busy(false);
   draw();
@@ -122,7 +122,6 @@ function take(turn, event) {
       else if (turn.tokens[t.position]) turn.tokens[t.position].layers = t.layers;
     }
     for (const t of scored) {
-      turn.first ||= performance.now();
       turn.tokens.push({ raw: t.token, text: decode(t.token, turn.decoder), prompt: false, logprob: t.logprob, top: t.top.sort((a, b) => b[1] - a[1]), layers: [] });
     }
     if (choice.finish_reason) turn.finish = choice.finish_reason;

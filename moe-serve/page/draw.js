@@ -25,11 +25,12 @@ function drawStatus() {
   $("clear").disabled = !turns().length || !!state.abort;
   if (!turn?.tokens.length) { $("status").textContent = state.abort ? "waiting …" : ""; return; }
   const made = turn.tokens.filter(t => !t.prompt).length, prompt = turn.tokens.length - made;
-  const seconds = (performance.now() - turn.first) / 1000;
-  if (state.abort && turn === turns().at(-1) && made > 1) turn.rate = `${((made - 1) / seconds).toFixed(0)} tokens/s`;
+  // From the request on: what comes at once to a busy browser was not made at once.
+  const seconds = (performance.now() - turn.sent) / 1000;
+  if (state.abort && turn === turns().at(-1)) turn.rate = `${(made / seconds).toFixed(0)} tokens/s`;
   const why = { stop: "ended by itself", length: "token limit reached", stopped: "stopped" }[turn.finish] ?? "";
   const which = chat && turns().length > 1 ? `answer ${turns().indexOf(turn) + 1} of ${turns().length}` : "";
-  $("status").textContent = [which, `${prompt} prompt + ${made} new tokens`, made > 1 ? turn.rate : "", why].filter(Boolean).join(" · ");
+  $("status").textContent = [which, `${prompt} prompt + ${made} new tokens`, made ? turn.rate : "", why].filter(Boolean).join(" · ");
 }
 
 /** White space made visible, for tokens shown apart from their text. */

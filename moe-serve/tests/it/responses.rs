@@ -193,6 +193,8 @@ fn impossible_requests_name_their_field() {
         (input(json!({"role": "user", "content": [{"type": "input_image"}]})), "input[0].content[0]"),
         (input(json!({"role": "user", "content": "hi", "more": 1})), "input[0].more"),
         (input(json!({"type": "function_call_output", "output": "x"})), "input[0].call_id"),
+        (input(json!({"role": "user", "content": "hi", "status": {}})), "input[0].status"),
+        (input(json!({"type": "reasoning", "summary": "x"})), "input[0].summary"),
         (json!({"store": true}), "store"),
         (json!({"previous_response_id": "resp_1"}), "previous_response_id"),
         (json!({"background": true}), "background"),

@@ -10,7 +10,7 @@ use serde_json::{Map, Value};
 const ROLES: [&str; 4] = ["system", "developer", "user", "assistant"];
 const TEXT_PARTS: [&str; 3] = ["input_text", "output_text", "text"];
 /// What an item of an answer has that is given back, and which says nothing to the model.
-const SILENT: [&str; 5] = ["id", "status", "summary", "encrypted_content", "phase"];
+const SILENT: [&str; 4] = ["id", "status", "encrypted_content", "phase"];
 
 /// The messages of `input`.
 pub(super) fn take_input(value: Value) -> Result<Vec<ChatMessage>> {
@@ -39,7 +39,12 @@ impl Conversation {
     fn item(&mut self, map: Map<String, Value>) -> Result<()> {
         let mut fields = Fields::new(map);
         let kind = fields.text("type")?.unwrap_or_else(|| "message".to_owned());
-        SILENT.iter().for_each(|name| drop(fields.take(name)));
+        for name in SILENT {
+            fields.text(name)?;
+        }
+        if let Some(summary) = fields.take("summary").filter(|summary| !summary.is_array()) {
+            return Err(wrong("summary", "a list", &summary));
+        }
         match kind.as_str() {
             "message" => self.message(&mut fields)?,
             "function_call" => self.call(&mut fields)?,
