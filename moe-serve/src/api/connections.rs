@@ -46,17 +46,18 @@ pub(super) struct Served {
 /// Serves `listener` until `shutdown` completes; then accepts no more, and returns when the last connection has ended.
 pub(super) async fn serve(listener: TcpListener, served: Served, shutdown: impl Future<Output = ()> + Send + 'static) {
     let served = Arc::new(served);
-    let slots = Slots::new(served.limits.max_connections);
+    let slots = Arc::new(Slots::new(served.limits.max_connections));
     // Each connection holds a receiver: it hears of the end, and its own end is heard of.
     let (stopping, connections) = watch::channel(false);
     let accept_all = async {
         loop {
             let Some(stream) = accept(&listener).await else { continue };
-            let (slot, activity) = slots.take().await;
-            let (served, stopped) = (served.clone(), connections.clone());
+            let room = slots.free().await;
+            let (slots, served, stopped) = (slots.clone(), served.clone(), connections.clone());
             tokio::spawn(async move {
-                let _slot = slot;
-                connection(stream, activity, &served, stopped).await;
+                // Its time runs from when it is looked after, which on a busy machine is not at once.
+                let slot = slots.take(room);
+                connection(stream, &slot.activity, &served, stopped).await;
             });
         }
     };
@@ -73,53 +74,62 @@ pub(super) async fn serve(listener: TcpListener, served: Served, shutdown: impl 
 struct Slots {
     max: usize,
     free: Arc<Semaphore>,
-    taken: Arc<Mutex<HashMap<u64, Arc<Activity>>>>,
+    taken: Mutex<HashMap<u64, Arc<Activity>>>,
     next: AtomicU64,
 }
 
 /// The room of one connection, until it is dropped.
 struct Slot {
     id: u64,
-    taken: Arc<Mutex<HashMap<u64, Arc<Activity>>>>,
-    _permit: Option<OwnedSemaphorePermit>,
+    activity: Arc<Activity>,
+    slots: Arc<Slots>,
+    _room: Option<OwnedSemaphorePermit>,
 }
 
 impl Drop for Slot {
     fn drop(&mut self) {
-        lock(&self.taken).remove(&self.id);
+        self.slots.lock().remove(&self.id);
     }
 }
 
 impl Slots {
     fn new(max: usize) -> Self {
         let free = Arc::new(Semaphore::new(max.min(Semaphore::MAX_PERMITS)));
-        Self { max, free, taken: Arc::default(), next: AtomicU64::new(0) }
+        Self { max, free, taken: Mutex::default(), next: AtomicU64::new(0) }
     }
 
-    /// Room for one more connection, which begins when there is. While all have something to do it waits, and clients wait to be accepted.
-    async fn take(&self) -> (Slot, Arc<Activity>) {
+    /// Room for one more connection. While all have something to do it waits, and clients wait to be accepted.
+    async fn free(&self) -> Option<OwnedSemaphorePermit> {
         let mut acquired = pin!(self.free.clone().acquire_owned());
         let mut warned = false;
-        let permit = loop {
+        loop {
             if self.free.available_permits() == 0 && !self.make_way() && !warned {
                 tracing::warn!(max_connections = self.max, "no more connections until one closes");
                 warned = true;
             }
             tokio::select! {
                 biased;
-                permit = acquired.as_mut() => break permit,
+                // The semaphore is never closed.
+                room = acquired.as_mut() => return room.ok(),
                 () = tokio::time::sleep(RETRY_GIVE_WAY) => {}
             }
-        };
+        }
+    }
+
+    /// A connection that begins.
+    fn take(self: &Arc<Self>, room: Option<OwnedSemaphorePermit>) -> Slot {
         let (id, activity) = (self.next.fetch_add(1, Ordering::Relaxed), Activity::new());
-        lock(&self.taken).insert(id, activity.clone());
-        // The semaphore is never closed.
-        (Slot { id, taken: self.taken.clone(), _permit: permit.ok() }, activity)
+        self.lock().insert(id, activity.clone());
+        Slot { id, activity, slots: self.clone(), _room: room }
+    }
+
+    fn lock(&self) -> MutexGuard<'_, HashMap<u64, Arc<Activity>>> {
+        self.taken.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     /// Has the connection closed that has waited for its client the longest, if that was long enough; false if none waits.
     fn make_way(&self) -> bool {
-        let taken = lock(&self.taken);
+        let taken = self.lock();
         let longest = taken.values().filter_map(|activity| Some((activity.waiting_since()?, activity)));
         let longest = longest.min_by_key(|(since, _)| *since);
         if let Some((_, activity)) = longest.filter(|(since, _)| since.elapsed() >= MIN_WAIT) {
@@ -127,10 +137,6 @@ impl Slots {
         }
         longest.is_some()
     }
-}
-
-fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
-    mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
 /// The next connection, or none if its client left or the system refused it.
@@ -153,7 +159,7 @@ async fn accept(listener: &TcpListener) -> Option<TcpStream> {
 }
 
 /// Serves one connection until either side ends it, it exceeds a limit, or the server stops and it has nothing to do.
-async fn connection(stream: TcpStream, activity: Arc<Activity>, served: &Served, mut stopped: watch::Receiver<bool>) {
+async fn connection(stream: TcpStream, activity: &Arc<Activity>, served: &Served, mut stopped: watch::Receiver<bool>) {
     // Below TLS, where a client that takes nothing is seen at once.
     let io = WatchedIo { stream, activity: activity.clone() };
     let Some(tls) = &served.tls else { return exchange(io, activity, served, stopped).await };
@@ -171,7 +177,7 @@ async fn connection(stream: TcpStream, activity: Arc<Activity>, served: &Served,
 /// Requests and answers, one after another.
 async fn exchange(
     io: impl AsyncRead + AsyncWrite + Unpin,
-    activity: Arc<Activity>,
+    activity: &Arc<Activity>,
     served: &Served,
     mut stopped: watch::Receiver<bool>,
 ) {

@@ -84,21 +84,36 @@ def some_request(rng):
     return "/v1/completions", {"prompt": f"{PROMPT} {rng.randrange(1000)}", "stream": stream, **several, **settings}
 
 
+async def send(at, data):
+    """A connection on which a request was sent, and how long that took."""
+    begun = time.monotonic()
+    reader, writer = await connect(at)
+    writer.write(data)
+    return reader, writer, time.monotonic() - begun
+
+
+def count_closed(counts, path, seconds, error):
+    """Where all connections are taken, one that says nothing for a second may be closed; no other may."""
+    if seconds < 1:
+        raise Broken(f"{path}, sent within {seconds:.2f} s, was not answered: {error!r}") from error
+    counts["refused"] += 1
+    counts["too slow to send"] += 1
+
+
 async def ask(at, counts, rng, leaves=False):
     """Sends a request, and counts what becomes of it."""
     path, body = some_request(rng)
     counts["sent"] += 1
-    writer, begun, seconds_to_send = None, time.monotonic(), 0
+    reader, writer, seconds = await send(at, request(path, json.dumps(body).encode()))
     try:
-        reader, writer = await connect(at)
-        writer.write(request(path, json.dumps(body).encode()))
-        await writer.drain()
-        seconds_to_send = time.monotonic() - begun
         if leaves and not body["stream"]:
             await asyncio.sleep(rng.random() * 0.3)
             counts["cancelled"] += 1
             return
-        status, chunked = await head_of(reader)
+        try:
+            status, chunked = await head_of(reader)
+        except CLOSED as error:
+            return count_closed(counts, path, seconds, error)
         counts.statuses[status] += 1
         if status != 200:
             if status not in (429, 503, 504):
@@ -117,14 +132,9 @@ async def ask(at, counts, rng, leaves=False):
             raise Broken(f"{body} ended with {text[-300:]}")
         counts["finished"] += 1
     except CLOSED as error:
-        # Where all connections are taken, one that says nothing for a second may be closed; this client is busy too.
-        if not (seconds_to_send > 1 and isinstance(error, (asyncio.IncompleteReadError, ConnectionError))):
-            raise Broken(f"{path}, sent within {seconds_to_send:.2f} s, was not answered: {error!r}") from error
-        counts["refused"] += 1
-        counts["too slow to send"] += 1
+        raise Broken(f"{path}: the answer broke off: {error!r}") from error
     finally:
-        if writer:
-            writer.transport.abort()
+        writer.transport.abort()
 
 
 def has_closed(at, port):
@@ -142,11 +152,13 @@ async def read_slowly(at, counts, rng, until):
     body = {"prompt": [PROMPT] * 32, "max_tokens": 200, "ignore_eos": True, "stream": True, "logprobs": 20, "return_expert_choices": True}
     while time.monotonic() < until:
         counts["sent"] += 1
-        reader, writer = await connect(at)
+        reader, writer, seconds = await send(at, request("/v1/completions", json.dumps(body).encode()))
         try:
-            writer.write(request("/v1/completions", json.dumps(body).encode()))
-            await writer.drain()
-            status, _ = await head_of(reader)
+            try:
+                status, _ = await head_of(reader)
+            except CLOSED as error:
+                count_closed(counts, "/v1/completions", seconds, error)
+                continue
             counts.statuses[status] += 1
             if status != 200:
                 counts["refused"] += 1
@@ -219,10 +231,9 @@ async def send_malformed(at, counts, rng, until):
     while time.monotonic() < until:
         data, want = malformed(rng)
         counts["sent"] += 1
-        reader, writer = await connect(at)
+        reader, writer, _ = await send(at, data)
         status = None
         try:
-            writer.write(data)
             status, _ = await head_of(reader)
             counts.statuses[status] += 1
         except CLOSED:
@@ -387,7 +398,7 @@ def main():
 if __name__ == "__main__":
     try:
         main()
-    except* Broken as group:
-        for error in group.exceptions:
-            print(f"broken: {error}", file=sys.stderr)
+    except (Broken, ExceptionGroup) as error:
+        for error in getattr(error, "exceptions", [error]):
+            print(f"broken: {error!r}", file=sys.stderr)
         sys.exit(1)
