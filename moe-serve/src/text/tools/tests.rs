@@ -405,14 +405,16 @@ proptest::proptest! {
     fn any_text_is_read_the_same_however_it_is_cut(text in "[@{}\\[\\]\"<>|:,; \nawe/]{0,40}|(<tool_call>|</tool_call>|\\{\"name\": \"now\"|, \"arguments\": |\\{\\}|<arg_key>|</arg_key>|\\[TOOL_CALLS\\]|<\\|message\\|>|<\\|channel\\|>|@now \\{|a|\n| ){0,9}") {
         for name in ToolFormat::all_names() {
             let format = ToolFormat::named(name).expect("a name");
-            let read = |pieces: Vec<String>| {
-                let mut parser = format.parser(&tools());
-                let mut parts: Vec<AnswerPart> = pieces.iter().flat_map(|piece| parser.push(piece)).collect();
-                parts.extend(parser.finish());
-                told(&parts)
-            };
-            let whole = read(vec![text.clone()]);
-            assert_eq!(read(text.chars().map(String::from).collect()), whole, "{name}: {text:?}");
+            for or_form in [false, true] {
+                let read = |pieces: Vec<String>| {
+                    let mut parser = if or_form { format.parser_or_form(&tools()) } else { format.parser(&tools()) };
+                    let mut parts: Vec<AnswerPart> = pieces.iter().flat_map(|piece| parser.push(piece)).collect();
+                    parts.extend(parser.finish());
+                    told(&parts)
+                };
+                let whole = read(vec![text.clone()]);
+                assert_eq!(read(text.chars().map(String::from).collect()), whole, "{name}, {or_form}: {text:?}");
+            }
         }
     }
 }
