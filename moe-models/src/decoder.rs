@@ -186,6 +186,9 @@ impl Decoder {
             None => OutputHead::tied(embeddings.tokens.table(), Arc::clone(&ops)),
         };
         let norm = Norm::new(&config.norm, model.pp("norm"), Arc::clone(&ops))?;
+        if let Some(mesh) = backend.mesh {
+            mesh.measure_routes(config.d_model)?;
+        }
         let (eval_routing, recompute) = Default::default();
         let dropout = DropoutConfig { attention: config.attention_dropout, ..DropoutConfig::default() };
         dropout.validate()?;

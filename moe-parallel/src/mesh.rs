@@ -1,7 +1,7 @@
 //! [`Mesh`]: a rank's place in a layout, with a communicator for every group it is in. Everything that is built over ranks is
 //! built from it.
 
-use crate::all_to_all::{AllToAll, Nodes, Route};
+use crate::all_to_all::{AllToAll, Nodes, Route, RouteChoice, RouteTimes};
 use crate::comm::{Collectives, Communicator, Phase, Site};
 use crate::dims::{ExpertDims, ExpertOrder, ParallelDims};
 use crate::expert::{AllToAllDispatcher, Coordinated, Coordination, ExpertExchange, RankDispatcher};
@@ -17,14 +17,14 @@ use std::sync::{Arc, Mutex, PoisonError};
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 pub struct ExchangeConfig {
     /// The way between nodes.
-    pub route: Route,
+    pub route: RouteChoice,
     /// What tensor groups do about having the same tokens.
     pub coordination: Coordination,
 }
 
 impl Default for ExchangeConfig {
     fn default() -> Self {
-        Self { route: Route::Flat, coordination: Coordination::None }
+        Self { route: Route::Flat.into(), coordination: Coordination::None }
     }
 }
 
@@ -100,6 +100,11 @@ impl Mesh {
     /// Where this rank stands.
     pub fn placement(&self) -> Placement {
         self.placement
+    }
+
+    /// How rows travel to experts.
+    pub fn exchange(&self) -> ExchangeConfig {
+        self.exchange
     }
 
     /// Consecutive ranks on a node.
@@ -230,6 +235,29 @@ impl Mesh {
             return Ok(Arc::clone(&self.groups(spec.shape[0])?.replicas));
         }
         Ok(Arc::clone(&self.data))
+    }
+
+    /// Times exchanges of rows of `width` values by both routes where the route depends on their size, and has later ones take the
+    /// faster one: for the layers built so far. Called by all ranks.
+    ///
+    /// # Errors
+    /// [`Error::Fault`].
+    pub fn measure_routes(&self, width: usize) -> Result<()> {
+        self.all_to_alls().iter().try_for_each(|(_, all_to_all)| all_to_all.measure(SITE, width))
+    }
+
+    /// What was measured, by the number of ranks that share experts.
+    pub fn route_times(&self) -> Vec<(usize, RouteTimes)> {
+        let times = |(ep, all): (usize, Arc<AllToAll>)| Some((ep, all.route_times()?.clone()));
+        self.all_to_alls().into_iter().filter_map(times).collect()
+    }
+
+    /// Those of the layers built so far, in one order on all ranks.
+    fn all_to_alls(&self) -> Vec<(usize, Arc<AllToAll>)> {
+        let known = self.experts.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut all: Vec<_> = known.iter().map(|(&ep, groups)| (ep, Arc::clone(&groups.all_to_all))).collect();
+        all.sort_by_key(|(ep, _)| *ep);
+        all
     }
 
     /// What all-to-alls have sent so far, over all layers.

@@ -25,6 +25,7 @@ use moe_models::{
     CachedSequence, CausalLm, Decoder, Family, KvPool, LogitsOf, ModelSource, PagedStep, ParamSource, PoolConfig,
     Precision, SequenceStep,
 };
+use moe_parallel::all_to_all::Route;
 use moe_parallel::comm::Reduction;
 use moe_parallel::comm::thread::ThreadWorld;
 use moe_parallel::{Collectives, Communicator, Mesh, Phase, Site};
@@ -115,7 +116,7 @@ fn rank(args: &Args, phases: &Phases, seat: &Seat) -> Result<String> {
     let counted = Arc::new(Counted::new(comm, seat.ranks_per_node));
     let world: Arc<dyn Communicator> = Arc::clone(&counted) as _;
     let dims = args.ranks.serving_dims(world.size())?;
-    let mesh = Mesh::new(Arc::clone(&world), dims, seat.ranks_per_node, args.ranks.exchange())?;
+    let mesh = Mesh::new(Arc::clone(&world), dims, seat.ranks_per_node, args.ranks.exchange(Route::Flat.into()))?;
 
     // 1. Ours, and what it takes; then the original over the same weights.
     let precision = Precision::from(args.precision);
@@ -162,8 +163,8 @@ fn rank(args: &Args, phases: &Phases, seat: &Seat) -> Result<String> {
     // 3. One line for each form.
     let head = json!({
         "ranks": world.size(), "ranks_per_node": seat.ranks_per_node, "dp": dims.dp, "tp": dims.tp, "ep": dims.ep,
-        "route": format!("{:?}", args.ranks.exchange().route).to_lowercase(),
-        "coordination": format!("{:?}", args.ranks.exchange().coordination),
+        "route": mesh.exchange().route.to_string(),
+        "coordination": format!("{:?}", mesh.exchange().coordination),
         "sequences": args.sequences, "context": args.context, "precision": format!("{precision:?}").to_lowercase(),
     });
     let names: Vec<&str> = forms.iter().map(|form| form.name.as_str()).collect();

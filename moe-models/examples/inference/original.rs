@@ -41,8 +41,8 @@ impl PaddedDispatcher {
     fn plan(&self, num_experts: usize, capacity: usize) -> Plan {
         let (rank, size) = (self.all_to_all.comm().rank(), self.all_to_all.comm().size());
         let held: Vec<usize> = (0..size).map(|rank| part(num_experts, rank, size).len()).collect();
-        let (route, nodes) = (self.all_to_all.route(), self.all_to_all.nodes());
-        self.all_to_all.plan(&Counts::equal(capacity, &held, rank, route, nodes))
+        let nodes = self.all_to_all.nodes();
+        self.all_to_all.plan(&Counts::equal(capacity, &held, rank, Route::Flat, nodes))
     }
 
     fn start(&self, plan: &Arc<Plan>, direction: Direction, rows: &Tensor) -> moe_core::Result<Moving<f32>> {

@@ -88,7 +88,9 @@ fn exchanges(dims: ParallelDims) -> Vec<ExchangeConfig> {
         _ => Coordination::ByDestination,
     };
     let coordinations = if dims.tp > 1 { vec![Coordination::None, shared] } else { vec![Coordination::None] };
-    let with = |route| coordinations.iter().map(move |&coordination| ExchangeConfig { route, coordination });
+    let with = |route: Route| {
+        coordinations.iter().map(move |&coordination| ExchangeConfig { route: route.into(), coordination })
+    };
     if dims.ep == 1 {
         with(Route::Flat).collect()
     } else {

@@ -103,7 +103,7 @@ fn inference_over_ranks_equals_one_rank() {
     ] {
         let want: Vec<Vec<f32>> = (0..dims.dp).map(|d| decode(&whole, &prompt(d))).collect();
         ThreadWorld::new(4).run(|comm| {
-            let exchange = ExchangeConfig { route: Route::Hierarchical, coordination };
+            let exchange = ExchangeConfig { route: Route::Hierarchical.into(), coordination };
             let mesh = Mesh::new(Arc::clone(&comm), dims, 2, exchange).unwrap();
             let vb = ParamSource::initial(Arc::clone(&table), 3, mesh.placement()).builder(&Device::Cpu);
             let decoder = Decoder::over(config.clone(), vb, ops(), &mesh).unwrap();
@@ -159,7 +159,7 @@ fn family_over_ranks_equals_one_rank(family: &str, tensor_slicing: bool) {
             continue;
         }
         ThreadWorld::new(2).run(|comm| {
-            let exchange = ExchangeConfig { route: Route::Flat, coordination };
+            let exchange = ExchangeConfig { route: Route::Flat.into(), coordination };
             let mesh = Mesh::new(Arc::clone(&comm), dims, 2, exchange).unwrap();
             let placement = mesh.placement();
             let values = table.specs().iter().zip(whole.params()).map(|(spec, (name, var))| {
@@ -193,7 +193,7 @@ fn family_over_ranks_equals_one_rank(family: &str, tensor_slicing: bool) {
 fn a_rank_without_tokens_takes_part(whole: &Model<Box<dyn Family>>, batch: &TokenBatch, want: &GradStore) {
     let table = Arc::new(whole.table().clone());
     ThreadWorld::new(2).run(|comm| {
-        let exchange = ExchangeConfig { route: Route::Flat, coordination: Coordination::None };
+        let exchange = ExchangeConfig { route: Route::Flat.into(), coordination: Coordination::None };
         let mesh = Mesh::new(Arc::clone(&comm), ParallelDims::new(2, 1, 2, 1), 2, exchange).unwrap();
         let placement = mesh.placement();
         let part = |(spec, (name, var)): (&ParamSpec, &(String, Var))| {

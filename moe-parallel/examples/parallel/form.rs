@@ -120,7 +120,7 @@ pub(crate) fn sent(form: Form, layout: Layout, rank: usize, rows: usize) -> Sent
     let place = members.iter().position(|&member| member == rank).unwrap_or(0);
     let nodes = Nodes::uniform(&members, layout.ranks_per_node);
     let counts = Counts::equal(rows, &vec![1; members.len()], place, form.route(), &nodes);
-    let plan = Plan::new(place, form.route(), &nodes, &counts);
+    let plan = Plan::new(place, &nodes, &counts);
     // On the way back a rank sends what it receives on the way there.
     let mut sent = Sent::default();
     for transfer in plan.steps.iter().flat_map(|step| &step.receives).filter(|transfer| transfer.peer != place) {

@@ -6,6 +6,7 @@
 
 use crate::comm::Kind;
 use std::collections::HashMap;
+use std::fmt;
 use std::ops::Range;
 
 /// Which node each member of a group is on.
@@ -54,6 +55,11 @@ impl Nodes {
         self.of[a] == self.of[b]
     }
 
+    /// Whether a hierarchical route is another than the flat one: several nodes, one of them with several members.
+    pub fn has_levels(&self) -> bool {
+        self.members.len() > 1 && self.members.iter().any(|members| members.len() > 1)
+    }
+
     /// The members on the node of `rank`, in rank order.
     pub fn node_of(&self, rank: usize) -> &[usize] {
         &self.members[self.of[rank]]
@@ -83,9 +89,37 @@ pub enum Route {
     Hierarchical,
 }
 
-/// Rows per chunk, as far as one rank must know them.
+/// Which route the exchanges of a group take. No row depends on it.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub enum RouteChoice {
+    /// This one.
+    Fixed(Route),
+    /// The hierarchical one as long as few rows travel, else the flat one: how many are few is measured
+    /// ([`crate::Mesh::measure_routes`]), and until then none are. Each exchange of counts tells every rank how many travel in all.
+    BySize,
+}
+
+impl fmt::Display for RouteChoice {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Self::Fixed(Route::Flat) => "flat",
+            Self::Fixed(Route::Hierarchical) => "hierarchical",
+            Self::BySize => "by size",
+        })
+    }
+}
+
+impl From<Route> for RouteChoice {
+    fn from(route: Route) -> Self {
+        Self::Fixed(route)
+    }
+}
+
+/// Rows per chunk, as far as one rank must know them, and the way that they take.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Counts {
+    /// The same for all ranks.
+    pub route: Route,
     /// To each rank, for each of its chunks.
     pub sends: Vec<Vec<usize>>,
     /// From each rank, for each chunk of this rank.
@@ -102,7 +136,8 @@ impl Counts {
             Route::Flat => Vec::new(),
             Route::Hierarchical => nodes.node_of(rank).iter().map(|&member| all[member].clone()).collect(),
         };
-        Self { sends: all[rank].clone(), receives: all.iter().map(|sender| sender[rank].clone()).collect(), passing }
+        let receives = all.iter().map(|sender| sender[rank].clone()).collect();
+        Self { route, sends: all[rank].clone(), receives, passing }
     }
 
     /// The same number of rows in every chunk; `chunks` are those of each rank.
@@ -112,7 +147,7 @@ impl Counts {
             Route::Flat => Vec::new(),
             Route::Hierarchical => vec![row.clone(); nodes.node_of(rank).len()],
         };
-        Self { receives: vec![row[rank].clone(); row.len()], sends: row, passing }
+        Self { route, receives: vec![row[rank].clone(); row.len()], sends: row, passing }
     }
 }
 
@@ -198,8 +233,8 @@ fn offsets(counts: impl IntoIterator<Item = usize>) -> Vec<usize> {
 
 impl Plan {
     /// The plan of rank `rank`.
-    pub fn new(rank: usize, route: Route, nodes: &Nodes, counts: &Counts) -> Self {
-        match route {
+    pub fn new(rank: usize, nodes: &Nodes, counts: &Counts) -> Self {
+        match counts.route {
             Route::Flat => Self::flat(rank, counts),
             Route::Hierarchical => Self::hierarchical(rank, nodes, counts),
         }

@@ -1,10 +1,10 @@
 //! [`AllToAll`]: runs plans over a communicator, forwards and back.
 
-use super::{Counts, Nodes, Plan, Route, Step, Transfer};
+use super::{Counts, Nodes, Plan, Route, RouteChoice, RouteTimes, Step, Transfer};
 use crate::comm::{Collectives, Communicator, Element, Expected, Kind, Parcel, Pending, Site};
 use crate::{Error, Result};
-use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, OnceLock};
 use std::time::{Duration, Instant};
 use tracing::debug_span;
 
@@ -25,12 +25,14 @@ impl Direction {
     }
 }
 
-/// All-to-alls of one group by one route.
+/// All-to-alls of one group.
 #[derive(Debug)]
 pub struct AllToAll {
     comm: Arc<dyn Communicator>,
     nodes: Nodes,
-    route: Route,
+    choice: RouteChoice,
+    /// Once measured: what [`RouteChoice::BySize`] goes by.
+    times: OnceLock<RouteTimes>,
     sent: Sent,
 }
 
@@ -78,12 +80,16 @@ impl AllToAll {
     ///
     /// # Errors
     /// [`Error::Argument`] if `nodes` is of another number of ranks.
-    pub fn new(comm: Arc<dyn Communicator>, nodes: Nodes, route: Route) -> Result<Self> {
+    pub fn new(comm: Arc<dyn Communicator>, nodes: Nodes, choice: impl Into<RouteChoice>) -> Result<Self> {
         if nodes.size() != comm.size() {
             let (got, want) = (nodes.size(), comm.size());
             return Err(Error::Argument(format!("nodes must be given for all {want} ranks, got {got}")));
         }
-        Ok(Self { comm, nodes, route, sent: Sent::default() })
+        let choice = match choice.into() {
+            RouteChoice::BySize if !nodes.has_levels() => Route::Flat.into(),
+            choice => choice,
+        };
+        Ok(Self { comm, nodes, choice, times: OnceLock::new(), sent: Sent::default() })
     }
 
     /// Who takes part.
@@ -91,9 +97,19 @@ impl AllToAll {
         &self.comm
     }
 
-    /// The way rows take.
-    pub fn route(&self) -> Route {
-        self.route
+    /// The way rows take; fixed where nodes leave no choice.
+    pub fn choice(&self) -> RouteChoice {
+        self.choice
+    }
+
+    /// What the route of an exchange depends on, once that was measured.
+    pub fn route_times(&self) -> Option<&RouteTimes> {
+        self.times.get()
+    }
+
+    /// The first ones count.
+    pub(super) fn set_route_times(&self, times: RouteTimes) {
+        self.times.get_or_init(|| times);
     }
 
     /// The nodes of the ranks.
@@ -116,8 +132,9 @@ impl AllToAll {
         }
     }
 
-    /// Tells every rank what it needs of the others' counts, by this all-to-all's own route. `sends` are this rank's, for each
-    /// rank and each of its chunks.
+    /// Tells every rank what it needs of the others' counts, by the route of the rows. `sends` are this rank's, for each rank and
+    /// each of its chunks. Where the route depends on the number of rows, counts travel by the hierarchical one, which tells what
+    /// either needs, and with them how many rows each rank sends.
     ///
     /// # Errors
     /// [`Error::Argument`] if `sends` is not for every rank; [`Error::Fault`].
@@ -127,16 +144,31 @@ impl AllToAll {
             let got = sends.len();
             return Err(Error::Argument(format!("sends must be given for all {size} ranks, got {got}")));
         }
-        let chunks: Vec<usize> = sends.iter().map(Vec::len).collect();
-        let agreed = Counts::equal(1, &chunks, rank, self.route, &self.nodes);
+        let (route, total) = match self.choice {
+            RouteChoice::Fixed(route) => (route, None),
+            RouteChoice::BySize => (Route::Hierarchical, Some(sends.iter().flatten().sum())),
+        };
+        let told =
+            |chunks: &Vec<usize>| chunks.iter().copied().chain(total).map(|count| count as u64).collect::<Vec<_>>();
+        let values: Vec<u64> = sends.iter().flat_map(told).collect();
+        let chunks: Vec<usize> = sends.iter().map(|chunks| chunks.len() + total.iter().len()).collect();
+        let agreed = Counts::equal(1, &chunks, rank, route, &self.nodes);
         let plan = Arc::new(self.plan(&agreed));
-        let values: Vec<u64> = sends.iter().flatten().map(|&count| count as u64).collect();
         let mut passing = Vec::new();
         let moving = self.start(&plan, Direction::There, site, &values, 1)?;
         // The output is by chunk, then by sender.
         let values = moving.finish_seeing(|buffer| passing = self.passing(buffer, &chunks))?;
-        let from = |sender: usize| (0..chunks[rank]).map(|chunk| values[chunk * size + sender] as usize).collect();
-        Ok(Counts { sends, receives: (0..size).map(from).collect(), passing })
+        let from = |sender: usize| (0..sends[rank].len()).map(|chunk| values[chunk * size + sender] as usize).collect();
+        let receives = (0..size).map(from).collect();
+        let mut route = route;
+        if total.is_some() {
+            passing.iter_mut().flatten().for_each(|chunks| _ = chunks.pop());
+            let all: u64 = values[sends[rank].len() * size..].iter().sum();
+            if all > self.times.get().map_or(0, |times| times.few) {
+                (route, passing) = (Route::Flat, Vec::new());
+            }
+        }
+        Ok(Counts { route, sends, receives, passing })
     }
 
     /// What the node's members send through this rank, from the buffer between the two steps: by receiver, member and chunk.
@@ -155,7 +187,7 @@ impl AllToAll {
 
     /// This rank's plan for these counts.
     pub fn plan(&self, counts: &Counts) -> Plan {
-        Plan::new(self.comm.rank(), self.route, &self.nodes, counts)
+        Plan::new(self.comm.rank(), &self.nodes, counts)
     }
 
     /// Begins to move `values`, rows of `width`. The first step is under way when this returns; the others follow when it is

@@ -38,7 +38,7 @@ fn check(all: &AllCounts, nodes: &Nodes) {
             let exchange = Arc::new(AllToAll::new(Arc::clone(&comm), nodes.clone(), route).unwrap());
             let counts = exchange.exchange_counts(SITE, all[rank].clone()).unwrap();
             let plan = Arc::new(exchange.plan(&counts));
-            assert_eq!(*plan, Plan::new(rank, route, nodes, &Counts::of(all, rank, route, nodes)), "{route:?}");
+            assert_eq!(*plan, Plan::new(rank, nodes, &Counts::of(all, rank, route, nodes)), "{route:?}");
             let before = exchange.sent();
             let there = exchange.run(&plan, Direction::There, SITE, &input(all, rank), 2).unwrap();
             assert_eq!(there, output(all, rank), "{route:?} {all:?}");
@@ -56,6 +56,28 @@ fn check(all: &AllCounts, nodes: &Nodes) {
     });
 }
 
+/// Exchanges whose route depends on the number of rows have the plans of the route that it comes to, on every rank.
+fn check_by_size(all: &AllCounts, nodes: &Nodes) {
+    let rows: usize = all.iter().flatten().flatten().sum();
+    ThreadWorld::new(all.len()).run(|comm| {
+        let rank = comm.rank();
+        for (few, small) in [(rows, Route::Hierarchical), (rows.saturating_sub(1), Route::Flat)] {
+            let exchange = Arc::new(AllToAll::new(Arc::clone(&comm), nodes.clone(), RouteChoice::BySize).unwrap());
+            exchange.set_route_times(RouteTimes { few: few as u64, timings: Vec::new() });
+            let route = if rows > 0 && nodes.has_levels() { small } else { Route::Flat };
+            let counts = exchange.exchange_counts(SITE, all[rank].clone()).unwrap();
+            if rows > 0 {
+                assert_eq!(counts.route, route, "{few} of {rows}");
+                assert_eq!(exchange.plan(&counts), Plan::new(rank, nodes, &Counts::of(all, rank, route, nodes)));
+            }
+            let plan = Arc::new(exchange.plan(&counts));
+            let there = exchange.run(&plan, Direction::There, SITE, &input(all, rank), 2).unwrap();
+            assert_eq!(there, output(all, rank), "{all:?}");
+            assert_eq!(exchange.run(&plan, Direction::Back, SITE, &there, 2).unwrap(), input(all, rank));
+        }
+    });
+}
+
 fn filled(chunks: &[usize], count: impl Fn(usize, usize, usize) -> usize) -> AllCounts {
     let size = chunks.len();
     let to = |s: usize, r: usize| (0..chunks[r]).map(|c| count(s, r, c)).collect();
@@ -67,7 +89,9 @@ fn equal_parts_on_nodes_of_one_size() {
     for (nodes, per_node) in [(1, 1), (1, 4), (4, 1), (2, 2), (2, 4), (4, 2)] {
         let size = nodes * per_node;
         let members: Vec<usize> = (0..size).collect();
-        check(&filled(&vec![1; size], |_, _, _| 3), &Nodes::uniform(&members, per_node));
+        let (all, nodes) = (filled(&vec![1; size], |_, _, _| 3), Nodes::uniform(&members, per_node));
+        check(&all, &nodes);
+        check_by_size(&all, &nodes);
     }
 }
 
@@ -78,7 +102,10 @@ fn skewed_parts() {
     check(&filled(&[1; 6], |_, _, _| 0), &nodes);
     check(&filled(&[2; 6], |_, r, _| if r == 4 { 7 } else { 0 }), &nodes);
     check(&filled(&[2; 6], |s, _, c| if s == 3 { 0 } else { s + c }), &nodes);
-    check(&filled(&[3, 0, 1, 2, 0, 5], |s, r, c| (s * 7 + r * 3 + c) % 4), &nodes);
+    let mixed = filled(&[3, 0, 1, 2, 0, 5], |s, r, c| (s * 7 + r * 3 + c) % 4);
+    check(&mixed, &nodes);
+    check_by_size(&mixed, &nodes);
+    check_by_size(&filled(&[1; 6], |_, _, _| 0), &nodes);
 }
 
 proptest! {
@@ -93,7 +120,32 @@ proptest! {
     ) {
         let chunks = &chunks[..of.len()];
         let count = |s: usize, r: usize, c: usize| (seed as usize >> ((s * 5 + r * 3 + c) % 29)) % 4;
-        check(&filled(chunks, count), &Nodes::new(&of));
+        let (all, nodes) = (filled(chunks, count), Nodes::new(&of));
+        check(&all, &nodes);
+        check_by_size(&all, &nodes);
+    }
+}
+
+#[test]
+fn routes_are_timed_by_all_ranks_alike() {
+    let nodes = Nodes::uniform(&[0, 1, 2, 3], 2);
+    let times = ThreadWorld::new(4).run(|comm| {
+        let exchange = Arc::new(AllToAll::new(comm, nodes.clone(), RouteChoice::BySize).unwrap());
+        exchange.measure(SITE, 8).unwrap();
+        exchange.route_times().expect("there is a choice").clone()
+    });
+    assert!(times.iter().all(|other| *other == times[0]), "{times:?}");
+    let RouteTimes { few, timings } = &times[0];
+    assert!(timings.len() > 1 && timings.windows(2).all(|pair| pair[0].rows < pair[1].rows), "{timings:?}");
+    let wins = timings.iter().take_while(|timing| timing.hierarchical < timing.flat).last();
+    assert_eq!(*few, wins.map_or(0, |timing| timing.rows));
+    for choice in [Route::Flat.into(), Route::Hierarchical.into()] {
+        let choice: RouteChoice = choice;
+        ThreadWorld::new(4).run(|comm| {
+            let exchange = Arc::new(AllToAll::new(comm, nodes.clone(), choice).unwrap());
+            exchange.measure(SITE, 8).unwrap();
+            assert_eq!(exchange.route_times(), None);
+        });
     }
 }
 
@@ -105,7 +157,7 @@ fn messages_are_those_of_the_papers_formulas() {
         let nodes = Nodes::uniform(&members, per_node);
         let chunks = vec![1; size];
         let of = |rank: usize, route| {
-            Plan::new(rank, route, &nodes, &Counts::equal(5, &chunks, rank, route, &nodes)).traffic(rank, &nodes)
+            Plan::new(rank, &nodes, &Counts::equal(5, &chunks, rank, route, &nodes)).traffic(rank, &nodes)
         };
         for rank in [0, size / 3, size - 1] {
             let flat = of(rank, Route::Flat);

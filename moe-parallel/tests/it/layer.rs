@@ -78,7 +78,7 @@ fn any_fault_in_a_pass_comes_through_the_layer() {
         let plan = FaultPlan::seeded(seed, 4, 18, TIMEOUT);
         let (victim, ..) = plan.injections()[0];
         let world = ThreadWorld::new(4).with_clock(Clock::Virtual).with_timeout(TIMEOUT).with_faults(plan.clone());
-        let errors = world.run(|comm| pass(&comm, dims, ExchangeConfig { route, coordination }));
+        let errors = world.run(|comm| pass(&comm, dims, ExchangeConfig { route: route.into(), coordination }));
         let faults: Vec<_> = errors
             .iter()
             .enumerate()

@@ -290,7 +290,7 @@ fn all_modes_routers_and_loads() {
             for route in [Route::Flat, Route::Hierarchical] {
                 for (name, router) in routers() {
                     for load in LOADS {
-                        check(&comm, dims, ExchangeConfig { route, coordination }, name, router, load);
+                        check(&comm, dims, ExchangeConfig { route: route.into(), coordination }, name, router, load);
                     }
                 }
             }
@@ -306,7 +306,7 @@ fn uncoordinated_tensor_groups_get_the_same_results() {
         let config = layer_config(routers()[4].1);
         let whole = parameters(&config, Load::Ragged);
         let run = |coordination| {
-            let exchange = ExchangeConfig { route: Route::Flat, coordination };
+            let exchange = ExchangeConfig { route: Route::Flat.into(), coordination };
             let mesh = Mesh::new(Arc::clone(&comm), pairs, 4, exchange).unwrap();
             let held = mesh.placement().experts(EXPERTS);
             let local = whole.iter().map(|(spec, values)| {

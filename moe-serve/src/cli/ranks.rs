@@ -6,6 +6,7 @@ use crate::api::Server;
 use crate::engine::{RankReplicas, follow};
 use anyhow::{Context, Result, bail};
 use moe_models::cli::ranks::{Process, Seat, World};
+use moe_parallel::all_to_all::RouteChoice;
 use moe_parallel::comm::Communicator;
 use moe_parallel::comm::thread::ThreadWorld;
 use moe_parallel::{Collectives, Mesh};
@@ -80,7 +81,8 @@ fn as_process(args: &ServeArgs, mut process: Process, timeout: Duration) -> Resu
 fn serve_rank(args: &ServeArgs, seat: &Seat, timeout: Duration) -> Result<()> {
     let comm: Arc<dyn Communicator> = seat.comm.clone().context("a rank of several has a communicator")?;
     let dims = args.ranks.serving_dims(comm.size())?;
-    let mesh = Arc::new(Mesh::new(Arc::clone(&comm), dims, seat.ranks_per_node, args.ranks.exchange())?);
+    let mesh =
+        Arc::new(Mesh::new(Arc::clone(&comm), dims, seat.ranks_per_node, args.ranks.exchange(RouteChoice::BySize))?);
     let model = args.told(args.model.load_over(args.served_model_name.clone(), &mesh)?);
     let config = args.config()?;
     let (kv_cache_bytes, max_sequences) = (config.kv_cache_bytes, config.scheduling.max_sequences);
@@ -88,13 +90,16 @@ fn serve_rank(args: &ServeArgs, seat: &Seat, timeout: Duration) -> Result<()> {
         return Ok(follow(mesh, model.lm, kv_cache_bytes, max_sequences)?);
     }
     tracing::info!(
-        "dp {} x tp {}, experts over {} ranks, {} slices of each, all-to-all {:?}",
+        "dp {} x tp {}, experts over {} ranks, {} slices of each, all-to-all {}",
         dims.dp,
         dims.tp,
         dims.ep,
         dims.expert_slices,
-        args.ranks.exchange().route
+        mesh.exchange().route
     );
+    for (ep, times) in mesh.route_times() {
+        tracing::info!("all-to-all over {ep} ranks: {times}");
+    }
     let replicas = RankReplicas::new(mesh, Arc::clone(&model.lm), kv_cache_bytes, max_sequences, timeout)?;
     let name = model.name.clone();
     let (server, engine) = Server::over(model, config, Box::new(replicas))?;

@@ -4,7 +4,7 @@ use crate::engine::{Answer, config, gpt, random_jobs, run, submit, wait};
 use candle_core::Device;
 use moe_kernels::KernelOps;
 use moe_models::{CausalLm, Decoder, LayerExperts, ParamSource, Precision};
-use moe_parallel::all_to_all::Route;
+use moe_parallel::all_to_all::{Route, RouteChoice};
 use moe_parallel::comm::Communicator;
 use moe_parallel::comm::thread::{Clock, FaultPlan, Injection, ThreadWorld};
 use moe_parallel::{Collectives, Coordination, ExchangeConfig, Mesh, ParallelDims};
@@ -90,11 +90,12 @@ fn tokens_are_those_of_one_rank() {
         SchedulingConfig { max_batch_tokens: 24, max_sequences: 12, speculation, ..SchedulingConfig::default() };
     let mut compared = 0;
     for (dims, route, coordination, scheduling) in [
-        (ParallelDims::new(2, 1, 2, 1), Route::Flat, Coordination::None, SchedulingConfig::default()),
-        (ParallelDims::new(4, 1, 4, 1), Route::Hierarchical, Coordination::None, small.clone()),
-        (ParallelDims::new(4, 1, 1, 1), Route::Flat, Coordination::None, SchedulingConfig::default()),
-        (ParallelDims::new(2, 2, 4, 1), Route::Hierarchical, Coordination::ByDestination, small.clone()),
-        (ParallelDims::new(4, 1, 2, 2), Route::Flat, Coordination::None, small),
+        (ParallelDims::new(2, 1, 2, 1), Route::Flat.into(), Coordination::None, SchedulingConfig::default()),
+        (ParallelDims::new(4, 1, 4, 1), Route::Hierarchical.into(), Coordination::None, small.clone()),
+        (ParallelDims::new(4, 1, 4, 1), RouteChoice::BySize, Coordination::None, small.clone()),
+        (ParallelDims::new(4, 1, 1, 1), Route::Flat.into(), Coordination::None, SchedulingConfig::default()),
+        (ParallelDims::new(2, 2, 4, 1), Route::Hierarchical.into(), Coordination::ByDestination, small.clone()),
+        (ParallelDims::new(4, 1, 2, 2), Route::Flat.into(), Coordination::None, small),
     ] {
         let timeout = Duration::from_secs(60);
         let exchange = ExchangeConfig { route, coordination };
@@ -120,7 +121,7 @@ fn tokens_are_those_of_one_rank() {
 /// with what happened, and every rank comes back.
 fn faults(seeds: std::ops::Range<u64>) {
     let dims = ParallelDims::new(4, 1, 4, 1);
-    let exchange = ExchangeConfig { route: Route::Flat, coordination: Coordination::None };
+    let exchange = ExchangeConfig { route: Route::Flat.into(), coordination: Coordination::None };
     let jobs = random_jobs(6, 8);
     let scheduling = SchedulingConfig { max_batch_tokens: 32, max_sequences: 4, ..SchedulingConfig::default() };
     let timeout = Duration::from_secs(30);

@@ -39,16 +39,18 @@ pub(super) unsafe fn run(a_format: Format, tile: &Tile<'_>) {
 pub(super) unsafe fn run_beside(a_format: Format, tiles: &[Tile<'_>]) {
     macro_rules! instance {
         ($kernel:ident) => {
-            match tiles {
-                [] => {}
-                // SAFETY: passed on from the caller.
-                [a] => unsafe { $kernel([a]) },
-                [a, b] => unsafe { $kernel([a, b]) },
-                [a, b, c] => unsafe { $kernel([a, b, c]) },
-                [a, b, c, d] => unsafe { $kernel([a, b, c, d]) },
-                [a, b, c, d, e] => unsafe { $kernel([a, b, c, d, e]) },
-                [a, b, c, d, e, f] => unsafe { $kernel([a, b, c, d, e, f]) },
-                _ => unreachable!("no kernel for {} tiles", tiles.len()),
+            // SAFETY: passed on from the caller.
+            unsafe {
+                match tiles {
+                    [] => {}
+                    [a] => $kernel([a]),
+                    [a, b] => $kernel([a, b]),
+                    [a, b, c] => $kernel([a, b, c]),
+                    [a, b, c, d] => $kernel([a, b, c, d]),
+                    [a, b, c, d, e] => $kernel([a, b, c, d, e]),
+                    [a, b, c, d, e, f] => $kernel([a, b, c, d, e, f]),
+                    _ => unreachable!("no kernel for {} tiles", tiles.len()),
+                }
             }
         };
     }

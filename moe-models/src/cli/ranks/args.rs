@@ -2,7 +2,7 @@
 
 use anyhow::{Result, bail};
 use clap::{Args, ValueEnum};
-use moe_parallel::all_to_all::Route;
+use moe_parallel::all_to_all::{Route, RouteChoice};
 use moe_parallel::dims::ExpertOrder;
 use moe_parallel::{Coordination, ExchangeConfig, ParallelDims};
 use std::time::Duration;
@@ -33,7 +33,7 @@ pub struct RankArgs {
     /// Ranks on a machine [default: what the launcher says, else all].
     #[arg(long, value_name = "N")]
     pub(crate) ranks_per_node: Option<usize>,
-    /// The way of rows between nodes.
+    /// The way of rows between nodes. [default: flat for runs that train, auto for servers]
     #[arg(long, value_enum)]
     route: Option<RouteArg>,
     /// What tensor groups, which have the same rows, do about it.
@@ -61,6 +61,8 @@ enum RouteArg {
     Flat,
     /// Inside nodes, then between them.
     Hierarchical,
+    /// Whichever of both is faster for as many rows, as is measured at the start.
+    Auto,
 }
 
 #[derive(Debug, Clone, Copy, ValueEnum)]
@@ -118,14 +120,15 @@ impl RankArgs {
         Ok(dims)
     }
 
-    /// The way of rows to experts.
-    pub fn exchange(&self) -> ExchangeConfig {
+    /// The way of rows to experts; `otherwise` the route where nothing is said.
+    pub fn exchange(&self, otherwise: RouteChoice) -> ExchangeConfig {
         let default = ExchangeConfig::default();
         ExchangeConfig {
             route: match self.route {
-                None => default.route,
-                Some(RouteArg::Flat) => Route::Flat,
-                Some(RouteArg::Hierarchical) => Route::Hierarchical,
+                None => otherwise,
+                Some(RouteArg::Flat) => Route::Flat.into(),
+                Some(RouteArg::Hierarchical) => Route::Hierarchical.into(),
+                Some(RouteArg::Auto) => RouteChoice::BySize,
             },
             coordination: match self.coordination {
                 None => default.coordination,

@@ -8,6 +8,7 @@ use crate::cli::ranks::Seat;
 use crate::train::launch::{LayoutCost, LayoutRequest, LevelBytes, RankCost, RunSize, choose as choose_layout};
 use crate::train::{ReduceConfig, TrainConfig};
 use anyhow::Result;
+use moe_parallel::all_to_all::Route;
 use moe_parallel::{Collectives, ExchangeConfig, ParallelDims};
 
 /// How the ranks of a run are laid out.
@@ -59,7 +60,7 @@ pub(crate) fn choose(
     }
     describe(&layout, world.div_ceil(seat.ranks_per_node)).iter().for_each(|line| progress.say(line));
     let reduce = ReduceConfig { zero: layout.zero, ..reduce };
-    Ok(Some(Chosen { dims: layout.dims, reduce, exchange: args.common.exchange() }))
+    Ok(Some(Chosen { dims: layout.dims, reduce, exchange: args.common.exchange(Route::Flat.into()) }))
 }
 
 fn megabytes(bytes: usize) -> String {

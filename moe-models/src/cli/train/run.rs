@@ -266,6 +266,9 @@ impl<R: Recipe> Run<'_, R> {
         let layout::Chosen { dims, reduce, exchange } = layout;
         let mesh = Arc::new(Mesh::new(Arc::clone(comm), dims, self.seat.ranks_per_node, exchange)?);
         let model = following(model(Some(Arc::clone(&mesh)))?)?;
+        for (ep, times) in mesh.route_times() {
+            self.progress.say(&format!("all-to-all over {ep} ranks: {times}"));
+        }
         let mut ranks = MeshRanks::new(&mesh, model.table(), reduce)?;
         if let Some(timeline) = &self.timeline {
             ranks = ranks.with_timeline(Arc::clone(timeline));
