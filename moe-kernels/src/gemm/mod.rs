@@ -27,10 +27,9 @@ mod tests;
 
 use crate::parallel::SharedMut;
 use crate::{Isa, Result, buffer, parallel};
-pub(crate) use beside::with_single_rows;
 pub use pack::bf16_round;
 pub use rounded::Rounded;
-pub(crate) use rows::{Panels, panel_words, with_packed_rows};
+pub(crate) use rows::{Panels, panel_words, with_packed_rows, with_single_rows};
 use run::LEAST_WORK;
 use std::ops::Range;
 use std::sync::{Mutex, PoisonError};

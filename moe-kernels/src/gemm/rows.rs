@@ -1,4 +1,5 @@
-//! [`PackedRows`]: a left side packed once and multiplied with panels that lie in pieces, one piece after the other.
+//! [`PackedRows`]: a left side packed once and multiplied with panels that lie in pieces, one piece after the other. Rows that are
+//! each a tile of their own can be multiplied side by side ([`super::beside`]).
 
 use super::{Format, Operand, PANEL_COLS, Precision, Start, micro, pack};
 use crate::parallel::SharedMut;
@@ -12,13 +13,13 @@ pub(crate) fn panel_words(precision: Precision, len: usize) -> usize {
 /// The left side of products on one thread, packed.
 #[derive(Clone, Copy)]
 pub(crate) struct PackedRows<'a> {
-    isa: Isa,
-    precision: Precision,
-    format: Format,
+    pub(super) isa: Isa,
+    pub(super) precision: Precision,
+    pub(super) format: Format,
     words: &'a [u32],
     rows: usize,
-    tile_rows: usize,
-    words_per_row: usize,
+    pub(super) tile_rows: usize,
+    pub(super) words_per_row: usize,
 }
 
 /// Panels `[panel][words][32]`, and which part of the inner dimension they are.
@@ -34,16 +35,36 @@ pub(crate) struct Panels<'a> {
     pub(crate) len: usize,
 }
 
-/// Calls `body` with the rows of `operand` packed for `isa`.
+/// Calls `body` with the rows of `operand` packed for `isa`, in tiles as large as they come out even.
 pub(crate) fn with_packed_rows<R>(
     isa: Isa,
     precision: Precision,
     operand: &Operand<'_>,
     body: impl FnOnce(PackedRows<'_>) -> R,
 ) -> R {
+    let (rows, most) = (operand.outer, Format::of_a(isa, precision).tile_rows());
+    with_tiles(isa, precision, operand, rows.div_ceil(rows.div_ceil(most).max(1)).max(1), body)
+}
+
+/// The same with each row in a tile of its own.
+pub(crate) fn with_single_rows<R>(
+    isa: Isa,
+    precision: Precision,
+    operand: &Operand<'_>,
+    body: impl FnOnce(PackedRows<'_>) -> R,
+) -> R {
+    with_tiles(isa, precision, operand, 1, body)
+}
+
+fn with_tiles<R>(
+    isa: Isa,
+    precision: Precision,
+    operand: &Operand<'_>,
+    tile_rows: usize,
+    body: impl FnOnce(PackedRows<'_>) -> R,
+) -> R {
     let format = Format::of_a(isa, precision);
     let (rows, words_per_row) = (operand.outer, format.words(operand.inner));
-    let tile_rows = rows.div_ceil(rows.div_ceil(format.tile_rows()).max(1)).max(1);
     buffer::with_scratch(rows * words_per_row, |words| {
         for first in (0..rows).step_by(tile_rows) {
             let count = tile_rows.min(rows - first);
@@ -54,7 +75,17 @@ pub(crate) fn with_packed_rows<R>(
     })
 }
 
-impl PackedRows<'_> {
+impl<'a> PackedRows<'a> {
+    /// The words of `rows` rows from `first` on, which are a tile, of `steps` steps from `from` on.
+    pub(super) fn tile(&self, (first, rows): (usize, usize), (from, steps): (usize, usize)) -> &'a [u32] {
+        let tile = &self.words[first * self.words_per_row..][..rows * self.words_per_row];
+        match self.format {
+            Format::Wide => &tile[2 * from * rows..][..2 * steps * rows],
+            Format::Rows => &tile[from..][..(rows - 1) * self.words_per_row + steps.next_multiple_of(16)],
+            Format::F32 | Format::Pairs => &tile[from * rows..][..steps * rows],
+        }
+    }
+
     /// The rows' part of the inner dimension times `panels`, into `out` from `offset` on, with `stride` between rows. A product
     /// over several pieces goes through them in order, all but the first with [`Start::Output`]: the chain of additions is then
     /// that of one piece.
@@ -74,12 +105,7 @@ impl PackedRows<'_> {
         let count = panels.cols.div_ceil(PANEL_COLS);
         for first_row in (0..self.rows).step_by(self.tile_rows) {
             let rows = self.tile_rows.min(self.rows - first_row);
-            let tile = &self.words[first_row * self.words_per_row..][..rows * self.words_per_row];
-            let a = match self.format {
-                Format::Wide => &tile[2 * from * rows..][..2 * steps * rows],
-                Format::Rows => &tile[from..][..(rows - 1) * self.words_per_row + steps.next_multiple_of(16)],
-                Format::F32 | Format::Pairs => &tile[from * rows..][..steps * rows],
-            };
+            let a = self.tile((first_row, rows), (from, steps));
             let mut panel = 0;
             while panel < count {
                 let wide = micro::panels_at_once(self.format, rows).min(count - panel);

@@ -114,6 +114,9 @@ impl PagedStep {
     /// The same in `count` steps of about as many tokens, cut between sequences; none where there is no such cut. Pages are
     /// copied already.
     pub(crate) fn split(&self, count: usize, page_size: usize) -> Option<Vec<Self>> {
+        if count < 2 || self.parts.len() < count {
+            return None;
+        }
         let total = self.token_ids.len();
         let (mut steps, mut end) = (vec![Self::default(); count], 0);
         for part in &self.parts {
@@ -126,7 +129,7 @@ impl PagedStep {
         let longest = steps.iter().map(|step| step.token_ids.len()).max()?;
         let shortest = steps.iter().map(|step| step.token_ids.len()).min()?;
         // Even to a fifth.
-        (count > 1 && shortest > 0 && 5 * longest * count <= 6 * total).then_some(steps)
+        (shortest > 0 && 5 * longest * count <= 6 * total).then_some(steps)
     }
 
     /// New tokens of all sequences.
