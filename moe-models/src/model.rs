@@ -403,7 +403,7 @@ impl Decoder {
     /// later ones map it and pack nothing. Whether it was there.
     ///
     /// # Errors
-    /// As [`Decoder::load`]; [`Error::Io`] if the file cannot be written.
+    /// As [`Decoder::load`]; [`Error::Io`] if the folder cannot be made.
     pub fn load_kept(path: &Path, forms: impl Into<PackedForms>, cache: &Path) -> Result<(Self, Kept)> {
         Self::from_source_kept(&ModelSource::open(path)?, forms, cache)
     }
@@ -421,8 +421,11 @@ impl Decoder {
         if is_there {
             return Ok((decoder, Kept::Found(kept.path().to_owned())));
         }
-        kept.write(&decoder.weights())?;
-        Ok((decoder, Kept::Written(kept.path().to_owned())))
+        let written = match kept.write(&decoder.weights()) {
+            Ok(()) => Kept::Written(kept.path().to_owned()),
+            Err(error) => Kept::Unwritten(error.to_string()),
+        };
+        Ok((decoder, written))
     }
 
     fn of_source(source: &ModelSource, mut forms: PackedForms, kept: Option<Arc<dyn KeptWeights>>) -> Result<Self> {
@@ -557,6 +560,8 @@ pub enum Kept {
     Found(PathBuf),
     /// It was written for the next start.
     Written(PathBuf),
+    /// It could not be written, for this reason (a full disk, say), and nothing is left of it; the model is whole.
+    Unwritten(String),
 }
 
 /// The forms for a folder of integers in `format`: which matrices are quantized is the folder's choice.

@@ -111,13 +111,14 @@ impl ServedModel {
     /// The same with the packed weights kept in a file in the folder `cache`: a later start maps it and packs nothing.
     ///
     /// # Errors
-    /// As [`Self::load`], and if the file cannot be written.
+    /// As [`Self::load`], and if the folder cannot be made.
     pub fn load_kept(path: &Path, name: Option<String>, forms: impl Into<PackedForms>, cache: &Path) -> Result<Self> {
         let source = ModelSource::open(path)?;
         let (lm, kept) = Decoder::from_source_kept(&source, forms, cache)?;
         match kept {
             Kept::Found(path) => tracing::info!("packed weights: mapped from {}", path.display()),
             Kept::Written(path) => tracing::info!("packed weights: kept in {} for the next start", path.display()),
+            Kept::Unwritten(reason) => tracing::warn!("packed weights could not be kept for the next start: {reason}"),
         }
         Self::with_text_of(&source, name, lm)
     }

@@ -2,8 +2,9 @@
 //!
 //! # Source
 //! The blocks of ggml as the `gguf` package (0.19) takes them apart. An element of a quantized block is computed in f32, in ggml's
-//! order of operations.
+//! order of operations. A scale of MXFP4 that is no number gives none, as the form's specification has it; ggml takes it for 2^128.
 
+use crate::hf::mxfp4;
 use half::{bf16, f16};
 
 /// How a tensor's values are stored: rows of blocks, each of so many values in so many bytes.
@@ -17,6 +18,7 @@ pub(super) enum TensorForm {
     Q4_1,
     Q4K,
     Q6K,
+    Mxfp4,
 }
 
 /// Values of a block of the simple forms.
@@ -25,7 +27,7 @@ const BLOCK: usize = 32;
 const SUPER_BLOCK: usize = 256;
 
 /// What ggml calls its other types, to refuse them by name.
-const OTHERS: [(u32, &str); 32] = [
+const OTHERS: [(u32, &str); 31] = [
     (6, "Q5_0"),
     (7, "Q5_1"),
     (9, "Q8_1"),
@@ -55,7 +57,6 @@ const OTHERS: [(u32, &str); 32] = [
     (36, "IQ4_NL_4_4"),
     (37, "IQ4_NL_4_8"),
     (38, "IQ4_NL_8_8"),
-    (39, "MXFP4"),
     (40, "NVFP4"),
     (41, "Q1_0"),
 ];
@@ -75,6 +76,7 @@ impl TensorForm {
             12 => Self::Q4K,
             14 => Self::Q6K,
             30 => Self::Bf16,
+            39 => Self::Mxfp4,
             _ => {
                 let name = OTHERS.iter().find(|(other, _)| *other == number);
                 return Err(name.map_or_else(|| format!("unknown form {number}"), |(_, name)| (*name).to_owned()));
@@ -93,6 +95,7 @@ impl TensorForm {
             Self::Q4_1 => "Q4_1",
             Self::Q4K => "Q4_K",
             Self::Q6K => "Q6_K",
+            Self::Mxfp4 => "MXFP4",
         }
     }
 
@@ -111,6 +114,7 @@ impl TensorForm {
             Self::Q4_1 => (BLOCK, 4 + 16),
             Self::Q4K => (SUPER_BLOCK, 4 + 12 + 128),
             Self::Q6K => (SUPER_BLOCK, 128 + 64 + 16 + 2),
+            Self::Mxfp4 => (BLOCK, 1 + 16),
         }
     }
 
@@ -129,6 +133,7 @@ impl TensorForm {
             Self::Q4_1 => blocks.for_each(|(b, out)| q4_1(b, out)),
             Self::Q4K => blocks.for_each(|(b, out)| q4_k(b, out)),
             Self::Q6K => blocks.for_each(|(b, out)| q6_k(b, out)),
+            Self::Mxfp4 => blocks.for_each(|(b, out)| mxfp4(b, out)),
         }
         out
     }
@@ -212,5 +217,14 @@ fn q6_k(block: &[u8], out: &mut [f32]) {
                 *out = scale * part * f32::from(bits as i8 - 32);
             }
         }
+    }
+}
+
+/// A scale, then values in the order of Q4_0.
+fn mxfp4(block: &[u8], out: &mut [f32]) {
+    let scale = mxfp4::scale(block[0]);
+    let (low, high) = out.split_at_mut(BLOCK / 2);
+    for ((low, high), &byte) in low.iter_mut().zip(high).zip(&block[1..]) {
+        [*low, *high] = mxfp4::pair(byte).map(|value| value * scale);
     }
 }

@@ -118,7 +118,7 @@ fn read_tensor(reader: &mut Reader<'_>) -> Checked<Described> {
     }
     let mut sizes = (0..dimensions).map(|_| reader.u64()).collect::<Checked<Vec<u64>>>()?;
     let form = TensorForm::of(reader.u32()?).map_err(|form| {
-        format!("{form} is not implemented, only F32, F16, BF16, Q8_0, Q4_0, Q4_1, Q4_K and Q6_K; quantize it to one of them")
+        format!("{form} is not implemented, only F32, F16, BF16, Q8_0, Q4_0, Q4_1, Q4_K, Q6_K and MXFP4; quantize it to one of them")
     })?;
     let (values, block_bytes) = form.block();
     let elements = sizes.iter().try_fold(1u64, |product, &size| product.checked_mul(size)).filter(|&n| n > 0);

@@ -30,6 +30,7 @@ pub(super) const NAMES: NameTable = NameTable::new(&[
     ("self_attn.k_proj.", &["attn_k."]),
     ("self_attn.v_proj.", &["attn_v."]),
     ("self_attn.o_proj.", &["attn_output."]),
+    ("self_attn.sinks", &["attn_sinks.weight"]),
     ("self_attn.q_norm.", &["attn_q_norm."]),
     ("self_attn.k_norm.", &["attn_k_norm."]),
     ("self_attn.q_a_proj.", &["attn_q_a."]),
@@ -48,6 +49,8 @@ pub(super) const NAMES: NameTable = NameTable::new(&[
     ("mlp.fc_out.weight", &["ffn_down.weight"]),
     ("fc_in.weight", &["gate.weight", "up.weight"]),
     ("fc_out.weight", &["down.weight"]),
+    ("fc_in.bias", &["gate.bias", "up.bias"]),
+    ("fc_out.bias", &["down.bias"]),
 ]);
 
 /// How an architecture's files order what this project has in another order.
@@ -57,6 +60,8 @@ pub(super) struct Layout {
     pub(super) neighbours_turn: Option<[usize; 2]>,
     /// Latent attention's heads.
     pub(super) latent: Option<LatentHeads>,
+    /// Whether the norm before the feed-forward network is named after the attention that it follows.
+    pub(super) norm_after_attention: bool,
 }
 
 /// Latent attention's matrices: of each head that of its keys and below it that of its values here.
@@ -98,7 +103,9 @@ impl GgufTensors {
             let (kind, end) = part.split_once('.')?;
             let (name, expert) = (format!("{layer}ffn_{kind}_exps.{end}"), expert.parse::<usize>().ok()?);
             let tensor = self.file.tensor(&name)?;
-            let &[experts, rows, _] = tensor.shape.as_slice() else { return None };
+            let (&experts, one) = tensor.shape.split_first()?;
+            // A bias is one row.
+            let rows: usize = one.split_last()?.1.iter().product();
             let rows = (expert < experts).then_some(expert * rows..(expert + 1) * rows)?;
             return Some(Found::Rows { name, tensor, rows, heads: None });
         }
@@ -113,7 +120,12 @@ impl GgufTensors {
             Some("attn_k") => Some(keys),
             _ => None,
         });
-        whole(name.to_owned(), heads)
+        match name.strip_suffix("ffn_norm.weight") {
+            Some(layer) if self.layout.norm_after_attention => {
+                whole(format!("{layer}post_attention_norm.weight"), heads)
+            }
+            _ => whole(name.to_owned(), heads),
+        }
     }
 
     fn heads(&self, layer: &str, heads: LatentHeads) -> Option<Found<'_>> {

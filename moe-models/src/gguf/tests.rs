@@ -13,16 +13,20 @@ use proptest::prelude::*;
 use std::borrow::Cow;
 use std::io::Cursor;
 use std::path::{Path, PathBuf};
+use tokenizers::pre_tokenizers::PreTokenizerWrapper;
+use tokenizers::{OffsetReferential, OffsetType, PreTokenizedString, PreTokenizer};
 
 fn fixture(name: &str) -> Vec<u8> {
     std::fs::read(PathBuf::from(concat!(env!("CARGO_MANIFEST_DIR"), "/tests/fixtures/gguf")).join(name)).unwrap()
 }
 
-const FIXTURES: [&str; 9] = [
+/// Those in forms that candle knows.
+const FIXTURES: [&str; 10] = [
     "deepseek2.gguf",
     "deepseek2-joined.gguf",
     "deepseek3.gguf",
     "forms.gguf",
+    "gpt-oss.gguf",
     "llama.gguf",
     "mixtral.gguf",
     "olmoe.gguf",
@@ -186,7 +190,9 @@ fn with_same_name(bytes: &[u8], find: &[u8], replace: &[u8]) -> Vec<u8> {
 /// Every byte of the headers of a model without and of one with a tokenizer, flipped: no panic, and errors name the file.
 #[test]
 fn flipped_bytes_of_whole_models_are_survived() {
-    for (name, step) in [("olmoe.gguf", 1), ("deepseek2.gguf", 3), ("llama.gguf", 29), ("forms.gguf", 31)] {
+    for (name, step) in
+        [("olmoe.gguf", 1), ("deepseek2.gguf", 3), ("llama.gguf", 29), ("forms.gguf", 31), ("gpt-oss-mxfp4.gguf", 5)]
+    {
         let good = fixture(name);
         opened(good.clone()).unwrap();
         let header = file(good.clone()).unwrap().tensors().values().map(|tensor| tensor.start).min().unwrap();
@@ -278,7 +284,10 @@ fn renumbered(name: &str, key: &str, value: u32) -> Vec<u8> {
 #[test]
 fn what_is_not_implemented_is_refused_by_its_name() {
     let text = |name, find: &str, replace: &str| with_same_name(&fixture(name), find.as_bytes(), replace.as_bytes());
-    refused(text("olmoe.gguf", "olmoe", "olmo9"), "general.architecture \"olmo9\" is not one of deepseek2, llama");
+    refused(
+        text("olmoe.gguf", "olmoe", "olmo9"),
+        "general.architecture \"olmo9\" is not one of deepseek2, gpt-oss, llama",
+    );
     refused(renamed("llama.gguf", "llama.vocab_size", "llama.vocabulary"), "llama.vocabulary is not implemented");
     refused(renamed("olmoe.gguf", "olmoe.block_count", "olmoe.block_cownt"), "block_count is missing");
     refused(renumbered("olmoe.gguf", "olmoe.vocab_size", 96), "olmoe.vocab_size must be null or 97, got 96");
@@ -294,6 +303,10 @@ fn what_is_not_implemented_is_refused_by_its_name() {
         "expert_gating_func must be 1 or 2, got 3",
     );
     refused(renumbered("deepseek2.gguf", "deepseek2.attention.key_length", 16), "key_length 16 and value_length 20");
+    refused(
+        renumbered("gpt-oss-mxfp4.gguf", "gpt-oss.attention.sliding_window_pattern", 3),
+        "gpt-oss.attention.sliding_window_pattern must be null or 2, got 3",
+    );
     refused(renumbered("forms.gguf", "general.quantization_version", 1), "general.quantization_version must be 2");
     refused(text("forms.gguf", "smollm", "smoll9"), "tokenizer.ggml.pre \"smoll9\" is not one of gpt-2");
     refused(text("forms.gguf", "gpt2", "gpt9"), "tokenizer.ggml.model must be gpt2 or llama, got \"gpt9\"");
@@ -324,4 +337,30 @@ fn a_file_says_what_its_model_would_have_in_a_folder() {
     assert_eq!(json("config.json")["rms_norm_eps"], 1e-6);
     assert!(model.content("vocab.json").unwrap().is_none());
     assert_eq!(model.quantized_form(), Some("Q4_1"));
+}
+
+/// Pieces of texts are those that tiktoken cuts.
+#[test]
+fn text_is_cut_as_its_name_says() {
+    let expected: serde_json::Value = serde_json::from_slice(&fixture("pieces.json")).unwrap();
+    let mut texts = 0;
+    for (name, samples) in expected.as_object().unwrap() {
+        let [_, cut] = super::tokenizer::stages(name).unwrap();
+        // Without the last stage, which writes bytes as other characters.
+        let words = cut["pretokenizers"].as_array().unwrap().split_last().unwrap().1;
+        let words: PreTokenizerWrapper =
+            serde_json::from_value(serde_json::json!({ "type": "Sequence", "pretokenizers": words })).unwrap();
+        for sample in samples.as_array().unwrap() {
+            let mut text = PreTokenizedString::from(sample["text"].as_str().unwrap());
+            words.pre_tokenize(&mut text).unwrap();
+            let pieces: Vec<_> = text
+                .get_splits(OffsetReferential::Original, OffsetType::Byte)
+                .into_iter()
+                .map(|(piece, ..)| piece)
+                .collect();
+            assert_eq!(serde_json::json!(pieces), sample["pieces"], "{name}");
+            texts += 1;
+        }
+    }
+    assert_eq!(texts, 12);
 }

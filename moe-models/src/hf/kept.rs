@@ -54,11 +54,13 @@ pub(crate) struct KeptPath {
 }
 
 impl KeptPath {
-    /// In `cache`, for the model of this `config.json` and these files of weights, with weights in `forms`.
+    /// In the folder `cache`, which is made if it is not there, for the model of this `config.json` and these files of weights, with
+    /// weights in `forms`.
     ///
     /// # Errors
-    /// [`Error::Io`] if a file of the model cannot be read.
+    /// [`Error::Io`] if the folder cannot be made, or a file of the model cannot be read.
     pub(crate) fn of(cache: &Path, config: &[u8], weights: &[PathBuf], forms: &PackedForms) -> Result<Self> {
+        std::fs::create_dir_all(cache).map_err(|e| Error::io(cache, e))?;
         let mut hasher = blake3::Hasher::new();
         hasher.update(format!("{LAYOUT} {forms:?}").as_bytes());
         hasher.update(config);
@@ -123,9 +125,6 @@ impl KeptPath {
             (name.clone(), Entry { dims, format, sections: sections.collect() })
         };
         let header = Header { key: self.key.clone(), weights: stacks.iter().map(entry).collect() };
-        if let Some(parent) = self.path.parent() {
-            std::fs::create_dir_all(parent).map_err(|e| Error::io(parent, e))?;
-        }
         try_write_atomically(&self.path, |out| write_file(out, &header, &stacks).map_err(|e| Error::io(&self.path, e)))
     }
 }

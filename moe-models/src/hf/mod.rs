@@ -10,7 +10,7 @@ mod files;
 mod kept;
 mod layout;
 mod map;
-mod mxfp4;
+pub(crate) mod mxfp4;
 mod names;
 pub mod quantization;
 mod rows;

@@ -85,19 +85,23 @@ pub(super) fn layout(of: Layout) -> Layout {
 /// The values of blocks with their scales, row-major.
 pub(super) fn decode(blocks: &[u8], scales: &[u8]) -> Vec<f32> {
     let block = |(bytes, &scale): (&[u8], &u8)| {
-        let scale = power_of_two(scale);
-        let values = |byte: &u8| [byte & 15, byte >> 4].map(|code| VALUES[usize::from(code)] * scale);
-        bytes.iter().flat_map(values).collect::<Vec<f32>>()
+        let scale = self::scale(scale);
+        bytes.iter().flat_map(|&byte| pair(byte).map(|value| value * scale)).collect::<Vec<f32>>()
     };
     blocks.chunks_exact(BYTES).zip(scales).flat_map(block).collect()
 }
 
-/// `2^(scale - 127)`; 255 is no number.
-fn power_of_two(scale: u8) -> f32 {
-    match scale {
+/// What the low and the high half of a byte stand for, without their scale.
+pub(crate) fn pair(byte: u8) -> [f32; 2] {
+    [byte & 15, byte >> 4].map(|code| VALUES[usize::from(code)])
+}
+
+/// The scale that a byte stands for, `2^(exponent - 127)`; 255 is no number.
+pub(crate) fn scale(exponent: u8) -> f32 {
+    match exponent {
         0 => f32::from_bits(1 << 22),
         255 => f32::NAN,
-        scale => f32::from_bits(u32::from(scale) << 23),
+        exponent => f32::from_bits(u32::from(exponent) << 23),
     }
 }
 
@@ -107,10 +111,10 @@ mod tests {
 
     #[test]
     fn scales_are_powers_of_two() {
-        for scale in 0..255u8 {
-            assert_eq!(f64::from(power_of_two(scale)), 2f64.powi(i32::from(scale) - 127), "{scale}");
+        for exponent in 0..255u8 {
+            assert_eq!(f64::from(scale(exponent)), 2f64.powi(i32::from(exponent) - 127), "{exponent}");
         }
-        assert!(power_of_two(255).is_nan());
+        assert!(scale(255).is_nan());
     }
 
     #[test]

@@ -113,6 +113,8 @@ fn broken_indexes_are_refused() {
         ("model-00001-of", "../model-00001-of", "not the name of a file"),
         ("\"weight_map\"", "\"weights\"", "weight_map"),
         ("model-00001-of", "model-99999-of", "model-99999"),
+        // Tensors in another file than the one that it names, which is then not read.
+        ("model-00002-of", "model-00001-of", "is missing"),
     ] {
         std::fs::write(&index, good.replace(find, replace)).unwrap();
         let text = Gpt::load(dir.path(), &Device::Cpu).unwrap_err().to_string();

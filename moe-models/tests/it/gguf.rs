@@ -38,6 +38,8 @@ fn files_of_published_families_are_their_folders() {
     equals_folder("deepseek2", "deepseek_v2");
     equals_folder("deepseek2-joined", "deepseek_v2");
     equals_folder("deepseek3", "deepseek_v3");
+    equals_folder("gpt-oss", "gpt_oss");
+    equals_folder("gpt-oss-mxfp4", "gpt_oss/mxfp4");
 }
 
 #[track_caller]

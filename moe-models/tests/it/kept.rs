@@ -31,8 +31,36 @@ fn tiny(seed: u64, dir: &Path) -> PathBuf {
 fn written(dir: &Path, forms: PackedForms, cache: &Path) -> PathBuf {
     match Decoder::load_kept(dir, forms, cache).unwrap().1 {
         Kept::Written(path) => path,
-        Kept::Found(path) => panic!("{} was there", path.display()),
+        other => panic!("{other:?}"),
     }
+}
+
+/// The model is there all the same, and nothing half-written.
+#[test]
+fn a_file_that_cannot_be_written_is_told_and_no_more() {
+    let root = tempfile::tempdir().unwrap();
+    let (dir, cache) = (root.path().join("model"), root.path().join("cache"));
+    std::fs::create_dir(&dir).unwrap();
+    tiny(3, &dir);
+    let path = written(&dir, Precision::F32.into(), &cache);
+    std::fs::remove_file(&path).unwrap();
+    // A folder in its place, which no file replaces.
+    std::fs::create_dir_all(path.join("held")).unwrap();
+    let (decoder, kept) = Decoder::load_kept(&dir, Precision::F32, &cache).unwrap();
+    match kept {
+        Kept::Unwritten(reason) => assert!(reason.contains(path.to_str().unwrap()), "{reason}"),
+        other => panic!("{other:?}"),
+    }
+    let whole = Decoder::load(&dir, Precision::F32).unwrap();
+    assert_eq!(values(&logits(&decoder, &IDS)), values(&logits(&whole, &IDS)));
+    let left: Vec<_> = std::fs::read_dir(&cache).unwrap().map(|entry| entry.unwrap().path()).collect();
+    assert_eq!(left, [path]);
+
+    // What is no folder is said before anything is loaded.
+    let file = root.path().join("file");
+    std::fs::write(&file, "").unwrap();
+    let text = Decoder::load_kept(&dir, Precision::F32, &file).unwrap_err().to_string();
+    assert!(text.contains(file.to_str().unwrap()), "{text}");
 }
 
 #[test]

@@ -11,7 +11,7 @@ use super::prepare::{self, Prepared};
 use super::render::{Endpoint, Renderer};
 use super::responses::{self, ResponseRequest, ResponseWriter};
 use super::server::AppState;
-use super::stream::Running;
+use super::stream::{ChunkWriter, Running};
 use super::{models, tokens};
 use crate::Error;
 use crate::text::TextListener;
@@ -147,7 +147,10 @@ async fn answer(
     let stream = prepared.stream;
     let running = submit(&state, prepared, deadline)?;
     match stream {
-        Some(options) => Ok(running.stream(renderer, options)),
+        Some(options) => {
+            let writer = ChunkWriter::new(renderer, options, running.maker.num_choices());
+            Ok(running.stream(writer))
+        }
         None => running.collect(&renderer).await,
     }
 }
@@ -167,7 +170,7 @@ async fn respond(State(state): State<Arc<AppState>>, request: Request) -> Result
     let stream = prepared.stream;
     let running = submit(&state, prepared, deadline)?;
     match stream {
-        Some(_) => Ok(responses::stream(running, writer)),
+        Some(_) => Ok(running.stream(writer)),
         None => responses::collect(running, writer).await,
     }
 }

@@ -59,18 +59,32 @@ impl Running {
         Ok(Json(renderer.whole(choices, self.maker.usage())).into_response())
     }
 
-    /// Answers at once and sends each piece as it comes.
-    pub(super) fn stream(self, renderer: Renderer, options: StreamOptions) -> Response {
-        let begun = vec![false; self.maker.num_choices()];
-        let state = SseState { running: self, renderer, options, begun, ready: Vec::new(), ended: false };
+    /// Answers at once with what `writer` makes of the pieces: all that there are, once there are any, so that who reads slower than
+    /// tokens come gets several at a time.
+    pub(super) fn stream(self, mut writer: impl EventWriter) -> Response {
+        let mut ready = Vec::new();
+        writer.begin(&mut ready);
+        let state = Sending { running: self, writer, ready, ended: false };
         event_stream(futures_util::stream::unfold(state, |mut state| async move {
             state.next_frame().await.map(|frame| (frame, state))
         }))
     }
 }
 
+/// Writes the events of an answer.
+pub(super) trait EventWriter: Send + 'static {
+    /// What goes before any piece.
+    fn begin(&mut self, out: &mut Vec<u8>);
+    /// `usage` is what has been used so far.
+    fn piece(&mut self, piece: Piece, usage: &dyn Fn() -> Usage, out: &mut Vec<u8>);
+    /// The answer is whole.
+    fn end(&mut self, usage: Usage, out: &mut Vec<u8>);
+    /// It ends by an error.
+    fn error(&mut self, error: &ApiError, out: &mut Vec<u8>);
+}
+
 /// An answer of server-sent events.
-pub(super) fn event_stream(frames: impl Stream<Item = Bytes> + Send + 'static) -> Response {
+fn event_stream(frames: impl Stream<Item = Bytes> + Send + 'static) -> Response {
     let body = Body::from_stream(frames.map(Ok::<_, Infallible>));
     let headers = [
         (header::CONTENT_TYPE, "text/event-stream; charset=utf-8"),
@@ -81,19 +95,15 @@ pub(super) fn event_stream(frames: impl Stream<Item = Bytes> + Send + 'static) -
     (headers, body).into_response()
 }
 
-struct SseState {
+struct Sending<W> {
     running: Running,
-    renderer: Renderer,
-    options: StreamOptions,
-    /// Per choice, whether a chunk was sent.
-    begun: Vec<bool>,
+    writer: W,
     /// What has not been sent.
     ready: Vec<u8>,
     ended: bool,
 }
 
-impl SseState {
-    /// All that there is to send, once there is something: who reads slower than tokens come gets several at a time.
+impl<W: EventWriter> Sending<W> {
     async fn next_frame(&mut self) -> Option<Bytes> {
         while !self.ended {
             let next = match self.running.ready() {
@@ -101,46 +111,66 @@ impl SseState {
                 None if self.ready.is_empty() => self.running.next().await,
                 None => break,
             };
+            self.ended = !matches!(next, Ok(Some(_)));
+            let Self { running, writer, ready, .. } = self;
             match next {
-                Ok(Some(pieces)) => pieces.into_iter().for_each(|piece| self.push(piece)),
-                Ok(None) => self.end(),
+                Ok(Some(pieces)) => {
+                    pieces.into_iter().for_each(|piece| writer.piece(piece, &|| running.maker.usage(), ready))
+                }
+                Ok(None) => writer.end(running.maker.usage(), ready),
                 Err(error) => {
-                    self.running.receiver.cancel_flag().cancel();
-                    self.send(&error.body());
-                    self.end_marker();
+                    running.receiver.cancel_flag().cancel();
+                    writer.error(&error, ready);
                 }
             }
         }
         let ready = std::mem::take(&mut self.ready);
         (!ready.is_empty()).then(|| ready.into())
     }
+}
 
-    fn send(&mut self, value: &Value) {
-        self.ready.extend_from_slice(format!("data: {value}\n\n").as_bytes());
+/// Writes the chunks of a completion, or of a chat.
+pub(super) struct ChunkWriter {
+    renderer: Renderer,
+    options: StreamOptions,
+    /// Per choice, whether a chunk was written.
+    begun: Vec<bool>,
+}
+
+impl ChunkWriter {
+    pub(super) fn new(renderer: Renderer, options: StreamOptions, num_choices: usize) -> Self {
+        Self { renderer, options, begun: vec![false; num_choices] }
     }
+}
 
-    fn push(&mut self, piece: Piece) {
+impl EventWriter for ChunkWriter {
+    fn begin(&mut self, _: &mut Vec<u8>) {}
+
+    fn piece(&mut self, piece: Piece, usage: &dyn Fn() -> Usage, out: &mut Vec<u8>) {
         let first = !std::mem::replace(&mut self.begun[piece.choice], true);
         let announces = first && self.renderer.endpoint == Endpoint::Chat;
         if piece.is_empty() && !announces {
             self.begun[piece.choice] = !first;
             return;
         }
-        let usage: Option<Usage> = self.options.continuous_usage.then(|| self.running.maker.usage());
-        let chunk = self.renderer.chunk(piece, first, usage);
-        self.send(&chunk);
+        write(&self.renderer.chunk(piece, first, self.options.continuous_usage.then(usage)), out);
     }
 
-    fn end(&mut self) {
+    fn end(&mut self, usage: Usage, out: &mut Vec<u8>) {
         if self.options.include_usage {
-            let chunk = self.renderer.usage_chunk(self.running.maker.usage());
-            self.send(&chunk);
+            write(&self.renderer.usage_chunk(usage), out);
         }
-        self.end_marker();
+        out.extend_from_slice(END);
     }
 
-    fn end_marker(&mut self) {
-        self.ready.extend_from_slice(b"data: [DONE]\n\n");
-        self.ended = true;
+    fn error(&mut self, error: &ApiError, out: &mut Vec<u8>) {
+        write(&error.body(), out);
+        out.extend_from_slice(END);
     }
+}
+
+const END: &[u8] = b"data: [DONE]\n\n";
+
+fn write(value: &Value, out: &mut Vec<u8>) {
+    out.extend_from_slice(format!("data: {value}\n\n").as_bytes());
 }

@@ -227,3 +227,40 @@ impl Drop for EventReceiver {
         self.cancel.cancel();
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn listener() -> (TextListener, EventReceiver) {
+        let json = serde_json::json!({
+            "version": "1.0", "added_tokens": [], "decoder": {"type": "ByteFallback"},
+            "model": {"type": "WordLevel", "vocab": {"a": 0}, "unk_token": "a"},
+        });
+        let tokenizer = TextTokenizer::from_bytes(json.to_string().as_bytes(), 1).unwrap();
+        TextListener::new(Arc::new(tokenizer), TextOptions::default())
+    }
+
+    #[test]
+    fn what_is_ready_comes_at_once_and_nothing_else() {
+        let (mut listener, mut events) = listener();
+        assert!(events.ready().is_none());
+        listener.experts(0, Vec::new());
+        listener.experts(1, Vec::new());
+        assert!(matches!(events.ready(), Some(Event::Experts { choice: 0, .. })));
+        assert!(matches!(events.blocking_next(), Event::Experts { choice: 1, .. }));
+        assert!(events.ready().is_none());
+        listener.done(Ok(()));
+        assert!(matches!(events.ready(), Some(Event::Done(Ok(())))));
+    }
+
+    #[test]
+    fn an_engine_that_is_gone_ends_the_request() {
+        let (mut listener, mut events) = listener();
+        listener.experts(0, Vec::new());
+        drop(listener);
+        assert!(matches!(events.ready(), Some(Event::Experts { .. })), "what was sent comes first");
+        assert!(matches!(events.ready(), Some(Event::Done(Err(Error::Cancelled)))));
+        assert!(matches!(events.blocking_next(), Event::Done(Err(Error::Cancelled))));
+    }
+}

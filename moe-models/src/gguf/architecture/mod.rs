@@ -2,6 +2,7 @@
 //! architecture, and what all say in the same keys ([`common`]). A key that is not taken is refused by its name.
 
 mod deepseek2;
+mod gpt_oss;
 mod llama;
 mod olmoe;
 mod qwen;
@@ -23,8 +24,9 @@ pub(super) struct Description {
 type Read = fn(&mut Fields, &GgufFile) -> Checked<Description>;
 
 /// All that are read, by `general.architecture`.
-const ARCHITECTURES: [(&str, Read); 5] = [
+const ARCHITECTURES: [(&str, Read); 6] = [
     ("deepseek2", deepseek2::read),
+    ("gpt-oss", gpt_oss::read),
     ("llama", llama::read),
     ("olmoe", olmoe::read),
     ("qwen2moe", qwen::read_qwen2_moe),

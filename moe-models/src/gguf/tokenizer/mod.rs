@@ -8,6 +8,9 @@ mod bpe;
 mod pre;
 mod spm;
 
+#[cfg(test)]
+pub(super) use pre::stages;
+
 use super::file::GgufFile;
 use super::value::Value as Metadata;
 use crate::fields::Checked;

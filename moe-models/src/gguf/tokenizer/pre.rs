@@ -1,8 +1,8 @@
 //! How text is cut into words before byte pairs of them are merged, by the names that files give it.
 //!
 //! # Source
-//! The expressions in the `tokenizer.json` of the models that these names were given for; llama.cpp's (July 2026), which stand for
-//! the same.
+//! The expressions in the `tokenizer.json` of the models that these names were given for, and in tiktoken; llama.cpp's (July 2026),
+//! which stand for the same.
 
 use crate::fields::Checked;
 use serde_json::{Value, json};
@@ -12,6 +12,12 @@ const GPT2: &str = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]
 const LLAMA3: &str = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+";
 const QWEN2: &str =
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+";
+/// o200k's: a word ends where a small letter is followed by a capital one.
+const GPT4O: &str = concat!(
+    r"[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]*[\p{Ll}\p{Lm}\p{Lo}\p{M}]+(?i:'s|'t|'re|'ve|'m|'ll|'d)?|",
+    r"[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]+[\p{Ll}\p{Lm}\p{Lo}\p{M}]*(?i:'s|'t|'re|'ve|'m|'ll|'d)?|",
+    r"\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+",
+);
 /// Letters that have two cases, of the Unicode of its time.
 const DEEPSEEK_LETTERS: &str = concat!(
     r"\s?[A-Za-z",
@@ -59,7 +65,7 @@ struct Cut {
     adds_bos: bool,
 }
 
-const CUTS: [Cut; 7] = [
+const CUTS: [Cut; 8] = [
     Cut { names: &["gpt-2"], words: &[GPT2], composes: false, whole_words: false, adds_bos: false },
     Cut { names: &["olmo"], words: &[GPT2], composes: true, whole_words: false, adds_bos: false },
     Cut {
@@ -76,6 +82,8 @@ const CUTS: [Cut; 7] = [
         whole_words: true,
         adds_bos: true,
     },
+    // A word that is a token is that token to tiktoken.
+    Cut { names: &["gpt-4o"], words: &[GPT4O], composes: false, whole_words: true, adds_bos: false },
     Cut { names: &["qwen2", "deepseek-r1-qwen"], words: &[QWEN2], composes: true, whole_words: false, adds_bos: false },
     Cut { names: &["deepseek-llm"], words: &DEEPSEEK, composes: false, whole_words: false, adds_bos: false },
     Cut { names: &["deepseek-v3"], words: &DEEPSEEK_V3, composes: false, whole_words: false, adds_bos: false },
@@ -102,7 +110,7 @@ pub(super) fn keeps_whole_words(name: &str) -> Checked<bool> {
 }
 
 /// The `normalizer` and the `pre_tokenizer` of a `tokenizer.json`.
-pub(super) fn stages(name: &str) -> Checked<[Value; 2]> {
+pub(in crate::gguf) fn stages(name: &str) -> Checked<[Value; 2]> {
     let cut = find(name)?;
     let split = |words: &&str| json!({ "type": "Split", "pattern": { "Regex": words }, "behavior": "Isolated", "invert": false });
     let bytes = json!({ "type": "ByteLevel", "add_prefix_space": false, "trim_offsets": true, "use_regex": false });

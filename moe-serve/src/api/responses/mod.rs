@@ -7,4 +7,4 @@ mod stream;
 
 pub(super) use output::ResponseWriter;
 pub(super) use request::ResponseRequest;
-pub(super) use stream::{collect, stream};
+pub(super) use stream::collect;

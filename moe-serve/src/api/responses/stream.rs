@@ -1,13 +1,13 @@
 //! A running response: collected, or sent as events that each bear their type's name.
 
 use super::super::error::ApiError;
-use super::super::stream::{Running, event_stream};
+use super::super::piece::Piece;
+use super::super::stream::{EventWriter, Running};
+use super::super::types::Usage;
 use super::output::ResponseWriter;
 use axum::Json;
-use axum::body::Bytes;
 use axum::response::{IntoResponse, Response};
 use serde_json::Value;
-use std::collections::VecDeque;
 
 /// Waits for the whole answer.
 pub(in super::super) async fn collect(mut running: Running, mut writer: ResponseWriter) -> Result<Response, ApiError> {
@@ -19,44 +19,27 @@ pub(in super::super) async fn collect(mut running: Running, mut writer: Response
     Ok(Json(writer.whole(running.maker.usage())).into_response())
 }
 
-/// Answers at once and sends each event as it comes.
-pub(in super::super) fn stream(running: Running, mut writer: ResponseWriter) -> Response {
-    let ready = writer.begin().iter().map(frame).collect();
-    let state = Sending { running, writer, ready, ended: false };
-    event_stream(futures_util::stream::unfold(state, |mut state| async move {
-        state.next_frame().await.map(|frame| (frame, state))
-    }))
-}
+impl EventWriter for ResponseWriter {
+    fn begin(&mut self, out: &mut Vec<u8>) {
+        write(self.begin(), out);
+    }
 
-struct Sending {
-    running: Running,
-    writer: ResponseWriter,
-    ready: VecDeque<Bytes>,
-    ended: bool,
-}
+    fn piece(&mut self, piece: Piece, _: &dyn Fn() -> Usage, out: &mut Vec<u8>) {
+        write(self.push(piece), out);
+    }
 
-impl Sending {
-    async fn next_frame(&mut self) -> Option<Bytes> {
-        while self.ready.is_empty() && !self.ended {
-            let events = match self.running.next().await {
-                Ok(Some(pieces)) => pieces.into_iter().flat_map(|piece| self.writer.push(piece)).collect(),
-                Ok(None) => {
-                    self.ended = true;
-                    self.writer.end(self.running.maker.usage())
-                }
-                Err(error) => {
-                    self.running.receiver.cancel_flag().cancel();
-                    self.ended = true;
-                    vec![self.writer.error(&error.body()["error"])]
-                }
-            };
-            self.ready.extend(events.iter().map(frame));
-        }
-        self.ready.pop_front()
+    fn end(&mut self, usage: Usage, out: &mut Vec<u8>) {
+        write(self.end(usage), out);
+    }
+
+    fn error(&mut self, error: &ApiError, out: &mut Vec<u8>) {
+        write([self.error(&error.body()["error"])], out);
     }
 }
 
-fn frame(event: &Value) -> Bytes {
-    let kind = event["type"].as_str().unwrap_or_default();
-    Bytes::from(format!("event: {kind}\ndata: {event}\n\n"))
+fn write(events: impl IntoIterator<Item = Value>, out: &mut Vec<u8>) {
+    for event in events {
+        let kind = event["type"].as_str().unwrap_or_default();
+        out.extend_from_slice(format!("event: {kind}\ndata: {event}\n\n").as_bytes());
+    }
 }
