@@ -56,7 +56,50 @@ impl Place {
 struct Running<'a> {
     job: &'a Job,
     process: Child,
+    folder: PathBuf,
+    /// What it took of a processor before this start, in seconds: it may have been cut off.
+    before: f64,
+    noted: Instant,
 }
+
+/// How often it is noted what a run has taken.
+const NOTED_EVERY: Duration = Duration::from_secs(5);
+
+impl<'a> Running<'a> {
+    fn start(job: &'a Job, place: &Place, text: &Text) -> Result<Self> {
+        let folder = place.folder(&job.experiment, &job.name());
+        let process = start(job, place, text)?;
+        let before = match std::fs::read_to_string(folder.join(SECONDS)) {
+            Ok(text) => {
+                text.trim().parse().with_context(|| format!("{SECONDS} in {} is no number", folder.display()))?
+            }
+            Err(_) => 0.0,
+        };
+        Ok(Self { job, process, folder, before, noted: Instant::now() })
+    }
+
+    /// Processor time of the run in seconds. `None` once it has ended.
+    fn seconds(&self) -> Option<f64> {
+        // User and system time are 11 and 12 fields after the program's name.
+        Some(self.before + seconds_of(&self.process.id().to_string(), 11).ok()?)
+    }
+
+    /// Writes down what it has taken so far, now and then.
+    fn note(&mut self) -> Result<()> {
+        if self.noted.elapsed() >= NOTED_EVERY
+            && let Some(seconds) = self.seconds()
+        {
+            let unfinished = self.folder.join(format!("{SECONDS}.unfinished"));
+            std::fs::write(&unfinished, seconds.to_string())?;
+            std::fs::rename(unfinished, self.folder.join(SECONDS))?;
+            self.noted = Instant::now();
+        }
+        Ok(())
+    }
+}
+
+/// The file in a run's folder that says how many seconds of a processor it has taken.
+const SECONDS: &str = "seconds";
 
 /// Runs what is missing, until nothing is or no run would be over in time.
 pub(super) fn run_all(
@@ -75,7 +118,7 @@ pub(super) fn run_all(
         while running.len() < side_by_side {
             let Some(job) = next(jobs, place, &running, &failed, until) else { break };
             eprintln!("{}/{}: about {:.0} minutes", job.experiment, job.name(), job.minutes);
-            running.push(Running { job, process: start(job, place, text)? });
+            running.push(Running::start(job, place, text)?);
         }
         if running.is_empty() {
             break;
@@ -85,10 +128,12 @@ pub(super) fn run_all(
         for mut run in running {
             let before = seconds_of_children()?;
             match run.process.try_wait()? {
-                None => still.push(run),
+                None => {
+                    run.note()?;
+                    still.push(run);
+                }
                 Some(status) => {
-                    let folder = place.folder(&run.job.experiment, &run.job.name());
-                    let minutes = (seconds_of_children()? - before) / 60.0;
+                    let minutes = (run.before + seconds_of_children()? - before) / 60.0;
                     let end = if status.success() {
                         finish(run.job, place, text, minutes)
                     } else {
@@ -99,7 +144,7 @@ pub(super) fn run_all(
                             "{}/{}: {error:#}; see {}",
                             run.job.experiment,
                             run.job.name(),
-                            folder.join("log").display()
+                            run.folder.join("log").display()
                         );
                         failed.push(full_name(run.job));
                     }
@@ -119,12 +164,19 @@ fn full_name(job: &Job) -> String {
 /// Processor time of the children that have been waited for: unlike the clock's, what a run took of it does not depend on what
 /// else the machine did.
 fn seconds_of_children() -> Result<f64> {
+    // User and system time of children are 13 and 14 fields after the program's name.
+    seconds_of("self", 13)
+}
+
+/// Processor time in two neighbouring fields of what the system says of a process, so many after its name.
+fn seconds_of(process: &str, field: usize) -> Result<f64> {
     /// Of Linux, for every processor it runs on.
     const TICKS_PER_SECOND: f64 = 100.0;
-    let stat = std::fs::read_to_string("/proc/self/stat").context("cannot read /proc/self/stat")?;
-    // The program's name, in parentheses, may hold anything; user and system time of children are 14 and 15 fields after it.
-    let (_, fields) = stat.rsplit_once(')').context("/proc/self/stat names no program")?;
-    let ticks = fields.split_whitespace().skip(13).take(2).map(str::parse::<f64>).sum::<Result<f64, _>>()?;
+    let path = format!("/proc/{process}/stat");
+    let stat = std::fs::read_to_string(&path).with_context(|| format!("cannot read {path}"))?;
+    // The name, in parentheses, may hold anything.
+    let (_, fields) = stat.rsplit_once(')').with_context(|| format!("{path} names no program"))?;
+    let ticks = fields.split_whitespace().skip(field).take(2).map(str::parse::<f64>).sum::<Result<f64, _>>()?;
     Ok(ticks / TICKS_PER_SECOND)
 }
 
@@ -210,6 +262,27 @@ fn finish(job: &Job, place: &Place, text: &Text, minutes: f64) -> Result<()> {
             std::fs::remove_dir_all(entry.path())?;
         }
     }
+    let seconds = folder.join(SECONDS);
+    if seconds.exists() {
+        std::fs::remove_file(seconds)?;
+    }
     eprintln!("{}: {:.4} bits per byte, {minutes:.1} minutes", full_name(job), record.last());
     Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn processor_time_is_that_of_the_process() {
+        let own = || seconds_of(&std::process::id().to_string(), 11).unwrap();
+        let (before, begun) = (own(), Instant::now());
+        let mut word = 1u64;
+        while own() < before + 0.05 {
+            (0..100_000).for_each(|_| word = word.rotate_left(7).wrapping_mul(0x9e37_79b9_7f4a_7c15));
+            assert!(begun.elapsed() < Duration::from_secs(60), "no time has passed, {word}");
+        }
+        assert!(seconds_of("no process", 11).unwrap_err().to_string().contains("/proc/no process/stat"));
+    }
 }
