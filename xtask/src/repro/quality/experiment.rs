@@ -1,7 +1,9 @@
 //! [`Experiment`]: what is run, from a file; [`Job`]: one run of it with one seed.
 
+use super::claims::Claim;
 use anyhow::{Context, Result, bail, ensure};
 use serde::Deserialize;
+use std::collections::BTreeSet;
 use std::path::Path;
 
 /// A question, and the runs that answer it.
@@ -31,6 +33,9 @@ pub(super) struct Experiment {
     /// Losses, of which the report tells what it takes to come to them.
     #[serde(default)]
     pub(super) reach: Vec<Reach>,
+    /// What is said of it.
+    #[serde(default)]
+    pub(super) claim: Vec<Claim>,
 }
 
 /// A loss, and the runs that show what it takes to come to it.
@@ -118,13 +123,21 @@ impl Experiment {
         let sources = own.run.iter().flat_map(|run| [&run.teacher, &run.made_of]).flatten();
         let unknown = own.compared().chain(sources).find(|name| own.place_of(name).is_none());
         ensure!(unknown.is_none(), "{unknown:?} is no run; a run of another experiment is called experiment/run");
+        own.claim.iter().try_for_each(|claim| claim.check(&own))?;
         Ok(own)
     }
 
     /// The runs that the report compares.
     fn compared(&self) -> impl Iterator<Item = &String> {
         let reach = self.reach.iter().flat_map(|reach| std::iter::once(&reach.goal).chain(&reach.by));
-        self.pairs.iter().flatten().chain(&self.recovery_of).chain(reach)
+        let claimed = self.claim.iter().flat_map(Claim::runs);
+        self.pairs.iter().flatten().chain(&self.recovery_of).chain(reach).chain(claimed)
+    }
+
+    /// The experiments whose records the report sets side by side: this one's, and others'.
+    pub(super) fn beside(&self) -> BTreeSet<String> {
+        let others = self.compared().filter_map(|name| Some(self.place_of(name)?.0));
+        others.chain([self.id.clone()]).collect()
     }
 
     /// Experiment and run that a name stands for: a run of this experiment, else `experiment/run`.
@@ -213,6 +226,14 @@ mod tests {
         published = "5"
         goal = "one"
         by = ["two"]
+        [[claim]]
+        says = "better"
+        published = "5"
+        lower = ["one", "two"]
+        [[claim]]
+        says = "cheaper"
+        published = "5"
+        saves = { reach = "r", times = 5.0 }
     "#;
 
     #[test]
@@ -237,6 +258,9 @@ mod tests {
             ("goal = \"one\"", "goal = \"none\""),
             ("by = [\"two\"]", "by = [\"two\", \"none\"]"),
             ("[1, 2]", "[]"),
+            ("lower = [\"one\"", "lower = [\"none\""),
+            ("reach = \"r\"", "reach = \"none\""),
+            ("saves = {", "wastes = {"),
         ] {
             let text = TEXT.replace(from, to);
             assert!(text != TEXT && Experiment::parse(&text, "x".into(), false).is_err(), "{to}");

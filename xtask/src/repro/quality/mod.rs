@@ -3,6 +3,7 @@
 //! Experiments lie in `xtask/repro/quality/`, one file each. A run leaves one small record when it ends, so that the work can be
 //! cut at any point and goes on with what is missing; the report is made of the records alone.
 
+mod claims;
 mod experiment;
 mod found;
 mod mean;
@@ -14,6 +15,7 @@ mod runner;
 
 use anyhow::{Result, ensure};
 use experiment::{Experiment, Job};
+use std::collections::BTreeSet;
 use std::path::PathBuf;
 use std::time::{Duration, Instant};
 
@@ -69,6 +71,8 @@ pub(crate) fn run(args: &Args) -> Result<()> {
     if !args.report {
         let until = args.minutes.map(|minutes| Instant::now() + Duration::from_secs_f64(minutes * 60.0));
         let text = runner::Text { data: args.data.clone(), valid: args.valid.clone() };
+        let beside: BTreeSet<String> = experiments.iter().flat_map(Experiment::beside).collect();
+        place.check_text(beside.iter(), &text.described()?)?;
         runner::run_all(&jobs, &place, &text, args.jobs, until)?;
     }
     report::write(&experiments, &place.records)

@@ -129,6 +129,29 @@ impl Budgets {
     }
 }
 
+/// What a seed saves of compute: a number, or what it is more or less than.
+pub(super) struct ComputeSaved {
+    pub(super) low: f64,
+    pub(super) high: f64,
+    pub(super) words: String,
+}
+
+/// What each seed saves in the comparison of this title.
+pub(super) fn compute_saved(found: &Found<'_>, title: &str) -> Result<Vec<ComputeSaved>> {
+    const COMPUTE: usize = 1;
+    let Some(reach) = found.experiment.reach.iter().find(|reach| reach.title == title) else { return Ok(Vec::new()) };
+    let of = |saved: Saved| {
+        let ratio = |cost: &Cost| saved.goal.over(cost)[COMPUTE];
+        let (low, high) = match &saved.reached {
+            Reached::At(cost) => (ratio(cost), ratio(cost)),
+            Reached::Before(cost) => (ratio(cost), f64::INFINITY),
+            Reached::After(cost) => (0.0, ratio(cost)),
+        };
+        ComputeSaved { low, high, words: saved.ratio(COMPUTE) }
+    };
+    Ok(Budgets::read(found, reach)?.saved().into_iter().map(of).collect())
+}
+
 /// Adds the table to `text`; returns how far each budget is from its goal, as curves.
 pub(super) fn section(text: &mut String, found: &Found<'_>) -> Result<Vec<Curve>> {
     let experiment = found.experiment;

@@ -17,7 +17,7 @@ pub(super) struct Record {
     pub(super) machine: String,
     /// What the program was told, without folders.
     pub(super) flags: Vec<String>,
-    /// What it was trained on: sources, or the excerpt.
+    /// What it was trained and validated on, as [`super::runner::Text::described`] has it.
     pub(super) data: Vec<String>,
     /// Processor time.
     pub(super) minutes: f64,
@@ -79,6 +79,11 @@ impl Record {
             curve,
             by_source,
         })
+    }
+
+    /// Names it for readers.
+    pub(super) fn name(&self) -> String {
+        format!("{}/{} of seed {}", self.experiment, self.run, self.seed)
     }
 
     /// Where the record of a run lies.

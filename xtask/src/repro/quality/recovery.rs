@@ -59,6 +59,13 @@ impl Recovery {
     }
 }
 
+/// The share of what its cut has cost that a run has won back after its last step.
+pub(super) fn won_back_at_the_end(found: &Found<'_>, run: &str) -> Result<Option<Mean>> {
+    let Some(of) = &found.experiment.recovery_of else { return Ok(None) };
+    let recovery = Recovery::of(run, &found.of(run)?, &found.of(of)?);
+    Ok(recovery.and_then(|recovery| recovery.won_back.last_key_value().map(|(_, won)| *won)))
+}
+
 /// Adds the tables to `text`; returns the curves, in percent.
 pub(super) fn section(text: &mut String, found: &Found<'_>, of: &str) -> Result<Vec<Curve>> {
     let whole = found.of(of)?;

@@ -1,5 +1,6 @@
 //! The report: tables, paired differences and curves from records, nothing else.
 
+use super::claims;
 use super::experiment::{Experiment, Job};
 use super::found::Found;
 use super::reach;
@@ -40,8 +41,10 @@ pub(super) fn write(experiments: &[Experiment], records: &Path) -> Result<()> {
         "# Quality\n\nMade by `cargo xtask repro quality` of the records in this folder. Bits per byte are of validation text after the\n\
          last step; differences are paired by seed, with their 95% interval (Student's t).\n",
     );
-    for experiment in experiments {
-        let found = Found::read(experiment, records)?;
+    let all = experiments.iter().map(|e| Found::read(e, records)).collect::<Result<Vec<_>>>()?;
+    claims::section(&mut text, &all)?;
+    for found in all {
+        let experiment = found.experiment;
         if found.is_empty() {
             let _ = write!(text, "\n## {}\n\nNo run of `{}` has ended yet.\n", experiment.title, experiment.id);
             continue;
@@ -78,10 +81,11 @@ fn section(text: &mut String, found: &Found<'_>) -> Result<()> {
     let experiment = found.experiment;
     let _ = write!(
         text,
-        "\n## {}\n\nThe paper: {}\n\nHere: {}\n",
+        "\n## {}\n\nThe paper: {}\n\nHere: {}\n\nTrained on: {}.\n",
         experiment.title,
         experiment.published.trim(),
-        experiment.differences.trim()
+        experiment.differences.trim(),
+        found.text()?
     );
     *text += "\n| run | bits per byte | seeds | tokens, M | parameters, M | per token, M | MFLOP a token | minutes |\n|---|---|---|---|---|---|---|---|\n";
     for (name, own) in &found.by_run {
@@ -144,6 +148,18 @@ mod tests {
         published = "5x"
         goal = "whole"
         by = ["cut"]
+        [[claim]]
+        says = "cutting costs nothing"
+        published = "0"
+        lower = ["cut", "whole"]
+        [[claim]]
+        says = "five times less"
+        published = "5x"
+        saves = { reach = "cut against whole", times = 5.0 }
+        [[claim]]
+        says = "all comes back"
+        published = "96%"
+        wins-back = { run = "cut", share = 0.96 }
         [[run]]
         name = "whole"
         minutes = 1.0
@@ -165,6 +181,9 @@ mod tests {
         write(&[Experiment::parse(TEXT, "x".into(), false).unwrap()], &dir).unwrap();
         let text = std::fs::read_to_string(dir.join("report.md")).unwrap();
         for part in [
+            "| cutting costs nothing | 0 | cut minus whole: -0.0500 (one seed) | not told apart here |",
+            "| five times less | 5x | compute, by seed: more than 1.00 | not told apart here |",
+            "| all comes back | 96% | cut: +125.0 (one seed) % | not told apart here |",
             "| cut minus whole | -0.0500 | - | 1 | not told apart |",
             "| whole | +0.0000 | -0.0500 | 1 | - | - |",
             "| cut | +0.4000 | -0.1000 | 1 | 1.00 | 1.00 |",
@@ -176,6 +195,16 @@ mod tests {
         ] {
             assert!(text.contains(part), "{part}: {text}");
         }
+        let x = || Experiment::parse(TEXT, "x".into(), false).unwrap();
+        let place = Place { runs: dir.join("runs"), records: dir.clone() };
+        let check = |text: &[String]| place.check_text(x().beside().iter(), text);
+        check(&[]).unwrap();
+        assert!(check(&["other, 9 bytes".into()]).unwrap_err().to_string().contains("other, 9 bytes"));
+        // Of another text than what it is compared with.
+        let other = Record { experiment: "x".into(), run: "cut".into(), data: vec!["a".into()], ..record(&[(0, 2.4)]) };
+        other.write(&Record::path(&dir, "x", "cut")).unwrap();
+        let text = write(&[x()], &dir).unwrap_err().to_string();
+        assert!(text.contains("cut was trained on a, whole on the excerpt in the repository"), "{text}");
         for picture in ["x.svg", "x-won-back.svg", "x-above-goal.svg"] {
             assert!(std::fs::read_to_string(dir.join(picture)).unwrap().contains("cut"), "{picture}");
         }

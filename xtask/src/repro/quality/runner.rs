@@ -1,6 +1,7 @@
 //! Runs what is missing: a few runs of one thread side by side, each once the models it needs are there.
 
 use super::experiment::{Job, file_name};
+use super::found::{read_all, shown};
 use super::record::Record;
 use crate::shell::{self, cargo, root};
 use anyhow::{Context, Result, bail, ensure};
@@ -21,7 +22,52 @@ pub(super) struct Text {
     pub(super) valid: Vec<String>,
 }
 
+impl Text {
+    /// Names of sources and their sizes, without the folders they lie in; none for the excerpt in the repository.
+    ///
+    /// # Errors
+    /// If a source cannot be read.
+    pub(super) fn described(&self) -> Result<Vec<String>> {
+        let of = |what: &'static str, sources: &[String]| {
+            let describe = move |source: &String| {
+                let path = Path::new(source);
+                let bytes = bytes_of(path).with_context(|| format!("cannot read {source}"))?;
+                let name = path.file_name().unwrap_or_default().to_string_lossy();
+                Ok(format!("{what}{name}, {bytes} bytes"))
+            };
+            sources.iter().map(describe).collect::<Result<Vec<_>>>()
+        };
+        Ok([of("", &self.data)?, of("validated on ", &self.valid)?].concat())
+    }
+}
+
+/// Of a file, or of all files in a folder.
+fn bytes_of(path: &Path) -> std::io::Result<u64> {
+    if !path.is_dir() {
+        return Ok(path.metadata()?.len());
+    }
+    std::fs::read_dir(path)?.map(|entry| bytes_of(&entry?.path())).sum()
+}
+
 impl Place {
+    /// Refuses to put records of this text beside others of these experiments that were made of another.
+    ///
+    /// # Errors
+    /// Naming both texts.
+    pub(super) fn check_text<'a>(&self, experiments: impl Iterator<Item = &'a String>, text: &[String]) -> Result<()> {
+        for record in experiments.map(|id| read_all(&self.records, id)).collect::<Result<Vec<_>>>()?.iter().flatten() {
+            ensure!(
+                record.data == text,
+                "{} in {} was trained on {}, these runs would be on {}: give the same --data and --valid, or another --records",
+                record.name(),
+                self.records.display(),
+                shown(&record.data),
+                shown(text)
+            );
+        }
+        Ok(())
+    }
+
     fn folder(&self, experiment: &str, name: &str) -> PathBuf {
         self.runs.join(experiment).join(name)
     }
@@ -253,7 +299,7 @@ fn program(name: &str) -> PathBuf {
 /// Keeps what a run has found; its checkpoints go.
 fn finish(job: &Job, place: &Place, text: &Text, minutes: f64) -> Result<()> {
     let folder = place.folder(&job.experiment, &job.name());
-    let record = Record::of_run(job, &folder, &text.data, minutes)?;
+    let record = Record::of_run(job, &folder, &text.described()?, minutes)?;
     if !place.is_done(job) {
         record.write(&Record::path(&place.records, &job.experiment, &job.name()))?;
     }
