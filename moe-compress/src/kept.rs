@@ -13,6 +13,7 @@
 use crate::teacher::Teacher;
 use crate::{Error, Result};
 use candle_core::Tensor;
+use moe_models::Precision;
 use moe_models::train::model::TokenBatch;
 use std::collections::HashMap;
 use std::fs::{File, OpenOptions};
@@ -37,6 +38,8 @@ pub struct TargetsConfig {
     pub k: usize,
     /// What logits are divided by.
     pub temperature: f64,
+    /// Of the teacher's products.
+    pub precision: Precision,
 }
 
 /// Targets of one teacher at one temperature.
@@ -73,12 +76,12 @@ impl KeptTargets {
     /// # Errors
     /// [`Error::Argument`] for a `k` of 0 or above the vocabulary; if the folder cannot be read or written to.
     pub fn open(dir: &Path, fingerprint: &str, config: TargetsConfig) -> Result<Self> {
-        let TargetsConfig { vocab_size, seq_len, k, temperature } = config;
+        let TargetsConfig { vocab_size, seq_len, k, temperature, precision } = config;
         if k == 0 || k > vocab_size {
             return Err(Error::Argument(format!("a token's likeliest entries must be 1 to {vocab_size}, got {k}")));
         }
         let short = fingerprint.get(..16).unwrap_or(fingerprint);
-        let dir = dir.join(format!("{short}-k{k}-t{temperature}-s{seq_len}"));
+        let dir = dir.join(format!("{short}-k{k}-t{temperature}-s{seq_len}-{precision:?}"));
         std::fs::create_dir_all(&dir).map_err(|e| io(&dir, e))?;
         let mut state = State { files: Vec::new(), found: HashMap::new(), written: 0, asked: 0 };
         let record = record_bytes(seq_len, k);

@@ -317,7 +317,11 @@ impl<F: ReadFamily> Model<F> {
     pub fn load_dequantized(path: &Path, device: &Device) -> Result<Self> {
         let source = ModelSource::open(path)?;
         let (family, quantization) = source.family::<F>()?;
-        let checkpoint = with_integers(source.checkpoint(&family)?, quantization);
+        let checkpoint = source.checkpoint(&family)?;
+        let checkpoint = match quantization {
+            Some(QuantizationConfig { format, .. }) => checkpoint.with_integers(format),
+            None => checkpoint,
+        };
         Self::from_checkpoint(family, &checkpoint, device)
     }
 
@@ -372,13 +376,6 @@ fn refuse_quantized(form: Option<String>, path: &Path) -> Result<()> {
     }
 }
 
-fn with_integers(checkpoint: Checkpoint, quantization: Option<QuantizationConfig>) -> Checkpoint {
-    match quantization {
-        Some(QuantizationConfig { format, .. }) => checkpoint.with_integers(format),
-        None => checkpoint,
-    }
-}
-
 impl Decoder {
     /// Reads a Hugging Face folder of any family, or a GGUF file, for inference alone: weights are packed as they are read, and no
     /// other form of them is ever whole in memory. In one [`Precision`], or quantized on the way where `forms` say so; a folder that is
@@ -396,7 +393,7 @@ impl Decoder {
     /// # Errors
     /// As [`Decoder::load`].
     pub fn from_source(source: &ModelSource, forms: impl Into<PackedForms>) -> Result<Self> {
-        Self::of_source(source, forms.into(), None)
+        Self::packed_from(Opened::of_source(source, forms.into())?, None)
     }
 
     /// The same, with the packed weights kept in a file in the folder `cache`: the first start with these files and forms writes it, and
@@ -417,7 +414,7 @@ impl Decoder {
         let kept = KeptPath::of(cache, &source.required("config.json")?, &source.weight_files()?, &forms)?;
         let file = kept.open().map(|file| Arc::new(file) as Arc<dyn KeptWeights>);
         let is_there = file.is_some();
-        let decoder = Self::of_source(source, forms, file)?;
+        let decoder = Self::packed_from(Opened::of_source(source, forms)?, file)?;
         if is_there {
             return Ok((decoder, Kept::Found(kept.path().to_owned())));
         }
@@ -426,17 +423,6 @@ impl Decoder {
             Err(error) => Kept::Unwritten(error.to_string()),
         };
         Ok((decoder, written))
-    }
-
-    fn of_source(source: &ModelSource, mut forms: PackedForms, kept: Option<Arc<dyn KeptWeights>>) -> Result<Self> {
-        let config = source.family::<Box<dyn Family>>()?;
-        let mut checkpoint = source.checkpoint(&config.0)?;
-        if source.may_keep_integers()
-            && let WeightFormat::Quantized(format) = forms.of(WeightUse::Product)
-        {
-            (forms, checkpoint) = (forms.with_stored(format), checkpoint.with_integers(format));
-        }
-        Self::packed_from((config, checkpoint), forms, kept, &source.config_path())
     }
 
     /// One rank's part of the model in a Hugging Face folder or GGUF file, of which only this part is read, packed as it is read.
@@ -453,9 +439,7 @@ impl Decoder {
     /// # Errors
     /// As [`Decoder::load_over`].
     pub fn from_source_over(source: &ModelSource, forms: impl Into<PackedForms>, mesh: &Mesh) -> Result<Self> {
-        let (family, quantization) = source.family::<Box<dyn Family>>()?;
-        let checkpoint = source.checkpoint(&family)?;
-        Self::packed_over((family, quantization), checkpoint, forms.into(), mesh, &source.config_path())
+        Self::packed_over(Opened::of_source(source, forms.into())?, mesh)
     }
 
     /// The same from the contents of `config.json` and `model.safetensors`.
@@ -468,34 +452,16 @@ impl Decoder {
         forms: impl Into<PackedForms>,
         mesh: &Mesh,
     ) -> Result<Self> {
-        let path = Path::new("config.json");
-        let config = read_config::<Box<dyn Family>>(config_json, path)?;
-        let checkpoint = Checkpoint::from_bytes(weights.into(), &config.0)?;
-        Self::packed_over(config, checkpoint, forms.into(), mesh, path)
+        Self::packed_over(Opened::from_bytes(config_json, weights.into(), forms.into())?, mesh)
     }
 
-    fn packed_over(
-        (family, quantization): FolderConfig,
-        checkpoint: Checkpoint,
-        forms: PackedForms,
-        mesh: &Mesh,
-        path: &Path,
-    ) -> Result<Self> {
-        if let Some(QuantizationConfig { format, .. }) = quantization {
-            return Err(Error::format(
-                path,
-                format!(
-                    "the weights are quantized ({format}), and a matrix of integers is not divided over ranks; load it on one"
-                ),
-            ));
-        }
+    fn packed_over(opened: Opened, mesh: &Mesh) -> Result<Self> {
+        let Opened { family, checkpoint, forms, integers } = opened;
         let dims = mesh.placement().dims();
-        if let (WeightFormat::Quantized(format), true) =
-            (forms.of(WeightUse::Product), dims.tp > 1 || dims.expert_slices > 1)
-        {
+        if let Some(format) = integers.filter(|_| dims.tp > 1 || dims.expert_slices > 1) {
             return Err(Error::Config(format!(
-                "tp and expert_slices must be 1 for matrices that are quantized ({format}) while they are loaded, got {} and {}: a \
-                 matrix of integers is not divided over ranks; whole experts are (ep)",
+                "tp and expert_slices must be 1 for matrices that are quantized ({format}), got {} and {}: a matrix of integers is \
+                 not divided over ranks; whole experts are (ep)",
                 dims.tp, dims.expert_slices
             )));
         }
@@ -515,31 +481,15 @@ impl Decoder {
         weights: impl Into<Cow<'static, [u8]>>,
         forms: impl Into<PackedForms>,
     ) -> Result<Self> {
-        let path = Path::new("config.json");
-        let config = read_config::<Box<dyn Family>>(config_json, path)?;
-        let checkpoint = Checkpoint::from_bytes(weights.into(), &config.0)?;
-        Self::from_checkpoint(config, checkpoint, forms.into(), path)
+        Self::packed_from(Opened::from_bytes(config_json, weights.into(), forms.into())?, None)
     }
 
-    fn from_checkpoint(config: FolderConfig, checkpoint: Checkpoint, forms: PackedForms, path: &Path) -> Result<Self> {
-        Self::packed_from((config, checkpoint), forms, None, path)
-    }
-
-    fn packed_from(
-        ((family, quantization), checkpoint): (FolderConfig, Checkpoint),
-        forms: PackedForms,
-        kept: Option<Arc<dyn KeptWeights>>,
-        path: &Path,
-    ) -> Result<Self> {
+    fn packed_from(opened: Opened, kept: Option<Arc<dyn KeptWeights>>) -> Result<Self> {
         let _load = debug_span!("load").entered();
+        let Opened { family, checkpoint, forms, .. } = opened;
         let config = family.decoder()?;
         let table = Arc::new(config.params());
         let parameters = table.elem_count();
-        let forms = match &quantization {
-            Some(QuantizationConfig { format, .. }) => stored_forms(forms, *format, path)?,
-            None => forms,
-        };
-        let checkpoint = with_integers(checkpoint, quantization);
         checkpoint.check(&table)?;
         let source = ParamSource::checkpoint(table, Arc::new(checkpoint), Placement::WHOLE);
         let ops = KernelOps::packing(forms);
@@ -550,8 +500,54 @@ impl Decoder {
     }
 }
 
-/// What a folder's `config.json` says.
-type FolderConfig = (Box<dyn Family>, Option<QuantizationConfig>);
+/// The files of a model, and the forms in which its weights are packed.
+struct Opened {
+    family: Box<dyn Family>,
+    checkpoint: Checkpoint,
+    forms: PackedForms,
+    /// Of matrices that are integers in the files, or become such.
+    integers: Option<QuantFormat>,
+}
+
+impl Opened {
+    fn of_source(source: &ModelSource, forms: PackedForms) -> Result<Self> {
+        let (family, quantization) = source.family::<Box<dyn Family>>()?;
+        let checkpoint = source.checkpoint(&family)?;
+        let own = Self::new((family, quantization), checkpoint, forms, &source.config_path())?;
+        Ok(match own.integers {
+            Some(format) if source.may_keep_integers() => {
+                let (forms, checkpoint) = (own.forms.with_stored(format), own.checkpoint.with_integers(format));
+                Self { forms, checkpoint, ..own }
+            }
+            _ => own,
+        })
+    }
+
+    fn from_bytes(config_json: &[u8], weights: Cow<'static, [u8]>, forms: PackedForms) -> Result<Self> {
+        let path = Path::new("config.json");
+        let config = read_config::<Box<dyn Family>>(config_json, path)?;
+        let checkpoint = Checkpoint::from_bytes(weights, &config.0)?;
+        Self::new(config, checkpoint, forms, path)
+    }
+
+    fn new(
+        (family, quantization): (Box<dyn Family>, Option<QuantizationConfig>),
+        checkpoint: Checkpoint,
+        forms: PackedForms,
+        path: &Path,
+    ) -> Result<Self> {
+        Ok(match (quantization, forms.of(WeightUse::Product)) {
+            (Some(QuantizationConfig { format, .. }), _) => Self {
+                family,
+                checkpoint: checkpoint.with_integers(format),
+                forms: stored_forms(forms, format, path)?,
+                integers: Some(format),
+            },
+            (None, WeightFormat::Quantized(format)) => Self { family, checkpoint, forms, integers: Some(format) },
+            (None, _) => Self { family, checkpoint, forms, integers: None },
+        })
+    }
+}
 
 /// A file of packed weights, after a model was loaded.
 #[derive(Debug, Clone, PartialEq, Eq)]

@@ -183,8 +183,7 @@ enum IntegersAt<'a> {
 }
 
 impl ParamSource {
-    /// The matrix of integers that `name` asks a tensor of, if it is given or the files hold it so. A rank's part of one is not:
-    /// what is split is floats.
+    /// The matrix of integers that `name` asks a tensor of, if it is given or the files hold it so.
     fn stored(&self, name: &str) -> Option<(IntegersAt<'_>, Stored)> {
         let (name, stored) = match name.strip_suffix(StoredIntegers::INTEGERS) {
             Some(name) => (name, Stored::Integers),
@@ -193,20 +192,15 @@ impl ParamSource {
         if let Some(matrix) = self.integers.get(name) {
             return Some((IntegersAt::Given(matrix), stored));
         }
-        let Values::Files(files) = &self.values else { return None };
-        let (spec, expert) = self.table.find(name)?;
-        (self.placement == Placement::WHOLE && files.holds_integers(spec, expert))
-            .then_some((IntegersAt::Files(files, spec, expert), stored))
+        let (files, spec, expert) = self.whole_matrix(name)?;
+        files.holds_integers(spec, expert).then_some((IntegersAt::Files(files, spec, expert), stored))
     }
 
-    /// Of which matrix in files a name asks for rows, and for which, if they can be had by themselves: a rank that splits matrices
-    /// takes its part of whole ones.
-    fn rows_of(&self, name: &str) -> Option<(&Checkpoint, &ParamSpec, Option<usize>, Range<usize>)> {
-        let (Values::Files(files), (matrix, rows)) = (&self.values, StoredRows::parse(name)?) else { return None };
-        if self.integers.contains_key(matrix) {
-            return None;
-        }
-        let (spec, index) = self.table.find(matrix)?;
+    /// The matrix in files that a name stands for, and which expert's it is there: experts are counted among those of this rank. None
+    /// where ranks split matrices: they take their parts of whole ones, in floats.
+    fn whole_matrix(&self, name: &str) -> Option<(&Checkpoint, &ParamSpec, Option<usize>)> {
+        let Values::Files(files) = &self.values else { return None };
+        let (spec, index) = self.table.find(name)?;
         let inner = spec.shape.len().saturating_sub(2);
         if self.placement.local_shape(spec)[inner..] != spec.shape[inner..] {
             return None;
@@ -215,6 +209,16 @@ impl ParamSource {
             Some(index) => Some(self.placement.experts(spec.shape[0]).nth(index)?),
             None => None,
         };
+        Some((files, spec, expert))
+    }
+
+    /// Of which matrix in files a name asks for rows, and for which, if they can be had by themselves.
+    fn rows_of(&self, name: &str) -> Option<(&Checkpoint, &ParamSpec, Option<usize>, Range<usize>)> {
+        let (matrix, rows) = StoredRows::parse(name)?;
+        if self.integers.contains_key(matrix) {
+            return None;
+        }
+        let (files, spec, expert) = self.whole_matrix(matrix)?;
         files.has_rows(spec, expert).then_some((files, spec, expert, rows))
     }
 

@@ -148,7 +148,7 @@ fn bad_input_is_told() {
         (&["prune", "--model", "teacher", "--out", "dense", "--keep", "0.5"], "not an empty folder"),
         (&["prune", "--model", "none", "--out", "x", "--keep", "0.5"], "none/config.json"),
         (&["merge", "--model", "teacher", "--out", "x", "--keep", "0.5", "--calibration-tokens", "3"], "at least 16"),
-        (&["quantize", "--model", "none", "--out", "x", "--format", "int8"], "none is not a folder"),
+        (&["quantize", "--model", "none", "--out", "x", "--format", "int8"], "none is not there"),
         (&["quantize", "--model", "teacher", "--out", "x", "--format", "int8", "--group-size", "32"], "is for int4"),
         (&["quantize", "--model", "teacher", "--out", "x", "--format", "int4", "--group-size", "33"], "multiple of 32"),
         (&["upcycle", "--model", "teacher", "--out", "x", "--num-experts", "4"], "experts already"),

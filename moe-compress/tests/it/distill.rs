@@ -160,7 +160,7 @@ fn what_the_teacher_says_is_kept() {
     let dir = folder();
     let (of, how) = (dir.path().join("teacher"), Distillation { weight: 0.6, temperature: 2.0 });
     let pass = Pass::Train(TrainPass { seed: 9, ..TrainPass::default() });
-    let targets = |k| TargetsConfig { vocab_size: VOCAB, seq_len: 16, k, temperature: 2.0 };
+    let targets = |k| TargetsConfig { vocab_size: VOCAB, seq_len: 16, k, temperature: 2.0, precision: Precision::F32 };
     let student = |k: Option<usize>| {
         let kept = k.map(|k| KeptTargets::open(&dir.path().join("kept"), "print", targets(k)).unwrap());
         let following = Following { kept, ..following(&of, KdSchedule::Full, how) };
@@ -183,7 +183,7 @@ fn what_the_teacher_says_is_kept() {
     assert_eq!((kd(&again, &batch()).to_bits(), asked(&again)), (few.to_bits(), 0));
 
     // A record that a run has not ended is made again.
-    let kept = dir.path().join("kept/print-k8-t2-s16");
+    let kept = dir.path().join("kept/print-k8-t2-s16-F32");
     let file = kept.join("0.targets");
     let bytes = std::fs::read(&file).unwrap();
     assert_eq!(bytes.len() as f64, 3.0 * 16.0 * again.following().kept.as_ref().unwrap().bytes_per_token());

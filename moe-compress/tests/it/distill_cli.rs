@@ -116,6 +116,42 @@ fn students_learn_over_ranks_as_on_one() {
     }
 }
 
+/// Two micro-batches on four ranks that share the experts: those without one do in each step what the others do.
+#[test]
+fn ranks_without_micro_batches_leave_the_teacher_with_the_others() {
+    let dir = folder();
+    let small = SMALL.map(|arg| if arg == "2" { "4" } else { arg });
+    let run = |out: &str, more: &[&str]| {
+        let mut command = Command::new(env!("CARGO_BIN_EXE_moe-distill"));
+        command
+            .current_dir(dir.path())
+            .args(small)
+            .args(["--kd-stop", "0.5", "--out", out])
+            .args(more)
+            .output()
+            .unwrap()
+    };
+    succeed(&run("one", &[]));
+    succeed(&run("four", &["--ranks", "4", "--ep", "4"]));
+    let [one, four] = ["one", "four"].map(|run| metric(&dir.path().join(run), "train/loss"));
+    assert!(one.len() == 12 && four.keys().eq(one.keys()), "{four:?}");
+    for (step, want) in &one {
+        assert!((four[step] - want).abs() < 1e-4 * want, "step {step}: {} {want}", four[step]);
+    }
+}
+
+#[test]
+fn a_run_that_goes_on_for_longer_does_not_follow_again() {
+    let dir = folder();
+    succeed(&moe_distill(dir.path(), "run", &["--kd-stop", "0.5"]));
+    let longer = SMALL.map(|arg| if arg == "1536" { "3072" } else { arg });
+    let mut command = Command::new(env!("CARGO_BIN_EXE_moe-distill"));
+    succeed(&command.current_dir(dir.path()).args(longer).args(["--out", "run"]).output().unwrap());
+    let run = dir.path().join("run");
+    assert_eq!(metric(&run, "train/kd_loss").keys().copied().collect::<Vec<_>>(), [1, 2, 3, 4, 5, 6]);
+    assert_eq!(metric(&run, "train/lm_loss").len(), 24);
+}
+
 #[test]
 fn students_may_differ_from_their_teacher() {
     let dir = folder();

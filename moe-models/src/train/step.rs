@@ -97,11 +97,12 @@ pub fn accumulate<M: TrainModel>(
     }
     let mut division = Undivided(Owned::everything(Units::of_params(model.params())?));
     let how = Passes::alone(batches.len());
-    Ok(BatchSums::of(accumulate_share(model, batches, passes, how, buffers, &mut division)?))
+    let idle = passes.last().copied().unwrap_or_default();
+    Ok(BatchSums::of(accumulate_share(model, batches, passes, idle, how, buffers, &mut division)?))
 }
 
 /// The same for one rank's share of a global batch, which may be empty: losses apart, to be put together with those of the other
-/// ranks. Adding up gradients over ranks is begun, as `division` says; [`Division::finish`] ends it.
+/// ranks. `idle` is the pass of the step in which it takes part in the others' without tokens. Adding up gradients over ranks is begun, as `division` says; [`Division::finish`] ends it.
 ///
 /// # Errors
 /// [`Error::Argument`] if the lengths differ; [`Error::Panic`] with the text of a panic; otherwise what the model returns.
@@ -109,6 +110,7 @@ pub fn accumulate_share<M: TrainModel>(
     model: &M,
     batches: &[TokenBatch],
     passes: &[TrainPass],
+    idle: TrainPass,
     how: Passes,
     buffers: &mut StepBuffers,
     division: &mut dyn Division,
@@ -133,8 +135,9 @@ pub fn accumulate_share<M: TrainModel>(
         let loss = match own {
             Some((batch, pass)) => Some(how.run(|| with_copies(copies, || one(model, batch, pass, &mut into)))?),
             None if how.meeting => {
-                let (batch, pass) = idle(batches, passes);
-                Some(how.run(|| with_copies(copies, || one(model, &batch, pass, &mut into)))?)
+                // Like the others' in all that a loss may depend on, such as the tokens seen: ranks must do the same.
+                let batch = TokenBatch::empty(batches.first().map_or(1, |batch| batch.seq_len));
+                Some(how.run(|| with_copies(copies, || one(model, &batch, idle, &mut into)))?)
             }
             None => None,
         };
@@ -169,12 +172,6 @@ impl Watcher for Adding<'_> {
     fn arrived(&mut self, complete: &mut CompleteGrads<'_>) -> moe_core::Result<()> {
         Ok(self.0.advance(complete)?)
     }
-}
-
-/// A pass without tokens, for a rank that only takes part in those of others.
-fn idle(batches: &[TokenBatch], passes: &[TrainPass]) -> (TokenBatch, TrainPass) {
-    let seq_len = batches.first().map_or(1, |batch| batch.seq_len);
-    (TokenBatch::empty(seq_len), passes.last().copied().unwrap_or_default())
 }
 
 /// The loss of one micro-batch, whose gradients are added to `into`; and when the forward pass ended.

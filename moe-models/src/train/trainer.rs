@@ -375,9 +375,10 @@ impl<M: TrainModel> Trainer<M> {
             TrainPass { seed, step, tokens, micro_batch }
         };
         let passes: Vec<TrainPass> = share.map(pass).collect();
+        let idle = pass(count);
         let (how, buffers, division) = (self.ranks.passes(count), &mut self.buffers, &mut *self.division);
         let own = debug_span!("gradients")
-            .in_scope(|| accumulate_share(&self.model, &batches, &passes, how, buffers, division));
+            .in_scope(|| accumulate_share(&self.model, &batches, &passes, idle, how, buffers, division));
         let sums = BatchSums::over(&*self.ranks, count, own)?;
         debug_span!("reduce").in_scope(|| self.division.finish(&mut self.buffers.grads))?;
         let step = self.step + 1;

@@ -118,7 +118,7 @@ fn integers_of_q4_0_are_kept() {
 }
 
 /// Gives all blocks of Q4_0 of the first layer's experts one scale and integers of half the size; the scale.
-fn halved_blocks(bytes: &mut [u8]) -> f32 {
+pub(crate) fn halved_blocks(bytes: &mut [u8]) -> f32 {
     let content = candle_core::quantized::gguf_file::Content::read(&mut std::io::Cursor::new(&*bytes)).unwrap();
     let scale = half::f16::from_f32(0.0123);
     for name in ["blk.0.ffn_gate_exps.weight", "blk.0.ffn_up_exps.weight"] {

@@ -1,6 +1,7 @@
 //! A PR-MoE over up to 8 ranks on threads equals one rank; and what a rank without a partner says.
 
 use crate::equality::{Kind, Reference, check, layouts};
+use crate::gguf::halved_blocks;
 use crate::golden::fixtures;
 use candle_core::backprop::GradStore;
 use candle_core::{Device, Tensor, Var};
@@ -9,9 +10,10 @@ use moe_core::tape::{GradBuffers, Tape};
 use moe_kernels::KernelOps;
 use moe_models::gpt::{Gpt, GptConfig};
 use moe_models::gpt::{Pass, TokenBatch};
-
+use moe_models::hf::quantization::{nearest, save};
 use moe_models::{
-    CausalLm, Decoder, DropoutConfig, Family, LogitsOf, Model, ParamSource, PoolConfig, Precision, SequenceStep,
+    CausalLm, Decoder, DropoutConfig, Family, LogitsOf, Model, PackedForms, ParamSource, PoolConfig, Precision,
+    QuantFormat, SequenceStep,
 };
 use moe_parallel::all_to_all::Route;
 use moe_parallel::comm::thread::ThreadWorld;
@@ -114,6 +116,37 @@ fn inference_over_ranks_equals_one_rank() {
             }
             let worst = got.iter().zip(&want[d]).fold(0f32, |m, (a, b)| m.max((a - b).abs()));
             assert!(got.len() == want[d].len() && worst < 1e-4, "{dims:?}: {worst:e}");
+        });
+    }
+}
+
+/// Integers that a folder or a file of GGUF holds: each rank reads those of its own experts, and none is rounded again.
+#[test]
+fn integers_over_ranks_are_those_of_one_rank() {
+    let root = tempfile::tempdir().unwrap();
+    let (folder, file) = (root.path().join("int8"), root.path().join("halved.gguf"));
+    save(&fixtures().join("qwen3_moe"), &folder, QuantFormat::Int8, nearest).unwrap();
+    let mut bytes = std::fs::read(fixtures().join("gguf/qwen3moe.gguf")).unwrap();
+    halved_blocks(&mut bytes);
+    std::fs::write(&file, bytes).unwrap();
+    let f32 = PackedForms::from(Precision::F32);
+    for (path, forms) in [(folder, f32), (file, f32.with_products(QuantFormat::INT4))] {
+        let whole = Decoder::load(&path, forms).unwrap();
+        let prompt = |rank: usize| (0..5 + rank).map(|i| ((i * 11 + rank * 5) % 97) as u32).collect::<Vec<_>>();
+        let want: Vec<Vec<f32>> = (0..4).map(|rank| decode(&whole, &prompt(rank))).collect();
+        ThreadWorld::new(4).run(|comm| {
+            let (rank, dims) = (comm.rank(), ParallelDims::new(4, 1, 4, 1));
+            let mesh = Mesh::new(comm, dims, 4, ExchangeConfig::default()).unwrap();
+            let decoder = Decoder::load_over(&path, forms, &mesh).unwrap();
+            assert_eq!(decode(&decoder, &prompt(rank)), want[rank], "{}", path.display());
+            let bytes = |decoder: &Decoder| decoder.weights().iter().map(|weight| weight.bytes()).sum::<usize>();
+            assert!(bytes(&decoder) < bytes(&whole));
+        });
+        ThreadWorld::new(2).run(|comm| {
+            let dims = ParallelDims::new(1, 2, 1, 1);
+            let mesh = Mesh::new(comm, dims, 2, ExchangeConfig::default()).unwrap();
+            let text = Decoder::load_over(&path, forms, &mesh).unwrap_err().to_string();
+            assert!(text.contains("tp and expert_slices must be 1"), "{text}");
         });
     }
 }

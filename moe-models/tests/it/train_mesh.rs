@@ -61,7 +61,8 @@ fn steps(model: &Gpt, ranks: &dyn Ranks, count: usize) -> (Vec<f64>, Vec<f64>) {
         let (all, passes) = batches(&config, count, step);
         let share = ranks.share(count);
         let (own, passes) = (&all[share.clone()], &passes[share]);
-        let own = accumulate_share(model, own, passes, ranks.passes(count), &mut buffers, &mut *division);
+        let idle = TrainPass { step: step as u64, ..TrainPass::default() };
+        let own = accumulate_share(model, own, passes, idle, ranks.passes(count), &mut buffers, &mut *division);
         let sums = BatchSums::over(ranks, count, own).unwrap();
         division.finish(&mut buffers.grads).unwrap();
         let params = TrainModel::params(model);

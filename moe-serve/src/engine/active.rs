@@ -1,9 +1,10 @@
 //! [`Active`]: a job that has not ended: what was learned of its prompts, where its continuations are, and whom to tell.
 
-use super::choice::{Choice, Drawn};
+use super::choice::{Choice, Drawn, Row};
 use super::config::EngineConfig;
 use super::inbox::{CancelFlag, Submission};
 use super::logprobs::TokenLogprobs;
+use super::plain_draw::PlainDraw;
 use super::request::{FinishReason, Flow, Job, Listener, PromptOutput};
 use super::scheduler::Part;
 use super::watch::{JobStats, Observer};
@@ -17,8 +18,8 @@ pub(super) struct Ran<'a> {
     pub(super) part: &'a Part,
     /// Position of the part's first token.
     pub(super) start: usize,
-    /// `[rows, vocab_size]`: after each token of the part, after those that a token is drawn from, or none.
-    pub(super) logits: &'a [f32],
+    /// After each token of the part, after those that a token is drawn from, or none.
+    pub(super) rows: &'a [Row<'a>],
     /// The experts of the whole step.
     pub(super) experts: &'a [LayerExperts],
     /// The part's first token among those of the step.
@@ -93,6 +94,11 @@ impl Active {
         self.job.prompt_logprobs.is_some() && !self.prompts[choice / self.job.n].told
     }
 
+    /// How tokens are drawn from the next so many rows of a continuation, where that needs nothing but numbers.
+    pub(super) fn plain_draws(&self, choice: usize, rows: usize) -> Vec<Option<PlainDraw>> {
+        self.choices[choice].as_ref().map_or_else(|| vec![None; rows], |choice| choice.plain_draws(rows, &self.job))
+    }
+
     /// Takes a continuation away, to draw from it.
     pub(super) fn take_choice(&mut self, choice: usize) -> Option<Choice> {
         self.choices.get_mut(choice)?.take()
@@ -115,7 +121,6 @@ impl Active {
     pub(super) fn read_prompt(
         &mut self,
         ran: &Ran<'_>,
-        vocab_size: usize,
         config: &EngineConfig,
         observer: &dyn Observer,
     ) -> Result<bool> {
@@ -133,9 +138,12 @@ impl Active {
                 known.push(None);
             }
             // A prompt that lost its pages is read again; what is known of it stays.
-            for (i, row) in ran.logits.chunks_exact(vocab_size).enumerate() {
+            for (i, row) in ran.rows.iter().enumerate() {
                 let position = ran.start + i + 1;
-                if position == known.len() && position < ids.len() {
+                if let Row::Logits(row) = row
+                    && position == known.len()
+                    && position < ids.len()
+                {
                     if row.iter().any(|x| x.is_nan()) {
                         return Err(Error::LogitsNotFinite { position });
                     }

@@ -2,6 +2,7 @@
 
 use super::config::EngineConfig;
 use super::logprobs::TokenLogprobs;
+use super::plain_draw::{PlainDraw, PlainDrawn};
 use super::request::{FinishReason, GrammarState, Job, SampledToken};
 use super::sampler::{Sampler, TokenLimits};
 use crate::Result;
@@ -14,6 +15,15 @@ pub(super) struct Drawn {
     pub(super) token: SampledToken,
     /// Whether it is the last one: a stop token, or the one that completes a grammar.
     pub(super) ends: bool,
+}
+
+/// What a step gave after a token.
+#[derive(Debug, Clone, Copy)]
+pub(super) enum Row<'a> {
+    /// `[vocab_size]`.
+    Logits(&'a [f32]),
+    /// What was drawn from logits that lie elsewhere.
+    Drawn(PlainDrawn),
 }
 
 /// One continuation.
@@ -57,26 +67,47 @@ impl Choice {
         }
     }
 
-    /// Draws a token after each row of `logits`, as long as it is the guess that the next row was computed with.
+    /// The draws after the next so many rows, each for the case that the guesses before it come true, where they need nothing else.
+    pub(super) fn plain_draws(&self, rows: usize, job: &Job) -> Vec<Option<PlainDraw>> {
+        if self.grammar.is_some() || job.logprobs.is_some() {
+            return vec![None; rows];
+        }
+        let mut rng = self.rng.clone();
+        let draw =
+            |generated| self.sampler.plain(self.forbidden(generated), self.prompt_len + generated, rng.uniform_f64());
+        (self.generated..self.generated + rows).map(draw).collect()
+    }
+
+    /// What the token after so many generated ones may not be.
+    fn forbidden(&self, generated: usize) -> &[u32] {
+        if generated < self.min_tokens { &self.stop_ids } else { &[] }
+    }
+
+    /// Draws a token after each of `rows`, as long as it is the guess that the next row was computed with.
     ///
     /// Nothing depends on the guesses but how many tokens come at once.
     pub(super) fn draw(
         &mut self,
-        logits: &[f32],
-        vocab_size: usize,
+        rows: &[Row<'_>],
         drafts: &[u32],
         job: &Job,
         num_tokens: usize,
     ) -> Result<Vec<Drawn>> {
         let mut drawn = Vec::new();
-        for (i, row) in logits.chunks_exact(vocab_size).enumerate() {
+        for (i, row) in rows.iter().enumerate() {
             let generated = self.generated + i;
-            let forbidden: &[u32] = if generated < self.min_tokens { &self.stop_ids } else { &[] };
+            let (position, uniform) = (self.prompt_len + generated, self.rng.uniform_f64());
             let allowed = self.grammar.as_ref().map(|grammar| grammar.allowed()).transpose()?;
-            let limits = TokenLimits { forbidden, allowed: allowed.as_deref() };
-            let token_id = self.sampler.sample(row, limits, self.prompt_len + generated, self.rng.uniform_f64())?;
+            let limits = TokenLimits { forbidden: self.forbidden(generated), allowed: allowed.as_deref() };
+            let token_id = match *row {
+                Row::Logits(logits) => self.sampler.sample(logits, limits, position, uniform)?,
+                Row::Drawn(drawn) => drawn.token(position)?,
+            };
             self.sampler.push(token_id);
-            let logprobs = job.logprobs.map(|num_top| TokenLogprobs::of(row, token_id, num_top, num_tokens));
+            let logprobs = match (job.logprobs, row) {
+                (Some(num_top), Row::Logits(logits)) => Some(TokenLogprobs::of(logits, token_id, num_top, num_tokens)),
+                _ => None,
+            };
             let is_stop = self.stop_ids.contains(&token_id);
             let is_complete = match &mut self.grammar {
                 Some(grammar) if !is_stop => {

@@ -11,6 +11,7 @@ mod config;
 mod handle;
 mod inbox;
 mod logprobs;
+mod plain_draw;
 mod ranks;
 mod replicas;
 mod request;
@@ -25,8 +26,9 @@ pub use config::{EngineConfig, SchedulingConfig, SpeculationConfig};
 pub use handle::{Engine, EngineThread};
 pub use inbox::CancelFlag;
 pub use logprobs::{TokenLogprob, TokenLogprobs};
+pub use plain_draw::{PlainDraw, PlainDrawn};
 pub use ranks::{RankReplicas, follow};
-pub use replicas::{LocalReplica, Replicas};
+pub use replicas::{LocalReplica, ReplicaOutput, ReplicaStep, Replicas};
 pub use request::{
     FinishReason, Flow, Grammar, GrammarState, Job, Listener, PromptOutput, SampledToken, SamplingParams, StopParams,
 };

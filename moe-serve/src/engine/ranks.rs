@@ -7,7 +7,8 @@
 //! # Source
 //! DeepSpeed-MoE, section 3.2 (arXiv 2201.05596): data parallelism for dense layers, expert parallelism for experts.
 
-use super::replicas::{Replicas, pool_config};
+use super::plain_draw::{PlainDraw, PlainDrawn};
+use super::replicas::{ReplicaOutput, ReplicaStep, Replicas, pool_config};
 use crate::{Error, Result};
 use candle_core::{Device, Tensor};
 use moe_core::ops::host::to_f32_vec;
@@ -78,18 +79,19 @@ impl Rank {
         Ok(self.lm.run(step, &self.pool)?)
     }
 
-    /// Words of what a step of so many tokens gives.
-    fn words_of(&self, step: &PagedStep) -> usize {
+    /// Words of what a step gives.
+    fn words_of(&self, ReplicaStep { step, draws }: &ReplicaStep) -> usize {
         let choices: usize = self.experts.iter().map(|&(_, _, top_k)| 2 * top_k * step.token_ids().len()).sum();
-        step.logit_rows().len() * self.lm.vocab_size() + choices
+        let words = |draw: &Option<PlainDraw>| if draw.is_some() { PlainDrawn::WORDS } else { self.lm.vocab_size() };
+        draws.iter().map(words).sum::<usize>() + choices
     }
 
     /// Runs this rank's step and brings what the replicas gave to rank 0.
-    fn run(&self, steps: &[PagedStep]) -> Result<Vec<Vec<u32>>> {
+    fn run(&self, steps: &[ReplicaStep]) -> Result<Vec<Vec<u32>>> {
         let rank = self.world().rank();
         let own = &steps[self.replica_of(rank)];
-        let output = self.pass(own)?;
-        let words = if rank == 0 || !self.answers(rank) { Vec::new() } else { encode(&output)? };
+        let output = self.pass(&own.step)?;
+        let words = if rank == 0 || !self.answers(rank) { Vec::new() } else { self.encode(&output, &own.draws)? };
         let size = self.world().size();
         let mut send = vec![0; size];
         send[0] = words.len();
@@ -100,52 +102,99 @@ impl Rank {
         let receive: Vec<usize> = (0..size).map(from).collect();
         let mut parts = self.world().start_all_to_all_v(SITE, &words, &send, &receive)?.wait_parts()?;
         if rank == 0 {
-            parts[0] = encode(&output)?;
+            parts[0] = self.encode(&output, &own.draws)?;
         }
         Ok(parts)
     }
 
-    /// What a replica gave, from its words.
-    fn decode(&self, step: &PagedStep, words: &[u32]) -> Result<StepOutput> {
-        let (rows, vocab_size) = (step.logit_rows().len(), self.lm.vocab_size());
-        let (logits, mut rest) = words.split_at(rows * vocab_size);
-        let logits: Vec<f32> = logits.iter().map(|&word| f32::from_bits(word)).collect();
+    /// What is drawn from each row of logits, or the row; then ids and weights of each layer's choices.
+    fn encode(&self, output: &StepOutput, draws: &[Option<PlainDraw>]) -> Result<Vec<u32>> {
+        let logits = to_f32_vec(&output.logits)?;
+        let mut words = Vec::new();
+        for (row, draw) in logits.chunks_exact(self.lm.vocab_size()).zip(draws) {
+            match draw {
+                Some(draw) => words.extend(PlainDrawn::of(&draw.draw(row)).to_words()),
+                None => words.extend(row.iter().map(|logit| logit.to_bits())),
+            }
+        }
+        for layer in &output.experts {
+            words.extend(&layer.expert_ids);
+            words.extend(layer.weights.iter().map(|weight| weight.to_bits()));
+        }
+        Ok(words)
+    }
+
+    /// What a replica gave, from its words, of which there are as many as the step says.
+    fn decode(&self, ReplicaStep { step, draws }: &ReplicaStep, words: &[u32]) -> Result<ReplicaOutput> {
+        let vocab_size = self.lm.vocab_size();
+        let (mut logits, mut drawn, mut rest) = (Vec::new(), Vec::with_capacity(draws.len()), words);
+        for draw in draws {
+            if draw.is_some() {
+                let (&pair, more) = rest.split_first_chunk().ok_or_else(broken)?;
+                drawn.push(Some(PlainDrawn::from_words(pair).ok_or_else(broken)?));
+                rest = more;
+            } else {
+                let (row, more) = rest.split_at_checked(vocab_size).ok_or_else(broken)?;
+                logits.extend(row.iter().map(|&word| f32::from_bits(word)));
+                drawn.push(None);
+                rest = more;
+            }
+        }
+        let rows = drawn.iter().filter(|drawn| drawn.is_none()).count();
         let logits = Tensor::from_vec(logits, (rows, vocab_size), &Device::Cpu)?;
         let mut experts = Vec::new();
         for &(layer, num_experts, top_k) in &self.experts {
             let count = step.token_ids().len() * top_k;
-            let (ids, more) = rest.split_at(count);
-            let (weights, more) = more.split_at(count);
+            let (ids, more) = rest.split_at_checked(count).ok_or_else(broken)?;
+            let (weights, more) = more.split_at_checked(count).ok_or_else(broken)?;
             rest = more;
             let weights = weights.iter().map(|&word| f32::from_bits(word)).collect();
             experts.push(LayerExperts { layer, num_experts, top_k, expert_ids: ids.to_vec(), weights });
         }
-        Ok(StepOutput { logits, experts })
+        Ok(ReplicaOutput { logits, drawn, experts })
     }
 }
 
-/// Logits, then ids and weights of each layer's choices.
-fn encode(output: &StepOutput) -> Result<Vec<u32>> {
-    let mut words: Vec<u32> = to_f32_vec(&output.logits)?.into_iter().map(f32::to_bits).collect();
-    for layer in &output.experts {
-        words.extend(&layer.expert_ids);
-        words.extend(layer.weights.iter().map(|weight| weight.to_bits()));
-    }
-    Ok(words)
+fn broken() -> Error {
+    moe_models::Error::Argument("what another rank said is no step, or no answer to one".into()).into()
 }
 
 /// The steps of all replicas, one after the other.
-fn encode_steps(steps: &[PagedStep]) -> Vec<u32> {
-    let parts = steps.iter().map(PagedStep::to_words);
-    parts.flat_map(|words| std::iter::once(words.len() as u32).chain(words)).collect()
+fn encode_steps(steps: &[ReplicaStep]) -> Vec<u32> {
+    let mut words = Vec::new();
+    for ReplicaStep { step, draws } in steps {
+        let tokens = step.to_words();
+        words.push(tokens.len() as u32);
+        words.extend(tokens);
+        words.push(draws.len() as u32);
+        for draw in draws {
+            words.push(u32::from(draw.is_some()));
+            draw.iter().for_each(|draw| draw.to_words(&mut words));
+        }
+    }
+    words
 }
 
-fn decode_steps(mut words: &[u32], pages: PoolConfig) -> Result<Vec<PagedStep>> {
+fn decode_steps(mut words: &[u32], pages: PoolConfig) -> Result<Vec<ReplicaStep>> {
+    let next = |words: &mut &[u32]| {
+        let (&word, rest) = words.split_first().ok_or_else(broken)?;
+        *words = rest;
+        Result::Ok(word)
+    };
     let mut steps = Vec::new();
-    while let Some((&len, rest)) = words.split_first() {
-        let (step, more) = rest.split_at(rest.len().min(len as usize));
-        steps.push(PagedStep::from_words(step, pages)?);
-        words = more;
+    while !words.is_empty() {
+        let len = next(&mut words)? as usize;
+        let (step, rest) = words.split_at_checked(len).ok_or_else(broken)?;
+        words = rest;
+        let step = PagedStep::from_words(step, pages)?;
+        let mut draws = Vec::new();
+        for _ in 0..next(&mut words)? {
+            draws.push(match next(&mut words)? {
+                0 => None,
+                _ => Some(PlainDraw::from_words(&mut words).ok_or_else(broken)?),
+            });
+        }
+        steps.push(ReplicaStep { step, draws });
     }
     Ok(steps)
 }
@@ -189,7 +238,7 @@ impl RankReplicas {
         Ok(())
     }
 
-    fn try_run(&self, steps: &[PagedStep]) -> Result<Vec<StepOutput>> {
+    fn try_run(&self, steps: &[ReplicaStep]) -> Result<Vec<ReplicaOutput>> {
         self.tell(Order::Step, &encode_steps(steps))?;
         let parts = self.rank.run(steps)?;
         let mut outputs = vec![None; steps.len()];
@@ -216,9 +265,13 @@ impl Replicas for RankReplicas {
         self.pages.clone()
     }
 
-    fn run(&mut self, steps: &[PagedStep]) -> Result<Vec<StepOutput>> {
+    fn run(&mut self, steps: &[ReplicaStep]) -> Result<Vec<ReplicaOutput>> {
         let result = self.try_run(steps);
         self.fail_all(result)
+    }
+
+    fn draws(&self) -> bool {
+        true
     }
 
     fn idle_limit(&self) -> Option<Duration> {

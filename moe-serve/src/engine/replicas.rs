@@ -1,9 +1,37 @@
 //! [`Replicas`]: where steps run. The engine plans with numbers of pages; what has the pages and the model is behind this.
 
+use super::plain_draw::{PlainDraw, PlainDrawn};
 use crate::Result;
-use moe_models::{CausalLm, KvPool, PagedStep, Pages, PoolConfig, StepOutput};
+use candle_core::Tensor;
+use moe_models::{CausalLm, KvPool, LayerExperts, PagedStep, Pages, PoolConfig, StepOutput};
 use std::sync::Arc;
 use std::time::Duration;
+
+/// What a replica is to run.
+#[derive(Debug, Clone, Default)]
+pub struct ReplicaStep {
+    /// The tokens to read.
+    pub step: PagedStep,
+    /// Of each row of logits, how a token is drawn from it; `None`: the row itself is wanted. Empty where replicas do not draw.
+    pub draws: Vec<Option<PlainDraw>>,
+}
+
+/// What a replica's step gave.
+#[derive(Debug, Clone)]
+pub struct ReplicaOutput {
+    /// `[rows, vocab_size]`, f32: the rows that no token was drawn from, in their order.
+    pub logits: Tensor,
+    /// What was drawn from each row of logits, if something was; empty where replicas do not draw.
+    pub drawn: Vec<Option<PlainDrawn>>,
+    /// The experts of its tokens, layer by layer.
+    pub experts: Vec<LayerExperts>,
+}
+
+impl From<StepOutput> for ReplicaOutput {
+    fn from(StepOutput { logits, experts }: StepOutput) -> Self {
+        Self { logits, drawn: Vec::new(), experts }
+    }
+}
 
 /// One or several copies of a model, each with pages of its own.
 pub trait Replicas: Send {
@@ -13,7 +41,11 @@ pub trait Replicas: Send {
     ///
     /// # Errors
     /// Those of the model. Pages that the steps write to then hold anything.
-    fn run(&mut self, steps: &[PagedStep]) -> Result<Vec<StepOutput>>;
+    fn run(&mut self, steps: &[ReplicaStep]) -> Result<Vec<ReplicaOutput>>;
+    /// Whether it draws the tokens that [`ReplicaStep::draws`] describes: logits of another process are better drawn from there.
+    fn draws(&self) -> bool {
+        false
+    }
     /// How long nothing may be run before [`Replicas::idle`] is called; `None` where it never needs to be.
     fn idle_limit(&self) -> Option<Duration> {
         None
@@ -66,10 +98,10 @@ impl Replicas for LocalReplica {
         vec![self.pool.pages().clone()]
     }
 
-    fn run(&mut self, steps: &[PagedStep]) -> Result<Vec<StepOutput>> {
-        let run = |step: &PagedStep| {
+    fn run(&mut self, steps: &[ReplicaStep]) -> Result<Vec<ReplicaOutput>> {
+        let run = |ReplicaStep { step, .. }: &ReplicaStep| {
             self.pool.copy_pages(step)?;
-            Ok(self.lm.run(step, &self.pool)?)
+            Ok(self.lm.run(step, &self.pool)?.into())
         };
         steps.iter().map(run).collect()
     }

@@ -3,6 +3,7 @@
 //! Tokens are put in order only where a draw looks, and nothing is copied where nothing is changed: a step draws for every
 //! sequence, while the model waits.
 
+use super::plain_draw::PlainDraw;
 use super::request::SamplingParams;
 use crate::{Error, Result};
 use moe_core::ops::host::{Real, dispatch};
@@ -51,6 +52,22 @@ impl Sampler {
     fn penalises(&self) -> bool {
         let SamplingParams { repetition_penalty, presence_penalty, frequency_penalty, .. } = self.params;
         repetition_penalty != 1.0 || presence_penalty != 0.0 || frequency_penalty != 0.0
+    }
+
+    /// The draw at `position`, but for these tokens, as one that needs nothing of this sampler; `None` if it does.
+    pub(super) fn plain(&self, forbidden: &[u32], position: usize, uniform: f64) -> Option<PlainDraw> {
+        let SamplingParams { temperature, top_k, top_p, min_p, .. } = self.params;
+        let forbidden = self.suppressed.iter().chain(forbidden).copied().collect();
+        (!self.penalises() && self.params.logit_bias.is_empty()).then_some(PlainDraw {
+            temperature,
+            top_k,
+            top_p,
+            min_p,
+            num_tokens: self.num_tokens,
+            forbidden,
+            position,
+            uniform,
+        })
     }
 
     /// Draws a token within `limits`. `logits` is `[vocab_size]`; `uniform` is in `[0, 1)`.

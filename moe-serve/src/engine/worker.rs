@@ -4,10 +4,11 @@
 //! that failed as a whole each of its sequences is tried alone.
 
 use super::active::{Active, Ran};
-use super::choice::{Choice, Drawn};
+use super::choice::{Choice, Drawn, Row};
 use super::config::EngineConfig;
 use super::inbox::{Inbox, Submission};
-use super::replicas::Replicas;
+use super::plain_draw::PlainDrawn;
+use super::replicas::{ReplicaOutput, ReplicaStep, Replicas};
 use super::request::{FinishReason, Job};
 use super::scheduler::{Part, Scheduler};
 use super::sequence::{Sequence, SequenceId};
@@ -15,7 +16,7 @@ use super::watch::{JobStats, Observer, Outcome, StepStats};
 use crate::{Error, Result};
 use candle_core::{DType, Device, Layout, Storage, Tensor};
 use moe_core::ops::host::elements;
-use moe_models::{LogitsOf, PagedStep, StepOutput};
+use moe_models::LogitsOf;
 use rayon::prelude::*;
 use std::collections::BTreeMap;
 use std::panic::{AssertUnwindSafe, catch_unwind};
@@ -56,8 +57,8 @@ struct Place {
     start: usize,
     /// That token among those of the replica's step.
     first_row: usize,
-    /// The part's rows of logits.
-    logits: std::ops::Range<usize>,
+    /// The part's rows among the step's.
+    rows: std::ops::Range<usize>,
     /// Whether a token is drawn after its last one.
     draws: bool,
 }
@@ -67,7 +68,7 @@ struct Drawing<'a> {
     id: SequenceId,
     choice: Choice,
     job: Arc<Job>,
-    logits: &'a [f32],
+    rows: &'a [Row<'a>],
     drafts: &'a [u32],
     drawn: Result<Vec<Drawn>>,
 }
@@ -237,9 +238,9 @@ impl Worker {
     }
 
     /// The steps of the replicas, and where each part lies in them.
-    fn lay_out(&mut self, parts: &[Part]) -> (Vec<PagedStep>, Vec<Place>) {
-        let mut steps = vec![PagedStep::default(); self.scheduler.num_replicas()];
-        let mut logit_rows = vec![0; steps.len()];
+    fn lay_out(&mut self, parts: &[Part]) -> (Vec<ReplicaStep>, Vec<Place>) {
+        let mut steps = vec![ReplicaStep::default(); self.scheduler.num_replicas()];
+        let mut num_rows_of = vec![0; steps.len()];
         let mut places = Vec::with_capacity(parts.len());
         for part in parts {
             let all = self.jobs.get(&part.id.job).is_some_and(|active| active.wants_all_logits(part.id.choice));
@@ -255,27 +256,37 @@ impl Worker {
                 (false, false) => (LogitsOf::None, 0),
             };
             ids.extend_from_slice(&part.drafts);
-            let first_row = steps[replica].token_ids().len();
-            steps[replica].add(&mut sequence.cached, &ids, logits, &pages).expect("the plan has counted the pages");
-            let first = logit_rows[replica];
-            logit_rows[replica] += num_rows;
-            places.push(Place { replica, start, first_row, logits: first..first + num_rows, draws });
+            let ReplicaStep { step, draws: plain } = &mut steps[replica];
+            let first_row = step.token_ids().len();
+            step.add(&mut sequence.cached, &ids, logits, &pages).expect("the plan has counted the pages");
+            if self.replicas.draws() {
+                // From the last ones only, and from none whose logits are wanted themselves.
+                let drawn = if draws && !all { 1 + part.drafts.len() } else { 0 };
+                let active = self.jobs.get(&part.id.job).filter(|_| drawn > 0);
+                plain.extend(std::iter::repeat_n(None, num_rows - active.map_or(0, |_| drawn)));
+                plain.extend(active.into_iter().flat_map(|active| active.plain_draws(part.id.choice, drawn)));
+            }
+            let first = num_rows_of[replica];
+            num_rows_of[replica] += num_rows;
+            places.push(Place { replica, start, first_row, rows: first..first + num_rows, draws });
         }
         (steps, places)
     }
 
     /// Draws tokens and tells what a step gave; how many guesses came true.
-    fn digest(&mut self, parts: &[Part], places: &[Place], outputs: &[StepOutput]) -> Result<usize> {
-        let vocab_size = self.facts.vocab_size;
+    fn digest(&mut self, parts: &[Part], places: &[Place], outputs: &[ReplicaOutput]) -> Result<usize> {
         let tensors = outputs.iter().map(|output| on_host(&output.logits)).collect::<Result<Vec<_>>>()?;
         let guards: Vec<_> = tensors.iter().map(Tensor::storage_and_layout).collect();
-        let logits = guards.iter().map(|(storage, layout)| slice(storage, layout)).collect::<Result<Vec<_>>>()?;
-        let of = |place: &Place| &logits[place.replica][place.logits.start * vocab_size..place.logits.end * vocab_size];
+        let rows = outputs.iter().zip(&guards).map(|(output, (storage, layout))| {
+            Ok(rows_of(slice(storage, layout)?, &output.drawn, self.facts.vocab_size))
+        });
+        let rows = rows.collect::<Result<Vec<_>>>()?;
+        let of = |place: &Place| &rows[place.replica][place.rows.clone()];
         let mut drawn = self.draw(parts, places, of);
         let mut accepted = 0;
         for (part, place) in parts.iter().zip(places) {
             let experts = &outputs[place.replica].experts;
-            let ran = Ran { part, start: place.start, logits: of(place), experts, first_row: place.first_row };
+            let ran = Ran { part, start: place.start, rows: of(place), experts, first_row: place.first_row };
             let told = catch_unwind(AssertUnwindSafe(|| self.tell(&ran, drawn.remove(&part.id))))
                 .unwrap_or_else(|payload| Err(Error::EnginePanic(panic_text(payload.as_ref()))));
             match told {
@@ -291,23 +302,23 @@ impl Worker {
         &mut self,
         parts: &'a [Part],
         places: &[Place],
-        logits: impl Fn(&Place) -> &'a [f32],
+        rows: impl Fn(&Place) -> &'a [Row<'a>],
     ) -> BTreeMap<SequenceId, Result<Vec<Drawn>>> {
         let vocab_size = self.facts.vocab_size;
         let mut drawings = Vec::new();
         for (part, place) in parts.iter().zip(places).filter(|(_, place)| place.draws) {
             let Some(active) = self.jobs.get_mut(&part.id.job) else { continue };
             let Some(choice) = active.take_choice(part.id.choice) else { continue };
-            let rows = logits(place);
+            let rows = rows(place);
             // After a prompt whose every row was asked for, the last one is drawn from.
-            let logits = &rows[rows.len() - (1 + part.drafts.len()) * vocab_size..];
+            let rows = &rows[rows.len() - (1 + part.drafts.len())..];
             let (id, job, drafts) = (part.id, Arc::clone(&active.job), &part.drafts[..]);
-            drawings.push(Drawing { id, choice, job, logits, drafts, drawn: Ok(Vec::new()) });
+            drawings.push(Drawing { id, choice, job, rows, drafts, drawn: Ok(Vec::new()) });
         }
         let num_tokens = self.config.num_tokens;
         let draw = |drawing: &mut Drawing<'_>| {
-            let Drawing { choice, job, logits, drafts, .. } = drawing;
-            let drawn = || choice.draw(logits, vocab_size, drafts, job, num_tokens);
+            let Drawing { choice, job, rows, drafts, .. } = drawing;
+            let drawn = || choice.draw(rows, drafts, job, num_tokens);
             drawing.drawn = catch_unwind(AssertUnwindSafe(drawn))
                 .unwrap_or_else(|payload| Err(Error::EnginePanic(panic_text(payload.as_ref()))));
         };
@@ -335,7 +346,7 @@ impl Worker {
         self.scheduler.running_mut(id).cached.grow(ran.part.len());
 
         // 1. The prompt.
-        if active.read_prompt(ran, self.facts.vocab_size, &self.config, observer)? {
+        if active.read_prompt(ran, &self.config, observer)? {
             let n = active.job.n;
             if active.limit(id.choice) == 0 {
                 let choices = id.choice..id.choice + n;
@@ -405,6 +416,18 @@ impl Worker {
             tracing::error!("a listener panicked when told the end of its job");
         }
     }
+}
+
+/// The rows of a step: what was drawn from them, and the logits of the others.
+fn rows_of<'a>(logits: &'a [f32], drawn: &[Option<PlainDrawn>], vocab_size: usize) -> Vec<Row<'a>> {
+    let mut logits = logits.chunks_exact(vocab_size);
+    if drawn.is_empty() {
+        return logits.map(Row::Logits).collect();
+    }
+    let row = |drawn: &Option<PlainDrawn>| {
+        drawn.map_or_else(|| logits.next().map(Row::Logits), |drawn| Some(Row::Drawn(drawn)))
+    };
+    drawn.iter().map_while(row).collect()
 }
 
 /// Logits as contiguous f32 in the CPU's memory, where they lie as a rule.

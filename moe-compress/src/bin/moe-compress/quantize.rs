@@ -64,7 +64,7 @@ impl QuantizeArgs {
             self.calibrate || !self.text.is_empty() || self.max_tokens.is_none(),
             "--max-tokens is of the text that is measured; give --text, or drop it"
         );
-        ensure!(self.model.is_dir(), "{} is not a folder; name a model folder", self.model.display());
+        ensure!(self.model.exists(), "{} is not there; name a model folder or a GGUF file", self.model.display());
         check_target(&self.out)?;
         let Texts { calibration, measured } = self.texts()?;
         let before = measured.as_ref().map(|measured| measured.report(&self.model)).transpose()?;

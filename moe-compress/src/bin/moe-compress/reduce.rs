@@ -25,9 +25,9 @@ pub(crate) struct ReduceArgs {
     /// What experts are kept for.
     #[arg(long, value_enum, default_value = "saliency")]
     by: RankingArg,
-    /// Of --by random.
-    #[arg(long, default_value_t = 1)]
-    seed: u64,
+    /// Of --by random [default: 1].
+    #[arg(long)]
+    seed: Option<u64>,
 }
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
@@ -53,6 +53,10 @@ impl ReduceArgs {
 
     /// The model, what its experts do, and which are kept; printed.
     fn choose(&self) -> Result<(Gpt, Vec<ExpertUse>, Vec<Vec<usize>>)> {
+        ensure!(
+            self.by == RankingArg::Random || self.seed.is_none(),
+            "--seed is of --by random, and has no effect on another ranking; drop it"
+        );
         let model = self.folders.load()?;
         let layers = model.config().moe_layers().len();
         ensure!(layers > 0, "{} is a dense model, without experts to drop", self.folders.model.display());
@@ -68,7 +72,7 @@ impl ReduceArgs {
         let ranking = match self.by {
             RankingArg::Saliency => Ranking::Saliency,
             RankingArg::Frequency => Ranking::Frequency,
-            RankingArg::Random => Ranking::Random { seed: self.seed },
+            RankingArg::Random => Ranking::Random { seed: self.seed.unwrap_or(1) },
         };
         let least = model.config().moe.as_ref().map_or(1, |moe| moe.top_k);
         let kept = keep(&usage, ranking, &budget, least)?;

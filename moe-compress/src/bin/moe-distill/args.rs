@@ -86,6 +86,9 @@ pub(crate) struct Settings {
     pub(crate) keep_layers: KeptLayers,
     pub(crate) from_teacher: bool,
     pub(crate) schedule: KdSchedule,
+    /// What the schedule's share is of; `None` before a run has begun.
+    #[serde(default)]
+    pub(crate) train_tokens: Option<u64>,
     pub(crate) weight: f64,
     pub(crate) temperature: f64,
     /// Entries of the teacher that count; `None`: all.
@@ -138,6 +141,7 @@ impl DistillArgs {
             keep_layers: KeptLayers::Evenly,
             from_teacher: false,
             schedule: KdSchedule::STAGED,
+            train_tokens: None,
             weight: Distillation::default().weight,
             temperature: Distillation::default().temperature,
             top_k: None,
@@ -152,6 +156,7 @@ impl DistillArgs {
             }),
             from_teacher: self.init.map_or(base.from_teacher, |init| init == InitArg::Teacher),
             schedule: self.schedule(base.schedule)?,
+            train_tokens: base.train_tokens,
             weight: self.kd_weight.unwrap_or(base.weight),
             temperature: self.kd_temp.unwrap_or(base.temperature),
             top_k: self.kd_top_k.or(base.top_k),

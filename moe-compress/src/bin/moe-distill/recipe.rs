@@ -79,8 +79,11 @@ impl Recipe for Distilling {
         Ok(Gpt::of_parts(shape, mesh, of_teacher)?)
     }
 
-    fn enter(&self, out: &Path, resumed: bool) -> Result<()> {
-        if resumed { self.settings.check_continues(out) } else { self.settings.write(out) }
+    fn enter(&self, out: &Path, config: &TrainConfig, resumed: bool) -> Result<()> {
+        match resumed {
+            true => self.settings.check_continues(out),
+            false => Settings { train_tokens: Some(config.train_tokens), ..self.settings.clone() }.write(out),
+        }
     }
 
     fn complete(&self, model: Gpt, config: &TrainConfig, mesh: Option<Arc<Mesh>>) -> Result<Self::Model> {
@@ -92,11 +95,14 @@ impl Recipe for Distilling {
                 "--kd-top-k is for one rank: ranks ask their teacher together, and would not all have to"
             );
             let vocab_size = self.teacher.config().vocab_size;
-            let of = TargetsConfig { vocab_size, seq_len: config.seq_len(), k, temperature: how.temperature };
+            let (seq_len, precision) = (config.seq_len(), config.precision);
+            let of = TargetsConfig { vocab_size, seq_len, k, temperature: how.temperature, precision };
             Ok(KeptTargets::open(&self.cache, self.teacher.fingerprint(), of)?)
         };
         let kept = self.settings.top_k.map(keep).transpose()?;
-        Ok(Student::new(model, Following { teacher, how, schedule, train_tokens: config.train_tokens, kept })?)
+        // A run that is resumed for more tokens does not begin to follow again.
+        let train_tokens = self.settings.train_tokens.unwrap_or(config.train_tokens);
+        Ok(Student::new(model, Following { teacher, how, schedule, train_tokens, kept })?)
     }
 
     fn beside(&self) -> Result<Vec<DecoderConfig>> {

@@ -46,11 +46,11 @@ pub trait Recipe: Sync {
         args.initial(shape, seed, mesh)
     }
 
-    /// Called on one rank once everything is ready, before the run in the folder `out` begins or is `resumed`.
+    /// Called on one rank once everything is ready, before the run in the folder `out` begins with this `config`, or is `resumed`.
     ///
     /// # Errors
     /// If the run in the folder is of another recipe.
-    fn enter(&self, out: &Path, resumed: bool) -> Result<()>;
+    fn enter(&self, out: &Path, config: &TrainConfig, resumed: bool) -> Result<()>;
 
     /// What is trained, of a model that follows `config`. Called by all ranks.
     ///
@@ -90,7 +90,7 @@ impl Recipe for Plain {
         args.family(seq_length, tokenizer)
     }
 
-    fn enter(&self, _: &Path, _: bool) -> Result<()> {
+    fn enter(&self, _: &Path, _: &TrainConfig, _: bool) -> Result<()> {
         Ok(())
     }
 

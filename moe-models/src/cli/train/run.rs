@@ -164,7 +164,7 @@ impl<R: Recipe> Run<'_, R> {
         let layout = self.layout(&decoder, &config)?;
         let seed = config.seed;
         let laid = self.lay_out(layout, &config, |mesh| recipe.initial(&args.model, shape, seed, mesh))?;
-        self.enter(lock.as_ref(), false)?;
+        self.enter(lock.as_ref(), &config, false)?;
         self.describe(&decoder, &corpus, &config)?;
         let files = args.model.folder_files(tokenizer::to_json(&tokenizer)?)?;
         let folder = RunFolder::locked(&args.out, laid.ranks, lock);
@@ -187,7 +187,7 @@ impl<R: Recipe> Run<'_, R> {
                 differs.join("\n")
             );
         }
-        self.enter(lock.as_ref(), true)?;
+        self.enter(lock.as_ref(), &config, true)?;
         let text = self.text(&config)?;
         let corpus = self.pack(text, &tokenizer, &decoder, &config)?;
         let layout = self.layout(&decoder, &config)?;
@@ -200,8 +200,8 @@ impl<R: Recipe> Run<'_, R> {
     }
 
     /// The rank that writes sees to it that the folder is one of this recipe's.
-    fn enter(&self, lock: Option<&RunLock>, resumed: bool) -> Result<()> {
-        let entered = lock.map_or(Ok(()), |_| self.recipe.enter(&self.args.out, resumed));
+    fn enter(&self, lock: Option<&RunLock>, config: &TrainConfig, resumed: bool) -> Result<()> {
+        let entered = lock.map_or(Ok(()), |_| self.recipe.enter(&self.args.out, config, resumed));
         Ok(all_well(&*self.crew, Phase::Start, entered.map_err(|e| Error::Config(format!("{e:#}"))))?)
     }
 

@@ -6,7 +6,7 @@
 //! ```
 //!
 //! Eight integers of 4 bits are a word, each plus 8, the first in the lowest bits; zeros fill the last word of a row. Scales are
-//! bf16; f16 and f32 are read too.
+//! bf16; f16 and f32 are read too, of 4 bits where their values are ones of bf16.
 
 use crate::hf::tensor_file::TensorHeader;
 use moe_kernels::quantized::{IntegerMatrix, QuantFormat};

@@ -103,6 +103,7 @@ impl ShownBy {
             Self::Saves { reach, times } => {
                 let saved = reach::compute_saved(found, reach)?;
                 let verdicts = saved.iter().map(|saved| Verdict::at_least(*times, saved.low, saved.high));
+                let verdicts = verdicts.map(|verdict| if saved.len() > 1 { verdict } else { Verdict::NotToldApart });
                 let words: Vec<&str> = saved.iter().map(|saved| saved.words.as_str()).collect();
                 match verdicts.reduce(|all, one| if all == one { all } else { Verdict::NotToldApart }) {
                     Some(verdict) => (format!("compute, by seed: {}", words.join(", ")), verdict),

@@ -72,8 +72,12 @@ pub(crate) fn run(args: &Args) -> Result<()> {
         let until = args.minutes.map(|minutes| Instant::now() + Duration::from_secs_f64(minutes * 60.0));
         let text = runner::Text { data: args.data.clone(), valid: args.valid.clone() };
         let beside: BTreeSet<String> = experiments.iter().flat_map(Experiment::beside).collect();
-        place.check_text(beside.iter(), &text.described()?)?;
+        let described = text.described()?;
+        place.check_text(beside.iter(), &described)?;
+        place.keep_text(&described)?;
         runner::run_all(&jobs, &place, &text, args.jobs, until)?;
     }
-    report::write(&experiments, &place.records)
+    // All that there is, whatever was run now.
+    let reported = if args.smoke { experiments } else { Experiment::read_all(&folder, &[], false)? };
+    report::write(&reported, &place.records)
 }

@@ -68,6 +68,31 @@ impl Place {
         Ok(())
     }
 
+    /// Notes what the models in the folder of runs are trained on, or refuses another text than they were: they are teachers, and
+    /// what others start from.
+    ///
+    /// # Errors
+    /// Naming both texts.
+    pub(super) fn keep_text(&self, text: &[String]) -> Result<()> {
+        let path = self.runs.join("text.json");
+        if path.exists() {
+            let noted: Vec<String> = serde_json::from_slice(&std::fs::read(&path)?)
+                .with_context(|| format!("{} is damaged", path.display()))?;
+            ensure!(
+                noted == text,
+                "models in {} were trained on {}, these runs would be on {}: give the same --data and --valid, or another --out",
+                self.runs.display(),
+                shown(&noted),
+                shown(text)
+            );
+            return Ok(());
+        }
+        std::fs::create_dir_all(&self.runs).with_context(|| format!("cannot make {}", self.runs.display()))?;
+        let unfinished = path.with_extension("unfinished");
+        std::fs::write(&unfinished, serde_json::to_string(text)?)?;
+        Ok(std::fs::rename(unfinished, path)?)
+    }
+
     fn folder(&self, experiment: &str, name: &str) -> PathBuf {
         self.runs.join(experiment).join(name)
     }
@@ -164,7 +189,13 @@ pub(super) fn run_all(
         while running.len() < side_by_side {
             let Some(job) = next(jobs, place, &running, &failed, until) else { break };
             eprintln!("{}/{}: about {:.0} minutes", job.experiment, job.name(), job.minutes);
-            running.push(Running::start(job, place, text)?);
+            match Running::start(job, place, text) {
+                Ok(run) => running.push(run),
+                Err(error) => {
+                    eprintln!("{}: {error:#}", full_name(job));
+                    failed.push(full_name(job));
+                }
+            }
         }
         if running.is_empty() {
             break;
@@ -254,6 +285,10 @@ fn start(job: &Job, place: &Place, text: &Text) -> Result<Child> {
     if let Some(source) = &job.made_of {
         let (source, made) = (model_of(source), folder.join("made"));
         let unchanged = job.made_by.is_empty();
+        // One that a run has not begun with may be of other arguments.
+        if made.exists() && !folder.join("latest").exists() {
+            std::fs::remove_dir_all(&made)?;
+        }
         if !unchanged && !made.exists() {
             make(job, &source, &made, text)?;
         }
@@ -307,6 +342,9 @@ fn finish(job: &Job, place: &Place, text: &Text, minutes: f64) -> Result<()> {
         if entry.file_name().to_string_lossy().starts_with("step-") {
             std::fs::remove_dir_all(entry.path())?;
         }
+    }
+    if folder.join("made").exists() {
+        std::fs::remove_dir_all(folder.join("made"))?;
     }
     let seconds = folder.join(SECONDS);
     if seconds.exists() {
