@@ -21,6 +21,7 @@ pub mod hf;
 mod layer;
 mod layerwise;
 mod model;
+mod opened;
 mod params;
 pub mod random;
 mod source;

@@ -5,12 +5,12 @@ use crate::batch::{LossOutput, Pass, TokenBatch};
 use crate::families::{Family, ReadFamily};
 use crate::hf::quantization::{QuantizationConfig, read_config};
 use crate::hf::{self, Checkpoint, KeptPath};
+use crate::opened::Opened;
 use crate::params::{ParamSource, ParamTable};
 use crate::{Decoder, DecoderConfig, DropoutConfig, Error, ModelSource, Recompute, Result};
 use candle_core::{DType, Device, Tensor, Var};
-use moe_core::{CandleOps, Ops, ParamSpec, WeightUse};
-use moe_kernels::quantized::QuantFormat;
-use moe_kernels::{KeptWeights, KernelOps, PackedForms, Precision, WeightFormat};
+use moe_core::{CandleOps, Ops, ParamSpec};
+use moe_kernels::{KeptWeights, KernelOps, PackedForms, Precision};
 use moe_parallel::{Mesh, Placement};
 use std::borrow::Cow;
 use std::collections::HashSet;
@@ -500,55 +500,6 @@ impl Decoder {
     }
 }
 
-/// The files of a model, and the forms in which its weights are packed.
-struct Opened {
-    family: Box<dyn Family>,
-    checkpoint: Checkpoint,
-    forms: PackedForms,
-    /// Of matrices that are integers in the files, or become such.
-    integers: Option<QuantFormat>,
-}
-
-impl Opened {
-    fn of_source(source: &ModelSource, forms: PackedForms) -> Result<Self> {
-        let (family, quantization) = source.family::<Box<dyn Family>>()?;
-        let checkpoint = source.checkpoint(&family)?;
-        let own = Self::new((family, quantization), checkpoint, forms, &source.config_path())?;
-        Ok(match own.integers {
-            Some(format) if source.may_keep_integers() => {
-                let (forms, checkpoint) = (own.forms.with_stored(format), own.checkpoint.with_integers(format));
-                Self { forms, checkpoint, ..own }
-            }
-            _ => own,
-        })
-    }
-
-    fn from_bytes(config_json: &[u8], weights: Cow<'static, [u8]>, forms: PackedForms) -> Result<Self> {
-        let path = Path::new("config.json");
-        let config = read_config::<Box<dyn Family>>(config_json, path)?;
-        let checkpoint = Checkpoint::from_bytes(weights, &config.0)?;
-        Self::new(config, checkpoint, forms, path)
-    }
-
-    fn new(
-        (family, quantization): (Box<dyn Family>, Option<QuantizationConfig>),
-        checkpoint: Checkpoint,
-        forms: PackedForms,
-        path: &Path,
-    ) -> Result<Self> {
-        Ok(match (quantization, forms.of(WeightUse::Product)) {
-            (Some(QuantizationConfig { format, .. }), _) => Self {
-                family,
-                checkpoint: checkpoint.with_integers(format),
-                forms: stored_forms(forms, format, path)?,
-                integers: Some(format),
-            },
-            (None, WeightFormat::Quantized(format)) => Self { family, checkpoint, forms, integers: Some(format) },
-            (None, _) => Self { family, checkpoint, forms, integers: None },
-        })
-    }
-}
-
 /// A file of packed weights, after a model was loaded.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Kept {
@@ -558,23 +509,6 @@ pub enum Kept {
     Written(PathBuf),
     /// It could not be written, for this reason (a full disk, say), and nothing is left of it; the model is whole.
     Unwritten(String),
-}
-
-/// The forms for a folder of integers in `format`: which matrices are quantized is the folder's choice.
-fn stored_forms(forms: PackedForms, format: QuantFormat, path: &Path) -> Result<PackedForms> {
-    let mut own = forms.with_stored(format);
-    for purpose in [WeightUse::Product, WeightUse::Table, WeightUse::Output] {
-        let WeightFormat::Quantized(asked) = forms.of(purpose) else { continue };
-        if asked != format {
-            let reason = format!(
-                "the weights are quantized already, in {format}, not in {asked}; ask for nothing else, or start from the folder \
-                 they were made of"
-            );
-            return Err(Error::format(path, reason));
-        }
-        own = own.with(purpose, forms.precision())?;
-    }
-    Ok(own)
 }
 
 /// The backend of a device for weights that stay as they are.

@@ -141,12 +141,13 @@ fn bad_input_is_told() {
         (int8(&["--text", "text.txt", "--max-tokens", "3"]), "--max-tokens 3 must be at least 16"),
         (int8(&["--calibrate", "--data", "short.txt"]), "too few to calibrate on and to hold a window out"),
     ];
-    let cases: [(&[&str], &str); 11] = [
+    let cases: [(&[&str], &str); 12] = [
         (&["prune", "--model", "dense", "--out", "x", "--keep", "0.5"], "is a dense model"),
         (&["prune", "--model", "teacher", "--out", "x"], "--keep <SHARE>"),
         (&["prune", "--model", "teacher", "--out", "x", "--keep", "0"], "above 0"),
         (&["prune", "--model", "teacher", "--out", "dense", "--keep", "0.5"], "not an empty folder"),
         (&["prune", "--model", "none", "--out", "x", "--keep", "0.5"], "none/config.json"),
+        (&["prune", "--model", "teacher", "--out", "x", "--keep", "0.5", "--seed", "3"], "--seed is of --by random"),
         (&["merge", "--model", "teacher", "--out", "x", "--keep", "0.5", "--calibration-tokens", "3"], "at least 16"),
         (&["quantize", "--model", "none", "--out", "x", "--format", "int8"], "none is not there"),
         (&["quantize", "--model", "teacher", "--out", "x", "--format", "int8", "--group-size", "32"], "is for int4"),
@@ -160,4 +161,16 @@ fn bad_input_is_told() {
         assert!(!output.status.success() && text.contains(part), "{words:?}: {text}");
         assert!(!dir.path().join("x").exists(), "{words:?}");
     }
+}
+
+#[test]
+fn a_gguf_file_is_quantized_as_a_folder_is() {
+    let dir = tempfile::tempdir().unwrap();
+    let file = concat!(env!("CARGO_MANIFEST_DIR"), "/../moe-models/tests/fixtures/gguf/olmoe.gguf");
+    let output = moe_compress(dir.path(), &["quantize", "--model", file, "--out", "int8", "--format", "int8"]);
+    assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
+    let text = String::from_utf8_lossy(&output.stdout);
+    assert!(text.contains("int8: ") && text.contains("MB of weights in int8"), "{text}");
+    let config = std::fs::read_to_string(dir.path().join("int8/config.json")).unwrap();
+    assert!(config.contains("quantization_config") && config.contains("olmoe"), "{config}");
 }

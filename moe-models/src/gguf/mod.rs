@@ -5,8 +5,8 @@
 //! parameters (`tensors.rs`), mapped, one at a time, experts too; its tokenizer becomes a `tokenizer.json` (`tokenizer/`). What a
 //! file says beyond that is refused by name.
 //!
-//! Forms: F32, F16, BF16 as they are; Q8_0, Q4_0, Q4_1, Q4_K, Q6_K and MXFP4 as the values they stand for, which are rounded to what the
-//! model is asked for, once. Q4_0 is the form of [`moe_kernels::QuantFormat::INT4`], but for scales of f16 in the place of bf16:
+//! Forms: F32, F16, BF16 as they are; Q8_0, Q4_0, Q4_1, Q4_K, Q6_K and MXFP4 as the values they stand for, which are rounded to what
+//! the model is asked for, once. Q4_0 is the form of [`moe_kernels::QuantFormat::INT4`], but for scales of f16 in the place of bf16:
 //! where matrices are asked for so, its integers are kept, and only the scales are rounded. All others are quantized again.
 
 mod architecture;

@@ -57,14 +57,13 @@ impl Sampler {
     /// The draw at `position`, but for these tokens, as one that needs nothing of this sampler; `None` if it does.
     pub(super) fn plain(&self, forbidden: &[u32], position: usize, uniform: f64) -> Option<PlainDraw> {
         let SamplingParams { temperature, top_k, top_p, min_p, .. } = self.params;
-        let forbidden = self.suppressed.iter().chain(forbidden).copied().collect();
-        (!self.penalises() && self.params.logit_bias.is_empty()).then_some(PlainDraw {
+        (!self.penalises() && self.params.logit_bias.is_empty()).then(|| PlainDraw {
             temperature,
             top_k,
             top_p,
             min_p,
             num_tokens: self.num_tokens,
-            forbidden,
+            forbidden: self.suppressed.iter().chain(forbidden).copied().collect(),
             position,
             uniform,
         })

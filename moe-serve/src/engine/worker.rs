@@ -261,10 +261,12 @@ impl Worker {
             step.add(&mut sequence.cached, &ids, logits, &pages).expect("the plan has counted the pages");
             if self.replicas.draws() {
                 // From the last ones only, and from none whose logits are wanted themselves.
-                let drawn = if draws && !all { 1 + part.drafts.len() } else { 0 };
-                let active = self.jobs.get(&part.id.job).filter(|_| drawn > 0);
-                plain.extend(std::iter::repeat_n(None, num_rows - active.map_or(0, |_| drawn)));
-                plain.extend(active.into_iter().flat_map(|active| active.plain_draws(part.id.choice, drawn)));
+                let own = match self.jobs.get(&part.id.job) {
+                    Some(active) if draws && !all => active.plain_draws(part.id.choice, 1 + part.drafts.len()),
+                    _ => Vec::new(),
+                };
+                plain.extend(std::iter::repeat_n(None, num_rows - own.len()));
+                plain.extend(own);
             }
             let first = num_rows_of[replica];
             num_rows_of[replica] += num_rows;

@@ -3,18 +3,19 @@
 use crate::engine::{Answer, config, gpt, random_jobs, run, submit, wait};
 use candle_core::Device;
 use moe_kernels::KernelOps;
-use moe_models::{CausalLm, Decoder, LayerExperts, ParamSource, Precision};
+use moe_models::{CausalLm, Decoder, LayerExperts, Pages, ParamSource, Precision};
 use moe_parallel::all_to_all::{Route, RouteChoice};
 use moe_parallel::comm::Communicator;
 use moe_parallel::comm::thread::{Clock, FaultPlan, Injection, ThreadWorld};
 use moe_parallel::{Collectives, Coordination, ExchangeConfig, Mesh, ParallelDims};
 use moe_serve::engine::{
-    CancelFlag, Engine, FinishReason, Flow, Job, Listener, PromptOutput, RankReplicas, SampledToken, SchedulingConfig,
-    SpeculationConfig, follow,
+    CancelFlag, Engine, FinishReason, Flow, Job, Listener, PromptOutput, RankReplicas, ReplicaOutput, ReplicaStep,
+    Replicas, SampledToken, SchedulingConfig, SpeculationConfig, follow,
 };
 use moe_serve::{Error, Result};
 use std::collections::BTreeMap;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::Duration;
 
 const KV_CACHE_BYTES: usize = 1 << 20;
@@ -47,6 +48,43 @@ fn part(
     Ok((mesh, Arc::new(lm)))
 }
 
+/// Replicas whose every step is looked at: from a row a token is drawn where it is, or it travels, as was asked.
+struct Watched {
+    replicas: RankReplicas,
+    /// Rows that tokens were drawn from, and rows that travelled.
+    rows: Arc<[AtomicUsize; 2]>,
+}
+
+impl Replicas for Watched {
+    fn pages(&self) -> Vec<Pages> {
+        self.replicas.pages()
+    }
+    fn run(&mut self, steps: &[ReplicaStep]) -> Result<Vec<ReplicaOutput>> {
+        let outputs = self.replicas.run(steps)?;
+        for (ReplicaStep { step, draws }, output) in steps.iter().zip(&outputs) {
+            assert_eq!(draws.len(), step.logit_rows().len());
+            assert!(draws.iter().map(Option::is_some).eq(output.drawn.iter().map(Option::is_some)));
+            let drawn = draws.iter().flatten().count();
+            assert_eq!(output.logits.dims()[0], draws.len() - drawn);
+            self.rows[0].fetch_add(drawn, Ordering::Relaxed);
+            self.rows[1].fetch_add(draws.len() - drawn, Ordering::Relaxed);
+        }
+        Ok(outputs)
+    }
+    fn draws(&self) -> bool {
+        self.replicas.draws()
+    }
+    fn idle_limit(&self) -> Option<Duration> {
+        self.replicas.idle_limit()
+    }
+    fn idle(&mut self) -> Result<()> {
+        self.replicas.idle()
+    }
+    fn has_failed(&self) -> bool {
+        self.replicas.has_failed()
+    }
+}
+
 /// The answers of all jobs, which rank 0 has before it works; `None` of the others.
 fn serve(
     comm: Arc<dyn Communicator>,
@@ -55,6 +93,7 @@ fn serve(
     jobs: &[(Job, usize)],
     scheduling: &SchedulingConfig,
     timeout: Duration,
+    rows: &Arc<[AtomicUsize; 2]>,
 ) -> (Result<()>, Option<Vec<Answer>>) {
     let max_sequences = scheduling.max_sequences;
     let rank = comm.rank();
@@ -66,7 +105,7 @@ fn serve(
         return (follow(mesh, lm, KV_CACHE_BYTES, max_sequences), None);
     }
     let replicas = match RankReplicas::new(mesh, Arc::clone(&lm), KV_CACHE_BYTES, max_sequences, timeout) {
-        Ok(replicas) => replicas,
+        Ok(replicas) => Watched { replicas, rows: Arc::clone(rows) },
         Err(error) => return (Err(error), None),
     };
     let config = config(lm.as_ref(), jobs.len(), scheduling.clone(), KV_CACHE_BYTES);
@@ -88,7 +127,7 @@ fn tokens_are_those_of_one_rank() {
     let speculation = SpeculationConfig { num_tokens: 3, min_ngram: 1, max_ngram: 3 };
     let small =
         SchedulingConfig { max_batch_tokens: 24, max_sequences: 12, speculation, ..SchedulingConfig::default() };
-    let mut compared = 0;
+    let (mut compared, rows) = (0, Arc::new([const { AtomicUsize::new(0) }; 2]));
     for (dims, route, coordination, scheduling) in [
         (ParallelDims::new(2, 1, 2, 1), Route::Flat.into(), Coordination::None, SchedulingConfig::default()),
         (ParallelDims::new(4, 1, 4, 1), Route::Hierarchical.into(), Coordination::None, small.clone()),
@@ -101,7 +140,7 @@ fn tokens_are_those_of_one_rank() {
         let exchange = ExchangeConfig { route, coordination };
         let mut results = ThreadWorld::new(4.min(dims.dp * dims.tp))
             .with_timeout(timeout)
-            .run(|comm| serve(comm, dims, exchange, &jobs, &scheduling, timeout));
+            .run(|comm| serve(comm, dims, exchange, &jobs, &scheduling, timeout, &rows));
         assert!(results.iter().all(|(result, _)| result.is_ok()), "{dims:?}: {results:?}");
         let got = results.remove(0).1.expect("rank 0 has the answers");
         for (i, (got, want)) in got.iter().zip(&want).enumerate() {
@@ -113,8 +152,12 @@ fn tokens_are_those_of_one_rank() {
             }
         }
     }
-    println!("{compared} tokens over ranks are those of one");
+    let [drawn, travelled] = [0, 1].map(|i| rows[i].load(Ordering::Relaxed));
+    println!(
+        "{compared} tokens over ranks are those of one; {drawn} drawn where the logits were, {travelled} rows of logits"
+    );
     assert!(compared > 1500, "{compared}");
+    assert!(drawn > 200 && travelled > 200, "{drawn} {travelled}");
 }
 
 /// Seeded faults in virtual time: a rank dies, sticks or is late, at whatever operation. Every job is answered, with its tokens or
@@ -133,7 +176,7 @@ fn faults(seeds: std::ops::Range<u64>) {
             .with_timeout(timeout)
             .with_clock(Clock::Virtual)
             .with_faults(plan)
-            .run_timed(|comm| serve(comm, dims, exchange, &jobs, &scheduling, timeout));
+            .run_timed(|comm| serve(comm, dims, exchange, &jobs, &scheduling, timeout, &Arc::default()));
         let failed = timed.iter().any(|((result, _), _)| result.is_err());
         let answers = timed.into_iter().next().and_then(|((_, answers), _)| answers);
         match (&want, answers) {

@@ -4,7 +4,7 @@ use super::{Description, common, experts, head_dim};
 use crate::fields::{Checked, Fields};
 use crate::gguf::file::GgufFile;
 use crate::gguf::tensors::Layout;
-use serde_json::{Value, json};
+use serde_json::Value;
 
 pub(super) fn read(fields: &mut Fields, file: &GgufFile) -> Checked<Description> {
     let mut config = common(fields, file, "gpt_oss")?;
@@ -18,10 +18,10 @@ pub(super) fn read(fields: &mut Fields, file: &GgufFile) -> Checked<Description>
     config.insert("intermediate_size".into(), fields.required("expert_feed_forward_length")?);
     config.insert("sliding_window".into(), fields.required("attention.sliding_window")?);
     config.insert("attention_bias".into(), file.tensor("blk.0.attn_q.bias").is_some().into());
-    // The model was trained with bounds between stretched and other frequencies that are not rounded; files do not say it.
-    match config["rope_scaling"].as_object_mut() {
+    match config["rope_scaling"].as_object_mut().filter(|scaling| scaling["rope_type"] == "yarn") {
+        // The model was trained with bounds between stretched and other frequencies that are not rounded; files do not say it.
         Some(scaling) => drop(scaling.insert("truncate".into(), false.into())),
-        None => config["rope_scaling"] = json!({ "rope_type": "default" }),
+        None => return Err("gpt-oss.rope.scaling.type must be yarn; nothing else is implemented".into()),
     }
     Ok(Description { config, layout: Layout { norm_after_attention: true, ..Layout::default() } })
 }

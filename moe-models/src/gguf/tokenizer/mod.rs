@@ -8,9 +8,6 @@ mod bpe;
 mod pre;
 mod spm;
 
-#[cfg(test)]
-pub(super) use pre::stages;
-
 use super::file::GgufFile;
 use super::value::Value as Metadata;
 use crate::fields::Checked;

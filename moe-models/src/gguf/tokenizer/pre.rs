@@ -110,11 +110,46 @@ pub(super) fn keeps_whole_words(name: &str) -> Checked<bool> {
 }
 
 /// The `normalizer` and the `pre_tokenizer` of a `tokenizer.json`.
-pub(in crate::gguf) fn stages(name: &str) -> Checked<[Value; 2]> {
+pub(super) fn stages(name: &str) -> Checked<[Value; 2]> {
     let cut = find(name)?;
     let split = |words: &&str| json!({ "type": "Split", "pattern": { "Regex": words }, "behavior": "Isolated", "invert": false });
     let bytes = json!({ "type": "ByteLevel", "add_prefix_space": false, "trim_offsets": true, "use_regex": false });
     let stages: Vec<Value> = cut.words.iter().map(split).chain([bytes]).collect();
     let normalizer = if cut.composes { json!({ "type": "NFC" }) } else { Value::Null };
     Ok([normalizer, json!({ "type": "Sequence", "pretokenizers": stages })])
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use tokenizers::pre_tokenizers::PreTokenizerWrapper;
+    use tokenizers::{OffsetReferential, OffsetType, PreTokenizedString, PreTokenizer};
+
+    const PIECES: &str = include_str!("../../../tests/fixtures/gguf/pieces.json");
+
+    /// Pieces of texts are those that tiktoken cuts.
+    #[test]
+    fn text_is_cut_as_its_name_says() {
+        let expected: Value = serde_json::from_str(PIECES).unwrap();
+        let mut texts = 0;
+        for (name, samples) in expected.as_object().unwrap() {
+            let [_, cut] = stages(name).unwrap();
+            // Without the last stage, which writes bytes as other characters.
+            let words = cut["pretokenizers"].as_array().unwrap().split_last().unwrap().1;
+            let words: PreTokenizerWrapper =
+                serde_json::from_value(json!({ "type": "Sequence", "pretokenizers": words })).unwrap();
+            for sample in samples.as_array().unwrap() {
+                let mut text = PreTokenizedString::from(sample["text"].as_str().unwrap());
+                words.pre_tokenize(&mut text).unwrap();
+                let pieces: Vec<_> = text
+                    .get_splits(OffsetReferential::Original, OffsetType::Byte)
+                    .into_iter()
+                    .map(|(piece, ..)| piece)
+                    .collect();
+                assert_eq!(json!(pieces), sample["pieces"], "{name}");
+                texts += 1;
+            }
+        }
+        assert_eq!(texts, 12);
+    }
 }

@@ -157,6 +157,10 @@ mod tests {
         published = "5x"
         saves = { reach = "cut against whole", times = 5.0 }
         [[claim]]
+        says = "a half less"
+        published = "2x"
+        saves = { reach = "cut against whole", times = 0.5 }
+        [[claim]]
         says = "all comes back"
         published = "96%"
         wins-back = { run = "cut", share = 0.96 }
@@ -183,6 +187,8 @@ mod tests {
         for part in [
             "| cutting costs nothing | 0 | cut minus whole: -0.0500 (one seed) | not told apart here |",
             "| five times less | 5x | compute, by seed: more than 1.00 | not told apart here |",
+            // It would show, were it not one seed.
+            "| a half less | 2x | compute, by seed: more than 1.00 | not told apart here |",
             "| all comes back | 96% | cut: +125.0 (one seed) % | not told apart here |",
             "| cut minus whole | -0.0500 | - | 1 | not told apart |",
             "| whole | +0.0000 | -0.0500 | 1 | - | - |",
@@ -200,6 +206,11 @@ mod tests {
         let check = |text: &[String]| place.check_text(x().beside().iter(), text);
         check(&[]).unwrap();
         assert!(check(&["other, 9 bytes".into()]).unwrap_err().to_string().contains("other, 9 bytes"));
+        // Models of a folder are of one text.
+        place.keep_text(&["a".into()]).unwrap();
+        place.keep_text(&["a".into()]).unwrap();
+        let text = place.keep_text(&["b".into()]).unwrap_err().to_string();
+        assert!(text.contains("were trained on a, these runs would be on b"), "{text}");
         // Of another text than what it is compared with.
         let other = Record { experiment: "x".into(), run: "cut".into(), data: vec!["a".into()], ..record(&[(0, 2.4)]) };
         other.write(&Record::path(&dir, "x", "cut")).unwrap();
