@@ -379,7 +379,8 @@ fn refuse_quantized(form: Option<String>, path: &Path) -> Result<()> {
 impl Decoder {
     /// Reads a Hugging Face folder of any family, or a GGUF file, for inference alone: weights are packed as they are read, and no
     /// other form of them is ever whole in memory. In one [`Precision`], or quantized on the way where `forms` say so; a folder that is
-    /// quantized keeps the integers it has, and so do Q4_0 tensors of a GGUF file where [`QuantFormat::INT4`] is asked for.
+    /// quantized keeps the integers it has, and so do Q4_0 tensors of a GGUF file where
+    /// [`QuantFormat::INT4`](crate::QuantFormat::INT4) is asked for.
     ///
     /// # Errors
     /// If a file is missing, damaged, or does not fit the configuration; if `forms` ask for other integers than a quantized folder
