@@ -32,6 +32,8 @@ enum Phase {
 struct State {
     phase: Phase,
     since: Instant,
+    /// When its last request began.
+    asked: Instant,
     /// Since when the client takes nothing of what is ready for it.
     blocked: Option<Instant>,
     /// Whether it is to be closed for the sake of another one.
@@ -54,7 +56,8 @@ pub(super) struct Activity {
 
 impl Activity {
     pub(super) fn new() -> Arc<Self> {
-        let state = State { phase: Phase::New, since: Instant::now(), blocked: None, gives_way: false };
+        let now = Instant::now();
+        let state = State { phase: Phase::New, since: now, asked: now, blocked: None, gives_way: false };
         Arc::new(Self { state: Mutex::new(state), changed: Notify::new() })
     }
 
@@ -68,35 +71,42 @@ impl Activity {
     pub(super) async fn overdue(&self, limits: &Limits) -> &'static str {
         loop {
             let changed = self.changed.notified();
-            match self.due(limits) {
-                Some((at, name)) if at <= Instant::now() => return name,
-                Some((at, _)) => tokio::select! {
-                    () = sleep_until(at) => {}
-                    () = changed => {}
-                },
-                None => changed.await,
+            let (at, name) = self.due(limits);
+            if at <= Instant::now() {
+                return name;
+            }
+            tokio::select! {
+                () = sleep_until(at) => {}
+                () = changed => {}
             }
         }
     }
 
     /// When the connection exceeds which limit if nothing changes.
-    fn due(&self, limits: &Limits) -> Option<(Instant, &'static str)> {
+    fn due(&self, limits: &Limits) -> (Instant, &'static str) {
         let state = self.lock();
-        let State { phase, since, blocked, gives_way } = *state;
+        let State { phase, since, asked, blocked, gives_way } = *state;
         if gives_way && state.waits_for_client() {
-            return Some((since, "max_connections"));
+            return (since, "max_connections");
         }
+        // An answer ends itself at its limit, and then has what a client may take for the last of it: who takes a little now and then is
+        // never blocked for long.
+        let answered = (asked + limits.request_timeout + limits.write_timeout, "request_timeout");
         match (blocked, phase) {
-            (Some(blocked), _) => Some((blocked + limits.write_timeout, "write_timeout")),
-            (None, Phase::New | Phase::Head) => Some((since + limits.header_timeout, "header_timeout")),
-            (None, Phase::Idle) => Some((since + limits.keep_alive_timeout, "keep_alive_timeout")),
-            (None, Phase::Busy) => None,
+            (Some(blocked), _) => (blocked + limits.write_timeout, "write_timeout").min(answered),
+            (None, Phase::New | Phase::Head) => (since + limits.header_timeout, "header_timeout"),
+            (None, Phase::Idle) => (since + limits.keep_alive_timeout, "keep_alive_timeout"),
+            (None, Phase::Busy) => answered,
         }
     }
 
     fn enter(&self, phase: Phase) {
         let mut state = self.lock();
-        (state.phase, state.since, state.gives_way) = (phase, Instant::now(), false);
+        let now = Instant::now();
+        (state.phase, state.since, state.gives_way) = (phase, now, false);
+        if phase == Phase::Busy {
+            state.asked = now;
+        }
         drop(state);
         self.changed.notify_one();
     }

@@ -15,17 +15,24 @@ pub(super) struct AnswerReader {
     call_seed: u64,
     /// Calls that have begun.
     calls: usize,
+    /// Whether what came last was a thought.
+    thinks: bool,
 }
 
 impl AnswerReader {
     pub(super) fn new(reading: &Reading, choice: usize, call_seed: u64) -> Self {
         let Reading { format, ref tools, parallel, or_form } = *reading;
         let parser = if or_form { format.parser_or_form(tools) } else { format.parser(tools) };
-        Self { choice, parser, format, parallel, call_seed, calls: 0 }
+        Self { choice, parser, format, parallel, call_seed, calls: 0, thinks: false }
     }
 
     pub(super) fn has_called(&self) -> bool {
         self.calls > 0
+    }
+
+    /// Whether the text so far ends in a thought, or in the mark that ends one.
+    pub(super) fn thinks(&self) -> bool {
+        self.thinks
     }
 
     /// The pieces of more text, at least one.
@@ -45,6 +52,7 @@ impl AnswerReader {
         let piece = Piece { choice: self.choice, ..Piece::default() };
         // Of calls that may not stand side by side the first one counts.
         let is_dropped = |calls: usize| calls > 1 && !self.parallel;
+        self.thinks = matches!(part, AnswerPart::Reasoning(_));
         match part {
             AnswerPart::Text(text) => Some(Piece { text, ..piece }),
             AnswerPart::Reasoning(reasoning) => Some(Piece { reasoning, ..piece }),

@@ -1,54 +1,99 @@
 //! [`BodyBudget`]: reads request bodies within bounds on size, time and memory.
 
 use super::error::ApiError;
-use super::limits::MAX_LARGEST_BODIES;
-use axum::body::{Body, Bytes, to_bytes};
+use super::limits::{MAX_LARGEST_BODIES, UNSHARED_BODY_BYTES};
+use axum::body::Body;
 use axum::http::{HeaderMap, HeaderName, StatusCode, header};
-use std::error::Error as StdError;
+use http_body_util::BodyExt;
+use std::sync::Arc;
 use std::time::Duration;
-use tokio::sync::{Semaphore, SemaphorePermit};
-use tokio::time::timeout;
+use tokio::sync::{OwnedSemaphorePermit, Semaphore};
+use tokio::time::{Instant, timeout_at};
 
 /// The unit in which memory is shared out.
 const SHARE_BYTES: usize = 1024;
 
-/// Memory for bodies that are being read or parsed. A body holds as much as it announced.
+/// Memory for bodies that are being read or parsed. A body takes it as it comes, so that who announces much and sends nothing keeps
+/// nobody waiting; and none for its beginning, so that who sends little waits for nobody: of those there are at most as many as
+/// connections.
 #[derive(Debug)]
 pub(super) struct BodyBudget {
-    shares: Semaphore,
+    shares: Arc<Semaphore>,
     max_body_bytes: usize,
+}
+
+/// A body, and its share of the budget until this is dropped.
+#[derive(Debug)]
+pub(super) struct SharedBody {
+    bytes: Vec<u8>,
+    _share: Option<OwnedSemaphorePermit>,
+}
+
+impl SharedBody {
+    pub(super) fn bytes(&self) -> &[u8] {
+        &self.bytes
+    }
 }
 
 impl BodyBudget {
     pub(super) fn new(max_body_bytes: usize) -> Self {
-        Self { shares: Semaphore::new(MAX_LARGEST_BODIES * shares(max_body_bytes) as usize), max_body_bytes }
+        let shares = MAX_LARGEST_BODIES * shares_of(max_body_bytes) as usize;
+        Self { shares: Arc::new(Semaphore::new(shares.min(Semaphore::MAX_PERMITS))), max_body_bytes }
     }
 
-    /// Reads a JSON body. Its share of the budget is free again when the permit is dropped.
+    /// Reads a JSON body.
     ///
     /// # Errors
-    /// 415 if it is not announced as JSON, 413 if it is too large, 408 if it takes too long, 400 if it breaks off.
+    /// 415 if it is not announced as JSON, 413 if it is too large, 408 if it takes too long, 429 if it does so for want of memory, 400
+    /// if it breaks off.
     pub(super) async fn read(
         &self,
         headers: &HeaderMap,
-        body: Body,
+        mut body: Body,
         limit: Duration,
-    ) -> Result<(SemaphorePermit<'_>, Bytes), ApiError> {
+    ) -> Result<SharedBody, ApiError> {
         check_media_type(headers)?;
-        let announced = text(headers, header::CONTENT_LENGTH).parse().unwrap_or(self.max_body_bytes);
+        let announced = text(headers, header::CONTENT_LENGTH).parse().unwrap_or(0);
         if announced > self.max_body_bytes {
             return Err(self.too_large());
         }
-        let read = async {
-            let permit = self.shares.acquire_many(shares(announced)).await;
-            let permit = permit.map_err(|_| ApiError::from(crate::Error::ShuttingDown))?;
-            let body = to_bytes(body, self.max_body_bytes).await.map_err(|error| self.broken(&error))?;
-            Ok((permit, body))
-        };
-        timeout(limit, read).await.map_err(|_| {
-            let text = format!("the body did not arrive within {} s", limit.as_secs());
-            ApiError::new(StatusCode::REQUEST_TIMEOUT, text).with_code("body_timeout")
-        })?
+        let deadline = Instant::now() + limit;
+        let (mut bytes, mut share) = (Vec::new(), None);
+        while let Some(frame) = timeout_at(deadline, body.frame()).await.map_err(|_| late(limit))? {
+            let frame = frame.map_err(|error| ApiError::invalid(None, format!("the body broke off: {error}")))?;
+            let Ok(data) = frame.into_data() else { continue };
+            if data.len() > self.max_body_bytes - bytes.len() {
+                return Err(self.too_large());
+            }
+            self.take_share(&mut share, bytes.len() + data.len(), deadline).await?;
+            bytes.extend_from_slice(&data);
+        }
+        Ok(SharedBody { bytes, _share: share })
+    }
+
+    /// Has `share` cover a body of so many bytes.
+    async fn take_share(
+        &self,
+        share: &mut Option<OwnedSemaphorePermit>,
+        bytes: usize,
+        deadline: Instant,
+    ) -> Result<(), ApiError> {
+        let held = share.as_ref().map_or(0, OwnedSemaphorePermit::num_permits) as u32;
+        let missing = shares_of(bytes.saturating_sub(UNSHARED_BODY_BYTES)).saturating_sub(held);
+        if missing == 0 {
+            return Ok(());
+        }
+        let more = timeout_at(deadline, self.shares.clone().acquire_many_owned(missing)).await;
+        let more = more.map_err(|_| {
+            let text = "too many large bodies are being read at this time; try again later";
+            ApiError::new(StatusCode::TOO_MANY_REQUESTS, text).with_code("bodies_full")
+        })?;
+        let more = more.map_err(|_| ApiError::from(crate::Error::ShuttingDown))?;
+        match share {
+            Some(share) => share.merge(more),
+            None => *share = Some(more),
+        }
+        Ok(())
     }
 
     fn too_large(&self) -> ApiError {
@@ -56,21 +101,15 @@ impl BodyBudget {
             format!("the body is larger than {} bytes; send less or raise --max-body-bytes", self.max_body_bytes);
         ApiError::new(StatusCode::PAYLOAD_TOO_LARGE, text).with_code("body_too_large")
     }
-
-    fn broken(&self, error: &axum::Error) -> ApiError {
-        let mut cause: Option<&(dyn StdError + 'static)> = Some(error);
-        while let Some(error) = cause {
-            if error.to_string().contains("length limit") {
-                return self.too_large();
-            }
-            cause = error.source();
-        }
-        ApiError::invalid(None, format!("the body broke off: {error}"))
-    }
 }
 
-fn shares(bytes: usize) -> u32 {
-    u32::try_from(bytes / SHARE_BYTES + 1).unwrap_or(u32::MAX)
+fn late(limit: Duration) -> ApiError {
+    let text = format!("the body did not arrive within {} s", limit.as_secs());
+    ApiError::new(StatusCode::REQUEST_TIMEOUT, text).with_code("body_timeout")
+}
+
+fn shares_of(bytes: usize) -> u32 {
+    u32::try_from(bytes.div_ceil(SHARE_BYTES)).unwrap_or(u32::MAX)
 }
 
 fn text(headers: &HeaderMap, name: HeaderName) -> &str {
@@ -85,4 +124,60 @@ fn check_media_type(headers: &HeaderMap) -> Result<(), ApiError> {
     }
     let text = format!("expected the header `content-type: application/json`, found `{media_type:.80}`");
     Err(ApiError::new(StatusCode::UNSUPPORTED_MEDIA_TYPE, text).with_code("unsupported_media_type"))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use futures_util::StreamExt;
+    use futures_util::stream;
+    use std::convert::Infallible;
+
+    const LARGEST: usize = 1 << 20;
+
+    fn headers() -> HeaderMap {
+        [(header::CONTENT_TYPE, "application/json".parse().expect("a value"))].into_iter().collect()
+    }
+
+    fn of(chunks: usize) -> impl futures_util::Stream<Item = Result<Vec<u8>, Infallible>> + Send + 'static {
+        stream::iter(vec![Ok(vec![b'x'; UNSHARED_BODY_BYTES]); chunks])
+    }
+
+    /// A body that stays out after so many chunks.
+    fn stalled(chunks: usize) -> Body {
+        Body::from_stream(of(chunks).chain(stream::pending()))
+    }
+
+    async fn read(budget: &BodyBudget, body: Body, limit: Duration) -> Result<SharedBody, ApiError> {
+        budget.read(&headers(), body, limit).await
+    }
+
+    #[tokio::test]
+    async fn memory_is_taken_as_it_comes_and_given_back() {
+        let budget = BodyBudget::new(LARGEST);
+        let all = budget.shares.available_permits();
+        let body = read(&budget, Body::from_stream(of(3)), Duration::from_secs(60)).await.expect("arrives");
+        assert_eq!(body.bytes.len(), 3 * UNSHARED_BODY_BYTES);
+        assert_eq!(budget.shares.available_permits(), all - 2 * UNSHARED_BODY_BYTES / SHARE_BYTES);
+        drop(body);
+        assert_eq!(budget.shares.available_permits(), all);
+    }
+
+    #[tokio::test]
+    async fn stalled_bodies_keep_small_ones_from_nothing() {
+        let budget = BodyBudget::new(LARGEST);
+        let chunks = LARGEST / UNSHARED_BODY_BYTES;
+        // As much as there is, and more.
+        let hold = budget.shares.clone().acquire_many_owned(budget.shares.available_permits() as u32).await;
+        let status = |result: Result<SharedBody, ApiError>| result.map(|body| body.bytes.len()).map_err(|e| e.status);
+        let limit = Duration::from_millis(100);
+        assert_eq!(status(read(&budget, Body::from_stream(of(1)), limit).await), Ok(UNSHARED_BODY_BYTES));
+        let late = read(&budget, Body::from_stream(of(2)), limit).await;
+        assert_eq!(status(late), Err(StatusCode::TOO_MANY_REQUESTS));
+        drop(hold);
+        assert_eq!(status(read(&budget, stalled(1), limit).await), Err(StatusCode::REQUEST_TIMEOUT));
+        assert_eq!(status(read(&budget, Body::from_stream(of(chunks)), limit).await), Ok(LARGEST));
+        let large = read(&budget, Body::from_stream(of(chunks + 1)), limit).await;
+        assert_eq!(status(large), Err(StatusCode::PAYLOAD_TOO_LARGE));
+    }
 }

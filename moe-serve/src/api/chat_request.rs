@@ -30,8 +30,8 @@ pub(super) struct ChatRequest {
 impl ChatRequest {
     pub(super) fn from_json(body: Map<String, Value>, model: &ServedModel) -> Result<Self> {
         let mut fields = Fields::new(body);
-        let common = Common::take(&mut fields, model)?;
-        let max_tokens = take_max_tokens(&mut fields, &common, model.lm.max_seq_len())?;
+        let mut common = Common::take(&mut fields, model)?;
+        let max_tokens = take_max_tokens(&mut fields, &mut common, model.lm.max_seq_len())?;
         let messages = fields.take("messages").ok_or_else(|| Error::field("messages", "`messages` is missing"))?;
         let messages = take_messages(messages)?;
         let tools = ToolUse::take(&mut fields, ToolShape::Nested, model)?;
@@ -43,7 +43,7 @@ impl ChatRequest {
     }
 }
 
-fn take_max_tokens(fields: &mut Fields, common: &Common, max_seq_len: usize) -> Result<Option<usize>> {
+fn take_max_tokens(fields: &mut Fields, common: &mut Common, max_seq_len: usize) -> Result<Option<usize>> {
     let old = fields.count("max_tokens", 1..=usize::MAX)?;
     let new = fields.count("max_completion_tokens", 1..=usize::MAX)?;
     if let (Some(old), Some(new)) = (old, new)

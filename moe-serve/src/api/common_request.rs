@@ -1,10 +1,9 @@
 //! Fields that completions and chat completions share.
 
 use super::fields::{Fields, inside, wrong};
-use super::grammar_request::take_grammar;
+use super::grammar_request::{Wanted, take_grammar};
 use super::limits::{MAX_LOGIT_BIAS, MAX_N, MAX_PRIORITY, MAX_STOP_BYTES, MAX_STOP_TOKENS, MAX_STOPS, MAX_USER_BYTES};
 use crate::engine::SamplingParams;
-use crate::text::GrammarSource;
 use crate::{Error, Result, ServedModel};
 use serde_json::Value;
 
@@ -21,6 +20,8 @@ pub(super) struct Common {
     pub(super) n: usize,
     pub(super) stops: Vec<String>,
     pub(super) min_tokens: usize,
+    /// Whether `min_tokens` is the request's own, not the model's.
+    asks_min_tokens: bool,
     pub(super) stop_token_ids: Vec<u32>,
     pub(super) ignore_eos: bool,
     pub(super) stream: Option<StreamOptions>,
@@ -29,8 +30,7 @@ pub(super) struct Common {
     /// Requests with smaller numbers go first.
     pub(super) priority: i32,
     pub(super) user: Option<String>,
-    /// What the answer may say, with the field that says so.
-    pub(super) grammar: Option<GrammarSource>,
+    pub(super) grammar: Option<Wanted>,
 }
 
 /// `stream_options`.
@@ -48,13 +48,15 @@ impl Common {
         let defaults = &model.defaults;
         let mut stops = take_stops(fields)?;
         stops.extend(defaults.stop_strings.iter().cloned());
+        let min_tokens = fields.count("min_tokens", 0..=model.lm.max_seq_len())?;
         Ok(Self {
             model: fields.text("model")?,
             sampling: take_sampling(fields, model)?,
             seed: fields.integer("seed")?,
             n: fields.count("n", 1..=MAX_N)?.unwrap_or(1),
             stops,
-            min_tokens: fields.count("min_tokens", 0..=model.lm.max_seq_len())?.unwrap_or(defaults.min_new_tokens),
+            min_tokens: min_tokens.unwrap_or(defaults.min_new_tokens),
+            asks_min_tokens: min_tokens.is_some(),
             stop_token_ids: take_stop_tokens(fields, num_tokens)?,
             ignore_eos: fields.boolean("ignore_eos")?.unwrap_or(false),
             stream: take_stream(fields)?,
@@ -66,12 +68,15 @@ impl Common {
     }
 
     /// `max_tokens` against `min_tokens` and the context. Generation also ends where the context does.
-    pub(super) fn check_max_tokens(&self, field: &str, max_tokens: usize, max_seq_len: usize) -> Result<()> {
+    pub(super) fn check_max_tokens(&mut self, field: &str, max_tokens: usize, max_seq_len: usize) -> Result<()> {
         if max_tokens > max_seq_len {
             return Err(Error::field(
                 field,
                 format!("`{field}`: expected at most {max_seq_len}, the model's context, found {max_tokens}"),
             ));
+        }
+        if !self.asks_min_tokens {
+            self.min_tokens = self.min_tokens.min(max_tokens);
         }
         if self.min_tokens > max_tokens {
             return Err(Error::field(

@@ -28,7 +28,7 @@ pub(super) struct CompletionRequest {
 impl CompletionRequest {
     pub(super) fn from_json(body: Map<String, Value>, model: &ServedModel) -> Result<Self> {
         let mut fields = Fields::new(body);
-        let common = Common::take(&mut fields, model)?;
+        let mut common = Common::take(&mut fields, model)?;
         let max_seq_len = model.lm.max_seq_len();
         let max_tokens = fields.count("max_tokens", 0..=usize::MAX)?;
         if let Some(max_tokens) = max_tokens {

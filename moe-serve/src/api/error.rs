@@ -72,7 +72,7 @@ impl From<Error> for ApiError {
                 Self::invalid(Some(&field), message).with_code("context_length_exceeded")
             }
             Error::Template(_) => Self::invalid(Some("messages"), message).with_code("invalid_value"),
-            Error::Grammar(_) => Self::invalid(Some("response_format"), message).with_code("invalid_value"),
+            Error::Grammar(_) => Self::invalid(None, message).with_code("invalid_value"),
             Error::NothingToSample => Self::invalid(Some("logit_bias"), message).with_code("invalid_value"),
             Error::QueueFull { .. } => Self::new(StatusCode::TOO_MANY_REQUESTS, message).with_code("queue_full"),
             Error::ShuttingDown | Error::Cancelled | Error::EngineLost(_) => {

@@ -6,8 +6,15 @@ use crate::text::GrammarSource;
 use crate::{Error, Result};
 use serde_json::{Map, Value};
 
+/// What an answer may say, and the field that says so.
+#[derive(Debug)]
+pub(super) struct Wanted {
+    pub(super) source: GrammarSource,
+    pub(super) field: &'static str,
+}
+
 /// The grammar of a request, if it has one.
-pub(super) fn take_grammar(fields: &mut Fields) -> Result<Option<GrammarSource>> {
+pub(super) fn take_grammar(fields: &mut Fields) -> Result<Option<Wanted>> {
     let format = match fields.object("response_format")? {
         Some(format) => response_format(format).map_err(|error| inside("response_format", error))?,
         None => None,
@@ -21,7 +28,8 @@ pub(super) fn take_grammar(fields: &mut Fields) -> Result<Option<GrammarSource>>
             let text = "`structured_outputs` and `response_format` exclude each other; leave one out";
             Err(Error::field("structured_outputs", text))
         }
-        (format, outputs) => Ok(format.or(outputs)),
+        (Some(source), None) => Ok(Some(Wanted { source, field: "response_format" })),
+        (None, outputs) => Ok(outputs.map(|source| Wanted { source, field: "structured_outputs" })),
     }
 }
 

@@ -12,7 +12,12 @@ pub(super) fn parse_object(body: &[u8]) -> Result<Map<String, Value>, ApiError> 
     let text = std::str::from_utf8(body).map_err(|e| {
         ApiError::invalid(None, format!("the body is not UTF-8: invalid byte at offset {}", e.valid_up_to()))
     })?;
-    check_shape(text)?;
+    parse_text(text, &mut { MAX_JSON_VALUES })
+}
+
+/// Parses an object of at most `values_left` values, which then are fewer: one request may hold many of them as text.
+pub(super) fn parse_text(text: &str, values_left: &mut usize) -> Result<Map<String, Value>, ApiError> {
+    *values_left -= check_shape(text, *values_left)?;
     match serde_json::from_str(text) {
         Ok(Value::Object(object)) => Ok(object),
         Ok(_) => Err(ApiError::invalid(None, "the body should be a JSON object")),
@@ -20,13 +25,10 @@ pub(super) fn parse_object(body: &[u8]) -> Result<Map<String, Value>, ApiError> 
     }
 }
 
-/// Parses an object that came as text inside of a request, within the same bounds.
-pub(super) fn parse_text(text: &str) -> Result<Map<String, Value>, ApiError> {
-    parse_object(text.as_bytes())
-}
-
 /// Counts brackets and commas outside strings: a tree takes tens of bytes per value, so `[1,1,...]` would grow manyfold.
-fn check_shape(text: &str) -> Result<(), ApiError> {
+fn check_shape(text: &str, max_values: usize) -> Result<usize, ApiError> {
+    let too_many =
+        || ApiError::invalid(None, format!("the JSON has more than {MAX_JSON_VALUES} values; split the request"));
     let (mut depth, mut values, mut in_string, mut escaped) = (0usize, 1usize, false, false);
     for (offset, byte) in text.bytes().enumerate() {
         if in_string {
@@ -52,12 +54,11 @@ fn check_shape(text: &str) -> Result<(), ApiError> {
             let text = format!("the JSON is nested deeper than {MAX_JSON_DEPTH} levels at byte {offset}");
             return Err(ApiError::invalid(None, text));
         }
-        if values > MAX_JSON_VALUES {
-            let text = format!("the JSON has more than {MAX_JSON_VALUES} values; split the request");
-            return Err(ApiError::invalid(None, text));
+        if values > max_values {
+            return Err(too_many());
         }
     }
-    Ok(())
+    if values > max_values { Err(too_many()) } else { Ok(values) }
 }
 
 #[cfg(test)]
@@ -83,6 +84,17 @@ mod tests {
     fn shape_is_bounded_before_parsing() {
         check("[".repeat(1 << 20).as_bytes(), "deeper than 48");
         check(format!("{{\"a\":[{}1]}}", "1,".repeat(MAX_JSON_VALUES)).as_bytes(), "more than");
+    }
+
+    #[test]
+    fn texts_inside_of_a_request_share_one_bound() {
+        let mut left = 10;
+        assert!(parse_text("{\"a\": [1, 2, 3]}", &mut left).is_ok());
+        assert_eq!(left, 5);
+        let error = parse_text("{\"a\": [1, 2, 3, 4]}", &mut left).expect_err("refused").message;
+        assert!(error.contains("more than"), "{error}");
+        assert_eq!(left, 5);
+        assert!(parse_text("{}", &mut left).is_ok());
     }
 
     #[test]

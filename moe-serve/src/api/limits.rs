@@ -9,7 +9,7 @@ pub struct Limits {
     pub max_body_bytes: usize,
     /// Requests that may wait beyond those that could start at once.
     pub max_queue: usize,
-    /// From a request's arrival to the end of its answer.
+    /// From a request's arrival to the end of its answer, which a client may then take within `write_timeout`.
     pub request_timeout: Duration,
     /// From a request's arrival to the end of its body.
     pub body_timeout: Duration,
@@ -43,10 +43,14 @@ impl Default for Limits {
 
 /// Bodies of the largest size that may be read and parsed at one time; each takes a multiple of its size in memory.
 pub(super) const MAX_LARGEST_BODIES: usize = 4;
+/// Bytes of every body beside those.
+pub(super) const UNSHARED_BODY_BYTES: usize = 64 << 10;
 /// Nesting of a request's JSON: schemas take two levels for each of their own.
 pub(super) const MAX_JSON_DEPTH: usize = 48;
 /// Values in a request's JSON.
 pub(super) const MAX_JSON_VALUES: usize = 1 << 20;
+/// Bytes of a text whose tokens are only counted, where the model's context is not longer.
+pub(super) const MAX_TOKENIZED_BYTES: usize = 1 << 20;
 /// Continuations per prompt.
 pub(super) const MAX_N: usize = 16;
 /// Prompts per request.

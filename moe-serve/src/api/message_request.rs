@@ -1,7 +1,8 @@
 //! `messages`: what was said, asked of tools, and answered by them.
 
 use super::fields::{Fields, inside, wrong};
-use super::limits::{MAX_CALLS_IN_MESSAGE, MAX_MESSAGES, MAX_PARTS};
+use super::json::parse_text;
+use super::limits::{MAX_CALLS_IN_MESSAGE, MAX_JSON_VALUES, MAX_MESSAGES, MAX_PARTS};
 use crate::text::{ChatMessage, ToolCall};
 use crate::{Error, Result};
 use serde_json::{Map, Value};
@@ -13,15 +14,18 @@ const UNSUPPORTED: [&str; 8] =
 
 /// The messages of a conversation.
 pub(super) fn take_messages(value: Value) -> Result<Vec<ChatMessage>> {
+    let mut nested = Nested::default();
     match value {
-        Value::Array(items) if (1..=MAX_MESSAGES).contains(&items.len()) => {
-            items.into_iter().enumerate().map(|(i, item)| message(&format!("messages[{i}]"), item)).collect()
-        }
+        Value::Array(items) if (1..=MAX_MESSAGES).contains(&items.len()) => items
+            .into_iter()
+            .enumerate()
+            .map(|(i, item)| message(&format!("messages[{i}]"), item, &mut nested))
+            .collect(),
         other => Err(wrong("messages", &format!("an array of 1 to {MAX_MESSAGES} messages"), &other)),
     }
 }
 
-fn message(path: &str, item: Value) -> Result<ChatMessage> {
+fn message(path: &str, item: Value, nested: &mut Nested) -> Result<ChatMessage> {
     let Value::Object(map) = item else { return Err(wrong(path, "an object with `role` and `content`", &item)) };
     let mut fields = Fields::new(map);
     let role_path = format!("{path}.role");
@@ -34,7 +38,7 @@ fn message(path: &str, item: Value) -> Result<ChatMessage> {
         "assistant" => {
             message.reasoning = fields.text("reasoning_content").map_err(|error| inside(path, error))?;
             if let Some(calls) = fields.take("tool_calls") {
-                message.tool_calls = tool_calls(&format!("{path}.tool_calls"), calls)?;
+                message.tool_calls = tool_calls(&format!("{path}.tool_calls"), calls, nested)?;
             }
         }
         "tool" => {
@@ -85,17 +89,17 @@ pub(super) fn parts(path: &str, value: Value, types: &[&str]) -> Result<String> 
     Ok(joined)
 }
 
-fn tool_calls(path: &str, value: Value) -> Result<Vec<ToolCall>> {
+fn tool_calls(path: &str, value: Value, nested: &mut Nested) -> Result<Vec<ToolCall>> {
     let expected = format!("a list of at most {MAX_CALLS_IN_MESSAGE} calls");
     match value {
         Value::Array(calls) if calls.len() <= MAX_CALLS_IN_MESSAGE => {
-            calls.into_iter().enumerate().map(|(i, call)| tool_call(&format!("{path}[{i}]"), call)).collect()
+            calls.into_iter().enumerate().map(|(i, call)| tool_call(&format!("{path}[{i}]"), call, nested)).collect()
         }
         other => Err(wrong(path, &expected, &other)),
     }
 }
 
-fn tool_call(path: &str, value: Value) -> Result<ToolCall> {
+fn tool_call(path: &str, value: Value, nested: &mut Nested) -> Result<ToolCall> {
     let Value::Object(map) = value else { return Err(wrong(path, "an object with `id` and `function`", &value)) };
     let mut fields = Fields::new(map);
     let mut read = || {
@@ -116,21 +120,34 @@ fn tool_call(path: &str, value: Value) -> Result<ToolCall> {
     let mut fields = Fields::new(function);
     let mut read = || {
         let name = fields.text("name")?.ok_or_else(|| Error::field("name", "`name` is missing"))?;
-        Ok((name, arguments("arguments", fields.take("arguments"))?))
+        Ok((name, nested.arguments("arguments", fields.take("arguments"))?))
     };
     let (name, arguments) = read().map_err(|error| inside(&path, error))?;
     fields.finish(&[]).map_err(|error| inside(&path, error))?;
     Ok(ToolCall { id, name, arguments })
 }
 
-/// JSON in a string on the wire; some clients send the object itself.
-pub(super) fn arguments(field: &str, value: Option<Value>) -> Result<Map<String, Value>> {
-    let value = value.unwrap_or_default();
-    let parsed = match &value {
-        Value::String(text) if text.trim().is_empty() => Some(Map::new()),
-        Value::String(text) => super::json::parse_text(text).ok(),
-        Value::Object(arguments) => Some(arguments.clone()),
-        _ => None,
-    };
-    parsed.ok_or_else(|| wrong(field, "a JSON object, written as a string", &value))
+/// Reads the JSON that a request holds as text, which together has no more values than the request itself may have.
+pub(super) struct Nested {
+    values_left: usize,
+}
+
+impl Default for Nested {
+    fn default() -> Self {
+        Self { values_left: MAX_JSON_VALUES }
+    }
+}
+
+impl Nested {
+    /// JSON in a string on the wire; some clients send the object itself.
+    pub(super) fn arguments(&mut self, field: &str, value: Option<Value>) -> Result<Map<String, Value>> {
+        let value = value.unwrap_or_default();
+        let parsed = match &value {
+            Value::String(text) if text.trim().is_empty() => Some(Map::new()),
+            Value::String(text) => parse_text(text, &mut self.values_left).ok(),
+            Value::Object(arguments) => Some(arguments.clone()),
+            _ => None,
+        };
+        parsed.ok_or_else(|| wrong(field, "a JSON object, written as a string", &value))
+    }
 }

@@ -267,8 +267,9 @@ impl Observer for ServerMetrics {
             let decode = stats.total - first;
             self.request_prefill_time.record(first - stats.queued);
             self.request_decode_time.record(decode);
-            if stats.generated_tokens > 1 {
-                self.time_per_output_token.record(decode.as_secs_f64() / (stats.generated_tokens - 1) as f64);
+            if stats.longest > 1 {
+                // Continuations grow side by side.
+                self.time_per_output_token.record(decode.as_secs_f64() / (stats.longest - 1) as f64);
             }
         }
         let reason = match outcome {
@@ -286,6 +287,10 @@ impl Observer for ServerMetrics {
 
     fn abandoned(&self) {
         self.success[2].increment(1);
+    }
+
+    fn drained(&self) {
+        self.kv_cache_usage.set(0.0);
     }
 }
 

@@ -2,7 +2,7 @@
 
 use super::answer_reader::AnswerReader;
 use super::prepare::Prepared;
-use super::types::{LayerChoice, PromptTokensDetails, TokenExperts, Usage};
+use super::types::{CompletionTokensDetails, LayerChoice, PromptTokensDetails, TokenExperts, Usage};
 use crate::engine::{FinishReason, PromptOutput, TokenLogprobs};
 use crate::text::{Detokenizer, Event, TextTokenizer};
 use moe_models::LayerExperts;
@@ -69,21 +69,52 @@ impl Piece {
     }
 }
 
+/// What an answer begins with that is to repeat its prompt.
+#[derive(Debug, Clone)]
+pub(super) struct Echo {
+    text: String,
+    chars: usize,
+    /// For each token of the prompt, the characters before it.
+    offsets: Vec<usize>,
+}
+
+impl Echo {
+    /// A prompt that came as text, as it came, and where its tokens begin in it.
+    pub(super) fn of_text(text: String, offsets: Vec<usize>) -> Self {
+        Self { chars: text.chars().count(), text, offsets }
+    }
+
+    /// One that came as tokens.
+    pub(super) fn of_tokens(ids: &[u32], tokenizer: &TextTokenizer) -> Self {
+        let (mut detokenizer, mut text, mut chars, mut offsets) =
+            (Detokenizer::default(), String::new(), 0, Vec::new());
+        for &id in ids {
+            offsets.push(chars);
+            let more = detokenizer.push(tokenizer.bytes(id));
+            chars += more.chars().count();
+            text.push_str(&more);
+        }
+        text.push_str(&detokenizer.finish());
+        Self::of_text(text, offsets)
+    }
+}
+
 /// Follows one job.
 #[derive(Debug)]
 pub(super) struct PieceMaker {
     tokenizer: Arc<TextTokenizer>,
     prompts: Vec<Vec<u32>>,
     n: usize,
-    echo: bool,
+    /// Per prompt, what its answers begin with; empty if they do not.
+    echoes: Vec<Echo>,
     logprobs: bool,
     experts: bool,
     /// Per choice, the tokens generated so far and the last of them.
     generated: Vec<(usize, u32)>,
-    /// Per prompt, its echoed characters.
-    echoed_chars: Vec<usize>,
     /// Prompt tokens that did not have to be read.
     cached_tokens: usize,
+    /// Generated tokens that were thoughts.
+    reasoning_tokens: usize,
     /// Per choice, if the parts of answers are told apart.
     readers: Vec<AnswerReader>,
 }
@@ -100,12 +131,12 @@ impl PieceMaker {
             tokenizer,
             prompts: job.prompts.clone(),
             n: job.n,
-            echo: prepared.echo,
+            echoes: prepared.echoes.clone(),
             logprobs: job.logprobs.is_some(),
             experts: job.experts,
             generated: vec![(0, 0); num_choices],
-            echoed_chars: vec![0; job.prompts.len()],
             cached_tokens: 0,
+            reasoning_tokens: 0,
             readers,
         }
     }
@@ -118,8 +149,9 @@ impl PieceMaker {
         let prompt_tokens = self.prompts.iter().map(Vec::len).sum();
         let completion_tokens = self.generated.iter().map(|g| g.0).sum();
         let prompt_tokens_details = PromptTokensDetails { cached_tokens: self.cached_tokens };
+        let completion_tokens_details = CompletionTokensDetails { reasoning_tokens: self.reasoning_tokens };
         let total_tokens = prompt_tokens + completion_tokens;
-        Usage { prompt_tokens, completion_tokens, total_tokens, prompt_tokens_details }
+        Usage { prompt_tokens, completion_tokens, total_tokens, prompt_tokens_details, completion_tokens_details }
     }
 
     /// What `event` adds; [`Event::Done`] adds nothing.
@@ -129,11 +161,13 @@ impl PieceMaker {
             Event::Token { choice, token } => {
                 let generated = &mut self.generated[choice];
                 *generated = (generated.0 + 1, token.token_id);
-                let text_offset = self.echoed_chars[choice / self.n] + token.text_offset;
+                let echoed = self.echoes.get(choice / self.n).map_or(0, |echo| echo.chars);
+                let text_offset = echoed + token.text_offset;
                 let scored = ScoredToken { token_id: token.token_id, logprobs: token.logprobs, text_offset };
                 let tokens = if self.logprobs { vec![scored] } else { Vec::new() };
                 let mut pieces = self.told(choice, token.text, false);
                 pieces[0].tokens = tokens;
+                self.reasoning_tokens += usize::from(self.readers.get(choice).is_some_and(AnswerReader::thinks));
                 pieces
             }
             Event::Experts { choice, experts } => {
@@ -163,11 +197,11 @@ impl PieceMaker {
     /// The echoed prompt and its experts, once per continuation.
     fn prompt(&mut self, prompt_index: usize, output: PromptOutput) -> Vec<Piece> {
         let ids = &self.prompts[prompt_index];
-        let (text, offsets) = if self.echo { self.echoed(ids) } else { Default::default() };
+        let echo = self.echoes.get(prompt_index);
         let scored = |(i, logprobs): (usize, Option<TokenLogprobs>)| ScoredToken {
             token_id: ids[i],
             logprobs,
-            text_offset: offsets.get(i).copied().unwrap_or(0),
+            text_offset: echo.and_then(|echo| echo.offsets.get(i)).copied().unwrap_or(0),
         };
         let tokens: Vec<ScoredToken> = output.logprobs.into_iter().enumerate().map(scored).collect();
         let experts: Vec<TokenExperts> = if self.experts {
@@ -177,29 +211,14 @@ impl PieceMaker {
         };
         let piece = |k| Piece {
             choice: prompt_index * self.n + k,
-            text: text.clone(),
+            text: echo.map(|echo| echo.text.clone()).unwrap_or_default(),
             tokens: tokens.clone(),
             experts: experts.clone(),
             ..Piece::default()
         };
         let pieces = (0..self.n).map(piece).collect();
-        self.echoed_chars[prompt_index] = text.chars().count();
         self.cached_tokens += output.cached_tokens;
         pieces
-    }
-
-    /// The prompt's text, and for each token the characters before it.
-    fn echoed(&self, ids: &[u32]) -> (String, Vec<usize>) {
-        let (mut detokenizer, mut text, mut chars, mut offsets) =
-            (Detokenizer::default(), String::new(), 0, Vec::new());
-        for &id in ids {
-            offsets.push(chars);
-            let more = detokenizer.push(self.tokenizer.bytes(id));
-            chars += more.chars().count();
-            text.push_str(&more);
-        }
-        text.push_str(&detokenizer.finish());
-        (text, offsets)
     }
 
     fn token_experts(

@@ -3,10 +3,14 @@
 use super::chat_request::ChatRequest;
 use super::common_request::{Common, StreamOptions};
 use super::completion_request::{CompletionRequest, PromptInput};
-use super::tool_request::{ToolChoice, ToolUse};
+use super::grammar_request::Wanted;
+use super::limits::MAX_TOKENIZED_BYTES;
+use super::piece::Echo;
+use super::tool_request::ToolChoice;
 use crate::engine::{Grammar, Job, StopParams};
 use crate::text::{ChatMessage, GrammarSource, TextOptions, Tool, ToolFormat};
 use crate::{Error, Result, ServedModel};
+use serde_json::Value;
 use std::sync::Arc;
 
 /// Tokens to generate where neither request nor model says how many; OpenAI's number.
@@ -17,7 +21,8 @@ const DEFAULT_COMPLETION_TOKENS: usize = 16;
 pub(super) struct Prepared {
     pub(super) job: Job,
     pub(super) text: TextOptions,
-    pub(super) echo: bool,
+    /// Per prompt, if answers are to repeat it.
+    pub(super) echoes: Vec<Echo>,
     pub(super) stream: Option<StreamOptions>,
     /// How calls and thoughts are told from the text of the answer; as text, without it.
     pub(super) reading: Option<Reading>,
@@ -38,22 +43,28 @@ pub(super) struct Reading {
 pub(super) fn completion(request: CompletionRequest, model: &ServedModel, fresh_seed: u64) -> Result<Prepared> {
     let CompletionRequest { common, prompts, max_tokens, echo, logprobs } = request;
     let generates = usize::from(max_tokens != Some(0));
-    let prompts: Vec<Vec<u32>> =
-        prompts.into_iter().map(|prompt| encode(model, "prompt", prompt, generates)).collect::<Result<_>>()?;
+    let encode = |prompt| encode(model, "prompt", prompt, generates, echo);
+    let (prompts, echoes): (Vec<Vec<u32>>, Vec<Option<Echo>>) =
+        prompts.into_iter().map(encode).collect::<Result<Vec<_>>>()?.into_iter().unzip();
+    let echoes = echoes.into_iter().flatten().collect();
     let max_tokens = max_tokens.unwrap_or_else(|| default_tokens(model, &prompts, DEFAULT_COMPLETION_TOKENS));
     let text = TextOptions { stops: common.stops.clone(), min_tokens: common.min_tokens, ..TextOptions::default() };
     let prompt_logprobs = logprobs.filter(|_| echo);
     let stream = common.stream;
-    let grammar = compile(model, common.grammar.as_ref())?;
+    let grammar = compile_wanted(model, common.grammar.as_ref())?;
     let job = Job { prompt_logprobs, grammar, ..job(common, prompts, max_tokens, logprobs, fresh_seed) };
-    Ok(Prepared { job, text, echo, stream, reading: None })
+    Ok(Prepared { job, text, echoes, stream, reading: None })
 }
 
 /// Makes the job of a chat request.
 pub(super) fn chat(request: ChatRequest, model: &ServedModel, fresh_seed: u64) -> Result<Prepared> {
     let ChatRequest { mut common, messages, max_tokens, logprobs, tools, variables, messages_field } = request;
-    check_bytes(model, messages_field, bytes_of(&messages, &tools))?;
-    let prompt = model.chat.render_with(&messages, &tools.tools, &variables)?;
+    check_bytes(model, messages_field, bytes_of(&messages, &tools.tools), 0)?;
+    let rendered = model.chat.render_with(&messages, &tools.tools, &variables);
+    let prompt = rendered.map_err(|error| match error {
+        Error::Template(_) => Error::field(messages_field, error.to_string()),
+        other => other,
+    })?;
     let prompts = vec![fitting(model, messages_field, model.encode_chat(&prompt)?, 1)?];
     let max_tokens = max_tokens.unwrap_or_else(|| default_tokens(model, &prompts, model.lm.max_seq_len()));
     let format = model.chat.tool_format().filter(|format| format.always_reads() || !tools.tools.is_empty());
@@ -61,11 +72,11 @@ pub(super) fn chat(request: ChatRequest, model: &ServedModel, fresh_seed: u64) -
     let grammar = match format.filter(|_| !tools.tools.is_empty()) {
         Some(format) => {
             // A form that cannot be had is not the tools' fault.
-            compile(model, common.grammar.as_ref()).map_err(|error| of_form(error, messages_field))?;
-            let source = tools.grammar(format, common.grammar.take(), model)?;
+            compile_wanted(model, common.grammar.as_ref())?;
+            let source = tools.grammar(format, common.grammar.take().map(|wanted| wanted.source), model)?;
             compile(model, source.as_ref()).map_err(of_tools)?
         }
-        None => compile(model, common.grammar.as_ref()).map_err(|error| of_form(error, messages_field))?,
+        None => compile_wanted(model, common.grammar.as_ref())?,
     };
     let text = TextOptions {
         stops: common.stops.iter().cloned().chain(model.chat.stop_strings()).collect(),
@@ -77,22 +88,24 @@ pub(super) fn chat(request: ChatRequest, model: &ServedModel, fresh_seed: u64) -
     let reading = format.map(|format| Reading { format, tools: tools.tools, parallel: tools.parallel, or_form });
     let stream = common.stream;
     let job = Job { grammar, ..job(common, prompts, max_tokens, logprobs, fresh_seed) };
-    Ok(Prepared { job, text, echo: false, stream, reading })
+    Ok(Prepared { job, text, echoes: Vec::new(), stream, reading })
 }
 
 /// A template only adds to what it is given, so a conversation that is too long is refused before it is rendered.
-fn bytes_of(messages: &[ChatMessage], tools: &ToolUse) -> usize {
+pub(super) fn bytes_of(messages: &[ChatMessage], tools: &[Tool]) -> usize {
     let contents = messages.iter().filter_map(|message| message.content.as_ref()).map(String::len).sum::<usize>();
     let calls = messages.iter().flat_map(|message| &message.tool_calls);
-    let names = calls.map(|call| call.name.len()).sum::<usize>();
-    contents + names + tools.tools.iter().map(|tool| tool.name.len()).sum::<usize>()
+    let calls = calls.map(|call| call.name.len() + call.arguments.values().map(text_bytes).sum::<usize>());
+    contents + calls.sum::<usize>() + tools.iter().map(|tool| tool.name.len()).sum::<usize>()
 }
 
-/// In responses a form has another name than in chats.
-fn of_form(error: Error, messages_field: &str) -> Error {
-    match error {
-        Error::Grammar(_) if messages_field == "input" => Error::field("text.format", error.to_string()),
-        other => other,
+/// What a value takes at least, however it is written.
+fn text_bytes(value: &Value) -> usize {
+    match value {
+        Value::String(text) => text.len(),
+        Value::Array(items) => items.iter().map(text_bytes).sum(),
+        Value::Object(fields) => fields.iter().map(|(key, value)| key.len() + text_bytes(value)).sum(),
+        _ => 1,
     }
 }
 
@@ -125,6 +138,15 @@ fn job(common: Common, prompts: Vec<Vec<u32>>, max_tokens: usize, logprobs: Opti
     }
 }
 
+/// What a request asks for itself: if it cannot be had, its own field is at fault.
+fn compile_wanted(model: &ServedModel, wanted: Option<&Wanted>) -> Result<Option<Arc<dyn Grammar>>> {
+    let Some(Wanted { source, field }) = wanted else { return Ok(None) };
+    compile(model, Some(source)).map_err(|error| match error {
+        Error::Grammar(_) => Error::field(*field, error.to_string()),
+        other => other,
+    })
+}
+
 fn compile(model: &ServedModel, source: Option<&GrammarSource>) -> Result<Option<Arc<dyn Grammar>>> {
     source.map(|source| model.grammars()?.compile(source)).transpose()
 }
@@ -137,11 +159,12 @@ fn default_tokens(model: &ServedModel, prompts: &[Vec<u32>], otherwise: usize) -
     defaults.max_new_tokens.or(to_length).unwrap_or(otherwise)
 }
 
-/// No tokenizer makes fewer tokens of a text than its bytes divided by the longest token's.
-fn check_bytes(model: &ServedModel, field: &str, bytes: usize) -> Result<()> {
+/// No tokenizer makes fewer tokens of a text than its bytes divided by the longest token's. Up to `allowed` bytes may be more than the
+/// model reads.
+fn check_bytes(model: &ServedModel, field: &str, bytes: usize, allowed: usize) -> Result<()> {
     let max_seq_len = model.lm.max_seq_len();
     let longest = model.tokenizer.longest_token_bytes();
-    if bytes > max_seq_len * longest {
+    if bytes > (max_seq_len * longest).max(allowed) {
         return Err(Error::ContextLength {
             field: field.into(),
             message: format!(
@@ -154,16 +177,35 @@ fn check_bytes(model: &ServedModel, field: &str, bytes: usize) -> Result<()> {
     Ok(())
 }
 
-/// Token ids of a prompt that leaves room for `generates` tokens.
-fn encode(model: &ServedModel, field: &str, prompt: PromptInput, generates: usize) -> Result<Vec<u32>> {
-    let ids = match prompt {
-        PromptInput::Tokens(ids) => ids,
+/// The same for a text that is only counted, which may be longer than the model's context, though not without bounds.
+pub(super) fn check_counted_bytes(model: &ServedModel, field: &str, bytes: usize) -> Result<()> {
+    check_bytes(model, field, bytes, MAX_TOKENIZED_BYTES)
+}
+
+/// Token ids of a prompt that leaves room for `generates` tokens, and what repeats it if `echoed`.
+fn encode(
+    model: &ServedModel,
+    field: &str,
+    prompt: PromptInput,
+    generates: usize,
+    echoed: bool,
+) -> Result<(Vec<u32>, Option<Echo>)> {
+    let (ids, echo) = match prompt {
+        PromptInput::Tokens(ids) => {
+            let echo = echoed.then(|| Echo::of_tokens(&ids, &model.tokenizer));
+            (ids, echo)
+        }
         PromptInput::Text(text) => {
-            check_bytes(model, field, text.len())?;
-            model.tokenizer.encode(&text)?
+            check_bytes(model, field, text.len(), 0)?;
+            if echoed {
+                let (ids, offsets) = model.tokenizer.encode_with_offsets(&text)?;
+                (ids, Some(Echo::of_text(text, offsets)))
+            } else {
+                (model.tokenizer.encode(&text)?, None)
+            }
         }
     };
-    fitting(model, field, ids, generates)
+    Ok((fitting(model, field, ids, generates)?, echo))
 }
 
 /// Token ids that leave room for `generates` more.

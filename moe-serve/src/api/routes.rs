@@ -194,9 +194,10 @@ async fn read<T: Send + 'static>(
     prepare: fn(Map<String, Value>, &AppState) -> Result<T, ApiError>,
 ) -> Result<T, ApiError> {
     let (parts, body) = request.into_parts();
-    let (_share, body) = state.bodies.read(&parts.headers, body, state.limits.body_timeout).await?;
+    let body = state.bodies.read(&parts.headers, body, state.limits.body_timeout).await?;
     let blocking_state = state.clone();
-    tokio::task::spawn_blocking(move || prepare(parse_object(&body)?, &blocking_state))
+    // It has its share of memory for as long as it is worked on, whether or not its client still waits.
+    tokio::task::spawn_blocking(move || prepare(parse_object(body.bytes())?, &blocking_state))
         .await
         .map_err(|e| ApiError::new(StatusCode::INTERNAL_SERVER_ERROR, format!("reading the request failed: {e}")))?
 }

@@ -11,7 +11,7 @@ use super::routes::router;
 use super::tls::Tls;
 use crate::engine::{Engine, EngineConfig, EngineThread, Replicas, SchedulingConfig};
 use crate::{Error, Result, ServedModel};
-use axum::http::{HeaderValue, Method, header};
+use axum::http::{HeaderValue, Method};
 use moe_core::CounterRng;
 use std::future::Future;
 use std::sync::Arc;
@@ -19,7 +19,7 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 use tokio::net::TcpListener;
 use tokio::sync::oneshot;
-use tower_http::cors::{AllowOrigin, CorsLayer};
+use tower_http::cors::{AllowHeaders, AllowOrigin, CorsLayer};
 
 /// Memory for keys and values where nobody says how much; taken as it is used.
 pub(crate) const DEFAULT_KV_CACHE_BYTES: usize = 1 << 30;
@@ -203,7 +203,8 @@ fn prepare(model: &ServedModel, config: &ServerConfig) -> Result<(Arc<ServerMetr
 fn cors(origins: &[String]) -> Result<CorsLayer> {
     let layer = CorsLayer::new()
         .allow_methods([Method::GET, Method::POST])
-        .allow_headers([header::AUTHORIZATION, header::CONTENT_TYPE]);
+        // Clients send headers of their own, none of which means anything here.
+        .allow_headers(AllowHeaders::mirror_request());
     if origins.is_empty() {
         return Ok(layer);
     }

@@ -29,15 +29,21 @@ pub(super) struct Running {
 impl Running {
     /// The next event, or the error that ends the request. Dropping `self` afterwards cancels the job.
     pub(super) async fn next(&mut self) -> Result<Option<Vec<Piece>>, ApiError> {
-        let timeout = || Error::Timeout { limit_s: self.limit.as_secs() };
-        let event = timeout_at(self.deadline, self.receiver.next()).await.map_err(|_| timeout())?;
+        let event = timeout_at(self.deadline, self.receiver.next()).await.map_err(|_| self.timeout())?;
         self.pieces(event)
     }
 
-    /// The same if there is one already.
+    /// The same if there is one already. Who reads slower than tokens come is never without one, and has no longer for it.
     fn ready(&mut self) -> Option<Result<Option<Vec<Piece>>, ApiError>> {
+        if Instant::now() >= self.deadline {
+            return Some(Err(self.timeout().into()));
+        }
         let event = self.receiver.ready()?;
         Some(self.pieces(event))
+    }
+
+    fn timeout(&self) -> Error {
+        Error::Timeout { limit_s: self.limit.as_secs() }
     }
 
     fn pieces(&mut self, event: Event) -> Result<Option<Vec<Piece>>, ApiError> {

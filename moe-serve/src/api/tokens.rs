@@ -6,6 +6,7 @@ use super::error::ApiError;
 use super::fields::{Fields, wrong};
 use super::limits::MAX_JSON_VALUES;
 use super::message_request::take_messages;
+use super::prepare::{bytes_of, check_counted_bytes};
 use super::server::AppState;
 use super::tool_request::{ToolShape, ToolUse};
 use crate::text::Detokenizer;
@@ -28,11 +29,16 @@ pub(super) fn tokenize(body: Map<String, Value>, state: &AppState) -> std::resul
 /// The tokens of either kind of request.
 pub(super) fn take_tokens(fields: &mut Fields, model: &ServedModel) -> Result<Vec<u32>> {
     match (fields.text("prompt")?, fields.take("messages")) {
-        (Some(text), None) => model.tokenizer.encode(&text),
+        (Some(text), None) => {
+            check_counted_bytes(model, "prompt", text.len())?;
+            model.tokenizer.encode(&text)
+        }
         (None, Some(messages)) => {
             let tools = ToolUse::take(fields, ToolShape::Nested, model)?.tools;
             let variables = take_variables(fields, model)?;
-            model.encode_chat(&model.chat.render_with(&take_messages(messages)?, &tools, &variables)?)
+            let messages = take_messages(messages)?;
+            check_counted_bytes(model, "messages", bytes_of(&messages, &tools))?;
+            model.encode_chat(&model.chat.render_with(&messages, &tools, &variables)?)
         }
         (Some(_), Some(_)) => {
             Err(Error::field("messages", "`messages` and `prompt` exclude each other; leave one out"))

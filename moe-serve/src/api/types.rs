@@ -10,6 +10,7 @@ pub(super) struct Usage {
     pub(super) completion_tokens: usize,
     pub(super) total_tokens: usize,
     pub(super) prompt_tokens_details: PromptTokensDetails,
+    pub(super) completion_tokens_details: CompletionTokensDetails,
 }
 
 /// Of the tokens of a request's prompts.
@@ -17,6 +18,13 @@ pub(super) struct Usage {
 pub(super) struct PromptTokensDetails {
     /// Those that were kept from a prompt before.
     pub(super) cached_tokens: usize,
+}
+
+/// Of the tokens of a request's answers.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize)]
+pub(super) struct CompletionTokensDetails {
+    /// Those that were thoughts, or marks that end one.
+    pub(super) reasoning_tokens: usize,
 }
 
 /// An answer, or one chunk of a streamed one, of either endpoint.

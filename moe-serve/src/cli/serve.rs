@@ -14,6 +14,9 @@ use std::path::PathBuf;
 use std::time::Duration;
 use tokio::net::TcpListener;
 
+/// What requests that are being read may still take once the server has ended.
+const LAST_REQUESTS: Duration = Duration::from_secs(1);
+
 /// How to serve.
 #[derive(Debug, Clone, clap::Args)]
 pub struct ServeArgs {
@@ -178,8 +181,11 @@ impl ServeArgs {
                 }
             };
             server.run(listener, shutdown).await;
-            Ok(())
-        })
+            anyhow::Ok(())
+        })?;
+        // Requests are made ready on threads that cannot be stopped, and whose clients are gone.
+        runtime.shutdown_timeout(LAST_REQUESTS);
+        Ok(())
     }
 }
 

@@ -201,7 +201,8 @@ impl Active {
             observer.token(first_of_job, choice.generated == 0, choice.last.elapsed());
             choice.last = Instant::now();
             choice.generated += 1;
-            let at_limit = choice.generated == choice.limit;
+            let (generated, at_limit) = (choice.generated, choice.generated == choice.limit);
+            self.stats.longest = self.stats.longest.max(generated);
             let token_id = token.token_id;
             told.push(token_id);
             let flow = self.listener.token(index, token);

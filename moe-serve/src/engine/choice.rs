@@ -52,8 +52,14 @@ impl Choice {
     pub(super) fn new(job: &Job, index: usize, config: &EngineConfig, max_seq_len: usize, submitted: Instant) -> Self {
         let prompt = &job.prompts[index / job.n];
         let eos: &[u32] = if job.stop.ignore_eos { &[] } else { &config.eos_token_ids };
+        let mut suppressed = config.suppressed.clone();
+        if job.stop.ignore_eos && job.grammar.is_some() {
+            // A text goes on after an end that is ignored, a grammar does not.
+            let ends = config.eos_token_ids.iter().filter(|id| !job.stop.stop_token_ids.contains(id));
+            suppressed.extend(ends);
+        }
         Self {
-            sampler: Sampler::new(job.sampling.clone(), config.num_tokens, &config.suppressed, prompt),
+            sampler: Sampler::new(job.sampling.clone(), config.num_tokens, &suppressed, prompt),
             rng: CounterRng::new(job.sampling.seed, index as u64),
             grammar: job.grammar.as_ref().map(|grammar| grammar.start()),
             stop_ids: job.stop.stop_token_ids.iter().chain(eos).copied().collect(),

@@ -30,6 +30,8 @@ pub struct JobStats {
     pub prompt_tokens: usize,
     /// Tokens of all continuations.
     pub generated_tokens: usize,
+    /// Tokens of the longest one.
+    pub longest: usize,
 }
 
 /// What a step was.
@@ -72,6 +74,8 @@ pub trait Observer: Send + Sync {
     fn finished(&self, outcome: Outcome, stats: &JobStats) {}
     /// A job was given up before it started.
     fn abandoned(&self) {}
+    /// No job is left.
+    fn drained(&self) {}
 }
 
 /// Nobody watches.

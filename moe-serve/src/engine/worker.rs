@@ -417,6 +417,9 @@ impl Worker {
         if catch_unwind(AssertUnwindSafe(move || active.done(result))).is_err() {
             tracing::error!("a listener panicked when told the end of its job");
         }
+        if self.jobs.is_empty() {
+            self.observer.drained();
+        }
     }
 }
 

@@ -100,12 +100,31 @@ impl TextTokenizer {
         self.encode_as(text, false)
     }
 
+    /// Token ids as of [`Self::encode`], and for each the characters of the text before it.
+    ///
+    /// # Errors
+    /// As [`Self::encode`].
+    pub fn encode_with_offsets(&self, text: &str) -> Result<(Vec<u32>, Vec<usize>)> {
+        let encoding = self.inner.encode_char_offsets(text, true).map_err(|e| Error::Tokenizer(e.to_string()))?;
+        let ids = self.known(encoding.get_ids())?;
+        // A token that the text does not have, such as one that ends it, has no place of its own.
+        let place = |latest: &mut usize, &(begin, _): &(usize, usize)| {
+            *latest = begin.max(*latest);
+            Some(*latest)
+        };
+        Ok((ids, encoding.get_offsets().iter().scan(0, place).collect()))
+    }
+
     fn encode_as(&self, text: &str, add_special_tokens: bool) -> Result<Vec<u32>> {
         let encoding = self.inner.encode_fast(text, add_special_tokens).map_err(|e| Error::Tokenizer(e.to_string()))?;
-        let ids = encoding.get_ids().to_vec();
+        self.known(encoding.get_ids())
+    }
+
+    /// Ids that the model has.
+    fn known(&self, ids: &[u32]) -> Result<Vec<u32>> {
         match ids.iter().find(|&&id| id as usize >= self.vocab_size) {
             Some(&token_id) => Err(Error::UnknownToken { token_id, vocab_size: self.vocab_size }),
-            None => Ok(ids),
+            None => Ok(ids.to_vec()),
         }
     }
 

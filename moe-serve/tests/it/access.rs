@@ -41,7 +41,9 @@ fn every_route_but_health_needs_a_key() {
 fn foreign_pages_ask_only_where_they_are_allowed_to() {
     let origin = "https://example.org";
     let ask = |server: &TestServer, origin: &str| -> Reply {
-        let headers = format!("origin: {origin}\r\naccess-control-request-method: POST\r\n");
+        let headers = format!(
+            "origin: {origin}\r\naccess-control-request-method: POST\r\naccess-control-request-headers: x-stainless-lang\r\n"
+        );
         server.client.with_headers("OPTIONS", "/v1/completions", &headers)
     };
     let closed = server(ServerConfig::default());
@@ -52,6 +54,8 @@ fn foreign_pages_ask_only_where_they_are_allowed_to() {
     let reply = ask(&open, origin);
     assert!(reply.status < 300, "{}", reply.status);
     assert!(reply.headers.contains("access-control-allow-origin: https://example.org"), "{}", reply.headers);
+    // Clients send headers of their own.
+    assert!(reply.headers.contains("access-control-allow-headers: x-stainless-lang"), "{}", reply.headers);
     assert!(!ask(&open, "https://example.com").headers.contains("access-control-allow-origin"));
     for bad in ["example.org", "https://", "https://a.org/path", "https://a\nb"] {
         let model = served(Arc::new(ScriptedLm::new("the cat")));
@@ -77,6 +81,8 @@ fn tokens_of_a_text_and_back() {
         ("/tokenize", json!({"prompt": "a", "messages": []}), "messages"),
         ("/tokenize", json!({"prompt": "a", "add_special_tokens": true}), "add_special_tokens"),
         ("/tokenize", json!({"prompt": "a", "extra": 1}), "extra"),
+        ("/tokenize", json!({"prompt": "a ".repeat(1 << 20)}), "prompt"),
+        ("/tokenize", json!({"messages": [{"role": "user", "content": "a ".repeat(1 << 20)}]}), "messages"),
         ("/tokenize", json!({"messages": [{"role": "user"}]}), "messages[0].content"),
         ("/detokenize", json!({"tokens": [1, 4_000_000]}), "tokens"),
         ("/detokenize", json!({"tokens": "abc"}), "tokens"),

@@ -1,6 +1,6 @@
 //! Whatever is wrong with a request, the answer says what, names the field, and the server goes on.
 
-use crate::support::{Client, Reply, TestServer, served};
+use crate::support::{Client, Reply, ScriptedLm, TestServer, served};
 use moe_serve::api::Limits;
 use serde_json::{Value, json};
 use std::sync::Arc;
@@ -111,6 +111,17 @@ fn impossible_chats_name_their_field() {
     let body = json!({"messages": user(json!("hi")), "stream": true, "stream_options": {"x": 1}});
     refused(&server.client.post(CHAT, &body), 400, Some("stream_options.x"), "unknown field");
     still_up(server.client);
+}
+
+#[test]
+fn the_least_tokens_of_a_model_are_not_more_than_were_asked_for() {
+    let mut model = served(Arc::new(ScriptedLm::new("the cat sat on the mat")));
+    model.defaults.min_new_tokens = 5;
+    let server = TestServer::start(model, Limits::default());
+    let mut body = json!({"prompt": "the", "max_tokens": 2});
+    assert_eq!(server.client.post(COMPLETIONS, &body).ok()["usage"]["completion_tokens"], 2);
+    body["min_tokens"] = json!(5);
+    refused(&server.client.post(COMPLETIONS, &body), 400, Some("min_tokens"), "max_tokens");
 }
 
 #[test]

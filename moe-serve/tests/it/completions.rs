@@ -48,7 +48,7 @@ fn a_text_is_continued_to_its_end() {
     let (prompt, all) = (ids("the cat").len(), ids(SCRIPT).len());
     // The end-of-text token counts as generated.
     let usage = json!({"prompt_tokens": prompt, "completion_tokens": all - prompt + 1, "total_tokens": all + 1,
-        "prompt_tokens_details": {"cached_tokens": 0}});
+        "prompt_tokens_details": {"cached_tokens": 0}, "completion_tokens_details": {"reasoning_tokens": 0}});
     assert_eq!(answer["usage"], usage);
 }
 
@@ -177,6 +177,21 @@ fn the_log_likelihood_request_of_lm_eval() {
         assert_eq!((&logprobs[0], &top[0]), (&Value::Null, &Value::Null));
         assert!(logprobs[1].as_f64().is_some_and(|x| x < 0.0));
     }
+}
+
+#[test]
+fn a_text_is_repeated_as_it_came() {
+    let server = TestServer::scripted(SCRIPT);
+    let prompt = "the<|endoftext|> cat é";
+    let body = json!({"prompt": prompt, "max_tokens": 2, "echo": true, "logprobs": 1});
+    let choice = server.client.post(PATH, &body).ok()["choices"][0].clone();
+    assert!(choice["text"].as_str().is_some_and(|text| text.starts_with(prompt)), "{choice}");
+    let (tokens, offsets) = (&choice["logprobs"]["tokens"], &choice["logprobs"]["text_offset"]);
+    let offsets: Vec<usize> =
+        offsets.as_array().expect("offsets").iter().map(|x| x.as_u64().expect("a number") as usize).collect();
+    let at = tokens.as_array().expect("tokens").iter().position(|token| token == "<|endoftext|>").expect("is there");
+    assert_eq!((offsets[at], offsets[at + 1]), (3, 3 + "<|endoftext|>".len()));
+    assert_eq!(offsets[ids(prompt).len()], prompt.chars().count(), "where the answer begins");
 }
 
 #[test]

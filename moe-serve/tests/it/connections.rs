@@ -116,6 +116,25 @@ fn a_stream_that_is_not_read_is_closed() {
 }
 
 #[test]
+fn a_stream_that_is_read_too_slowly_ends_at_the_requests_limit() {
+    let limits = Limits { request_timeout: Duration::from_secs(1), write_timeout: LIMIT, ..lenient() };
+    let server = server(limits);
+    // Some 20 MB, for which a client that takes a little every 20 ms needs far longer.
+    let body =
+        json!({"prompt": vec!["the"; 128], "max_tokens": 100, "ignore_eos": true, "stream": true, "logprobs": 20});
+    let mut stream = server.client.write_only("/v1/completions", &body);
+    let (mut sent, mut part) = (Vec::new(), vec![0; 1 << 16]);
+    // Closed, at the end or before it.
+    while let Ok(1..) = stream.read(&mut part).inspect(|&bytes| sent.extend_from_slice(&part[..bytes])) {
+        std::thread::sleep(Duration::from_millis(20));
+    }
+    let text = String::from_utf8_lossy(&sent);
+    assert!(text.starts_with("HTTP/1.1 200"));
+    let finished = text.matches("\"finish_reason\":\"length\"").count();
+    assert!(finished < 128, "the whole answer came: {} bytes", sent.len());
+}
+
+#[test]
 fn a_slow_stream_that_is_read_goes_on_past_every_limit() {
     let limit = Duration::from_millis(200);
     let limits = Limits { header_timeout: limit, keep_alive_timeout: limit, write_timeout: limit, ..lenient() };

@@ -78,6 +78,7 @@ fn a_client_that_leaves_frees_the_engine() {
     wait_until(server.client, abort, 2.0);
     let generated = value(&server.client.get("/metrics").body, r#"vllm:generation_tokens_total{model_name="tiny"}"#);
     assert!(generated < 150.0, "the two requests went on to {generated} of 200 tokens");
+    wait_until(server.client, r#"vllm:kv_cache_usage_perc{model_name="tiny"}"#, 0.0);
     server.client.post(PATH, &short()).ok();
 }
 

@@ -13,6 +13,16 @@ pub(crate) fn value(text: &str, series: &str) -> f64 {
 }
 
 #[test]
+fn continuations_side_by_side_take_no_less_time_per_token() {
+    let step = std::time::Duration::from_millis(20);
+    let server = TestServer::with(served(Arc::new(ScriptedLm::new("").slow(step))), ServerConfig::default());
+    server.client.post("/v1/completions", &json!({"prompt": "the", "max_tokens": 5, "n": 4, "ignore_eos": true})).ok();
+    let text = server.client.get("/metrics").body;
+    let sum = value(&text, "vllm:request_time_per_output_token_seconds_sum{model_name=\"tiny\"}");
+    assert!(sum >= step.as_secs_f64(), "{sum} s");
+}
+
+#[test]
 fn counts_what_happened() {
     let model = served(Arc::new(ScriptedLm::new("the cat sat on the mat")));
     let server = TestServer::with(model, ServerConfig { per_expert_metrics: true, ..ServerConfig::default() });

@@ -210,7 +210,7 @@ fn impossible_requests_name_their_field() {
         (json!({"text": {"format": {"type": "xml"}}}), "text.format.type"),
         (json!({"text": {"verbosity": "low"}}), "text.verbosity"),
         (json!({"text": {"format": {"type": "json_schema", "schema": {"type": "nonsense"}}}}), "text.format"),
-        (json!({"reasoning": {"effort": "low"}}), "reasoning_effort"),
+        (json!({"reasoning": {"effort": "low"}}), "reasoning.effort"),
         (json!({"reasoning": {"summary": "auto"}}), "reasoning.summary"),
         (json!({"tools": [{"type": "web_search"}]}), "tools[0].type"),
         (json!({"tools": [{"type": "function", "name": "a", "strict": 1}]}), "tools[0].strict"),

@@ -81,6 +81,22 @@ fn choices_regular_expressions_and_grammars() {
 }
 
 #[test]
+fn a_form_ends_where_it_does_whatever_is_ignored() {
+    let server = server();
+    for seed in 0..12 {
+        let mut body = json!({"prompt": "the", "structured_outputs": {"regex": "[ab]{2}(cd)?"}, "temperature": 1.2, "seed": seed,
+            "max_tokens": 60, "ignore_eos": true});
+        let choice = server.client.post(COMPLETIONS, &body).ok()["choices"][0].clone();
+        // It may end after two letters, but that is ignored.
+        assert!(choice["text"].as_str().is_some_and(|text| text.ends_with("cd")), "{choice}");
+        assert_eq!(choice["finish_reason"], "stop");
+        body["stop_token_ids"] = json!([0]);
+        let choice = server.client.post(COMPLETIONS, &body).ok()["choices"][0].clone();
+        assert!(choice["text"].as_str().is_some_and(|text| text.len() == 2 || text.ends_with("cd")), "{choice}");
+    }
+}
+
+#[test]
 fn guesses_and_company_change_no_answer_of_a_form() {
     let body = |seed: u64| json!({"prompt": "the cat", "structured_outputs": {"json": person()}, "temperature": 1.0, "seed": seed, "max_tokens": 60, "n": 2});
     let alone = server();
@@ -118,7 +134,7 @@ fn impossible_forms_name_their_field() {
         (schema(json!({"description": "x".repeat(70_000)})), "response_format.json_schema.schema"),
         (json!({"structured_outputs": {}}), "structured_outputs.json"),
         (json!({"structured_outputs": {"regex": "a", "choice": ["b"]}}), "structured_outputs.json"),
-        (json!({"structured_outputs": {"regex": "("}}), "response_format"),
+        (json!({"structured_outputs": {"regex": "("}}), "structured_outputs"),
         (json!({"structured_outputs": {"choice": []}}), "structured_outputs.choice"),
         (json!({"structured_outputs": {"choice": ["a", 3]}}), "structured_outputs.choice"),
         (json!({"structured_outputs": {"structural_tag": "x"}}), "structured_outputs.structural_tag"),

@@ -313,7 +313,7 @@ fn impossible_tools_name_their_field() {
         (json!({"tools": null, "tool_choice": "required"}), "tool_choice"),
         (json!({"parallel_tool_calls": 1}), "parallel_tool_calls"),
         (json!({"response_format": {"type": "xml"}}), "response_format.type"),
-        (json!({"structured_outputs": {"regex": "("}}), "response_format"),
+        (json!({"structured_outputs": {"regex": "("}}), "structured_outputs"),
         (json!({"functions": []}), "functions"),
         (json!({"messages": [{"role": "tool", "content": "x"}]}), "messages[0].tool_call_id"),
         (json!({"messages": [{"role": "user", "content": "x", "tool_calls": []}]}), "messages[0].tool_calls"),

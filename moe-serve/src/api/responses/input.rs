@@ -2,7 +2,7 @@
 
 use super::super::fields::{Fields, inside, wrong};
 use super::super::limits::MAX_MESSAGES;
-use super::super::message_request::{arguments, parts};
+use super::super::message_request::{Nested, parts};
 use crate::text::{ChatMessage, ToolCall};
 use crate::{Error, Result};
 use serde_json::{Map, Value};
@@ -33,6 +33,7 @@ struct Conversation {
     messages: Vec<ChatMessage>,
     /// Belongs to the assistant's next message or call.
     reasoning: Option<String>,
+    nested: Nested,
 }
 
 impl Conversation {
@@ -87,7 +88,7 @@ impl Conversation {
         let call = ToolCall {
             id: fields.text("call_id")?.ok_or_else(|| missing("call_id"))?,
             name: fields.text("name")?.ok_or_else(|| missing("name"))?,
-            arguments: arguments("arguments", fields.take("arguments"))?,
+            arguments: self.nested.arguments("arguments", fields.take("arguments"))?,
         };
         match self.messages.last_mut() {
             Some(last) if last.role == "assistant" && self.reasoning.is_none() => last.tool_calls.push(call),

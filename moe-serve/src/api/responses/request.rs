@@ -3,7 +3,7 @@
 use super::super::chat_request::{ChatRequest, take_variables};
 use super::super::common_request::{Common, StreamOptions};
 use super::super::fields::{Fields, inside, wrong};
-use super::super::grammar_request::response_format;
+use super::super::grammar_request::{Wanted, response_format};
 use super::super::limits::MAX_LOGPROBS;
 use super::super::tool_request::{ToolShape, ToolUse};
 use super::input::take_input;
@@ -75,6 +75,7 @@ impl ResponseRequest {
                 "`structured_outputs` and `text.format` exclude each other",
             ));
         }
+        let form = form.map(|source| Wanted { source, field: "text.format" });
         common.grammar = form.or(common.grammar.take());
         let max_seq_len = model.lm.max_seq_len();
         let max_tokens = fields.count("max_output_tokens", 1..=usize::MAX)?;
@@ -89,7 +90,7 @@ impl ResponseRequest {
         if let Some(effort) = reasoning {
             fields.put("reasoning_effort", effort);
         }
-        let variables = take_variables(&mut fields, model)?;
+        let variables = take_variables(&mut fields, model).map_err(of_reasoning)?;
         fields.finish(&UNSUPPORTED)?;
         settings.insert("temperature".into(), json!(common.sampling.temperature));
         settings.insert("top_p".into(), json!(common.sampling.top_p));
@@ -157,6 +158,16 @@ fn take_logprobs(fields: &mut Fields) -> Result<Option<usize>> {
             Err(Error::field("top_logprobs", format!("`top_logprobs` needs `include`: [\"{INCLUDED}\"]")))
         }
         (true, _) => Ok(None),
+    }
+}
+
+/// The effort has another name in chats, where variables come from.
+fn of_reasoning(error: Error) -> Error {
+    match error {
+        Error::Field { field, message } if field == "reasoning_effort" => {
+            Error::field("reasoning.effort", message.replace("reasoning_effort", "reasoning.effort"))
+        }
+        other => other,
     }
 }
 

@@ -25,14 +25,23 @@ impl ChatMessage {
         Self { role: role.into(), content: Some(content.into()), ..Self::default() }
     }
 
-    /// As templates know it: `content` is always there, `empty` if there is none, and the rest where it is said.
-    pub(super) fn to_json(&self, arguments: ArgumentsAs, empty: &Value) -> Value {
+    /// As templates know it: `content` is always there, and the rest where it is said.
+    pub(super) fn to_json(&self, arguments: ArgumentsAs, told: &ToldAs) -> Value {
         let mut fields = Map::new();
         fields.insert("role".into(), self.role.as_str().into());
-        fields.insert("content".into(), self.content.as_deref().map_or_else(|| empty.clone(), Value::from));
+        let mut content = self.content.as_deref();
         if let Some(reasoning) = &self.reasoning {
-            fields.insert("reasoning_content".into(), reasoning.as_str().into());
+            let mut thought = reasoning.clone();
+            // Such a template takes one text before calls, and calls both kinds an analysis.
+            if told.reasoning == THINKING
+                && !self.tool_calls.is_empty()
+                && let Some(text) = content.take().filter(|text| !text.is_empty())
+            {
+                thought = thought + "\n" + text;
+            }
+            fields.insert(told.reasoning.into(), thought.into());
         }
+        fields.insert("content".into(), content.map_or_else(|| told.empty.clone(), Value::from));
         if !self.tool_calls.is_empty() {
             fields.insert("tool_calls".into(), self.tool_calls.iter().map(|call| call.to_json(arguments)).collect());
         }
@@ -54,6 +63,18 @@ pub struct ToolCall {
     pub name: String,
     /// By name.
     pub arguments: Map<String, Value>,
+}
+
+/// What gpt-oss' template calls an assistant's thoughts.
+pub(super) const THINKING: &str = "thinking";
+
+/// What a template looks for in messages.
+#[derive(Debug)]
+pub(super) struct ToldAs {
+    /// The content of a message that has none.
+    pub(super) empty: Value,
+    /// The name of what an assistant thought.
+    pub(super) reasoning: &'static str,
 }
 
 /// How a template wants the arguments of a call.

@@ -13,7 +13,7 @@ pub use message::{ChatMessage, Tool, ToolCall};
 
 use super::tools::ToolFormat;
 use crate::{Error, Result};
-use message::ArgumentsAs;
+use message::{ArgumentsAs, THINKING, ToldAs};
 use minijinja::syntax::SyntaxConfig;
 use minijinja::value::{Serde, Value as Jinja, ValueKind};
 use minijinja::{Environment, ErrorKind};
@@ -46,8 +46,8 @@ pub struct ChatTemplate {
     is_dialogue: bool,
     /// What templates ask to be told.
     variables: HashSet<String>,
-    /// Whether the text of a message that has none is null to the template, which asks for that, or else empty.
-    empty_is_none: bool,
+    /// The text of a message that has none is null to a template that asks for that, or else empty.
+    told: ToldAs,
     format: Option<ToolFormat>,
     /// Special tokens by their names, such as `bos_token`.
     tokens: Map<String, Value>,
@@ -94,17 +94,22 @@ impl ChatTemplate {
     fn compile(sources: Vec<(String, String)>, tokens: Map<String, Value>) -> Result<Self> {
         let mut environment = environment()?;
         let mut variables = HashSet::new();
-        let mut empty_is_none = false;
+        let mut told = ToldAs { empty: "".into(), reasoning: "reasoning_content" };
         let format = sources.iter().find_map(|(_, source)| ToolFormat::of_template(source));
         for (name, source) in sources {
             // As Jinja2 reads files, whatever system wrote them.
             let source = without_generation_tags(&source.replace("\r\n", "\n"));
-            empty_is_none |= NONE_TESTS.iter().any(|test| source.contains(test));
+            if NONE_TESTS.iter().any(|test| source.contains(test)) {
+                told.empty = Value::Null;
+            }
+            if source.contains("message.thinking") {
+                told.reasoning = THINKING;
+            }
             environment.add_template_owned(name.clone(), source).map_err(|e| Error::Template(e.to_string()))?;
             let template = environment.get_template(&name).map_err(|e| Error::Template(e.to_string()))?;
             variables.extend(template.undeclared_variables(false));
         }
-        Ok(Self { environment, is_dialogue: false, variables, empty_is_none, format, tokens })
+        Ok(Self { environment, is_dialogue: false, variables, told, format, tokens })
     }
 
     /// Reads and asks for calls of tools in this form, whatever the template looks like.
@@ -163,8 +168,7 @@ impl ChatTemplate {
         let mut context = variables.clone();
         context.extend(self.tokens.clone());
         let definitions: Vec<Value> = tools.iter().map(|tool| tool.definition.clone()).collect();
-        let empty = if self.empty_is_none { Value::Null } else { "".into() };
-        context.insert("messages".into(), messages.iter().map(|m| m.to_json(arguments, &empty)).collect());
+        context.insert("messages".into(), messages.iter().map(|m| m.to_json(arguments, &self.told)).collect());
         context.insert("tools".into(), if tools.is_empty() { Value::Null } else { definitions.into() });
         context.insert("documents".into(), Value::Null);
         context.insert("add_generation_prompt".into(), true.into());

@@ -130,3 +130,18 @@ fn bad_templates_are_errors() {
         assert!(ChatTemplate::from_files(Some(config.as_bytes()), None).is_err(), "{config}");
     }
 }
+
+#[test]
+fn thoughts_have_the_name_that_a_template_asks_for() {
+    let print = "{{ message.content }}|{{ message.thinking }}|{{ message.reasoning_content }};";
+    let harmony = template(&format!("{{% for message in messages %}}{print}{{% endfor %}}"));
+    let thought = |message| ChatMessage { reasoning: Some("Hm.".into()), ..message };
+    let list = [thought(ChatMessage::new("assistant", "Yes.")), thought(called())];
+    assert_eq!(harmony.render(&list).expect("renders"), "Yes.|Hm.|;|Hm.|;");
+    // One text before calls: nothing is lost.
+    let list = [thought(ChatMessage { content: Some("I look.".into()), ..called() })];
+    assert_eq!(harmony.render(&list).expect("renders"), "|Hm.\nI look.|;");
+    let other =
+        template("{% for message in messages %}{{ message.content }}|{{ message.reasoning_content }};{% endfor %}");
+    assert_eq!(other.render(&list).expect("renders"), "I look.|Hm.;");
+}

@@ -114,13 +114,17 @@ impl Parser {
                 }
                 ended
             }
-            State::Between => match self.pending.take_through(&[CALL_BEGIN, CALLS_END]) {
-                Some((_, mark)) => {
-                    self.state = if mark == CALL_BEGIN { State::Head } else { State::Text };
-                    true
-                }
-                None => false,
-            },
+            State::Between => {
+                let found = self.pending.take_through(&[CALL_BEGIN, CALLS_END]);
+                let (between, mark) = match found {
+                    Some((between, mark)) => (between, Some(mark)),
+                    None if last => (self.pending.take(), None),
+                    None => return false,
+                };
+                self.text.push(beside_calls(&between), out);
+                self.state = if mark == Some(CALL_BEGIN) { State::Head } else { State::Text };
+                mark.is_some()
+            }
         }
     }
 
@@ -147,6 +151,17 @@ impl Parser {
             }
             None => false,
         }
+    }
+}
+
+/// What stands between calls and belongs to none: the end of a call does, even where an answer breaks off in it.
+fn beside_calls(between: &str) -> &str {
+    let after_fence = between.trim_start().trim_start_matches("```");
+    let rest = after_fence.trim_start();
+    match rest.strip_prefix(CALL_END) {
+        Some(rest) => rest.trim(),
+        None if CALL_END.starts_with(rest) => "",
+        None => rest,
     }
 }
 

@@ -139,6 +139,15 @@ fn deepseek() {
     check("deepseek_v31", v31, "So.|weather{\"city\": \"x\"}");
     check("deepseek_v3", "a < b <｜to", "a < b <｜to");
     check("deepseek_v3", "<｜tool▁call▁begin｜>function", "<｜tool▁call▁begin｜>function");
+    // What stands where calls should is text; what ends a call is not.
+    check("deepseek_v3", "<｜tool▁calls▁begin｜>I cannot.", "I cannot.");
+    check("deepseek_v31", "<｜tool▁call▁begin｜>now<｜tool▁sep｜>{}<｜tool▁call▁end｜>", "|now{}");
+    check("deepseek_v3", "<｜tool▁call▁begin｜>function<｜tool▁sep｜>now\n```json\n{}\n```<｜tool▁call", "|now{}");
+    check(
+        "deepseek_v31",
+        "<｜tool▁call▁begin｜>now<｜tool▁sep｜>{}<｜tool▁call▁end｜> That is all.",
+        "|now{}That is all.",
+    );
 }
 
 #[test]
