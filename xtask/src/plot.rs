@@ -36,8 +36,13 @@ pub(crate) fn read_curve(run: &Path, tag: &str) -> Result<Curve> {
         }
     }
     ensure!(!points.is_empty(), "{} has no values of {tag}", file.display());
-    let folder = if run.is_dir() { Some(run) } else { run.parent() };
-    let name = folder.and_then(Path::file_name).map(|n| n.to_string_lossy().into_owned()).unwrap_or_default();
+    // A file of another name than a run's has one of its own.
+    let name = match run.file_stem() {
+        Some(stem) if run.is_file() && stem != "metrics" => Some(stem),
+        _ if run.is_file() => run.parent().and_then(Path::file_name),
+        _ => run.file_name(),
+    };
+    let name = name.map(|name| name.to_string_lossy().into_owned()).unwrap_or_default();
     Ok(Curve { name, points })
 }
 
