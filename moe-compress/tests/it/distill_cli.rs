@@ -183,8 +183,11 @@ fn runs_share_what_the_teacher_says() {
         std::fs::read_dir(folder).unwrap().map(|file| file.unwrap().metadata().unwrap().len()).sum::<u64>()
     };
     let bytes = kept();
-    succeed(&moe_distill(dir.path(), "two", &more));
+    succeed(&moe_distill(dir.path(), "two", &[&more[..], &["--exit-interval", "5"]].concat()));
+    // A run that goes on finds them too, without being told again.
+    succeed(&moe_distill(dir.path(), "two", &[]));
     assert_eq!(kept(), bytes);
+    assert!(!dir.path().join("two/teacher-targets").exists());
     assert_eq!(weights(&dir.path().join("one"), 12), weights(&dir.path().join("two"), 12));
     let output = moe_distill(dir.path(), "ranks", &[&more[..], &["--ranks", "2"]].concat());
     assert!(String::from_utf8_lossy(&output.stderr).contains("--kd-top-k is for one rank"));
@@ -197,7 +200,8 @@ fn bad_input_is_told() {
     let published = "{\"model_type\": \"llama\", \"hidden_act\": \"silu\", \"vocab_size\": 262, \"hidden_size\": 16, \
         \"intermediate_size\": 32, \"num_hidden_layers\": 2, \"num_attention_heads\": 2, \"max_position_embeddings\": 16}";
     std::fs::write(dir.path().join("llama.json"), published).unwrap();
-    let cases: [(&str, &[&str], &str); 11] = [
+    let cases: [(&str, &[&str], &str); 12] = [
+        ("new", &["--kd-cache", "said"], "give --kd-top-k too"),
         ("run", &["--kd", "full"], "other settings"),
         ("run", &["--num-layers", "4"], "the model asked for differs"),
         ("new", &["--kd", "full", "--kd-stop", "0.5"], "--kd-stop is the end of the staged schedule"),

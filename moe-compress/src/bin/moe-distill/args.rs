@@ -46,8 +46,8 @@ pub(crate) struct DistillArgs {
     #[arg(long, value_name = "K")]
     kd_top_k: Option<usize>,
     /// Folder for them, which runs may share [default: teacher-targets in --out].
-    #[arg(long, value_name = "DIR", requires = "kd_top_k")]
-    pub(crate) kd_cache: Option<PathBuf>,
+    #[arg(long, value_name = "DIR")]
+    kd_cache: Option<PathBuf>,
 }
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
@@ -93,6 +93,9 @@ pub(crate) struct Settings {
     pub(crate) temperature: f64,
     /// Entries of the teacher that count; `None`: all.
     pub(crate) top_k: Option<usize>,
+    /// Where those are kept, if not beside the run. Another place changes nothing but the time it takes.
+    #[serde(default)]
+    pub(crate) cache: Option<PathBuf>,
 }
 
 impl Settings {
@@ -123,7 +126,7 @@ impl Settings {
             bail!("{} holds a run that has no teacher ({RECORD} is missing); resume it with moe-train", out.display());
         };
         ensure!(
-            saved == *self,
+            saved == Self { cache: saved.cache.clone(), ..self.clone() },
             "the run in {} was started with another teacher or other settings; give the same, or start a new run\nasked: {self:?}\nsaved: {saved:?}",
             out.display()
         );
@@ -145,7 +148,9 @@ impl DistillArgs {
             weight: Distillation::default().weight,
             temperature: Distillation::default().temperature,
             top_k: None,
+            cache: None,
         });
+        let cache = self.kd_cache.as_deref().map(std::path::absolute).transpose().context("reading --kd-cache")?;
         let settings = Settings {
             teacher: fingerprint.to_owned(),
             drop_depth: if given { None } else { self.drop_depth.or(base.drop_depth) },
@@ -160,7 +165,12 @@ impl DistillArgs {
             weight: self.kd_weight.unwrap_or(base.weight),
             temperature: self.kd_temp.unwrap_or(base.temperature),
             top_k: self.kd_top_k.or(base.top_k),
+            cache: cache.or(base.cache),
         };
+        ensure!(
+            self.kd_cache.is_none() || settings.top_k.is_some(),
+            "--kd-cache is for entries of the teacher that are kept; give --kd-top-k too, or drop it"
+        );
         ensure!(
             !settings.from_teacher || settings.drop_depth.is_some(),
             "--init teacher is for a student that keeps layers of its teacher; drop the flags that describe a model"

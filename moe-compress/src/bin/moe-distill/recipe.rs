@@ -30,7 +30,7 @@ impl Distilling {
         let teacher = TeacherFolder::open(&args.teacher)?;
         let resumed = if train.resume { Settings::read(&train.out)? } else { None };
         let settings = args.settings(teacher.fingerprint(), train.model.is_given(), resumed.as_ref())?;
-        let cache = args.kd_cache.clone().unwrap_or_else(|| train.out.join("teacher-targets"));
+        let cache = settings.cache.clone().unwrap_or_else(|| train.out.join("teacher-targets"));
         Ok(Self { teacher, settings, cache })
     }
 
