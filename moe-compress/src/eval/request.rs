@@ -2,7 +2,7 @@
 
 use super::python;
 use crate::{Error, Result};
-use moe_models::train::tokenizer::{check_fits, eos_id};
+use moe_models::train::tokenizer::{Vocabulary, check_fits};
 use tokenizers::Tokenizer;
 
 /// A continuation that is to be scored after a context.
@@ -39,17 +39,18 @@ pub struct RequestEncoder {
 }
 
 impl RequestEncoder {
-    /// For a model with `vocab_size` entries that reads at most `max_length` tokens. The end-of-document token stands in for an
-    /// empty context.
+    /// For a model with this vocabulary (a number of entries, or a model's configuration) that reads at most `max_length` tokens. The
+    /// end-of-document token stands in for an empty context.
     ///
     /// # Errors
-    /// If the tokenizer does not fit the model or has no end-of-document token; [`Error::Argument`] for a `max_length` of 0.
-    pub fn new(mut tokenizer: Tokenizer, vocab_size: usize, max_length: usize) -> Result<Self> {
+    /// If the tokenizer does not fit the model, or neither knows an end-of-document token; [`Error::Argument`] for a `max_length` of 0.
+    pub fn new(mut tokenizer: Tokenizer, vocabulary: impl Into<Vocabulary>, max_length: usize) -> Result<Self> {
         if max_length == 0 {
             return Err(Error::Argument("a max_length of 0 leaves no room for a token; raise it".into()));
         }
-        check_fits(&tokenizer, vocab_size)?;
-        let prefix_id = eos_id(&tokenizer)?;
+        let vocabulary = vocabulary.into();
+        check_fits(&tokenizer, vocabulary.size)?;
+        let prefix_id = vocabulary.end_of_document(&tokenizer)?;
         // A file may carry its trainer's padding or truncation.
         tokenizer.with_padding(None);
         tokenizer.with_truncation(None).map_err(error)?;

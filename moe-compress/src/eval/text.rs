@@ -5,7 +5,8 @@ use super::report::TextReport;
 use crate::{Error, Result};
 use moe_models::train::data::{DataCache, PackedSource, ValidSource};
 use moe_models::train::evaluate::{SourceLoss, evaluate_by};
-use moe_models::train::{Observer, RunText, tokenizer};
+use moe_models::train::tokenizer::Vocabulary;
+use moe_models::train::{Observer, RunText};
 use moe_models::{Decoder, Pass, TokenBatch};
 use tokenizers::Tokenizer;
 
@@ -70,7 +71,7 @@ pub fn evaluate_text(
     let &TextOptions { ref paths, seq_len, max_tokens } = options;
     max_tokens.map_or(Ok(0), |tokens| windows(tokens, seq_len))?;
     let text = RunText::read_valid(paths, observer)?;
-    let (_, packed) = text.pack(tokenizer, decoder.config().vocab_size, &DataCache::Memory, observer)?;
+    let (_, packed) = text.pack(tokenizer, decoder.config(), &DataCache::Memory, observer)?;
     evaluate_sources(decoder, tokenizer, packed, seq_len, max_tokens)
 }
 
@@ -92,7 +93,7 @@ pub fn evaluate_sources(
         .collect::<Result<Vec<_>>>()?;
     let batch_size = (BATCH_TOKENS / seq_len).max(1);
     let losses = evaluate_by(|batch| decoder.loss(batch, Pass::Eval), &sources, batch_size)?.sources;
-    let eos_id = tokenizer::eos_id(tokenizer)?;
+    let eos_id = Vocabulary::from(decoder.config()).end_of_document(tokenizer)?;
     let mut rows = Vec::new();
     for (loss, source) in losses.into_iter().zip(&sources) {
         let batches = source.batches(batch_size);

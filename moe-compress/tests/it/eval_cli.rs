@@ -60,6 +60,42 @@ fn every_task_has_its_metrics_and_chances() {
     assert_eq!(std::fs::read_dir(dir.path()).unwrap().count(), 1, "nothing but the report is left");
 }
 
+/// As families that name it in their own way have it.
+#[test]
+fn a_document_ends_as_the_model_says_where_its_tokenizer_has_no_usual_name() {
+    let dir = tempfile::tempdir().unwrap();
+    for name in ["config.json", "model.safetensors", "tokenizer.json"] {
+        std::fs::copy(model_folder().join(name), dir.path().join(name)).unwrap();
+    }
+    let (fixtures, model) = (fixtures().display().to_string(), dir.path().display().to_string());
+    let evaluate = |model: &str| {
+        let arguments = [
+            "--tasks",
+            "lambada",
+            "--task-dir",
+            &fixtures,
+            "--text",
+            &format!("{fixtures}/text.txt"),
+            "--max-length",
+            "16",
+        ];
+        Command::new(env!("CARGO_BIN_EXE_moe-eval")).args(["--model", model]).args(arguments).output().unwrap()
+    };
+    let numbers = |text: String| {
+        text.lines().map(|line| line.split_once(' ').map(|(_, rest)| rest.to_owned())).collect::<Vec<_>>()
+    };
+    let want = numbers(succeed(&evaluate(&model_folder().display().to_string())));
+    let path = dir.path().join("tokenizer.json");
+    let renamed = std::fs::read_to_string(&path).unwrap().replace("<|endoftext|>", "<|fin|>");
+    std::fs::write(&path, renamed).unwrap();
+    assert_eq!(numbers(succeed(&evaluate(&model))), want);
+    let config = std::fs::read_to_string(dir.path().join("config.json")).unwrap();
+    std::fs::write(dir.path().join("config.json"), config.replace("\"eos_token_id\": 0", "\"eos_token_id\": null"))
+        .unwrap();
+    let output = evaluate(&model);
+    assert!(String::from_utf8_lossy(&output.stderr).contains("no end-of-document token"), "{output:?}");
+}
+
 #[test]
 fn compressed_items_and_a_limit() {
     let dir = tempfile::tempdir().unwrap();

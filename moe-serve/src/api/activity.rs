@@ -3,7 +3,7 @@
 //! A timer inside the socket cannot tell an idle connection from one whose answer takes its time, and one around the
 //! requests does not see a client that stops reading. This knows both ends. It closes nothing itself.
 
-use super::limits::Limits;
+use super::limits::{Limits, deadline};
 use axum::body::Body;
 use axum::body::Bytes;
 use hyper::body::{Body as HttpBody, Frame, SizeHint};
@@ -91,11 +91,12 @@ impl Activity {
         }
         // An answer ends itself at its limit, and then has what a client may take for the last of it: who takes a little now and then is
         // never blocked for long.
-        let answered = (asked + limits.request_timeout + limits.write_timeout, "request_timeout");
+        let answered = deadline(asked, limits.request_timeout.saturating_add(limits.write_timeout));
+        let answered = (answered, "request_timeout");
         match (blocked, phase) {
-            (Some(blocked), _) => (blocked + limits.write_timeout, "write_timeout").min(answered),
-            (None, Phase::New | Phase::Head) => (since + limits.header_timeout, "header_timeout"),
-            (None, Phase::Idle) => (since + limits.keep_alive_timeout, "keep_alive_timeout"),
+            (Some(blocked), _) => (deadline(blocked, limits.write_timeout), "write_timeout").min(answered),
+            (None, Phase::New | Phase::Head) => (deadline(since, limits.header_timeout), "header_timeout"),
+            (None, Phase::Idle) => (deadline(since, limits.keep_alive_timeout), "keep_alive_timeout"),
             (None, Phase::Busy) => answered,
         }
     }

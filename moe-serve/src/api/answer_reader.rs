@@ -15,32 +15,35 @@ pub(super) struct AnswerReader {
     call_seed: u64,
     /// Calls that have begun.
     calls: usize,
-    /// Whether what came last was a thought.
-    thinks: bool,
+    /// Whether what was read last belongs to a thought.
+    in_thought: bool,
 }
 
 impl AnswerReader {
     pub(super) fn new(reading: &Reading, choice: usize, call_seed: u64) -> Self {
         let Reading { format, ref tools, parallel, or_form } = *reading;
         let parser = if or_form { format.parser_or_form(tools) } else { format.parser(tools) };
-        Self { choice, parser, format, parallel, call_seed, calls: 0, thinks: false }
+        Self { choice, parser, format, parallel, call_seed, calls: 0, in_thought: false }
     }
 
     pub(super) fn has_called(&self) -> bool {
         self.calls > 0
     }
 
-    /// Whether the text so far ends in a thought, or in the mark that ends one.
-    pub(super) fn thinks(&self) -> bool {
-        self.thinks
+    /// Whether what was read last belongs to a thought: text of it, or what may become that.
+    pub(super) fn in_thought(&self) -> bool {
+        self.in_thought
     }
 
     /// The pieces of more text, at least one.
     pub(super) fn read(&mut self, text: &str, ended: bool) -> Vec<Piece> {
+        let thought = self.parser.thinks();
         let mut parts = self.parser.push(text);
         if ended {
             parts.extend(self.parser.finish());
         }
+        let tells = parts.iter().any(|part| matches!(part, AnswerPart::Reasoning(_)));
+        self.in_thought = tells || thought && self.parser.thinks();
         let mut pieces: Vec<Piece> = parts.into_iter().filter_map(|part| self.piece(part)).collect();
         if pieces.is_empty() {
             pieces.push(Piece { choice: self.choice, ..Piece::default() });
@@ -52,7 +55,6 @@ impl AnswerReader {
         let piece = Piece { choice: self.choice, ..Piece::default() };
         // Of calls that may not stand side by side the first one counts.
         let is_dropped = |calls: usize| calls > 1 && !self.parallel;
-        self.thinks = matches!(part, AnswerPart::Reasoning(_));
         match part {
             AnswerPart::Text(text) => Some(Piece { text, ..piece }),
             AnswerPart::Reasoning(reasoning) => Some(Piece { reasoning, ..piece }),
@@ -68,5 +70,41 @@ impl AnswerReader {
                 (!is_dropped(self.calls)).then(|| Piece { calls: vec![call], ..piece })
             }
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn thoughts_are_told_from_their_marks() {
+        let format = ToolFormat::named("openai").expect("known");
+        let reading = Reading { format, tools: Vec::new(), parallel: false, or_form: false };
+        let mut reader = AnswerReader::new(&reading, 0, 1);
+        let tokens = [
+            "<|channel|>",
+            "analysis",
+            "<|message|>",
+            "Hm",
+            ", <",
+            "well",
+            ".",
+            "<|end|>",
+            "<|start|>",
+            "assistant",
+            "<|channel|>",
+            "final",
+            "<|message|>",
+            "Yes",
+        ];
+        let thoughts = tokens.map(|token| {
+            reader.read(token, false);
+            reader.in_thought()
+        });
+        let want = ["Hm", ", <", "well", "."];
+        let got: Vec<&str> =
+            tokens.iter().zip(thoughts).filter_map(|(token, thought)| thought.then_some(*token)).collect();
+        assert_eq!(got, want);
     }
 }

@@ -1,7 +1,7 @@
 //! [`BodyBudget`]: reads request bodies within bounds on size, time and memory.
 
 use super::error::ApiError;
-use super::limits::{MAX_LARGEST_BODIES, UNSHARED_BODY_BYTES};
+use super::limits::{MAX_LARGEST_BODIES, UNSHARED_BODY_BYTES, deadline};
 use axum::body::Body;
 use axum::http::{HeaderMap, HeaderName, StatusCode, header};
 use http_body_util::BodyExt;
@@ -15,18 +15,28 @@ const SHARE_BYTES: usize = 1024;
 
 /// Memory for bodies that are being read or parsed. A body takes it as it comes, so that who announces much and sends nothing keeps
 /// nobody waiting; and none for its beginning, so that who sends little waits for nobody: of those there are at most as many as
-/// connections.
+/// connections. Room for one of the largest is set aside: bodies that have taken all the rest between them go there one after another,
+/// so that each comes to its end.
 #[derive(Debug)]
 pub(super) struct BodyBudget {
     shares: Arc<Semaphore>,
+    aside: Arc<Semaphore>,
     max_body_bytes: usize,
+}
+
+/// What a body holds of the budget.
+#[derive(Debug, Default)]
+struct Share {
+    taken: Option<OwnedSemaphorePermit>,
+    /// The room set aside, which holds all that is still to come.
+    aside: Option<OwnedSemaphorePermit>,
 }
 
 /// A body, and its share of the budget until this is dropped.
 #[derive(Debug)]
 pub(super) struct SharedBody {
     bytes: Vec<u8>,
-    _share: Option<OwnedSemaphorePermit>,
+    _share: Share,
 }
 
 impl SharedBody {
@@ -37,8 +47,9 @@ impl SharedBody {
 
 impl BodyBudget {
     pub(super) fn new(max_body_bytes: usize) -> Self {
-        let shares = MAX_LARGEST_BODIES * shares_of(max_body_bytes) as usize;
-        Self { shares: Arc::new(Semaphore::new(shares.min(Semaphore::MAX_PERMITS))), max_body_bytes }
+        let shares = (MAX_LARGEST_BODIES - 1) * shares_of(max_body_bytes) as usize;
+        let shares = Arc::new(Semaphore::new(shares.min(Semaphore::MAX_PERMITS)));
+        Self { shares, aside: Arc::new(Semaphore::new(1)), max_body_bytes }
     }
 
     /// Reads a JSON body.
@@ -57,8 +68,8 @@ impl BodyBudget {
         if announced > self.max_body_bytes {
             return Err(self.too_large());
         }
-        let deadline = Instant::now() + limit;
-        let (mut bytes, mut share) = (Vec::new(), None);
+        let deadline = deadline(Instant::now(), limit);
+        let (mut bytes, mut share) = (Vec::new(), Share::default());
         while let Some(frame) = timeout_at(deadline, body.frame()).await.map_err(|_| late(limit))? {
             let frame = frame.map_err(|error| ApiError::invalid(None, format!("the body broke off: {error}")))?;
             let Ok(data) = frame.into_data() else { continue };
@@ -72,26 +83,28 @@ impl BodyBudget {
     }
 
     /// Has `share` cover a body of so many bytes.
-    async fn take_share(
-        &self,
-        share: &mut Option<OwnedSemaphorePermit>,
-        bytes: usize,
-        deadline: Instant,
-    ) -> Result<(), ApiError> {
-        let held = share.as_ref().map_or(0, OwnedSemaphorePermit::num_permits) as u32;
+    async fn take_share(&self, share: &mut Share, bytes: usize, deadline: Instant) -> Result<(), ApiError> {
+        let held = share.taken.as_ref().map_or(0, OwnedSemaphorePermit::num_permits) as u32;
         let missing = shares_of(bytes.saturating_sub(UNSHARED_BODY_BYTES)).saturating_sub(held);
-        if missing == 0 {
+        if missing == 0 || share.aside.is_some() {
             return Ok(());
         }
-        let more = timeout_at(deadline, self.shares.clone().acquire_many_owned(missing)).await;
-        let more = more.map_err(|_| {
+        let room = async {
+            tokio::select! {
+                biased;
+                more = self.shares.clone().acquire_many_owned(missing) => (more, false),
+                aside = self.aside.clone().acquire_owned() => (aside, true),
+            }
+        };
+        let (more, is_aside) = timeout_at(deadline, room).await.map_err(|_| {
             let text = "too many large bodies are being read at this time; try again later";
             ApiError::new(StatusCode::TOO_MANY_REQUESTS, text).with_code("bodies_full")
         })?;
         let more = more.map_err(|_| ApiError::from(crate::Error::ShuttingDown))?;
-        match share {
-            Some(share) => share.merge(more),
-            None => *share = Some(more),
+        match &mut share.taken {
+            _ if is_aside => share.aside = Some(more),
+            Some(taken) => taken.merge(more),
+            None => share.taken = Some(more),
         }
         Ok(())
     }
@@ -167,17 +180,40 @@ mod tests {
     async fn stalled_bodies_keep_small_ones_from_nothing() {
         let budget = BodyBudget::new(LARGEST);
         let chunks = LARGEST / UNSHARED_BODY_BYTES;
-        // As much as there is, and more.
+        // As much as there is.
         let hold = budget.shares.clone().acquire_many_owned(budget.shares.available_permits() as u32).await;
+        let aside = budget.aside.clone().acquire_owned().await;
         let status = |result: Result<SharedBody, ApiError>| result.map(|body| body.bytes.len()).map_err(|e| e.status);
         let limit = Duration::from_millis(100);
         assert_eq!(status(read(&budget, Body::from_stream(of(1)), limit).await), Ok(UNSHARED_BODY_BYTES));
         let late = read(&budget, Body::from_stream(of(2)), limit).await;
         assert_eq!(status(late), Err(StatusCode::TOO_MANY_REQUESTS));
-        drop(hold);
+        drop((hold, aside));
         assert_eq!(status(read(&budget, stalled(1), limit).await), Err(StatusCode::REQUEST_TIMEOUT));
         assert_eq!(status(read(&budget, Body::from_stream(of(chunks)), limit).await), Ok(LARGEST));
         let large = read(&budget, Body::from_stream(of(chunks + 1)), limit).await;
         assert_eq!(status(large), Err(StatusCode::PAYLOAD_TOO_LARGE));
+    }
+
+    #[tokio::test]
+    async fn bodies_that_want_more_than_there_is_come_one_after_another() {
+        let budget = Arc::new(BodyBudget::new(LARGEST));
+        let chunks = LARGEST / UNSHARED_BODY_BYTES;
+        // All of them begin before any has ended.
+        let reading = || {
+            let budget = budget.clone();
+            let slowly = of(chunks).then(|chunk| async {
+                tokio::task::yield_now().await;
+                chunk
+            });
+            tokio::spawn(async move {
+                let body = read(&budget, Body::from_stream(slowly), Duration::from_secs(60)).await;
+                body.map(|body| body.bytes().len()).map_err(|error| error.status)
+            })
+        };
+        let readings: Vec<_> = (0..3 * MAX_LARGEST_BODIES).map(|_| reading()).collect();
+        for reading in readings {
+            assert_eq!(reading.await.expect("no panic"), Ok(LARGEST));
+        }
     }
 }

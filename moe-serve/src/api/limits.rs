@@ -1,6 +1,7 @@
 //! Every bound a request meets, in one place.
 
 use std::time::Duration;
+use tokio::time::Instant;
 
 /// Bounds the operator sets.
 #[derive(Debug, Clone)]
@@ -39,6 +40,12 @@ impl Default for Limits {
             shutdown_grace: Duration::from_secs(10),
         }
     }
+}
+
+/// When `limit` has passed since `from`; in a hundred years, if that is further than clocks go.
+pub(super) fn deadline(from: Instant, limit: Duration) -> Instant {
+    const LONG: Duration = Duration::from_secs(100 * 366 * 86_400);
+    from.checked_add(limit.min(LONG)).unwrap_or(from)
 }
 
 /// Bodies of the largest size that may be read and parsed at one time; each takes a multiple of its size in memory.

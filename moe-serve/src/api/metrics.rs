@@ -267,10 +267,9 @@ impl Observer for ServerMetrics {
             let decode = stats.total - first;
             self.request_prefill_time.record(first - stats.queued);
             self.request_decode_time.record(decode);
-            if stats.longest > 1 {
-                // Continuations grow side by side.
-                self.time_per_output_token.record(decode.as_secs_f64() / (stats.longest - 1) as f64);
-            }
+        }
+        if let Some(time) = stats.time_per_token {
+            self.time_per_output_token.record(time);
         }
         let reason = match outcome {
             Outcome::Finished(FinishReason::Stop) => 0,

@@ -167,7 +167,7 @@ impl PieceMaker {
                 let tokens = if self.logprobs { vec![scored] } else { Vec::new() };
                 let mut pieces = self.told(choice, token.text, false);
                 pieces[0].tokens = tokens;
-                self.reasoning_tokens += usize::from(self.readers.get(choice).is_some_and(AnswerReader::thinks));
+                self.reasoning_tokens += usize::from(self.readers.get(choice).is_some_and(AnswerReader::in_thought));
                 pieces
             }
             Event::Experts { choice, experts } => {

@@ -65,6 +65,7 @@ pub(super) fn chat(request: ChatRequest, model: &ServedModel, fresh_seed: u64) -
         Error::Template(_) => Error::field(messages_field, error.to_string()),
         other => other,
     })?;
+    check_bytes(model, messages_field, prompt.len(), 0)?;
     let prompts = vec![fitting(model, messages_field, model.encode_chat(&prompt)?, 1)?];
     let max_tokens = max_tokens.unwrap_or_else(|| default_tokens(model, &prompts, model.lm.max_seq_len()));
     let format = model.chat.tool_format().filter(|format| format.always_reads() || !tools.tools.is_empty());

@@ -5,6 +5,7 @@ use super::chat_request::ChatRequest;
 use super::completion_request::CompletionRequest;
 use super::error::ApiError;
 use super::json::parse_object;
+use super::limits::deadline;
 use super::page::page;
 use super::piece::PieceMaker;
 use super::prepare::{self, Prepared};
@@ -133,7 +134,7 @@ async fn answer(
     endpoint: Endpoint,
     prepare: fn(Map<String, Value>, &AppState) -> Result<Prepared, ApiError>,
 ) -> Result<Response, ApiError> {
-    let deadline = Instant::now() + state.limits.request_timeout;
+    let deadline = deadline(Instant::now(), state.limits.request_timeout);
     let prepared = read(&state, request, prepare).await?;
     let renderer = Renderer {
         endpoint,
@@ -156,7 +157,7 @@ async fn answer(
 }
 
 async fn respond(State(state): State<Arc<AppState>>, request: Request) -> Result<Response, ApiError> {
-    let deadline = Instant::now() + state.limits.request_timeout;
+    let deadline = deadline(Instant::now(), state.limits.request_timeout);
     let (prepared, settings) = read(&state, request, |body, state| {
         let request = ResponseRequest::from_json(body, &state.model)?;
         state.check_model(request.chat.common.model.as_deref())?;
@@ -194,7 +195,8 @@ async fn read<T: Send + 'static>(
     prepare: fn(Map<String, Value>, &AppState) -> Result<T, ApiError>,
 ) -> Result<T, ApiError> {
     let (parts, body) = request.into_parts();
-    let body = state.bodies.read(&parts.headers, body, state.limits.body_timeout).await?;
+    let limit = state.limits.body_timeout.min(state.limits.request_timeout);
+    let body = state.bodies.read(&parts.headers, body, limit).await?;
     let blocking_state = state.clone();
     // It has its share of memory for as long as it is worked on, whether or not its client still waits.
     tokio::task::spawn_blocking(move || prepare(parse_object(body.bytes())?, &blocking_state))

@@ -38,7 +38,9 @@ pub(super) fn take_tokens(fields: &mut Fields, model: &ServedModel) -> Result<Ve
             let variables = take_variables(fields, model)?;
             let messages = take_messages(messages)?;
             check_counted_bytes(model, "messages", bytes_of(&messages, &tools))?;
-            model.encode_chat(&model.chat.render_with(&messages, &tools, &variables)?)
+            let prompt = model.chat.render_with(&messages, &tools, &variables)?;
+            check_counted_bytes(model, "messages", prompt.len())?;
+            model.encode_chat(&prompt)
         }
         (Some(_), Some(_)) => {
             Err(Error::field("messages", "`messages` and `prompt` exclude each other; leave one out"))

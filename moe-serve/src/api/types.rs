@@ -23,7 +23,7 @@ pub(super) struct PromptTokensDetails {
 /// Of the tokens of a request's answers.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize)]
 pub(super) struct CompletionTokensDetails {
-    /// Those that were thoughts, or marks that end one.
+    /// Those that were thoughts.
     pub(super) reasoning_tokens: usize,
 }
 

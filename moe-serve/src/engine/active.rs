@@ -11,7 +11,7 @@ use super::watch::{JobStats, Observer};
 use crate::{Error, Result};
 use moe_models::LayerExperts;
 use std::sync::Arc;
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 /// What one part of a step gave.
 pub(super) struct Ran<'a> {
@@ -68,6 +68,8 @@ pub(super) struct Active {
     pub(super) submitted: Instant,
     pub(super) started: bool,
     pub(super) stats: JobStats,
+    /// Times between two tokens of a continuation: how many, and all together.
+    gaps: (u32, Duration),
     listener: Box<dyn Listener>,
     prompts: Vec<Prompt>,
     choices: Vec<Option<Choice>>,
@@ -86,7 +88,8 @@ impl Active {
         let prompt_tokens = job.prompts.iter().map(Vec::len).sum();
         let stats = JobStats { prompt_tokens, ..JobStats::default() };
         let (started, reason) = (false, FinishReason::Stop);
-        Self { job: Arc::new(job), cancel, submitted, started, stats, listener, prompts, choices, left, reason }
+        let gaps = (0, Duration::ZERO);
+        Self { job: Arc::new(job), cancel, submitted, started, stats, gaps, listener, prompts, choices, left, reason }
     }
 
     /// Whether the logits after every token of a prompt are wanted, which `choice` reads.
@@ -198,11 +201,15 @@ impl Active {
             self.stats.generated_tokens += 1;
             let experts = self.job.experts;
             let choice = self.choice(index);
-            observer.token(first_of_job, choice.generated == 0, choice.last.elapsed());
+            let (elapsed, is_first) = (choice.last.elapsed(), choice.generated == 0);
+            observer.token(first_of_job, is_first, elapsed);
             choice.last = Instant::now();
             choice.generated += 1;
-            let (generated, at_limit) = (choice.generated, choice.generated == choice.limit);
-            self.stats.longest = self.stats.longest.max(generated);
+            let at_limit = choice.generated == choice.limit;
+            if !is_first {
+                self.gaps = (self.gaps.0 + 1, self.gaps.1 + elapsed);
+                self.stats.time_per_token = self.gaps.1.checked_div(self.gaps.0);
+            }
             let token_id = token.token_id;
             told.push(token_id);
             let flow = self.listener.token(index, token);

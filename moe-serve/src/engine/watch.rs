@@ -30,8 +30,8 @@ pub struct JobStats {
     pub prompt_tokens: usize,
     /// Tokens of all continuations.
     pub generated_tokens: usize,
-    /// Tokens of the longest one.
-    pub longest: usize,
+    /// Between two tokens of a continuation, on the mean, if one had two.
+    pub time_per_token: Option<Duration>,
 }
 
 /// What a step was.

@@ -107,10 +107,14 @@ impl TextTokenizer {
     pub fn encode_with_offsets(&self, text: &str) -> Result<(Vec<u32>, Vec<usize>)> {
         let encoding = self.inner.encode_char_offsets(text, true).map_err(|e| Error::Tokenizer(e.to_string()))?;
         let ids = self.known(encoding.get_ids())?;
-        // A token that the text does not have, such as one that ends it, has no place of its own.
-        let place = |latest: &mut usize, &(begin, _): &(usize, usize)| {
-            *latest = begin.max(*latest);
-            Some(*latest)
+        let chars: Vec<char> = text.chars().collect();
+        // A token that the text does not have, such as one that begins it, is empty and stands where the last one ended. Some
+        // tokenizers leave out the white space that a token begins with.
+        let place = |ended: &mut usize, &(begin, end): &(usize, usize)| {
+            let skipped = chars.get(*ended..begin).is_some_and(|skipped| skipped.iter().all(|c| c.is_whitespace()));
+            let begin = if skipped || begin >= end { *ended } else { begin };
+            *ended = end.min(chars.len()).max(*ended);
+            Some(begin)
         };
         Ok((ids, encoding.get_offsets().iter().scan(0, place).collect()))
     }

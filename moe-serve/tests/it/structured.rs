@@ -83,6 +83,7 @@ fn choices_regular_expressions_and_grammars() {
 #[test]
 fn a_form_ends_where_it_does_whatever_is_ignored() {
     let server = server();
+    let mut ended_early = 0;
     for seed in 0..12 {
         let mut body = json!({"prompt": "the", "structured_outputs": {"regex": "[ab]{2}(cd)?"}, "temperature": 1.2, "seed": seed,
             "max_tokens": 60, "ignore_eos": true});
@@ -92,8 +93,10 @@ fn a_form_ends_where_it_does_whatever_is_ignored() {
         assert_eq!(choice["finish_reason"], "stop");
         body["stop_token_ids"] = json!([0]);
         let choice = server.client.post(COMPLETIONS, &body).ok()["choices"][0].clone();
-        assert!(choice["text"].as_str().is_some_and(|text| text.len() == 2 || text.ends_with("cd")), "{choice}");
+        ended_early += usize::from(choice["text"].as_str().is_some_and(|text| text.len() == 2));
     }
+    // Unless it is named itself.
+    assert!(ended_early > 0);
 }
 
 #[test]

@@ -50,7 +50,7 @@ impl CalibrationArgs {
         self.tokens(config)?;
         let tokenizer = ModelSource::open(folder)?.tokenizer()?;
         let text = RunText::read(&self.data, &[], &mut Silent)?;
-        Ok(text.pack(&tokenizer, config.vocab_size, &DataCache::Memory, &mut Silent)?.0)
+        Ok(text.pack(&tokenizer, config, &DataCache::Memory, &mut Silent)?.0)
     }
 
     /// Windows of the sources, as many as were asked for.

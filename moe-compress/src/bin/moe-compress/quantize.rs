@@ -105,7 +105,7 @@ impl QuantizeArgs {
             paths => {
                 let tokenizer = source.tokenizer()?;
                 let text = RunText::read_valid(paths, &mut Silent)?;
-                Some(text.pack(&tokenizer, config.vocab_size, &DataCache::Memory, &mut Silent)?.1)
+                Some(text.pack(&tokenizer, &config, &DataCache::Memory, &mut Silent)?.1)
             }
         };
         if !self.calibrate {

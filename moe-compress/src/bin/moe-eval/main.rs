@@ -58,7 +58,7 @@ fn run_tasks(
     report: &mut Report,
 ) -> Result<()> {
     let tokenizer = source.tokenizer()?;
-    let encoder = RequestEncoder::new(tokenizer, lm.vocab_size(), report.max_length)?;
+    let encoder = RequestEncoder::new(tokenizer, lm.config(), report.max_length)?;
     let model = TaskModel { lm, encoder: &encoder };
     table::print_task_head(args.limit);
     for (task, items) in tasks {

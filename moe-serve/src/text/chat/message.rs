@@ -31,15 +31,14 @@ impl ChatMessage {
         fields.insert("role".into(), self.role.as_str().into());
         let mut content = self.content.as_deref();
         if let Some(reasoning) = &self.reasoning {
-            let mut thought = reasoning.clone();
-            // Such a template takes one text before calls, and calls both kinds an analysis.
-            if told.reasoning == THINKING
-                && !self.tool_calls.is_empty()
-                && let Some(text) = content.take().filter(|text| !text.is_empty())
-            {
-                thought = thought + "\n" + text;
+            fields.insert("reasoning_content".into(), reasoning.as_str().into());
+            if told.thinking {
+                let both = !reasoning.is_empty() && content.is_some_and(|content| !content.is_empty());
+                let joins = told.one_text_before_calls && both && !self.tool_calls.is_empty();
+                let before = if joins { content.take() } else { None };
+                let thought = before.map_or_else(|| reasoning.clone(), |text| format!("{reasoning}\n{text}"));
+                fields.insert("thinking".into(), thought.into());
             }
-            fields.insert(told.reasoning.into(), thought.into());
         }
         fields.insert("content".into(), content.map_or_else(|| told.empty.clone(), Value::from));
         if !self.tool_calls.is_empty() {
@@ -65,16 +64,15 @@ pub struct ToolCall {
     pub arguments: Map<String, Value>,
 }
 
-/// What gpt-oss' template calls an assistant's thoughts.
-pub(super) const THINKING: &str = "thinking";
-
 /// What a template looks for in messages.
 #[derive(Debug)]
 pub(super) struct ToldAs {
     /// The content of a message that has none.
     pub(super) empty: Value,
-    /// The name of what an assistant thought.
-    pub(super) reasoning: &'static str,
+    /// Whether it calls an assistant's thoughts `thinking`.
+    pub(super) thinking: bool,
+    /// Whether it refuses thoughts beside text before calls, and takes either as an analysis.
+    pub(super) one_text_before_calls: bool,
 }
 
 /// How a template wants the arguments of a call.

@@ -13,7 +13,7 @@ pub use message::{ChatMessage, Tool, ToolCall};
 
 use super::tools::ToolFormat;
 use crate::{Error, Result};
-use message::{ArgumentsAs, THINKING, ToldAs};
+use message::{ArgumentsAs, ToldAs};
 use minijinja::syntax::SyntaxConfig;
 use minijinja::value::{Serde, Value as Jinja, ValueKind};
 use minijinja::{Environment, ErrorKind};
@@ -27,6 +27,9 @@ const DIALOGUE: &str = include_str!("dialogue.jinja");
 
 /// Ends an answer in the dialogue format: the other speaker's turn.
 const DIALOGUE_STOP: &str = "\nA:";
+
+/// What gpt-oss' form is called.
+const HARMONY: &str = "openai";
 
 const FILE: &str = "tokenizer_config.json";
 const DEFAULT: &str = "default";
@@ -94,7 +97,7 @@ impl ChatTemplate {
     fn compile(sources: Vec<(String, String)>, tokens: Map<String, Value>) -> Result<Self> {
         let mut environment = environment()?;
         let mut variables = HashSet::new();
-        let mut told = ToldAs { empty: "".into(), reasoning: "reasoning_content" };
+        let mut told = ToldAs { empty: "".into(), thinking: false, one_text_before_calls: false };
         let format = sources.iter().find_map(|(_, source)| ToolFormat::of_template(source));
         for (name, source) in sources {
             // As Jinja2 reads files, whatever system wrote them.
@@ -102,9 +105,8 @@ impl ChatTemplate {
             if NONE_TESTS.iter().any(|test| source.contains(test)) {
                 told.empty = Value::Null;
             }
-            if source.contains("message.thinking") {
-                told.reasoning = THINKING;
-            }
+            told.thinking |= source.contains("message.thinking");
+            told.one_text_before_calls |= ToolFormat::of_template(&source) == ToolFormat::named(HARMONY);
             environment.add_template_owned(name.clone(), source).map_err(|e| Error::Template(e.to_string()))?;
             let template = environment.get_template(&name).map_err(|e| Error::Template(e.to_string()))?;
             variables.extend(template.undeclared_variables(false));

@@ -134,14 +134,20 @@ fn bad_templates_are_errors() {
 #[test]
 fn thoughts_have_the_name_that_a_template_asks_for() {
     let print = "{{ message.content }}|{{ message.thinking }}|{{ message.reasoning_content }};";
-    let harmony = template(&format!("{{% for message in messages %}}{print}{{% endfor %}}"));
+    let all = format!("{{% for message in messages %}}{print}{{% endfor %}}");
     let thought = |message| ChatMessage { reasoning: Some("Hm.".into()), ..message };
-    let list = [thought(ChatMessage::new("assistant", "Yes.")), thought(called())];
-    assert_eq!(harmony.render(&list).expect("renders"), "Yes.|Hm.|;|Hm.|;");
-    // One text before calls: nothing is lost.
-    let list = [thought(ChatMessage { content: Some("I look.".into()), ..called() })];
-    assert_eq!(harmony.render(&list).expect("renders"), "|Hm.\nI look.|;");
-    let other =
-        template("{% for message in messages %}{{ message.content }}|{{ message.reasoning_content }};{% endfor %}");
-    assert_eq!(other.render(&list).expect("renders"), "I look.|Hm.;");
+    let list = [
+        thought(ChatMessage::new("assistant", "Yes.")),
+        thought(called()),
+        thought(ChatMessage { content: Some("I look.".into()), ..called() }),
+    ];
+    let render = |source: &str, list: &[ChatMessage]| template(source).render(list).expect("renders");
+    assert_eq!(render(&all, &list), "Yes.|Hm.|Hm.;|Hm.|Hm.;I look.|Hm.|Hm.;");
+    // gpt-oss' takes one text before calls: nothing is lost.
+    let harmony = format!("{{# <|channel|> <|message|> #}}{all}");
+    assert_eq!(render(&harmony, &list), "Yes.|Hm.|Hm.;|Hm.|Hm.;|Hm.\nI look.|Hm.;");
+    let silent = [ChatMessage { reasoning: Some(String::new()), content: Some("I look.".into()), ..called() }];
+    assert_eq!(render(&harmony, &silent), "I look.||;");
+    let other = "{% for message in messages %}{{ message }}{% endfor %}";
+    assert!(!render(other, &list).contains("thinking"));
 }

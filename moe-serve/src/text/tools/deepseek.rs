@@ -75,8 +75,10 @@ enum State {
     /// From a call's begin to its arguments.
     Head,
     Arguments(ValueReader),
-    /// From the end of arguments to the next call.
-    Between,
+    /// Before a call; after another one's arguments, if there was one.
+    Between {
+        after_arguments: bool,
+    },
 }
 
 /// Reads both forms: in the later one the arguments follow the separator at once.
@@ -93,7 +95,8 @@ impl Parser {
             State::Text => match self.pending.take_through(&[CALLS_BEGIN, CALL_BEGIN]) {
                 Some((before, mark)) => {
                     self.text.push(&before, out);
-                    self.state = if mark == CALL_BEGIN { State::Head } else { State::Between };
+                    self.state =
+                        if mark == CALL_BEGIN { State::Head } else { State::Between { after_arguments: false } };
                     true
                 }
                 None => {
@@ -110,18 +113,18 @@ impl Parser {
                     out.push(AnswerPart::Arguments(arguments));
                 }
                 if ended {
-                    self.state = State::Between;
+                    self.state = State::Between { after_arguments: true };
                 }
                 ended
             }
-            State::Between => {
+            &mut State::Between { after_arguments } => {
                 let found = self.pending.take_through(&[CALL_BEGIN, CALLS_END]);
                 let (between, mark) = match found {
                     Some((between, mark)) => (between, Some(mark)),
                     None if last => (self.pending.take(), None),
                     None => return false,
                 };
-                self.text.push(beside_calls(&between), out);
+                self.text.push(beside_calls(&between, after_arguments), out);
                 self.state = if mark == Some(CALL_BEGIN) { State::Head } else { State::Text };
                 mark.is_some()
             }
@@ -154,15 +157,20 @@ impl Parser {
     }
 }
 
-/// What stands between calls and belongs to none: the end of a call does, even where an answer breaks off in it.
-fn beside_calls(between: &str) -> &str {
-    let after_fence = between.trim_start().trim_start_matches("```");
-    let rest = after_fence.trim_start();
-    match rest.strip_prefix(CALL_END) {
-        Some(rest) => rest.trim(),
-        None if CALL_END.starts_with(rest) => "",
-        None => rest,
-    }
+/// What stands between calls and belongs to none. What closes a call does, also where the answer breaks off in it.
+fn beside_calls(between: &str, after_arguments: bool) -> &str {
+    const FENCE: &str = "```";
+    let rest = match between.split_once(CALL_END) {
+        Some((_, rest)) => rest,
+        None if after_arguments => {
+            let closing = between.trim_start();
+            if FENCE.starts_with(closing) { "" } else { closing.strip_prefix(FENCE).unwrap_or(closing) }
+        }
+        None => between,
+    };
+    let begins_mark = |at: usize| MARKERS.iter().any(|mark| mark.starts_with(&rest[at..]));
+    let end = rest.char_indices().map(|(at, _)| at).find(|&at| begins_mark(at)).unwrap_or(rest.len());
+    rest[..end].trim()
 }
 
 impl Stepwise for Parser {

@@ -48,6 +48,10 @@ impl AnswerParser for EitherParser {
         }
     }
 
+    fn thinks(&self) -> bool {
+        matches!(self.state, State::Calls) && self.calls.thinks()
+    }
+
     fn finish(&mut self) -> Vec<AnswerPart> {
         match &mut self.state {
             State::Calls => self.calls.finish(),

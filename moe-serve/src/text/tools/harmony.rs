@@ -130,4 +130,8 @@ impl Stepwise for Parser {
     fn advance(&mut self, last: bool, out: &mut Vec<AnswerPart>) -> bool {
         self.step(last, out)
     }
+
+    fn in_thought(&self) -> bool {
+        self.state == State::Reasoning
+    }
 }

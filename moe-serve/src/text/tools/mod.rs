@@ -47,6 +47,10 @@ pub trait AnswerParser: Debug + Send {
     fn push(&mut self, text: &str) -> Vec<AnswerPart>;
     /// What is left when no more text comes.
     fn finish(&mut self) -> Vec<AnswerPart>;
+    /// Whether more text would be a thought.
+    fn thinks(&self) -> bool {
+        false
+    }
 }
 
 /// A reader that goes through what has come step by step.
@@ -57,6 +61,10 @@ trait Stepwise: Debug + Send {
     fn advance(&mut self, last: bool, out: &mut Vec<AnswerPart>) -> bool;
     /// What is left after the last step.
     fn end(&mut self, _out: &mut Vec<AnswerPart>) {}
+    /// As [`AnswerParser::thinks`].
+    fn in_thought(&self) -> bool {
+        false
+    }
 }
 
 impl<P: Stepwise> AnswerParser for P {
@@ -72,6 +80,10 @@ impl<P: Stepwise> AnswerParser for P {
         while self.advance(true, &mut out) {}
         self.end(&mut out);
         out
+    }
+
+    fn thinks(&self) -> bool {
+        self.in_thought()
     }
 }
 

@@ -141,6 +141,11 @@ fn deepseek() {
     check("deepseek_v3", "<｜tool▁call▁begin｜>function", "<｜tool▁call▁begin｜>function");
     // What stands where calls should is text; what ends a call is not.
     check("deepseek_v3", "<｜tool▁calls▁begin｜>I cannot.", "I cannot.");
+    let slip = "<｜tool▁call▁begin｜>now<｜tool▁sep｜>{}}<｜tool▁call▁end｜><｜tool▁calls▁end｜>";
+    check("deepseek_v31", slip, "|now{}");
+    check("deepseek_v31", "<｜tool▁call▁begin｜>now<｜tool▁sep｜>{}<｜tool▁call▁end｜><｜tool▁calls", "|now{}");
+    check("deepseek_v3", "<｜tool▁call▁begin｜>function<｜tool▁sep｜>now\n```json\n{}\n``", "|now{}");
+    check("deepseek_v3", "<｜tool▁calls▁begin｜>```\ncode\n```", "```\ncode\n```");
     check("deepseek_v31", "<｜tool▁call▁begin｜>now<｜tool▁sep｜>{}<｜tool▁call▁end｜>", "|now{}");
     check("deepseek_v3", "<｜tool▁call▁begin｜>function<｜tool▁sep｜>now\n```json\n{}\n```<｜tool▁call", "|now{}");
     check(
