@@ -306,4 +306,28 @@ mod tests {
         refused(two_words([("cat", 0), ("<end>", 1 << 31)]), 8, "special token \"<end>\" has id 2147483648");
         refused(two_words([("cat", 0), ("dog", 1)]), 1, "has 2 tokens, but the model's vocab_size is 1");
     }
+
+    #[test]
+    fn offsets_survive_what_leaves_out_white_space() {
+        use tokenizers::models::TrainerWrapper;
+        use tokenizers::models::bpe::{BPE, BpeTrainer};
+        let alphabet = ByteLevel::alphabet().into_iter().collect();
+        let mut trainer: TrainerWrapper =
+            BpeTrainer::builder().vocab_size(256).initial_alphabet(alphabet).build().into();
+        let mut inner = Tokenizer::new(BPE::default());
+        inner.with_pre_tokenizer(Some(ByteLevel::new(false, true, true)));
+        inner.with_decoder(Some(ByteLevel::default()));
+        inner.train(&mut trainer, ["a b"].into_iter()).expect("trains on nothing much");
+        let offsets = |inner: &Tokenizer| {
+            let tokenizer = TextTokenizer::new(inner.clone(), 300).expect("byte-level");
+            let (ids, offsets) = tokenizer.encode_with_offsets("a  bé c").expect("encodes");
+            assert_eq!(ids, tokenizer.encode("a  bé c").expect("encodes"));
+            offsets
+        };
+        // A token for each byte; both of the letter of two begin where it does.
+        let want = [0, 1, 2, 3, 4, 4, 5, 6];
+        assert_eq!(offsets(&inner), want);
+        inner.with_post_processor(Some(ByteLevel::new(false, true, true)));
+        assert_eq!(offsets(&inner), want);
+    }
 }
