@@ -372,7 +372,8 @@ impl Decoder {
 
     /// A checked step.
     fn run_step(&self, step: &PagedStep, pool: &KvPool) -> Result<StepOutput> {
-        let mut stream = self.embeddings.embed(step.token_ids(), step.positions.iter().copied())?;
+        let embed = || self.embeddings.embed(step.token_ids(), step.positions.iter().copied());
+        let mut stream = debug_span!("embed").in_scope(embed)?;
         let mut experts = Vec::new();
         for (index, layer) in self.layers.iter().enumerate() {
             let noise = PositionedNoise::new(&step.draws, index as u64);
@@ -393,7 +394,8 @@ impl Decoder {
                 let all = rows.len() == hidden.dim(0)?;
                 let wanted = if all { hidden } else { hidden.index_select(&Tensor::new(rows, hidden.device())?, 0)? };
                 let normed = self.norm.forward(&wanted)?;
-                self.head.logits(&Multipliers::apply(self.config.multipliers.output, normed)?)?
+                let normed = Multipliers::apply(self.config.multipliers.output, normed)?;
+                debug_span!("logits").in_scope(|| self.head.logits(&normed))?
             }
         };
         Ok(StepOutput { logits, experts })

@@ -6,6 +6,7 @@ use candle_core::Tensor;
 use candle_nn::VarBuilder;
 use moe_core::Ops;
 use std::sync::Arc;
+use tracing::debug_span;
 
 /// A norm over the last dimension: LayerNorm if it has a bias, else RMSNorm.
 #[derive(Debug, Clone)]
@@ -39,10 +40,12 @@ impl Norm {
     /// # Errors
     /// If the shapes differ or the width is another.
     pub fn add(&self, x: &Tensor, delta: &Tensor) -> Result<[Tensor; 2]> {
+        let _norm = debug_span!("norm").entered();
         Ok(self.ops.add_norm(x, delta, &self.weight, self.bias.as_ref(), self.epsilon)?)
     }
 
     fn apply(&self, x: &Tensor, weight: &Tensor, bias: Option<&Tensor>) -> Result<Tensor> {
+        let _norm = debug_span!("norm").entered();
         Ok(match bias {
             Some(bias) => self.ops.layer_norm(x, weight, bias, self.epsilon)?,
             None => self.ops.rms_norm(x, weight, self.epsilon)?,

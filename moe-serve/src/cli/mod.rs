@@ -15,6 +15,7 @@ pub use serve::ServeArgs;
 
 use clap::{Parser, Subcommand};
 use std::process::ExitCode;
+use tracing_subscriber::EnvFilter;
 
 /// Serves a mixture-of-experts language model over an OpenAI-compatible API, with a page at `/`.
 ///
@@ -38,6 +39,14 @@ enum Command {
 }
 
 impl Cli {
+    /// Logs as [`init_logging`] does; what listens to the process's spans itself logs when it runs.
+    pub fn init_logging(&self) {
+        let listens = matches!(&self.command, Some(Command::Bench(command)) if command.listens());
+        if !listens {
+            init_logging();
+        }
+    }
+
     /// Does what was asked.
     ///
     /// # Errors
@@ -53,9 +62,12 @@ impl Cli {
 
 /// Logs to the terminal's error stream; `RUST_LOG` sets what.
 pub fn init_logging() {
-    let filter = tracing_subscriber::EnvFilter::try_from_default_env()
-        .unwrap_or_else(|_| tracing_subscriber::EnvFilter::new("warn,moe_serve=info"));
-    tracing_subscriber::fmt().with_env_filter(filter).with_writer(std::io::stderr).init();
+    tracing_subscriber::fmt().with_env_filter(log_filter()).with_writer(std::io::stderr).init();
+}
+
+/// What is logged: `RUST_LOG`, or else warnings and what the server tells.
+fn log_filter() -> EnvFilter {
+    EnvFilter::try_from_default_env().unwrap_or_else(|_| EnvFilter::new("warn,moe_serve=info"))
 }
 
 /// Success, or the error on one line of the terminal's error stream.

@@ -22,6 +22,7 @@ use std::collections::BTreeMap;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
+use tracing::debug_span;
 
 /// Logits from which on it pays to wake threads to draw. At 1 << 14, 32 sequences of the built-in model decoded fewer tokens/s in each
 /// of four pairs of runs (two EPYC cores, 2026-11-27, `moe-serve bench offline --concurrency 32 --output-len 128`, temperatures 0 and 0.8).
@@ -95,13 +96,14 @@ impl Worker {
             if self.inbox.take_forget() {
                 self.scheduler.forget_prefixes();
             }
+            let begun = Instant::now();
             let is_idle = arrived.is_empty() && self.jobs.is_empty();
             arrived.into_iter().for_each(|submission| self.accept(submission));
             self.drop_cancelled();
-            let parts = self.scheduler.plan(Instant::now());
+            let parts = debug_span!("plan").in_scope(|| self.scheduler.plan(begun));
             self.inbox.set_open(self.config.scheduling.max_sequences.saturating_sub(self.scheduler.num_running()));
             let result = match parts {
-                parts if !parts.is_empty() => self.step(&parts),
+                parts if !parts.is_empty() => self.step(&parts, begun),
                 _ if is_idle => self.replicas.idle(),
                 _ => {
                     self.unblock();
@@ -170,14 +172,15 @@ impl Worker {
         }
     }
 
-    /// Runs a step and tells what it gave.
+    /// Runs a step, the planning of which has begun then, and tells what it gave.
     ///
     /// # Errors
     /// If no step can be run any more.
-    fn step(&mut self, parts: &[Part]) -> Result<()> {
-        let begun = Instant::now();
+    fn step(&mut self, parts: &[Part], begun: Instant) -> Result<()> {
+        let _step = debug_span!("step").entered();
         self.start_jobs(parts);
-        let (steps, places) = self.lay_out(parts);
+        let (steps, places) = debug_span!("lay_out").in_scope(|| self.lay_out(parts));
+        let model_begun = Instant::now();
         let ran = catch_unwind(AssertUnwindSafe(|| self.replicas.run(&steps)))
             .unwrap_or_else(|payload| Err(Error::EnginePanic(panic_text(payload.as_ref()))));
         let outputs = match (ran, parts) {
@@ -193,7 +196,7 @@ impl Worker {
                 return Ok(());
             }
         };
-        let model_seconds = begun.elapsed().as_secs_f64();
+        let model_seconds = model_begun.elapsed().as_secs_f64();
         outputs.iter().for_each(|output| self.observer.experts(&output.experts));
         let accepted = match self.digest(parts, &places, &outputs) {
             Ok(accepted) => accepted,
@@ -284,7 +287,8 @@ impl Worker {
         });
         let rows = rows.collect::<Result<Vec<_>>>()?;
         let of = |place: &Place| &rows[place.replica][place.rows.clone()];
-        let mut drawn = self.draw(parts, places, of);
+        let mut drawn = debug_span!("draw").in_scope(|| self.draw(parts, places, of));
+        let _tell = debug_span!("tell").entered();
         let mut accepted = 0;
         for (part, place) in parts.iter().zip(places) {
             let experts = &outputs[place.replica].experts;

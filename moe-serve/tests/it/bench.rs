@@ -58,6 +58,16 @@ fn the_engine_alone() {
     let cases = report["cases"].as_array().expect("a list");
     assert_eq!(cases.iter().map(|case| case["sequences"].as_u64()).collect::<Vec<_>>(), [Some(1), Some(3)]);
     assert!(cases.iter().all(|case| case["decode_tokens_per_s"].as_f64() > Some(0.0)), "{report}");
+    let report = run(
+        &["offline", "--input-len", "8", "--output-len", "4", "--concurrency", "2", "--rounds", "1", "--phases"],
+        &file,
+    );
+    let phases = &report.expect("runs")["cases"][0]["phases"];
+    let shares = phases.as_object().expect("shares").values().map(|share| share.as_f64().expect("a number"));
+    assert!((shares.sum::<f64>() - 1.0).abs() < 1e-9, "{phases}");
+    for name in ["step", "plan", "draw", "pass", "attention", "norm", "route", "experts", "logits"] {
+        assert!(phases[name].as_f64() > Some(0.0), "{name}: {phases}");
+    }
     for (bad, name) in [
         (["offline", "--output-len", "1"], "--output-len"),
         (["offline", "--input-len", "4000"], "the model's context is 256"),

@@ -10,6 +10,7 @@ use candle_nn::VarBuilder;
 use moe_core::ops::{AttentionShape, Dropout, HeadDropout, PagedKv, Positions, RotaryTable, check_sequences};
 use moe_core::{Ops, Weight};
 use std::sync::Arc;
+use tracing::debug_span;
 
 /// Attention whose query heads share key and value heads, or each have their own.
 #[derive(Debug)]
@@ -83,10 +84,12 @@ impl GroupedQuery {
             };
         }
         if let (Some(table), Some(rotary)) = (&self.rotary, self.config.rotary) {
+            let _rotary = debug_span!("rotary").entered();
             q = self.ops.rotary(&q, table, rotary.layout, Positions::Each(positions))?;
             k = self.ops.rotary(&k, table, rotary.layout, Positions::Each(positions))?;
         }
         if let (Some(ones), Some(epsilon)) = (&self.ones, self.config.turned_norm) {
+            let _norm = debug_span!("norm").entered();
             let normed = |x: Tensor| -> Result<Tensor> {
                 let heads = x.reshape(((), self.config.head_dim))?;
                 Ok(self.ops.rms_norm(&heads, &ones.to_dtype(x.dtype())?, epsilon)?.reshape(x.shape())?)

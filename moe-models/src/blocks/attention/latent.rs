@@ -19,6 +19,7 @@ use moe_core::ops::{AttentionShape, Dropout, HeadDropout, PagedKv, Positions, Ro
 use moe_core::{Ops, ParamInit, ParamSpec, Weight, WeightSource, WeightUse};
 use std::collections::HashMap;
 use std::sync::Arc;
+use tracing::debug_span;
 
 /// Multi-head latent attention.
 #[derive(Debug)]
@@ -114,14 +115,16 @@ impl Latent {
         let q = q.reshape((tokens, num_heads, nope_dim + rope_dim))?;
         let absorbed = self.by_head(&q.narrow(2, 0, nope_dim)?, matrices)?;
         let turned = q.narrow(2, nope_dim, rope_dim)?.contiguous()?.reshape((tokens, num_heads * rope_dim))?;
-        let turned = self.ops.rotary(&turned, &self.rotary, layout, positions)?;
+        let turn =
+            |rows: &Tensor| debug_span!("rotary").in_scope(|| self.ops.rotary(rows, &self.rotary, layout, positions));
+        let turned = turn(&turned)?;
         let turned = turned.reshape((tokens, num_heads, rope_dim))?;
         let queries = Tensor::cat(&[&absorbed, &turned], 2)?.reshape((tokens, num_heads * (kv_rank + rope_dim)))?;
 
         let row = self.keys.forward(x)?;
         let latent = self.keys_norm.forward(&row.narrow(1, 0, kv_rank)?.contiguous()?)?;
         let key = row.narrow(1, kv_rank, rope_dim)?.contiguous()?;
-        let key = self.ops.rotary(&key, &self.rotary, layout, positions)?;
+        let key = turn(&key)?;
         Ok([queries, Tensor::cat(&[&latent, &key], 1)?])
     }
 

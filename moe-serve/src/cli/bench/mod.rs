@@ -5,6 +5,7 @@ mod client;
 mod offline;
 mod online;
 mod percentiles;
+mod phases;
 mod workload;
 
 use clap::Subcommand;
@@ -20,6 +21,11 @@ pub enum BenchCommand {
 }
 
 impl BenchCommand {
+    /// Whether it listens to the process's spans itself.
+    pub(super) fn listens(&self) -> bool {
+        matches!(self, Self::Offline(args) if args.phases)
+    }
+
     /// Measures and prints.
     ///
     /// # Errors

@@ -1,6 +1,7 @@
 //! The engine alone, fed with random tokens.
 
 use super::percentiles::Percentiles;
+use super::phases::{OwnSeconds, Phases, shares};
 use crate::cli::{EngineArgs, ModelArgs};
 use crate::engine::{
     CancelFlag, Engine, EngineConfig, FinishReason, Flow, Job, Listener, Observer, PromptOutput, SampledToken,
@@ -38,6 +39,9 @@ pub struct OfflineArgs {
     /// Times each case is run; the fastest counts, after one that does not.
     #[arg(long, value_name = "N", default_value_t = 3)]
     rounds: usize,
+    /// Says which parts of a step take how much of it, too: each span's own time, without that of spans within it.
+    #[arg(long)]
+    pub(super) phases: bool,
     /// Where the figures go as JSON too.
     #[arg(long, value_name = "FILE")]
     json: Option<PathBuf>,
@@ -77,6 +81,8 @@ struct Case {
     step: Percentiles,
     /// Share of a step that is not the model's.
     overhead: f64,
+    /// Shares of a step, by the names of spans, if asked for.
+    phases: Vec<(&'static str, f64)>,
 }
 
 impl OfflineArgs {
@@ -85,6 +91,7 @@ impl OfflineArgs {
     /// # Errors
     /// If the model cannot be loaded or its context is too short, or the file cannot be written.
     pub(super) fn run(self) -> anyhow::Result<()> {
+        let phases = self.phases.then(Phases::listen).transpose()?;
         let model = self.model.load(None)?;
         let (tokens, context) = (self.input_len + self.output_len, model.lm.max_seq_len());
         ensure!(
@@ -108,7 +115,7 @@ impl OfflineArgs {
         )?;
         let mut cases = Vec::new();
         for &concurrency in &self.concurrency {
-            let case = self.case(&model, concurrency)?;
+            let case = self.case(&model, phases.as_ref(), concurrency)?;
             writeln!(
                 out,
                 "{:>9} {:>16.1} {:>16.1} {:>12.3} {:>12.3} {:>9.1}%",
@@ -119,6 +126,11 @@ impl OfflineArgs {
                 1e3 * case.step.at(99.0),
                 1e2 * case.overhead
             )?;
+            if !case.phases.is_empty() {
+                let words: Vec<String> =
+                    case.phases.iter().map(|(name, share)| format!("{name} {:.1}%", 1e2 * share)).collect();
+                writeln!(out, "{:>9} {}", "", words.join(", "))?;
+            }
             cases.push(case);
         }
         match &self.json {
@@ -127,10 +139,10 @@ impl OfflineArgs {
         }
     }
 
-    fn case(&self, model: &ServedModel, concurrency: usize) -> anyhow::Result<Case> {
+    fn case(&self, model: &ServedModel, phases: Option<&Phases>, concurrency: usize) -> anyhow::Result<Case> {
         let mut best: Option<Case> = None;
         for round in 0..=self.rounds {
-            let case = self.round(model, concurrency, round as u64)?;
+            let case = self.round(model, phases, concurrency, round as u64)?;
             if round > 0 && best.as_ref().is_none_or(|best| case.decode > best.decode) {
                 best = Some(case);
             }
@@ -138,7 +150,13 @@ impl OfflineArgs {
         best.context("--rounds must be at least 1")
     }
 
-    fn round(&self, model: &ServedModel, concurrency: usize, seed: u64) -> anyhow::Result<Case> {
+    fn round(
+        &self,
+        model: &ServedModel,
+        phases: Option<&Phases>,
+        concurrency: usize,
+        seed: u64,
+    ) -> anyhow::Result<Case> {
         let mut scheduling = self.engine.scheduling();
         scheduling.max_sequences = scheduling.max_sequences.max(concurrency);
         scheduling.max_batch_tokens = scheduling.max_batch_tokens.max(concurrency);
@@ -169,8 +187,10 @@ impl OfflineArgs {
         drop(engine);
         let steps = steps.0.lock().unwrap_or_else(PoisonError::into_inner);
         // Steps in which every sequence generates a token; the others read prompts.
-        let decode: Vec<&StepStats> =
-            steps.iter().filter(|s| s.sequences == concurrency && s.tokens == concurrency + s.drafts.0).collect();
+        let decodes = |s: &StepStats| s.sequences == concurrency && s.tokens == concurrency + s.drafts.0;
+        let decode: Vec<&StepStats> = steps.iter().filter(|step| decodes(step)).collect();
+        let own: Vec<OwnSeconds> = phases.map(Phases::take).unwrap_or_default();
+        let of_decode = steps.iter().zip(&own).filter(|(step, _)| decodes(step)).map(|(_, own)| own);
         let seconds: f64 = decode.iter().map(|step| step.seconds.0).sum();
         let of_model: f64 = decode.iter().map(|step| step.seconds.1).sum();
         let generated: usize = decode.iter().map(|step| step.sequences + step.drafts.1).sum();
@@ -180,6 +200,7 @@ impl OfflineArgs {
             decode: generated as f64 / seconds,
             step: Percentiles::new(decode.iter().map(|step| step.seconds.0).collect()),
             overhead: 1.0 - of_model / seconds,
+            phases: shares(of_decode),
         })
     }
 
@@ -192,6 +213,7 @@ impl OfflineArgs {
                 "step_ms_p50": 1e3 * case.step.at(50.0),
                 "step_ms_p99": 1e3 * case.step.at(99.0),
                 "engine_share": case.overhead,
+                "phases": case.phases.iter().copied().collect::<OwnSeconds>(),
             })
         };
         let report = json!({
