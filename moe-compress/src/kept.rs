@@ -51,11 +51,12 @@ pub struct KeptTargets {
 
 #[derive(Debug)]
 struct State {
-    files: Vec<File>,
+    dir: PathBuf,
+    files: Vec<(PathBuf, File)>,
     /// File and place of each sequence.
     found: HashMap<Key, (usize, u64)>,
-    /// The last of `files`, which this run adds to, has so many bytes.
-    written: u64,
+    /// The one of `files` that this run adds to, once it has anything to add, and its bytes.
+    own: Option<(usize, u64)>,
     asked: u64,
 }
 
@@ -83,10 +84,10 @@ impl KeptTargets {
         let short = fingerprint.get(..16).unwrap_or(fingerprint);
         let dir = dir.join(format!("{short}-k{k}-t{temperature}-s{seq_len}-{precision:?}"));
         std::fs::create_dir_all(&dir).map_err(|e| io(&dir, e))?;
-        let mut state = State { files: Vec::new(), found: HashMap::new(), written: 0, asked: 0 };
+        let (files, found) = (Vec::new(), HashMap::new());
+        let mut state = State { dir, files, found, own: None, asked: 0 };
         let record = record_bytes(seq_len, k);
-        let mut number = 0;
-        for path in files_in(&dir)? {
+        for path in files_in(&state.dir)? {
             let mut file = File::open(&path).map_err(|e| io(&path, e))?;
             let bytes = file.metadata().map_err(|e| io(&path, e))?.len();
             // A record that a run has not ended is none.
@@ -95,10 +96,8 @@ impl KeptTargets {
                 file.seek(SeekFrom::Start(at)).and_then(|_| file.read_exact(&mut key)).map_err(|e| io(&path, e))?;
                 state.found.insert(key, (state.files.len(), at));
             }
-            state.files.push(file);
-            number = number.max(number_of(&path) + 1);
+            state.files.push((path, file));
         }
-        state.files.push(new_file(&dir, number)?);
         Ok(Self { config, state: Mutex::new(state) })
     }
 
@@ -187,10 +186,18 @@ impl State {
         let mut bytes = key.to_vec();
         ids.iter().for_each(|id| bytes.extend(id.to_le_bytes()));
         probs.iter().for_each(|p| bytes.extend(p.to_le_bytes()));
-        let own = self.files.len() - 1;
-        self.files[own].write_all(&bytes).map_err(|e| io("kept targets", e))?;
-        self.found.insert(key, (own, self.written));
-        self.written += bytes.len() as u64;
+        let (own, written) = match self.own {
+            Some(own) => own,
+            None => {
+                let first = self.files.iter().map(|(path, _)| number_of(path) + 1).max().unwrap_or(0);
+                self.files.push(new_file(&self.dir, first)?);
+                (self.files.len() - 1, 0)
+            }
+        };
+        let (path, file) = &mut self.files[own];
+        file.seek(SeekFrom::Start(written)).and_then(|_| file.write_all(&bytes)).map_err(|e| io(&*path, e))?;
+        self.found.insert(key, (own, written));
+        self.own = Some((own, written + bytes.len() as u64));
         Ok(())
     }
 
@@ -200,11 +207,9 @@ impl State {
             return Err(Error::Argument("a sequence's targets are neither found nor made".into()));
         };
         let mut bytes = vec![0; 8 * entries];
-        let file = &mut self.files[file];
+        let (path, file) = &mut self.files[file];
         let start = SeekFrom::Start(at + size_of::<Key>() as u64);
-        file.seek(start).and_then(|_| file.read_exact(&mut bytes)).map_err(|e| io("kept targets", e))?;
-        // Writing goes on at the end.
-        file.seek(SeekFrom::End(0)).map_err(|e| io("kept targets", e))?;
+        file.seek(start).and_then(|_| file.read_exact(&mut bytes)).map_err(|e| io(&*path, e))?;
         let (ids, probs) = bytes.as_chunks::<4>().0.split_at(entries);
         targets.ids.extend(ids.iter().map(|word| u32::from_le_bytes(*word)));
         targets.probs.extend(probs.iter().map(|word| f32::from_le_bytes(*word)));
@@ -247,12 +252,12 @@ fn files_in(dir: &Path) -> Result<Vec<PathBuf>> {
 }
 
 /// A file that no other run has.
-fn new_file(dir: &Path, first: u64) -> Result<File> {
+fn new_file(dir: &Path, first: u64) -> Result<(PathBuf, File)> {
     let mut number = first;
     loop {
         let path = dir.join(format!("{number}.targets"));
         match OpenOptions::new().read(true).write(true).create_new(true).open(&path) {
-            Ok(file) => return Ok(file),
+            Ok(file) => return Ok((path, file)),
             Err(error) if error.kind() == std::io::ErrorKind::AlreadyExists => number += 1,
             Err(error) => return Err(io(path, error)),
         }

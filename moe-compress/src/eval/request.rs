@@ -34,13 +34,17 @@ pub struct TokenRequest {
 #[derive(Debug, Clone)]
 pub struct RequestEncoder {
     tokenizer: Tokenizer,
+    eos_id: u32,
+    /// Stands in for an empty context: the token that the tokenizer begins texts with, or else the end-of-document token.
     prefix_id: u32,
+    /// That token as text.
+    prefix: String,
     max_length: usize,
 }
 
 impl RequestEncoder {
-    /// For a model with this vocabulary (a number of entries, or a model's configuration) that reads at most `max_length` tokens. The
-    /// end-of-document token stands in for an empty context.
+    /// For a model with this vocabulary (a number of entries, or a model's configuration) that reads at most `max_length` tokens. What
+    /// the tokenizer puts before a text is put before each context, unless that begins with it as text.
     ///
     /// # Errors
     /// If the tokenizer does not fit the model, or neither knows an end-of-document token; [`Error::Argument`] for a `max_length` of 0.
@@ -50,11 +54,14 @@ impl RequestEncoder {
         }
         let vocabulary = vocabulary.into();
         check_fits(&tokenizer, vocabulary.size)?;
-        let prefix_id = vocabulary.end_of_document(&tokenizer)?;
+        let eos_id = vocabulary.end_of_document(&tokenizer)?;
         // A file may carry its trainer's padding or truncation.
         tokenizer.with_padding(None);
         tokenizer.with_truncation(None).map_err(error)?;
-        Ok(Self { tokenizer, prefix_id, max_length })
+        let empty = tokenizer.encode_fast("", true).map_err(error)?;
+        let prefix_id = empty.get_ids().first().copied().unwrap_or(eos_id);
+        let prefix = tokenizer.decode(&[prefix_id], false).map_err(error)?;
+        Ok(Self { tokenizer, eos_id, prefix_id, prefix, max_length })
     }
 
     /// Most tokens that the model reads.
@@ -69,7 +76,7 @@ impl RequestEncoder {
 
     /// The end-of-document token.
     pub fn eos_id(&self) -> u32 {
-        self.prefix_id
+        self.eos_id
     }
 
     /// Encodes context and continuation together and splits them where the context alone would end. White space at the
@@ -80,15 +87,17 @@ impl RequestEncoder {
     /// If the text cannot be encoded; [`Error::Argument`] for a continuation of no tokens, or one longer than `max_length`.
     ///
     /// # Source
-    /// lm-eval 0.4.13, `api/model.py` (`loglikelihood`, `_encode_pair`) and `models/huggingface.py` (`_loglikelihood_tokens`).
+    /// lm-eval 0.4.13, `api/model.py` (`loglikelihood`, `_encode_pair`) and `models/huggingface.py` (`tok_encode`,
+    /// `_loglikelihood_tokens`).
     pub fn encode(&self, request: &Request) -> Result<TokenRequest> {
         let given = python::strip_end(&request.context);
         let moved = &request.context[given.len()..];
         let (context, continuation) = match given {
-            "" => self.split_prefix(self.ids(&format!("{moved}{}", request.continuation))?),
+            "" => self.split_prefix(self.ids(&format!("{moved}{}", request.continuation), false)?),
             given => {
-                let context = self.ids(given)?;
-                let whole = self.ids(&format!("{given}{moved}{}", request.continuation))?;
+                let begins = self.begins(given);
+                let context = self.ids(given, begins)?;
+                let whole = self.ids(&format!("{given}{moved}{}", request.continuation), begins)?;
                 let continuation = whole.get(context.len()..).unwrap_or_default().to_vec();
                 (context, continuation)
             }
@@ -103,7 +112,7 @@ impl RequestEncoder {
     /// # Errors
     /// If the text cannot be encoded.
     pub fn encode_prompt(&self, prompt: &str, room: usize) -> Result<Vec<u32>> {
-        let ids = self.ids(prompt)?;
+        let ids = self.ids(prompt, self.begins(prompt))?;
         Ok(match ids.len().min(room) {
             0 => vec![self.prefix_id],
             kept => ids[ids.len() - kept..].to_vec(),
@@ -142,8 +151,13 @@ impl RequestEncoder {
         Ok(())
     }
 
-    fn ids(&self, text: &str) -> Result<Vec<u32>> {
-        Ok(self.tokenizer.encode_fast(text, false).map_err(error)?.get_ids().to_vec())
+    /// Whether the tokenizer may put before a text what it begins texts with.
+    fn begins(&self, text: &str) -> bool {
+        self.prefix.is_empty() || !text.starts_with(&self.prefix)
+    }
+
+    fn ids(&self, text: &str, begins: bool) -> Result<Vec<u32>> {
+        Ok(self.tokenizer.encode_fast(text, begins).map_err(error)?.get_ids().to_vec())
     }
 }
 

@@ -87,10 +87,15 @@ pub fn evaluate_sources(
     max_tokens: Option<usize>,
 ) -> Result<TextReport> {
     let max_windows = max_tokens.map_or(Ok(0), |tokens| windows(tokens, seq_len))?;
-    let sources = sources
-        .into_iter()
-        .map(|source| Ok(ValidSource::new(source, seq_len, max_windows)?))
-        .collect::<Result<Vec<_>>>()?;
+    let windows = |source: PackedSource| match source.num_sequences(seq_len) {
+        0 => Err(Error::Argument(format!(
+            "{} has {} tokens, fewer than a window of {seq_len} and what comes before it; lower --max-length, or give longer text",
+            source.name,
+            source.num_tokens()
+        ))),
+        _ => Ok(ValidSource::new(source, seq_len, max_windows)?),
+    };
+    let sources = sources.into_iter().map(windows).collect::<Result<Vec<_>>>()?;
     let batch_size = (BATCH_TOKENS / seq_len).max(1);
     let losses = evaluate_by(|batch| decoder.loss(batch, Pass::Eval), &sources, batch_size)?.sources;
     let eos_id = Vocabulary::from(decoder.config()).end_of_document(tokenizer)?;

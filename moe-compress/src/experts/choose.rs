@@ -31,43 +31,51 @@ pub enum Budget {
     Counts(Vec<usize>),
 }
 
+impl Budget {
+    /// Refuses what layers of these indices and numbers of experts cannot keep, where a token chooses `least`.
+    ///
+    /// # Errors
+    /// [`Error::Argument`] for a share outside of 0 to 1, counts of another number of layers, or a count that a layer does not have or
+    /// that is below `least`.
+    pub fn check(&self, layers: &[(usize, usize)], least: usize) -> Result<()> {
+        let counts = match self {
+            Self::Share(share) | Self::ShareOfAll(share) if *share > 0.0 && *share <= 1.0 => return Ok(()),
+            Self::Share(share) | Self::ShareOfAll(share) => {
+                let reason = format!("the share of experts to keep must be above 0 and at most 1, got {share}");
+                return Err(Error::Argument(reason));
+            }
+            Self::Counts(counts) => counts,
+        };
+        if counts.len() != layers.len() {
+            return Err(Error::Argument(format!(
+                "expected a number of experts for each of the {} layers with experts, got {counts:?}",
+                layers.len()
+            )));
+        }
+        match counts.iter().zip(layers).find(|(count, (_, experts))| !(least..=*experts).contains(count)) {
+            Some((count, (layer, experts))) => Err(Error::Argument(format!(
+                "layer {layer} cannot keep {count} of its {experts} experts; a token chooses {least}"
+            ))),
+            None => Ok(()),
+        }
+    }
+}
+
 /// The experts to keep of each layer, ascending. Each layer keeps at least `least`, which is how many a token chooses.
 ///
 /// # Errors
-/// [`Error::Argument`] for a share outside of 0 to 1, counts of another number of layers, or a count that a layer does not have or
-/// that is below `least`.
+/// As [`Budget::check`].
 pub fn keep(usage: &[ExpertUse], ranking: Ranking, budget: &Budget, least: usize) -> Result<Vec<Vec<usize>>> {
+    budget.check(&usage.iter().map(|of| (of.layer, of.rows.len())).collect::<Vec<_>>(), least)?;
     let scores: Vec<Vec<f64>> = usage.iter().map(|of| ranking.scores(of)).collect();
     let counts = match budget {
         Budget::Counts(counts) => counts.clone(),
         Budget::Share(share) => {
-            let share = checked(*share)?;
             scores.iter().map(|of| ((of.len() as f64 * share).round() as usize).max(least)).collect()
         }
-        Budget::ShareOfAll(share) => counts_of_all(&scores, checked(*share)?, least),
+        Budget::ShareOfAll(share) => counts_of_all(&scores, *share, least),
     };
-    if counts.len() != scores.len() {
-        return Err(Error::Argument(format!(
-            "expected a number of experts for each of the {} layers with experts, got {counts:?}",
-            scores.len()
-        )));
-    }
-    if let Some((at, _)) = counts.iter().zip(&scores).enumerate().find(|(_, (n, of))| !(least..=of.len()).contains(n)) {
-        return Err(Error::Argument(format!(
-            "layer {} cannot keep {} of its {} experts; a token chooses {least}",
-            usage[at].layer,
-            counts[at],
-            scores[at].len()
-        )));
-    }
     Ok(scores.iter().zip(counts).map(|(of, count)| best(of, count)).collect())
-}
-
-fn checked(share: f64) -> Result<f64> {
-    if share > 0.0 && share <= 1.0 {
-        return Ok(share);
-    }
-    Err(Error::Argument(format!("the share of experts to keep must be above 0 and at most 1, got {share}")))
 }
 
 impl Ranking {

@@ -75,3 +75,37 @@ impl ExpertObserver for Adding<'_> {
         Ok(())
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use candle_core::{Device, Tensor};
+    use moe_core::{ExpertLoad, RouterLosses};
+
+    /// Three tokens with two of three experts each, one choice dropped.
+    #[test]
+    fn weights_times_norms_by_hand() {
+        let weights: [f32; 6] = [0.75, 0.25, 0.5, 0.0, 0.125, 0.875];
+        let routing = Routing {
+            num_tokens: 3,
+            num_experts: 3,
+            top_k: 2,
+            expert_ids: vec![0, 2, 2, DROPPED, 2, 0],
+            slots: vec![0, 0, 1, 0, 2, 1],
+            combine_weights: Tensor::from_slice(&weights, (3, 2), &Device::Cpu).unwrap(),
+            capacity: None,
+            load: ExpertLoad::default(),
+            losses: RouterLosses::default(),
+        };
+        // Norms 5 and 1 of expert 0, 13, 2 and 10 of expert 2.
+        let rows: [[f32; 2]; 5] = [[3.0, 4.0], [0.0, 1.0], [5.0, 12.0], [2.0, 0.0], [6.0, 8.0]];
+        let outputs = ExpertRows { rows: Tensor::new(&rows, &Device::Cpu).unwrap(), offsets: vec![0, 2, 2, 5] };
+        let usage = Mutex::new(vec![ExpertUse::new(1, 3), ExpertUse::new(4, 3)]);
+        Adding { layer: 4, usage: &usage }.observe(&routing, &outputs).unwrap();
+        let [other, own] = usage.into_inner().unwrap().try_into().unwrap();
+        assert_eq!(other, ExpertUse::new(1, 3));
+        assert_eq!(own.rows, [2, 0, 3]);
+        assert_eq!(own.contributions, [0.75 * 5.0 + 0.875, 0.0, 0.25 * 13.0 + 0.5 * 2.0 + 0.125 * 10.0]);
+        assert_eq!(own.saliencies(), [(3.75 + 0.875) / 2.0, 0.0, 5.5 / 3.0]);
+    }
+}

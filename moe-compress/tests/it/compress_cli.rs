@@ -27,6 +27,7 @@ const TEACHER: [&str; 4] = ["--model", "teacher", "--data", "text.txt"];
 #[test]
 fn experts_are_dropped_and_merged() {
     let dir = folder();
+    std::fs::write(dir.path().join("teacher/chat_template.jinja"), "{{ messages }}").unwrap();
     let run = |what: &str, out: &str, more: &[&str]| {
         let words = [&[what][..], &TEACHER, &["--out", out, "--calibration-tokens", "512"], more].concat();
         succeed(&moe_compress(dir.path(), &words))
@@ -40,7 +41,7 @@ fn experts_are_dropped_and_merged() {
     assert_eq!(experts(dir.path(), "all").iter().sum::<usize>(), 6);
     let said = run("merge", "merged", &["--keep-experts", "1", "--dtype", "f32"]);
     assert!(said.contains("merged: ") && said.contains("experts 1, 1, 1"), "{said}");
-    for file in ["tokenizer.json", "generation_config.json", "model.safetensors"] {
+    for file in ["tokenizer.json", "generation_config.json", "model.safetensors", "chat_template.jinja"] {
         assert!(dir.path().join("merged").join(file).exists(), "{file}");
     }
 }
@@ -109,7 +110,10 @@ fn integers_are_calibrated_on_a_text() {
         let row = said.lines().rfind(|line| line.starts_with(model)).unwrap_or_else(|| panic!("no {model} in {said}"));
         row.split_whitespace().nth(2).unwrap().parse().unwrap()
     };
-    let said = run("calibrated", &["--calibrate", "--data", "text.txt", "--calibration-tokens", "2048"]);
+    std::fs::create_dir(dir.path().join("texts")).unwrap();
+    std::fs::copy(dir.path().join("text.txt"), dir.path().join("texts/long.txt")).unwrap();
+    std::fs::write(dir.path().join("texts/short.txt"), "1 and 2, 3 and 4").unwrap();
+    let said = run("calibrated", &["--calibrate", "--data", "texts", "--calibration-tokens", "2048"]);
     assert!(said.contains("calibrated on 2048 tokens; 0.") && said.contains(" of 10 experts got fewer"), "{said}");
     let (before, after) = (bits(&said, "teacher"), bits(&said, "calibrated"));
     assert!(before != after && (before - after).abs() < 0.2 * before, "{said}");
@@ -133,25 +137,36 @@ fn bad_input_is_told() {
     std::fs::write(dir.path().join("short.txt"), "1 and 2, 3 and 4").unwrap();
     const INT8: [&str; 7] = ["quantize", "--model", "teacher", "--out", "x", "--format", "int8"];
     let int8 = |more: &[&'static str]| [&INT8[..], more].concat();
-    let calibrations: [(Vec<&str>, &str); 6] = [
+    let calibrations: [(Vec<&str>, &str); 8] = [
         (int8(&["--data", "text.txt"]), "are for --calibrate"),
         (int8(&["--calibration-tokens", "64"]), "are for --calibrate"),
         (int8(&["--max-tokens", "64"]), "give --text"),
         (int8(&["--calibrate", "--calibration-tokens", "3"]), "--calibration-tokens 3 must be at least 16"),
         (int8(&["--text", "text.txt", "--max-tokens", "3"]), "--max-tokens 3 must be at least 16"),
-        (int8(&["--calibrate", "--data", "short.txt"]), "too few to calibrate on and to hold a window out"),
+        (int8(&["--calibrate", "--data", "short.txt"]), "no source has 34 tokens"),
+        (int8(&["--text", "short.txt"]), "no source has 17 tokens"),
+        (int8(&["--calibrate", "--data", "text.txt=3"]), "drop the weight"),
     ];
-    let cases: [(&[&str], &str); 12] = [
+    let cases: [(&[&str], &str); 15] = [
         (&["prune", "--model", "dense", "--out", "x", "--keep", "0.5"], "is a dense model"),
         (&["prune", "--model", "teacher", "--out", "x"], "--keep <SHARE>"),
-        (&["prune", "--model", "teacher", "--out", "x", "--keep", "0"], "above 0"),
+        (
+            &["prune", "--model", "teacher", "--out", "x", "--keep", "0"],
+            "--keep: the share of experts to keep must be above 0",
+        ),
+        (
+            &["prune", "--model", "teacher", "--out", "x", "--keep-experts", "9", "--data", "none.txt"],
+            "--keep-experts: layer 1",
+        ),
         (&["prune", "--model", "teacher", "--out", "dense", "--keep", "0.5"], "not an empty folder"),
         (&["prune", "--model", "none", "--out", "x", "--keep", "0.5"], "none/config.json"),
         (&["prune", "--model", "teacher", "--out", "x", "--keep", "0.5", "--seed", "3"], "--seed is of --by random"),
         (&["merge", "--model", "teacher", "--out", "x", "--keep", "0.5", "--calibration-tokens", "3"], "at least 16"),
         (&["quantize", "--model", "none", "--out", "x", "--format", "int8"], "none is not there"),
         (&["quantize", "--model", "teacher", "--out", "x", "--format", "int8", "--group-size", "32"], "is for int4"),
-        (&["quantize", "--model", "teacher", "--out", "x", "--format", "int4", "--group-size", "33"], "multiple of 32"),
+        (&["quantize", "--model", "teacher", "--out", "x", "--format", "int4", "--group-size", "33"], "--group-size: "),
+        (&["quantize", "--model", "teacher", "--out", "x", "--format", "int4", "--group-size", "0"], "multiple of 32"),
+        (&["merge", "--model", "teacher", "--out", "x", "--keep-experts", "1,2"], "each of the 3 layers"),
         (&["upcycle", "--model", "teacher", "--out", "x", "--num-experts", "4"], "experts already"),
         (&["upcycle", "--model", "dense", "--out", "x", "--num-experts", "4", "--topk", "1"], "2 or more"),
     ];

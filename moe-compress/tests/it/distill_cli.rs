@@ -1,6 +1,6 @@
 //! `moe-distill` from outside: a staged run, resumed across the switch, over ranks, and what it says to bad input.
 
-use crate::teacher::folder;
+use crate::teacher::{folder, shape, write_teacher};
 use std::collections::BTreeMap;
 use std::path::Path;
 use std::process::{Command, Output};
@@ -152,6 +152,43 @@ fn a_run_that_goes_on_for_longer_does_not_follow_again() {
     assert_eq!(metric(&run, "train/lm_loss").len(), 24);
 }
 
+/// It was ended before its first checkpoint: what it says of itself is no more than how it was begun.
+#[test]
+fn a_run_without_a_checkpoint_begins_anew() {
+    let dir = folder();
+    let run = dir.path().join("run");
+    succeed(&moe_distill(dir.path(), "run", &["--kd-stop", "0.5", "--exit-interval", "2"]));
+    for entry in std::fs::read_dir(&run).unwrap().flatten().filter(|e| e.file_name() != "distillation.json") {
+        let path = entry.path();
+        if path.is_dir() { std::fs::remove_dir_all(path).unwrap() } else { std::fs::remove_file(path).unwrap() }
+    }
+    let longer = SMALL.map(|arg| if arg == "1536" { "3072" } else { arg });
+    let mut command = Command::new(env!("CARGO_BIN_EXE_moe-distill"));
+    let text = succeed(&command.current_dir(dir.path()).args(longer).args(["--out", "run"]).output().unwrap());
+    assert!(text.contains("starting a new run") && text.contains("in the first 12 of 24 steps"), "{text}");
+    assert_eq!(metric(&run, "train/kd_loss").len(), 12);
+    let record = std::fs::read_to_string(run.join("distillation.json")).unwrap();
+    assert!(record.contains("\"train_tokens\": 3072"), "{record}");
+}
+
+/// Positions past the training length would never be trained; what a chat looks like is the teacher's.
+#[test]
+fn a_student_reads_what_it_was_trained_on() {
+    let dir = folder();
+    std::fs::write(dir.path().join("teacher/chat_template.jinja"), "{{ messages }}").unwrap();
+    let short = SMALL.map(|arg| if arg == "16" { "8" } else { arg });
+    for (out, init, length) in [("scratch", "scratch", 8), ("kept", "teacher", 16)] {
+        let mut command = Command::new(env!("CARGO_BIN_EXE_moe-distill"));
+        command.current_dir(dir.path()).args(short).args(["--out", out, "--init", init, "--exit-interval", "2"]);
+        succeed(&command.output().unwrap());
+        let step = dir.path().join(out).join("step-00000002");
+        let config = std::fs::read_to_string(step.join("config.json")).unwrap();
+        let config: serde_json::Value = serde_json::from_str(&config).unwrap();
+        assert_eq!(config["max_position_embeddings"].as_u64(), Some(length), "{config}");
+        assert_eq!(std::fs::read_to_string(step.join("chat_template.jinja")).unwrap(), "{{ messages }}");
+    }
+}
+
 #[test]
 fn students_may_differ_from_their_teacher() {
     let dir = folder();
@@ -200,7 +237,14 @@ fn bad_input_is_told() {
     let published = "{\"model_type\": \"llama\", \"hidden_act\": \"silu\", \"vocab_size\": 262, \"hidden_size\": 16, \
         \"intermediate_size\": 32, \"num_hidden_layers\": 2, \"num_attention_heads\": 2, \"max_position_embeddings\": 16}";
     std::fs::write(dir.path().join("llama.json"), published).unwrap();
-    let cases: [(&str, &[&str], &str); 12] = [
+    // As many entries, but others.
+    write_teacher(&shape(), &dir.path().join("other"));
+    let path = dir.path().join("other/tokenizer.json");
+    let swapped =
+        std::fs::read_to_string(&path).unwrap().replacen("\"ignore_merges\": false", "\"ignore_merges\": true", 1);
+    std::fs::write(&path, swapped).unwrap();
+    let cases: [(&str, &[&str], &str); 13] = [
+        ("new", &["--init-from", "other"], "--init-from other has another tokenizer"),
         ("new", &["--kd-cache", "said"], "give --kd-top-k too"),
         ("run", &["--kd", "full"], "other settings"),
         ("run", &["--num-layers", "4"], "the model asked for differs"),

@@ -169,9 +169,11 @@ fn refusals_name_the_argument_or_the_line() {
     refused(&["--tasks", "piqa", "--task-dir", &folder], &["piqa.validation.jsonl", "holds no items"]);
     let long = good.replace("\"a\"", &format!("\"{}\"", "a b ".repeat(300)));
     std::fs::write(dir.path().join("piqa.validation.jsonl"), format!("{good}\n{long}\n")).unwrap();
-    let output = moe_eval(&["--tasks", "piqa", "--task-dir", &folder]);
-    let message = String::from_utf8_lossy(&output.stderr);
-    assert!(!output.status.success() && message.contains("item 2") && message.contains("--max-length"), "{message}");
+    // Before the text, which would take its time.
+    refused(&["--tasks", "piqa", "--task-dir", &folder, "--text", &text], &["item 2", "--max-length"]);
+    std::fs::write(dir.path().join("short.txt"), "no window").unwrap();
+    let short = dir.path().join("short.txt").display().to_string();
+    refused(&["--text", &short], &["short has", "fewer than a window of 256", "--max-length"]);
 }
 
 /// A GGUF file has its own tokenizer in it.

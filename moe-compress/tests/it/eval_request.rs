@@ -4,6 +4,7 @@ use moe_compress::eval::{Request, RequestEncoder, TokenRequest};
 use moe_models::train::tokenizer;
 use std::path::{Path, PathBuf};
 use tokenizers::Tokenizer;
+use tokenizers::processors::template::TemplateProcessing;
 
 /// A small trained model with its tokenizer.
 pub(crate) fn model_folder() -> PathBuf {
@@ -73,6 +74,31 @@ fn the_context_loses_its_beginning() {
     assert_eq!(got.continuation, continuation);
     let fits = encode("one two three four five", " six", whole.len() - 1).unwrap();
     assert_eq!(fits.context, context);
+}
+
+/// As Llama's, which put `<s>` before a text.
+#[test]
+fn what_a_tokenizer_begins_texts_with_stands_before_contexts() {
+    let mut with_bos = tokenizer();
+    with_bos.add_special_tokens([tokenizers::AddedToken::from("<s>", true)]).unwrap();
+    let bos = with_bos.token_to_id("<s>").unwrap();
+    let mut template = TemplateProcessing::builder();
+    let template = template.try_single("<s> $A").unwrap().special_tokens(vec![("<s>", bos)]).build().unwrap();
+    with_bos.with_post_processor(Some(template));
+    let encoder = RequestEncoder::new(with_bos, 4097, 256).unwrap();
+    let after_bos = |text: &str| [&[bos], &ids(text)[..]].concat();
+    let encode = |context: &str, continuation: &str| {
+        let request = Request { context: context.into(), continuation: continuation.into() };
+        let TokenRequest { context, continuation } = encoder.encode(&request).unwrap();
+        (context, continuation)
+    };
+    assert_eq!(encode("The old man", " looked"), (after_bos("The old man"), ids(" looked")));
+    assert_eq!(encode("<s>The old man", " looked"), (after_bos("The old man"), ids(" looked")), "once");
+    assert_eq!(encode("", " word"), (vec![bos], ids(" word")));
+    assert_eq!(encode("", "<s> word"), (vec![bos], ids(" word")));
+    assert_eq!(encoder.encode_prompt("The old man", 200).unwrap(), after_bos("The old man"));
+    assert_eq!(encoder.encode_prompt("", 200).unwrap(), [bos]);
+    assert_eq!(encoder.eos_id(), 0, "texts still end as they did");
 }
 
 #[test]

@@ -29,7 +29,7 @@ fn param<'a>(model: &'a Gpt, name: &str) -> &'a Tensor {
     model.params().iter().find(|(own, _)| own == name).unwrap().1.as_tensor()
 }
 
-/// Rows as the pass itself counts them; contributions of the first layer with experts by hand, expert after expert.
+/// Rows as the pass itself counts them; contributions follow an expert's outputs.
 #[test]
 fn what_experts_do_is_measured() {
     let model = model();

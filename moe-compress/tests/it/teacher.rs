@@ -36,5 +36,5 @@ pub(crate) fn write_teacher(shape: &GptConfig, dir: &Path) {
     let mut shape = shape.clone();
     shape.eos_token_id = Some(tokenizer::eos_id(&tokenizer).unwrap());
     let model = Gpt::new(shape, 5, &Device::Cpu).unwrap();
-    export(&model, &tokenizer::to_json(&tokenizer).unwrap(), dir, DType::F32).unwrap();
+    export(&model, &tokenizer::to_json(&tokenizer).unwrap().into(), dir, DType::F32).unwrap();
 }

@@ -50,6 +50,14 @@ impl QuantFormat {
     /// Groups of 32: 4.5 bits per weight.
     pub const INT4: Self = Self::Int4 { group_size: 32 };
 
+    /// Refuses a group that no weights can be stored in.
+    ///
+    /// # Errors
+    /// [`Error::Argument`](crate::Error::Argument) with the sizes that can be.
+    pub fn check_groups(self) -> Result<()> {
+        self.validate(0).map_err(crate::Error::Argument)
+    }
+
     /// Inputs, with the zeros that fill up the last word or group.
     fn padded(self, k: usize) -> usize {
         match self {

@@ -21,15 +21,15 @@ pub fn check_target(dir: &Path) -> Result<()> {
     dir.parent().filter(|p| !p.as_os_str().is_empty()).map_or(Ok(()), create_dir)
 }
 
-/// Writes a model that is here whole as `dtype` with its tokenizer into the new folder `dir`: whole or not at all. From a
+/// Writes a model that is here whole as `dtype` with `files` into the new folder `dir`: whole or not at all. From a
 /// checkpoint of any ranks: [`super::shards::export`].
 ///
 /// # Errors
 /// As [`check_target`]; [`Error::Io`] and the model's own errors if a file cannot be written.
-pub fn export<F: Family>(model: &Model<F>, tokenizer_json: &str, dir: &Path, dtype: DType) -> Result<()> {
+pub fn export<F: Family>(model: &Model<F>, files: &FolderFiles, dir: &Path, dtype: DType) -> Result<()> {
     fill_target(dir, |folder| {
         model.save(folder, dtype)?;
-        FolderFiles::from(tokenizer_json.to_owned()).write(model.decoder_config().max_seq_len, folder)
+        files.write(model.decoder_config().max_seq_len, folder)
     })
 }
 

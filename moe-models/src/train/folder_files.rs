@@ -28,6 +28,15 @@ impl From<String> for FolderFiles {
 }
 
 impl FolderFiles {
+    /// The tokenizer of the model folder `dir` with what it says beside it.
+    ///
+    /// # Errors
+    /// [`Error::Io`] for a file that cannot be read.
+    pub fn read(dir: &Path) -> Result<Self> {
+        let path = dir.join(TOKENIZER);
+        Self::of_folder(std::fs::read_to_string(&path).map_err(|e| Error::io(path, e))?, dir)
+    }
+
     /// A tokenizer with what the model folder `dir` says beside it.
     ///
     /// # Errors

@@ -166,7 +166,7 @@ fn round_trips_under_the_published_names(fixture: &Fixture) {
     let json = |path: PathBuf| -> serde_json::Value { serde_json::from_slice(&std::fs::read(path).unwrap()).unwrap() };
     assert_eq!(json(dir.path().join("config.json")), json(fixture.folder.join("config.json")));
     let exported = dir.path().join("exported");
-    export(&model, "{}", &exported, DType::BF16).unwrap();
+    export(&model, &"{}".to_owned().into(), &exported, DType::BF16).unwrap();
     assert_eq!(json(exported.join("config.json"))["dtype"], "bfloat16");
     Any::load(&exported, &Device::Cpu).unwrap();
 }

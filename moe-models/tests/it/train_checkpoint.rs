@@ -233,13 +233,13 @@ fn export_is_whole_or_absent() {
     let model = Gpt::new(crate::train_gpt::shape(), 1, &Device::Cpu).unwrap();
     let out = root.path().join("a/b");
     let unknown = candle_core::DType::U8;
-    export(&model, "{}", &out, unknown).unwrap_err();
+    export(&model, &"{}".to_owned().into(), &out, unknown).unwrap_err();
     assert_eq!(names(&root.path().join("a")), Vec::<String>::new());
     std::fs::create_dir(&out).unwrap();
-    export(&model, "{}", &out, candle_core::DType::BF16).unwrap();
+    export(&model, &"{}".to_owned().into(), &out, candle_core::DType::BF16).unwrap();
     let files =
         ["config.json", "generation_config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json"];
     assert_eq!(names(&out), files);
-    let message = export(&model, "{}", &out, candle_core::DType::BF16).unwrap_err().to_string();
+    let message = export(&model, &"{}".to_owned().into(), &out, candle_core::DType::BF16).unwrap_err().to_string();
     assert!(message.contains("not an empty folder"), "{message}");
 }

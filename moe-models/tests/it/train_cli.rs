@@ -348,6 +348,24 @@ fn a_resumed_run_keeps_its_tokenizer() {
 
 /// Two runs in one folder would delete each other's files; a killed one must not stand in the way of the next.
 #[cfg(unix)]
+/// Without its teacher it would be another run.
+#[test]
+fn a_students_run_is_not_gone_on_with() {
+    let dir = folder();
+    let run = |more: &[&str]| moe_train(dir.path(), &arguments(&[&["--out", "run"], more].concat())).output().unwrap();
+    let short = ["--train-tokens", "320"];
+    std::fs::create_dir(dir.path().join("run")).unwrap();
+    let record = dir.path().join("run/distillation.json");
+    std::fs::write(&record, "{}").unwrap();
+    // A new run is none of a student.
+    succeed(&run(&short));
+    assert!(!record.exists());
+    std::fs::write(&record, "{}").unwrap();
+    let output = run(&["--train-tokens", "640"]);
+    let text = String::from_utf8_lossy(&output.stderr);
+    assert!(!output.status.success() && text.contains("resume it with moe-distill") && record.exists(), "{text}");
+}
+
 #[test]
 fn one_run_at_a_time_in_a_folder() {
     let dir = folder();

@@ -260,7 +260,7 @@ fn the_exported_folder_is_the_trained_model() {
     let dir = tempfile::tempdir().unwrap();
     let (_, trainer) = run(&config(), &dir.path().join("run"), None, u64::MAX);
     let target = dir.path().join("model");
-    export(trainer.model(), trainer.tokenizer_json(), &target, DType::BF16).unwrap();
+    export(trainer.model(), &trainer.tokenizer_json().to_owned().into(), &target, DType::BF16).unwrap();
     let loaded = Gpt::load(&target, &Device::Cpu).unwrap();
     assert_eq!(loaded.config(), trainer.model().config());
     for ((name, want), (_, got)) in trainer.model().params().iter().zip(loaded.params()) {

@@ -49,20 +49,45 @@ impl CalibrationArgs {
     pub(crate) fn sources(&self, folder: &Path, config: &DecoderConfig) -> Result<Vec<PackedSource>> {
         self.tokens(config)?;
         let tokenizer = ModelSource::open(folder)?.tokenizer()?;
-        let text = RunText::read(&self.data, &[], &mut Silent)?;
-        Ok(text.pack(&tokenizer, config, &DataCache::Memory, &mut Silent)?.0)
+        if self.data.is_empty() {
+            let excerpt = RunText::read(&[], &[], &mut Silent)?;
+            return Ok(excerpt.pack(&tokenizer, config, &DataCache::Memory, &mut Silent)?.0);
+        }
+        // Every source counts alike, so weights are refused.
+        let text = RunText::read_valid(&self.data, &mut Silent).context("--data")?;
+        Ok(text.pack(&tokenizer, config, &DataCache::Memory, &mut Silent)?.1)
     }
 
     /// Windows of the sources, as many as were asked for.
     pub(crate) fn batches(&self, sources: Vec<PackedSource>, config: &DecoderConfig) -> Result<Vec<TokenBatch>> {
         let (tokens, window) = (self.tokens(config)?, window(config));
-        let windows = (tokens / window).div_ceil(sources.len().max(1)).max(1);
+        let sources = long_enough(sources, window + 1).context("--data")?;
+        let shares = shares(tokens / window, sources.len());
         let mut batches = Vec::new();
-        for source in sources {
+        for (source, windows) in sources.into_iter().zip(shares).filter(|(_, windows)| *windows > 0) {
             batches.extend(ValidSource::new(source, window, windows)?.batches((BATCH_TOKENS / window).max(1)));
         }
         Ok(batches)
     }
+}
+
+/// `windows` divided over so many sources, as evenly as can be.
+fn shares(windows: usize, sources: usize) -> Vec<usize> {
+    let before = |source: usize| windows * source / sources;
+    (0..sources).map(|source| before(source + 1) - before(source)).collect()
+}
+
+/// The sources of at least `tokens` tokens; names the others.
+///
+/// # Errors
+/// If none is as long.
+pub(crate) fn long_enough(sources: Vec<PackedSource>, tokens: usize) -> Result<Vec<PackedSource>> {
+    let (long, short): (Vec<_>, Vec<_>) = sources.into_iter().partition(|source| source.num_tokens() >= tokens);
+    ensure!(!long.is_empty(), "no source has {tokens} tokens, which windows of the model need; give longer text");
+    for source in &short {
+        eprintln!("{}: left out, its {} tokens are fewer than {tokens}", source.name, source.num_tokens());
+    }
+    Ok(long)
 }
 
 /// Cuts the end off each source: a share, but a window at least.
@@ -75,4 +100,16 @@ pub(crate) fn hold_out(sources: &mut [PackedSource], window: usize) -> Result<Ve
     };
     let all = sources.iter_mut().map(held_out).collect::<Result<Vec<_>>>();
     all.context("--data: the end of each source is held out to measure on; give more text, or other with --text")
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn windows_are_spread_over_sources_and_no_more_than_asked_for() {
+        assert_eq!(shares(7, 3), [2, 2, 3]);
+        let few = shares(3, 1000);
+        assert_eq!((few.iter().sum::<usize>(), few.iter().max()), (3, Some(&1)));
+    }
 }

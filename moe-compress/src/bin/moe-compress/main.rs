@@ -6,11 +6,12 @@ mod quantize;
 mod reduce;
 mod upcycle;
 
-use anyhow::{Context, Result};
+use anyhow::Result;
 use candle_core::Device;
 use clap::{Args, Parser, Subcommand};
 use moe_models::cli::{DtypeArg, exit_code};
 use moe_models::gpt::{Gpt, GptConfig};
+use moe_models::train::FolderFiles;
 use moe_models::train::export::{check_target, export};
 use std::path::PathBuf;
 use std::process::ExitCode;
@@ -56,11 +57,9 @@ impl Folders {
         Ok(Gpt::load(&self.model, &Device::Cpu)?)
     }
 
-    /// Writes the result with the tokenizer of the model that was read.
+    /// Writes the result with the tokenizer, the chat template and what else lies beside the weights of the model that was read.
     pub(crate) fn save(&self, model: &Gpt) -> Result<()> {
-        let path = self.model.join("tokenizer.json");
-        let tokenizer = std::fs::read_to_string(&path).with_context(|| format!("cannot read {}", path.display()))?;
-        export(model, &tokenizer, &self.out, self.dtype.into())?;
+        export(model, &FolderFiles::read(&self.model)?, &self.out, self.dtype.into())?;
         println!("{}: {}", self.out.display(), sizes(model.config()));
         Ok(())
     }

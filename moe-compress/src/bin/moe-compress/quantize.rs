@@ -1,7 +1,7 @@
 //! `moe-compress quantize`.
 
-use crate::calibration::{CalibrationArgs, hold_out, window};
-use anyhow::{Result, ensure};
+use crate::calibration::{CalibrationArgs, hold_out, long_enough, window};
+use anyhow::{Context, Result, ensure};
 use clap::{Args, ValueEnum};
 use moe_compress::calibrate::{Calibration, save_calibrated};
 use moe_compress::eval::{TextReport, evaluate_sources};
@@ -87,7 +87,11 @@ impl QuantizeArgs {
                 anyhow::bail!("--group-size is for int4; int8 has one scale for each output: drop it")
             }
             (FormatArg::Int8, None) => Ok(QuantFormat::Int8),
-            (FormatArg::Int4, group_size) => Ok(QuantFormat::Int4 { group_size: group_size.unwrap_or(32) }),
+            (FormatArg::Int4, group_size) => {
+                let format = QuantFormat::Int4 { group_size: group_size.unwrap_or(32) };
+                format.check_groups().context("--group-size")?;
+                Ok(format)
+            }
         }
     }
 
@@ -105,7 +109,8 @@ impl QuantizeArgs {
             paths => {
                 let tokenizer = source.tokenizer()?;
                 let text = RunText::read_valid(paths, &mut Silent)?;
-                Some(text.pack(&tokenizer, &config, &DataCache::Memory, &mut Silent)?.1)
+                let sources = text.pack(&tokenizer, &config, &DataCache::Memory, &mut Silent)?.1;
+                Some(long_enough(sources, window(&config) + 1).context("--text")?)
             }
         };
         if !self.calibrate {
@@ -114,7 +119,10 @@ impl QuantizeArgs {
         let mut sources = self.calibration.sources(&self.model, &config)?;
         let measured = match named {
             Some(named) => named,
-            None => hold_out(&mut sources, window(&config))?,
+            None => {
+                sources = long_enough(sources, 2 * window(&config) + 2).context("--data")?;
+                hold_out(&mut sources, window(&config))?
+            }
         };
         let calibration = Some(self.calibration.batches(sources, &config)?);
         Ok(Texts { calibration, measured: Some(self.measured(measured)) })

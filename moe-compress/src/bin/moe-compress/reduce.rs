@@ -2,7 +2,7 @@
 
 use crate::calibration::CalibrationArgs;
 use crate::{Folders, sizes};
-use anyhow::{Result, ensure};
+use anyhow::{Context, Result, ensure};
 use clap::{Args, ValueEnum};
 use moe_compress::experts::{Budget, ExpertUse, Ranking, keep, measure, merge, prune};
 use moe_models::gpt::Gpt;
@@ -51,6 +51,16 @@ impl ReduceArgs {
         self.folders.save(&merge(&model, &kept, &usage)?)
     }
 
+    /// How many experts are kept of so many layers, and the flag that says so.
+    fn budget(&self, layers: usize) -> (Budget, &'static str) {
+        match (self.keep, self.keep_experts.as_slice()) {
+            (Some(share), _) if self.across_layers => (Budget::ShareOfAll(share), "--keep"),
+            (Some(share), _) => (Budget::Share(share), "--keep"),
+            (None, [one]) => (Budget::Counts(vec![*one; layers]), "--keep-experts"),
+            (None, counts) => (Budget::Counts(counts.to_vec()), "--keep-experts"),
+        }
+    }
+
     /// The model, what its experts do, and which are kept; printed.
     fn choose(&self) -> Result<(Gpt, Vec<ExpertUse>, Vec<Vec<usize>>)> {
         ensure!(
@@ -58,23 +68,19 @@ impl ReduceArgs {
             "--seed is of --by random, and has no effect on another ranking; drop it"
         );
         let model = self.folders.load()?;
-        let layers = model.config().moe_layers().len();
-        ensure!(layers > 0, "{} is a dense model, without experts to drop", self.folders.model.display());
+        let layers = model.config().moe_layers();
+        ensure!(!layers.is_empty(), "{} is a dense model, without experts to drop", self.folders.model.display());
         println!("{}: {}", self.folders.model.display(), sizes(model.config()));
+        let (budget, flag) = self.budget(layers.len());
+        let least = model.config().moe.as_ref().map_or(1, |moe| moe.top_k);
+        budget.check(&layers, least).context(flag)?;
         let sources = self.calibration.sources(&self.folders.model, model.decoder_config())?;
         let usage = measure(model.decoder(), &self.calibration.batches(sources, model.decoder_config())?)?;
-        let budget = match (self.keep, self.keep_experts.as_slice()) {
-            (Some(share), _) if self.across_layers => Budget::ShareOfAll(share),
-            (Some(share), _) => Budget::Share(share),
-            (None, [one]) => Budget::Counts(vec![*one; layers]),
-            (None, counts) => Budget::Counts(counts.to_vec()),
-        };
         let ranking = match self.by {
             RankingArg::Saliency => Ranking::Saliency,
             RankingArg::Frequency => Ranking::Frequency,
             RankingArg::Random => Ranking::Random { seed: self.seed.unwrap_or(1) },
         };
-        let least = model.config().moe.as_ref().map_or(1, |moe| moe.top_k);
         let kept = keep(&usage, ranking, &budget, least)?;
         for (of, kept) in usage.iter().zip(&kept) {
             println!("layer {}", of.layer);

@@ -4,12 +4,10 @@ use anyhow::{Context, Result, bail, ensure};
 use clap::{Args, ValueEnum};
 use moe_compress::{KdSchedule, KeptLayers};
 use moe_core::ops::Distillation;
+use moe_models::cli::train::STUDENT_RECORD as RECORD;
 use moe_models::hf::write_atomically;
 use serde::{Deserialize, Serialize};
 use std::path::{Path, PathBuf};
-
-/// Where a run's settings are recorded, beside its checkpoints.
-const RECORD: &str = "distillation.json";
 
 /// A run that is resumed has its own settings: those that are given again must be the same.
 #[derive(Debug, Args)]
@@ -126,7 +124,7 @@ impl Settings {
             bail!("{} holds a run that has no teacher ({RECORD} is missing); resume it with moe-train", out.display());
         };
         ensure!(
-            saved == Self { cache: saved.cache.clone(), ..self.clone() },
+            saved == Self { cache: saved.cache.clone(), train_tokens: saved.train_tokens, ..self.clone() },
             "the run in {} was started with another teacher or other settings; give the same, or start a new run\nasked: {self:?}\nsaved: {saved:?}",
             out.display()
         );
@@ -202,5 +200,36 @@ impl DistillArgs {
             (None, KdSchedule::Staged { stop: of_run }) => Ok(KdSchedule::Staged { stop: stop(of_run) }),
             (None, other) => Ok(other),
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use clap::Parser;
+
+    #[derive(Debug, Parser)]
+    struct Program {
+        #[command(flatten)]
+        distill: DistillArgs,
+        #[arg(long, group = "ModelArgs")]
+        shaped: bool,
+    }
+
+    fn settings(words: &[&str]) -> Settings {
+        let program = Program::parse_from([&["moe-distill", "--teacher", "t"], words].concat());
+        program.distill.settings("fingerprint", program.shaped, None).unwrap()
+    }
+
+    /// As ranks do that begin again without one that has died: they have read no record.
+    #[test]
+    fn a_process_goes_on_with_the_run_that_it_began() {
+        let dir = tempfile::tempdir().unwrap();
+        let own = settings(&[]);
+        assert!(own.check_continues(dir.path()).unwrap_err().to_string().contains("moe-train"));
+        Settings { train_tokens: Some(1000), ..own.clone() }.write(dir.path()).unwrap();
+        own.check_continues(dir.path()).unwrap();
+        let other = settings(&["--kd", "full"]);
+        assert!(other.check_continues(dir.path()).unwrap_err().to_string().contains("other settings"));
     }
 }

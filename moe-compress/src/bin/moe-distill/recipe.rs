@@ -9,7 +9,8 @@ use moe_compress::{KdSchedule, KeptTargets, Student, StudentPlan};
 use moe_core::ParamSpec;
 use moe_models::cli::train::{ModelArgs, Recipe, TrainArgs};
 use moe_models::gpt::{Gpt, GptConfig};
-use moe_models::train::{TokenizerChoice, TrainConfig, tokenizer};
+use moe_models::train::checkpoint::CheckpointStore;
+use moe_models::train::{FolderFiles, TokenizerChoice, TrainConfig, tokenizer};
 use moe_models::{DecoderConfig, Family};
 use moe_parallel::Mesh;
 use std::path::{Path, PathBuf};
@@ -28,10 +29,19 @@ impl Distilling {
     pub(crate) fn new(args: &DistillArgs, train: &TrainArgs) -> Result<Self> {
         ensure!(!train.evaluates(), "--evaluate needs no teacher; ask moe-train, or moe-eval");
         let teacher = TeacherFolder::open(&args.teacher)?;
-        let resumed = if train.resume { Settings::read(&train.out)? } else { None };
+        let mut resumed = if train.resume { Settings::read(&train.out)? } else { None };
+        // A run that was ended before its first checkpoint begins anew, for as long as is asked for now.
+        if let Some(settings) = resumed.as_mut().filter(|_| !has_checkpoint(&train.out)) {
+            settings.train_tokens = None;
+        }
         let settings = args.settings(teacher.fingerprint(), train.model.is_given(), resumed.as_ref())?;
         let cache = settings.cache.clone().unwrap_or_else(|| train.out.join("teacher-targets"));
         Ok(Self { teacher, settings, cache })
+    }
+
+    /// What the schedule's share is of. A run that is resumed for more tokens does not begin to follow again.
+    fn scheduled_tokens(&self, config: &TrainConfig) -> u64 {
+        self.settings.train_tokens.unwrap_or(config.train_tokens)
     }
 
     /// The student that is the teacher without some of its layers.
@@ -53,14 +63,35 @@ impl Recipe for Distilling {
         tokenizer.map_or(Ok(()), |tokenizer| tokenizer::check_fits(tokenizer, teacher.vocab_size))?;
         let shape = match self.settings.drop_depth {
             None => args.config(seq_length)?,
-            Some(_) => self.plan()?.config,
+            Some(_) if self.settings.from_teacher => self.plan()?.config,
+            // Positions past the training length would never be trained.
+            Some(_) => {
+                let config = self.plan()?.config;
+                GptConfig { max_seq_len: seq_length.unwrap_or(config.max_seq_len), ..config }
+            }
         };
         Ok(GptConfig { vocab_size: teacher.vocab_size, eos_token_id: teacher.eos_token_id, ..shape })
     }
 
     fn tokenizer(&self, args: &ModelArgs, _: usize) -> Result<TokenizerChoice> {
         ensure!(!args.asks_for_tokenizer(), "a student has its teacher's tokenizer; drop --tokenizer and --vocab-size");
-        Ok(TokenizerChoice::File(self.teacher.dir().join("tokenizer.json")))
+        let path = self.teacher.dir().join("tokenizer.json");
+        if let Some(dir) = args.init_from() {
+            let of = |path: &Path| tokenizer::to_json(&tokenizer::load(path)?);
+            ensure!(
+                of(&dir.join("tokenizer.json"))? == of(&path)?,
+                "--init-from {} has another tokenizer than --teacher {}: its weights know other ids; give weights of the teacher's \
+                 tokenizer",
+                dir.display(),
+                self.teacher.dir().display()
+            );
+        }
+        Ok(TokenizerChoice::File(path))
+    }
+
+    /// The teacher's.
+    fn files(&self, _: &ModelArgs, tokenizer_json: String) -> Result<FolderFiles> {
+        Ok(FolderFiles::of_folder(tokenizer_json, self.teacher.dir())?)
     }
 
     fn initial(&self, args: &ModelArgs, shape: GptConfig, seed: u64, mesh: Option<Arc<Mesh>>) -> Result<Gpt> {
@@ -100,8 +131,7 @@ impl Recipe for Distilling {
             Ok(KeptTargets::open(&self.cache, self.teacher.fingerprint(), of)?)
         };
         let kept = self.settings.top_k.map(keep).transpose()?;
-        // A run that is resumed for more tokens does not begin to follow again.
-        let train_tokens = self.settings.train_tokens.unwrap_or(config.train_tokens);
+        let train_tokens = self.scheduled_tokens(config);
         Ok(Student::new(model, Following { teacher, how, schedule, train_tokens, kept })?)
     }
 
@@ -126,7 +156,8 @@ impl Recipe for Distilling {
                 format!("following it in all {total} steps, weight {weight}, temperature {temperature}")
             }
             KdSchedule::Staged { .. } => {
-                let follows = |step: &u64| schedule.follows(step * config.tokens_per_step(), config.train_tokens);
+                let scheduled = self.scheduled_tokens(config);
+                let follows = |step: &u64| schedule.follows(step * config.tokens_per_step(), scheduled);
                 let steps = (0..total).take_while(follows).count();
                 format!(
                     "following it in the first {steps} of {total} steps, weight {weight}, temperature {temperature}"
@@ -142,4 +173,9 @@ impl Recipe for Distilling {
         }
         lines
     }
+}
+
+/// Whether a run's folder has a checkpoint to go on from. What is wrong with one shows when it is read.
+fn has_checkpoint(out: &Path) -> bool {
+    CheckpointStore::read_only(out, 1).latest().map_or(true, |latest| latest.is_some())
 }

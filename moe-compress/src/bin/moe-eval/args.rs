@@ -42,13 +42,16 @@ pub(crate) struct Args {
     pub(crate) json: Option<PathBuf>,
 }
 
+/// A task with its items.
+pub(crate) type TaskItems = (&'static Task, Vec<Item>);
+
 impl Args {
     pub(crate) fn evaluates_text(&self) -> bool {
         !self.text.is_empty()
     }
 
     /// The tasks with their items.
-    pub(crate) fn tasks(&self) -> Result<Vec<(&'static Task, Vec<Item>)>> {
+    pub(crate) fn tasks(&self) -> Result<Vec<TaskItems>> {
         let Some(dir) = &self.task_dir else {
             ensure!(
                 self.evaluates_text(),

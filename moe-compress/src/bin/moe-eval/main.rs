@@ -6,9 +6,9 @@ mod progress;
 mod table;
 
 use anyhow::{Context, Result};
-use args::Args;
+use args::{Args, TaskItems};
 use clap::Parser;
-use moe_compress::eval::{Report, RequestEncoder, Task, TaskModel, TextOptions, TextReport, evaluate_text};
+use moe_compress::eval::{Report, RequestEncoder, TaskModel, TextOptions, TextReport, evaluate_text};
 use moe_models::cli::exit_code;
 use moe_models::{CausalLm, Decoder, ModelSource};
 use progress::Progress;
@@ -25,6 +25,7 @@ fn run(args: &Args) -> Result<()> {
     let source = ModelSource::open(&args.model)?;
     let lm = Decoder::from_source(&source, moe_models::Precision::from(args.precision))?;
     let max_length = args.max_length_of(lm.max_seq_len())?;
+    let encoder = encoder(&source, &lm, &tasks, max_length)?;
     let text = args.evaluates_text().then(|| text(args, &source, &lm, max_length)).transpose()?;
     let mut report = Report {
         model: args.model.display().to_string(),
@@ -34,13 +35,33 @@ fn run(args: &Args) -> Result<()> {
         tasks: Vec::new(),
     };
     report.text.iter().for_each(table::print_text);
-    if !tasks.is_empty() {
-        run_tasks(args, &source, &lm, &tasks, &mut report)?;
+    write(args, &report)?;
+    match encoder {
+        Some(encoder) => run_tasks(args, &TaskModel { lm: &lm, encoder: &encoder }, &tasks, &mut report),
+        None => Ok(()),
     }
-    if let Some(path) = &args.json {
-        report.write(path).context("--json")?;
+}
+
+/// For the tasks, if there are any, all of whose items can be put to the model.
+fn encoder(
+    source: &ModelSource,
+    lm: &Decoder,
+    tasks: &[TaskItems],
+    max_length: usize,
+) -> Result<Option<RequestEncoder>> {
+    if tasks.is_empty() {
+        return Ok(None);
     }
-    Ok(())
+    let encoder = RequestEncoder::new(source.tokenizer()?, lm.config(), max_length)?;
+    for (task, items) in tasks {
+        task.encode(items, &encoder)?;
+    }
+    Ok(Some(encoder))
+}
+
+/// What there is so far: what comes next may take long, and fail.
+fn write(args: &Args, report: &Report) -> Result<()> {
+    args.json.as_ref().map_or(Ok(()), |path| report.write(path).context("--json"))
 }
 
 fn text(args: &Args, source: &ModelSource, lm: &Decoder, seq_len: usize) -> Result<TextReport> {
@@ -50,22 +71,14 @@ fn text(args: &Args, source: &ModelSource, lm: &Decoder, seq_len: usize) -> Resu
 }
 
 /// Puts each task to the model and prints its rows at once: the next may take long.
-fn run_tasks(
-    args: &Args,
-    source: &ModelSource,
-    lm: &Decoder,
-    tasks: &[(&Task, Vec<moe_compress::eval::Item>)],
-    report: &mut Report,
-) -> Result<()> {
-    let tokenizer = source.tokenizer()?;
-    let encoder = RequestEncoder::new(tokenizer, lm.config(), report.max_length)?;
-    let model = TaskModel { lm, encoder: &encoder };
+fn run_tasks(args: &Args, model: &TaskModel<'_>, tasks: &[TaskItems], report: &mut Report) -> Result<()> {
     table::print_task_head(args.limit);
     for (task, items) in tasks {
         let mut progress = Progress::default();
-        let scored = task.evaluate(items, &model, &mut |done, total| progress.requests(task.name, done, total))?;
+        let scored = task.evaluate(items, model, &mut |done, total| progress.requests(task.name, done, total))?;
         table::print_task(&scored);
         report.tasks.push(scored);
+        write(args, report)?;
     }
     Ok(())
 }

@@ -17,7 +17,7 @@ use super::generate::Generator;
 use super::items::{Item, TaskFile};
 use super::metrics::Metric;
 use super::report::{MetricReport, TaskReport};
-use super::request::RequestEncoder;
+use super::request::{RequestEncoder, TokenRequest};
 use super::scorer::Scorer;
 use crate::{Error, Result};
 use moe_models::CausalLm;
@@ -93,12 +93,7 @@ impl Task {
         model: &TaskModel<'_>,
         progress: &mut dyn FnMut(usize, usize),
     ) -> Result<TaskReport> {
-        let mut requests = Vec::new();
-        for (number, item) in items.iter().enumerate() {
-            for request in item.requests() {
-                requests.push(model.encoder.encode(request).map_err(|e| self.at(number, &e))?);
-            }
-        }
+        let requests = self.encode(items, model.encoder)?;
         let prompts: Vec<&str> = items.iter().filter_map(Item::prompt).collect();
         let total = requests.len() + prompts.len();
         let scorer = Scorer::new(model.lm, model.encoder.num_tokens());
@@ -116,6 +111,15 @@ impl Task {
             item.values(own, &answer)
         });
         Ok(self.report(items, &values.collect::<Vec<_>>()))
+    }
+
+    /// The requests of `items` as token ids, in their order.
+    ///
+    /// # Errors
+    /// If one cannot be tokenised or is longer than the model reads, with the number of its item.
+    pub fn encode(&self, items: &[Item], encoder: &RequestEncoder) -> Result<Vec<TokenRequest>> {
+        let numbered = items.iter().enumerate().flat_map(|(at, item)| item.requests().iter().map(move |one| (at, one)));
+        numbered.map(|(at, request)| encoder.encode(request).map_err(|e| self.at(at, &e))).collect()
     }
 
     fn report(&self, items: &[Item], values: &[(Metric, f64)]) -> TaskReport {

@@ -13,7 +13,7 @@ mod signals;
 
 pub use args::{EXIT_STATUS, TrainArgs};
 pub use model_args::ModelArgs;
-pub use recipe::{Plain, Recipe};
+pub use recipe::{Plain, Recipe, STUDENT_RECORD};
 
 use crate::train::export;
 use anyhow::Result;

@@ -11,7 +11,7 @@ use candle_core::Device;
 use clap::{Args, ValueEnum};
 use moe_parallel::Mesh;
 use serde_json::Value;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use tokenizers::Tokenizer;
 
@@ -223,6 +223,11 @@ impl ModelArgs {
             None => Model::from_checkpoint(shape, &checkpoint, &Device::Cpu)?,
             Some(mesh) => Model::from_checkpoint_over(shape, Arc::new(checkpoint), mesh)?,
         })
+    }
+
+    /// The folder whose weights a run begins with.
+    pub fn init_from(&self) -> Option<&Path> {
+        self.init_from.as_deref()
     }
 
     /// What a new run takes along beside its weights.

@@ -2,13 +2,16 @@
 
 use super::model_args::ModelArgs;
 use crate::families::AnyFamily;
-use crate::train::{TokenizerChoice, TrainConfig, TrainModel};
+use crate::train::{FolderFiles, TokenizerChoice, TrainConfig, TrainModel};
 use crate::{DecoderConfig, Model, ReadFamily};
-use anyhow::Result;
+use anyhow::{Context, Result, ensure};
 use moe_parallel::Mesh;
 use std::path::Path;
 use std::sync::Arc;
 use tokenizers::Tokenizer;
+
+/// In the folder of a run that has a teacher.
+pub const STUDENT_RECORD: &str = "distillation.json";
 
 /// How a run's model comes to be, and what is trained with it. One value serves all ranks of a process.
 pub trait Recipe: Sync {
@@ -30,6 +33,14 @@ pub trait Recipe: Sync {
     /// If the arguments ask for one that the recipe cannot have.
     fn tokenizer(&self, args: &ModelArgs, vocab_size: usize) -> Result<TokenizerChoice> {
         Ok(args.tokenizer_choice(vocab_size))
+    }
+
+    /// The files beside the weights of a new run's checkpoints, with this tokenizer.
+    ///
+    /// # Errors
+    /// If one cannot be read.
+    fn files(&self, args: &ModelArgs, tokenizer_json: String) -> Result<FolderFiles> {
+        args.folder_files(tokenizer_json)
     }
 
     /// A model at the beginning of a run, or a rank's part of it: of the weights that the arguments name, or of fresh ones.
@@ -90,8 +101,19 @@ impl Recipe for Plain {
         args.family(seq_length, tokenizer)
     }
 
-    fn enter(&self, _: &Path, _: &TrainConfig, _: bool) -> Result<()> {
-        Ok(())
+    fn enter(&self, out: &Path, _: &TrainConfig, resumed: bool) -> Result<()> {
+        let record = out.join(STUDENT_RECORD);
+        ensure!(
+            !resumed || !record.exists(),
+            "{} holds a run that has a teacher; resume it with moe-distill, or start a new run in another --out",
+            out.display()
+        );
+        match std::fs::remove_file(&record) {
+            Err(e) if e.kind() != std::io::ErrorKind::NotFound => {
+                Err(e).with_context(|| format!("cannot remove {}, which is of an earlier run", record.display()))
+            }
+            _ => Ok(()),
+        }
     }
 
     fn complete(&self, model: Model<AnyFamily>, _: &TrainConfig, _: Option<Arc<Mesh>>) -> Result<Model<AnyFamily>> {

@@ -166,7 +166,7 @@ impl<R: Recipe> Run<'_, R> {
         let laid = self.lay_out(layout, &config, |mesh| recipe.initial(&args.model, shape, seed, mesh))?;
         self.enter(lock.as_ref(), &config, false)?;
         self.describe(&decoder, &corpus, &config)?;
-        let files = args.model.folder_files(tokenizer::to_json(&tokenizer)?)?;
+        let files = recipe.files(&args.model, tokenizer::to_json(&tokenizer)?)?;
         let folder = RunFolder::locked(&args.out, laid.ranks, lock);
         Ok(Trainer::new_in(laid.model, config, corpus, files, folder)?)
     }

@@ -92,6 +92,7 @@ pub(super) fn save_sharded(
     mut quantize: impl FnMut(&MatrixToQuantize<'_>) -> Result<IntegerMatrix>,
 ) -> Result<()> {
     check_target(to)?;
+    format.check_groups()?;
     let source = ModelSource::open(from)?;
     let (path, json) = (source.config_path(), source.required("config.json")?);
     let (family, quantization) = source.family::<Box<dyn Family>>()?;

@@ -13,7 +13,7 @@ mod recovery;
 mod report;
 mod runner;
 
-use anyhow::{Result, ensure};
+use anyhow::{Context, Result, ensure};
 use experiment::{Experiment, Job};
 use std::collections::BTreeSet;
 use std::path::PathBuf;
@@ -69,15 +69,22 @@ pub(crate) fn run(args: &Args) -> Result<()> {
         return Ok(());
     }
     if !args.report {
-        let until = args.minutes.map(|minutes| Instant::now() + Duration::from_secs_f64(minutes * 60.0));
+        let until = args.minutes.map(|minutes| {
+            let length = Duration::try_from_secs_f64(minutes * 60.0);
+            let until = length.ok().and_then(|length| Instant::now().checked_add(length));
+            until.with_context(|| format!("--minutes must be a length of time from 0 on, got {minutes}"))
+        });
+        let until = until.transpose()?;
         let text = runner::Text { data: args.data.clone(), valid: args.valid.clone() };
         let beside: BTreeSet<String> = experiments.iter().flat_map(Experiment::beside).collect();
         let described = text.described()?;
         place.check_text(beside.iter(), &described)?;
+        place.check_runs(&jobs)?;
         place.keep_text(&described)?;
         runner::run_all(&jobs, &place, &text, args.jobs, until)?;
     }
     // All that there is, whatever was run now.
     let reported = if args.smoke { experiments } else { Experiment::read_all(&folder, &[], false)? };
+    place.check_runs(&reported.iter().flat_map(Experiment::jobs).collect::<Vec<_>>())?;
     report::write(&reported, &place.records)
 }

@@ -2,6 +2,7 @@
 
 use super::found::{Found, Records};
 use super::mean::Mean;
+use super::record::Record;
 use crate::plot::Curve;
 use anyhow::Result;
 use std::collections::BTreeMap;
@@ -17,7 +18,7 @@ const LEAST_COST: f64 = 1e-3;
 /// A run whose model was cut before its first step.
 struct Recovery {
     run: String,
-    /// Bits per byte at 0 tokens above those of the model that was cut.
+    /// Bits per byte at 0 tokens above those of the whole model.
     cost: Mean,
     /// The same after the last step.
     left: Mean,
@@ -26,17 +27,19 @@ struct Recovery {
 }
 
 impl Recovery {
-    /// Of the records of a run and those of the model that was cut; `None` without a seed that both have.
+    /// Of the records of a run and those of the whole model that was trained in the same way; `None` without a seed that both
+    /// have.
     fn of(run: &str, own: &Records, whole: &Records) -> Option<Self> {
         let (mut costs, mut left) = (Vec::new(), Vec::new());
         let mut shares: BTreeMap<u64, Vec<f64>> = BTreeMap::new();
         for (seed, record) in own {
-            let (Some(whole), Some(&(0, cut))) = (whole.get(seed), record.curve.first()) else { continue };
-            let cost = cut - whole.last();
+            let Some(whole) = whole.get(seed) else { continue };
+            let behind = behind(record, whole);
+            let (Some((0, cost)), Some((_, last))) = (behind.first().copied(), behind.last()) else { continue };
             costs.push(cost);
-            left.push(record.last() - whole.last());
-            for &(tokens, bits) in record.curve.iter().filter(|_| cost >= LEAST_COST) {
-                shares.entry(tokens).or_default().push((cut - bits) / cost);
+            left.push(*last);
+            for (tokens, behind) in behind.into_iter().filter(|_| cost >= LEAST_COST) {
+                shares.entry(tokens).or_default().push(1.0 - behind / cost);
             }
         }
         let won_back = shares.into_iter().filter_map(|(tokens, shares)| Some((tokens, Mean::of(&shares)?))).collect();
@@ -59,6 +62,12 @@ impl Recovery {
     }
 }
 
+/// How far a run is behind another, by tokens, where both were validated.
+fn behind(own: &Record, whole: &Record) -> Vec<(u64, f64)> {
+    let whole: BTreeMap<u64, f64> = whole.curve.iter().copied().collect();
+    own.curve.iter().filter_map(|(tokens, bits)| Some((*tokens, bits - whole.get(tokens)?))).collect()
+}
+
 /// The share of what its cut has cost that a run has won back after its last step.
 pub(super) fn won_back_at_the_end(found: &Found<'_>, run: &str) -> Result<Option<Mean>> {
     let Some(of) = &found.experiment.recovery_of else { return Ok(None) };
@@ -73,11 +82,11 @@ pub(super) fn section(text: &mut String, found: &Found<'_>, of: &str) -> Result<
         found.by_run.iter().filter_map(|(run, own)| Recovery::of(run, own, &whole)).collect();
     let _ = write!(
         text,
-        "\nWon back at t tokens: the share (L(0) - L(t)) / (L(0) - L) of what the cut has cost, L being the last loss of {of}; \
-         tokens are those of the first validation at which the mean over seeds reaches a share.\n"
+        "\nWon back at t tokens: the share 1 - D(t) / D(0) of what the cut has cost, D being how many bits per byte a run is behind {of} \
+         at the same tokens of the same training; tokens are those of the first validation at which the mean over seeds reaches a share.\n"
     );
     if recoveries.is_empty() {
-        *text += "\nNo seed has ended yet with a loss at 0 tokens and one of the model that was cut.\n";
+        *text += "\nNo seed has ended yet of a cut model and of the whole one.\n";
         return Ok(Vec::new());
     }
     *text += "\n| run | cost of the cut, bits per byte | left at the end | seeds |";
@@ -125,29 +134,30 @@ mod tests {
 
     #[test]
     fn shares_are_of_what_each_seed_has_lost() {
-        let whole = records(&[&[(8, 2.0)], &[(8, 3.0)]]);
-        let own = records(&[&[(0, 2.4), (10, 2.1), (20, 2.0)], &[(0, 3.2), (10, 3.1), (20, 3.02)]]);
+        const M: u64 = 1_000_000;
+        let whole = records(&[&[(0, 2.0), (M, 1.9), (2 * M, 1.8)], &[(0, 3.0), (M, 3.0), (2 * M, 3.0)]]);
+        let own = records(&[&[(0, 2.4), (M, 2.0), (2 * M, 1.8)], &[(0, 3.2), (M, 3.1), (2 * M, 3.02)]]);
         let of = Recovery::of("r", &own, &whole).unwrap();
         assert!((of.cost.mean - 0.3).abs() < 1e-12 && (of.left.mean - 0.01).abs() < 1e-12);
         let means: Vec<(u64, f64)> = of.won_back.iter().map(|(tokens, won)| (*tokens, won.mean)).collect();
-        let want = [(0, 0.0), (10, (0.75 + 0.5) / 2.0), (20, (1.0 + 0.9) / 2.0)];
+        let want = [(0, 0.0), (M, (0.75 + 0.5) / 2.0), (2 * M, (1.0 + 0.9) / 2.0)];
         for ((tokens, got), (want_tokens, want)) in means.iter().zip(want) {
             assert!(*tokens == want_tokens && (got - want).abs() < 1e-9, "{tokens}: {got} {want}");
         }
-        assert_eq!([of.reaches(0.6), of.reaches(0.96)], ["0.00", "not reached"]);
-        assert_eq!(of.reaches(0.8), "0.00", "20 tokens, in millions");
+        assert_eq!([of.reaches(0.6), of.reaches(0.8), of.reaches(0.96)], ["1.00", "2.00", "not reached"]);
     }
 
     #[test]
     fn what_lost_nothing_wins_nothing_back() {
-        let of = Recovery::of("whole", &records(&[&[(0, 2.0), (10, 1.9)]]), &records(&[&[(8, 2.0)]])).unwrap();
-        assert_eq!((of.cost.mean, of.reaches(0.8).as_str()), (0.0, "-"));
-        assert!((of.left.mean + 0.1).abs() < 1e-12 && of.won_back.is_empty());
+        let whole = records(&[&[(0, 2.0), (10, 1.9)]]);
+        let of = Recovery::of("whole", &whole, &whole).unwrap();
+        assert_eq!((of.cost.mean, of.left.mean, of.reaches(0.8).as_str()), (0.0, 0.0, "-"));
+        assert!(of.won_back.is_empty());
     }
 
     #[test]
     fn a_run_without_a_loss_at_0_tokens_or_its_whole_model_has_none() {
-        let whole = records(&[&[(8, 2.0)]]);
+        let whole = records(&[&[(0, 2.0), (10, 2.0)]]);
         assert!(Recovery::of("r", &records(&[&[(10, 2.1)]]), &whole).is_none());
         assert!(Recovery::of("r", &records(&[&[(0, 2.1)]]), &Records::new()).is_none());
     }

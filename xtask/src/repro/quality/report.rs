@@ -81,7 +81,7 @@ fn section(text: &mut String, found: &Found<'_>) -> Result<()> {
     let experiment = found.experiment;
     let _ = write!(
         text,
-        "\n## {}\n\nThe paper: {}\n\nHere: {}\n\nTrained on: {}.\n",
+        "\n## {}\n\nThe paper: {}\n\nHere: {}\n\nTrained on (bytes as stored; .xz files are compressed): {}.\n",
         experiment.title,
         experiment.published.trim(),
         experiment.differences.trim(),
@@ -142,7 +142,7 @@ mod tests {
         warmup_share = 0.1
         flags = []
         pairs = [["cut", "whole"]]
-        recovery_of = "kinds/PR"
+        recovery_of = "whole"
         [[reach]]
         title = "cut against whole"
         published = "5x"
@@ -179,21 +179,19 @@ mod tests {
             let own = Record { experiment: experiment.into(), run: run.into(), ..record(curve) };
             own.write(&Record::path(&dir, experiment, run)).unwrap();
         };
-        write_run("kinds", "PR", &[(8_000_000, 2.0)]);
         write_run("x", "whole", &[(0, 2.0), (500_000, 1.98), (1_000_000, 1.95)]);
         write_run("x", "cut", &[(0, 2.4), (500_000, 2.1), (1_000_000, 1.9)]);
         write(&[Experiment::parse(TEXT, "x".into(), false).unwrap()], &dir).unwrap();
         let text = std::fs::read_to_string(dir.join("report.md")).unwrap();
         for part in [
             "| cutting costs nothing | 0 | cut minus whole: -0.0500 (one seed) | not told apart here |",
-            "| five times less | 5x | compute, by seed: more than 1.00 | not told apart here |",
-            // It would show, were it not one seed.
-            "| a half less | 2x | compute, by seed: more than 1.00 | not told apart here |",
-            "| all comes back | 96% | cut: +125.0 (one seed) % | not told apart here |",
+            "| five times less | 5x | compute, by seed: more than 1.00 | in 0 of 1 seeds |",
+            "| a half less | 2x | compute, by seed: more than 1.00 | in 1 of 1 seeds |",
+            "| all comes back | 96% | cut: +112.5 (one seed) % | not told apart here |",
             "| cut minus whole | -0.0500 | - | 1 | not told apart |",
-            "| whole | +0.0000 | -0.0500 | 1 | - | - |",
-            "| cut | +0.4000 | -0.1000 | 1 | 1.00 | 1.00 |",
-            "| 0.50 | 75.0 |",
+            "| whole | +0.0000 | +0.0000 | 1 | - | - |",
+            "| cut | +0.4000 | -0.0500 | 1 | 1.00 | 1.00 |",
+            "| 0.50 | 70.0 |",
             "| cut against whole | less than 1.00 | more than 1.00 | - | more than 1.00 | - | more than 1.00 | - | 5x |",
             "(x.svg)",
             "(x-won-back.svg)",

@@ -30,14 +30,23 @@ impl Text {
     pub(super) fn described(&self) -> Result<Vec<String>> {
         let of = |what: &'static str, sources: &[String]| {
             let describe = move |source: &String| {
-                let path = Path::new(source);
+                let (path, weight) = split_weight(source);
                 let bytes = bytes_of(path).with_context(|| format!("cannot read {source}"))?;
                 let name = path.file_name().unwrap_or_default().to_string_lossy();
-                Ok(format!("{what}{name}, {bytes} bytes"))
+                let weight = weight.map_or(String::new(), |weight| format!(" of weight {weight}"));
+                Ok(format!("{what}{name}, {bytes} bytes{weight}"))
             };
             sources.iter().map(describe).collect::<Result<Vec<_>>>()
         };
         Ok([of("", &self.data)?, of("validated on ", &self.valid)?].concat())
+    }
+}
+
+/// The path and the weight of a source as `moe-train --data` takes it: `PATH` or `PATH=WEIGHT`.
+fn split_weight(source: &str) -> (&Path, Option<&str>) {
+    match source.rsplit_once('=') {
+        Some((path, weight)) if weight.parse::<f64>().is_ok() => (Path::new(path), Some(weight)),
+        _ => (Path::new(source), None),
     }
 }
 
@@ -63,6 +72,23 @@ impl Place {
                 self.records.display(),
                 shown(&record.data),
                 shown(text)
+            );
+        }
+        Ok(())
+    }
+
+    /// Refuses to take records for runs that are trained in another way by now.
+    ///
+    /// # Errors
+    /// Naming the record.
+    pub(super) fn check_runs(&self, jobs: &[Job]) -> Result<()> {
+        for job in jobs.iter().filter(|job| self.is_done(job)) {
+            let path = Record::path(&self.records, &job.experiment, &job.name());
+            let record = Record::read(&path)?;
+            ensure!(
+                record.flags == job.flags && record.train_tokens == job.train_tokens,
+                "{} was made with other flags than its experiment has now: remove it, or set them back",
+                path.display()
             );
         }
         Ok(())
@@ -317,7 +343,7 @@ fn make(job: &Job, from: &Path, to: &Path, text: &Text) -> Result<()> {
     command.args(&job.made_by).arg("--model").arg(from).arg("--out").arg(to).args(["--dtype", "f32"]);
     if job.made_by.first().is_some_and(|what| what != "upcycle") {
         text.data.iter().for_each(|source| {
-            command.args(["--data", source]);
+            command.arg("--data").arg(split_weight(source).0);
         });
     }
     let output = command.stdin(Stdio::null()).output()?;
@@ -357,6 +383,40 @@ fn finish(job: &Job, place: &Place, text: &Text, minutes: f64) -> Result<()> {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::repro::quality::record::tests::record;
+
+    #[test]
+    fn sources_may_have_weights() {
+        assert_eq!(split_weight("a=b/c.txt=0.5"), (Path::new("a=b/c.txt"), Some("0.5")));
+        assert_eq!(split_weight("a=b/c.txt"), (Path::new("a=b/c.txt"), None));
+    }
+
+    #[test]
+    fn records_of_another_training_are_refused() {
+        let records = std::env::temp_dir().join(format!("repro-runs-{}", std::process::id()));
+        let job = Job {
+            experiment: "x".into(),
+            run: "r".into(),
+            seed: 1,
+            train_tokens: 8,
+            flags: vec!["--lr".into(), "1".into()],
+            teacher: None,
+            made_of: None,
+            made_by: Vec::new(),
+            minutes: 1.0,
+        };
+        let place = Place { runs: records.clone(), records };
+        place.check_runs(std::slice::from_ref(&job)).unwrap();
+        let own = Record { flags: job.flags.clone(), ..record(&[(8, 2.0)]) };
+        own.write(&Record::path(&place.records, "x", &job.name())).unwrap();
+        place.check_runs(std::slice::from_ref(&job)).unwrap();
+        for changed in [Job { train_tokens: 16, ..job.clone() }, Job { flags: vec!["--lr".into(), "2".into()], ..job }]
+        {
+            let text = place.check_runs(&[changed]).unwrap_err().to_string();
+            assert!(text.contains("r-seed1.json was made with other flags"), "{text}");
+        }
+        std::fs::remove_dir_all(&place.records).unwrap();
+    }
 
     #[test]
     fn processor_time_is_that_of_the_process() {
