@@ -139,12 +139,12 @@ impl GroupedQuery {
     }
 
     pub(super) fn forward_paged(&self, x: &Tensor, step: &PagedStep, pages: PagedKv<'_>) -> Result<Tensor> {
-        let [q, k, v] = self.qkv(x, &step.positions)?;
-        self.ops.write_pages(pages, &k, &v, &step.slots)?;
-        let attended = match &self.sinks {
-            Some(sinks) => self.ops.paged_attention_with_sinks(&q, sinks, pages, &step.sequences(), self.shape())?,
-            None => self.ops.paged_attention(&q, pages, &step.sequences(), self.shape())?,
-        };
+        let [q, k, v] = debug_span!("qkv").in_scope(|| self.qkv(x, &step.positions))?;
+        debug_span!("write_pages").in_scope(|| self.ops.write_pages(pages, &k, &v, &step.slots))?;
+        let attended = debug_span!("read_pages").in_scope(|| match &self.sinks {
+            Some(sinks) => self.ops.paged_attention_with_sinks(&q, sinks, pages, &step.sequences(), self.shape()),
+            None => self.ops.paged_attention(&q, pages, &step.sequences(), self.shape()),
+        })?;
         self.out.forward(&attended)
     }
 }
