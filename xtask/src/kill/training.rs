@@ -1,70 +1,23 @@
-//! `cargo xtask kill`: whole training runs of `moe-train` whose ranks are killed or stopped for good at random moments of training
-//! and of saving. No run may hang, no checkpoint be lost, and each goes on: in the same job where the engine can, else when it is
-//! started again on fewer ranks.
+//! Whole training runs of `moe-train` whose ranks are killed or stopped for good at random moments of training and of saving. No
+//! run may hang, no checkpoint be lost, and each goes on: in the same job where the engine can, else when it is started again on
+//! fewer ranks.
 
+use super::job::{HARD_LIMIT, Job, Launch, draw, send};
+use super::{Args, Engine, Signal};
 use crate::shell::{self, cargo, root};
 use anyhow::{Context, Result, ensure};
 use std::collections::BTreeMap;
 use std::fs::{self, File};
-use std::net::TcpListener;
 use std::path::{Path, PathBuf};
-use std::process::{Child, Command, Stdio};
+use std::process::{Command, Stdio};
 use std::thread::sleep;
 use std::time::{Duration, Instant};
-
-/// Options of `cargo xtask kill`.
-#[derive(clap::Args)]
-pub(crate) struct Args {
-    /// What carries messages between ranks.
-    #[arg(value_enum, default_value = "tcp")]
-    engine: Engine,
-    /// Runs for each signal.
-    #[arg(long, default_value_t = 50)]
-    times: u64,
-    /// What is sent: KILL ends a rank, STOP leaves it there for good.
-    #[arg(long, value_enum, value_delimiter = ',', default_values_t = [Signal::Kill, Signal::Stop])]
-    signals: Vec<Signal>,
-    /// Of the first run; the others follow.
-    #[arg(long, default_value_t = 1)]
-    seed: u64,
-    /// Run with the Open MPI installed here, which has to be one the `mpicc` on the PATH is compatible with. From version 5 on ranks
-    /// outlive the death of another.
-    #[arg(long)]
-    prefix: Option<PathBuf>,
-}
-
-#[derive(Debug, Clone, Copy, PartialEq, Eq, clap::ValueEnum)]
-enum Engine {
-    /// Processes with torchrun's variables.
-    Tcp,
-    /// Processes of `mpirun`.
-    Mpi,
-}
-
-#[derive(Debug, Clone, Copy, PartialEq, Eq, clap::ValueEnum)]
-#[value(rename_all = "UPPER")]
-enum Signal {
-    Kill,
-    Stop,
-}
-
-impl Signal {
-    /// As `kill` names it.
-    fn name(self) -> &'static str {
-        match self {
-            Self::Kill => "KILL",
-            Self::Stop => "STOP",
-        }
-    }
-}
 
 const RANKS: usize = 4;
 /// Steps of a run, each followed by a checkpoint, so that about half of all moments are in saving.
 const STEPS: u64 = 16;
 /// After which a rank that does not answer ends the run.
 const DEADLINE: &str = "4";
-/// After this a job is a hang.
-const HARD_LIMIT: Duration = Duration::from_secs(90);
 /// Largest difference of a loss from that of one rank, as a part of it.
 const TOLERANCE: f64 = 1e-4;
 
@@ -106,21 +59,22 @@ struct Tally {
 }
 
 /// Runs everything and prints a table.
-pub(crate) fn run(args: &Args) -> Result<()> {
+pub(super) fn run(args: &Args) -> Result<()> {
     let build = ["build", "--release", "--package", "moe-models", "--bin", "moe-train"];
     let features: &[&str] = if args.engine == Engine::Mpi { &["--features", "moe-models/mpi"] } else { &[] };
     shell::run(cargo(&build).args(features))?;
     let bench = Bench::new(args)?;
+    let times = args.times.unwrap_or(50);
     println!("signal  runs  in saving  went on in the job  started again  slowest, s");
     for &signal in &args.signals {
         let mut tally = Tally::default();
-        for number in 0..args.times {
+        for number in 0..times {
             let seed = args.seed + number;
             bench.one(signal, seed, &mut tally).with_context(|| format!("{}, seed {seed}", signal.name()))?;
         }
         let Tally { in_saving, same_job, started_again, slowest } = tally;
         let name = signal.name();
-        println!("{name:<6} {:>5} {in_saving:>10} {same_job:>19} {started_again:>14} {slowest:>11.1}", args.times);
+        println!("{name:<6} {:>5} {in_saving:>10} {same_job:>19} {started_again:>14} {slowest:>11.1}", times);
     }
     println!("no run hung, no checkpoint was lost, every curve is that of one rank within {TOLERANCE}");
     Ok(())
@@ -134,14 +88,6 @@ fn losses(run: &Path) -> BTreeMap<u64, f64> {
     records.filter_map(|r| Some((r["step"].as_u64()?, r["train/loss"].as_f64()?))).collect()
 }
 
-/// Random numbers of a seed, one for each use.
-fn draw(seed: u64, salt: u64) -> u64 {
-    let mut x = seed.wrapping_mul(0x9e37_79b9_7f4a_7c15) ^ salt.wrapping_mul(0xbf58_476d_1ce4_e5b9);
-    x = (x ^ (x >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
-    x = (x ^ (x >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
-    x ^ (x >> 31)
-}
-
 /// What all runs share.
 struct Bench<'a> {
     args: &'a Args,
@@ -149,61 +95,6 @@ struct Bench<'a> {
     want: BTreeMap<u64, f64>,
     /// From the first step of a run to its end.
     length: Duration,
-}
-
-/// The processes of a job: the ranks, or their launcher.
-struct Job {
-    processes: Vec<Child>,
-    out: PathBuf,
-}
-
-impl Job {
-    /// Whether all have ended by themselves in time, but for `stopped`.
-    fn wait(&mut self, stopped: Option<usize>) -> Result<Vec<Option<bool>>> {
-        let begun = Instant::now();
-        loop {
-            let ended: Vec<Option<bool>> = self
-                .processes
-                .iter_mut()
-                .map(|process| Ok(process.try_wait()?.map(|status| status.success())))
-                .collect::<Result<_>>()?;
-            let open = ended.iter().enumerate().any(|(rank, ended)| ended.is_none() && Some(rank) != stopped);
-            if !open {
-                return Ok(ended);
-            }
-            ensure!(begun.elapsed() < HARD_LIMIT, "it hangs: {ended:?}; see {}", self.out.display());
-            sleep(Duration::from_millis(10));
-        }
-    }
-
-    /// The id of the process that is a rank, unless it has ended.
-    fn rank_id(&mut self, engine: Engine, rank: usize) -> Result<Option<u32>> {
-        if engine == Engine::Tcp {
-            let process = &mut self.processes[rank];
-            return Ok(process.try_wait()?.is_none().then(|| process.id()));
-        }
-        let (wanted, out) = (format!("OMPI_COMM_WORLD_RANK={rank}"), self.out.to_string_lossy().into_owned());
-        for entry in fs::read_dir("/proc")?.flatten() {
-            let Some(id) = entry.file_name().to_str().and_then(|name| name.parse().ok()) else { continue };
-            let has = |file: &str, text: &str| {
-                let bytes = fs::read(entry.path().join(file)).unwrap_or_default();
-                bytes.split(|&byte| byte == 0).any(|part| part == text.as_bytes())
-            };
-            if has("environ", &wanted) && has("cmdline", &out) && !has("cmdline", "mpirun") {
-                return Ok(Some(id));
-            }
-        }
-        Ok(None)
-    }
-}
-
-impl Drop for Job {
-    fn drop(&mut self) {
-        for process in &mut self.processes {
-            let _ended = process.kill();
-            let _known = process.wait();
-        }
-    }
 }
 
 impl<'a> Bench<'a> {
@@ -252,48 +143,10 @@ impl<'a> Bench<'a> {
     }
 
     fn start(&self, out: &Path) -> Result<Job> {
-        let more = ["--ep", "4", "--comm-timeout", DEADLINE, "--max-restarts", "1"];
-        let log = |name: &str| File::create(out.with_extension(name));
-        let processes = match self.args.engine {
-            Engine::Tcp => {
-                let port = TcpListener::bind("127.0.0.1:0")?.local_addr()?.port().to_string();
-                let rank = |rank: usize| {
-                    let mut command = Command::new(self.moe_train());
-                    command.args(self.program(out)).args(more);
-                    for (name, number) in [("RANK", rank), ("WORLD_SIZE", RANKS), ("LOCAL_WORLD_SIZE", RANKS)] {
-                        command.env(name, number.to_string());
-                    }
-                    command.env("MASTER_ADDR", "127.0.0.1").env("MASTER_PORT", &port);
-                    Ok(command.stdin(Stdio::null()).stderr(log(&format!("{rank}.log"))?).spawn()?)
-                };
-                (0..RANKS).map(rank).collect::<Result<_>>()?
-            }
-            Engine::Mpi => {
-                let mut command = self.mpirun();
-                command.args(["-n", &RANKS.to_string()]).arg(self.moe_train()).args(self.program(out)).args(more);
-                command.stdin(Stdio::null()).stdout(log("out.log")?).stderr(log("log")?);
-                vec![command.spawn().context("cannot start mpirun")?]
-            }
-        };
-        Ok(Job { processes, out: out.to_owned() })
-    }
-
-    fn mpirun(&self) -> Command {
-        let mut command = match &self.args.prefix {
-            None => Command::new("mpirun"),
-            Some(prefix) => {
-                let mut command = Command::new(prefix.join("bin/mpirun"));
-                command.env("LD_LIBRARY_PATH", prefix.join("lib"));
-                command
-            }
-        };
-        command.args(["--allow-run-as-root", "--mca", "mpi_yield_when_idle", "1"]);
-        if self.args.prefix.is_some() {
-            command.args(["--with-ft", "ulfm", "--map-by", ":OVERSUBSCRIBE"]);
-        } else {
-            command.args(["--oversubscribe", "--mca", "odls_base_sigkill_timeout", "0"]);
-        }
-        command
+        let more = ["--ep", "4", "--comm-timeout", DEADLINE, "--max-restarts", "1"].map(String::from);
+        let launch = Launch { engine: self.args.engine, prefix: self.args.prefix.as_deref(), ranks: RANKS };
+        let arguments = [self.program(out), more.to_vec()].concat();
+        launch.start(&self.moe_train(), &arguments, out, &out.to_string_lossy())
     }
 
     /// Waits for the first step of a job.
@@ -327,7 +180,7 @@ impl<'a> Bench<'a> {
             let mut job = self.start(&out)?;
             self.first_step(&job)?;
             sleep(moment);
-            if let Some(id) = job.rank_id(engine, victim)? {
+            if let Some(id) = job.rank_id(victim)? {
                 break (job, id);
             }
             // It was over already, on a machine that has become faster: earlier in one that begins anew.
@@ -337,27 +190,19 @@ impl<'a> Bench<'a> {
         };
         let newest = newest(&out);
         tally.in_saving += u64::from(saves(&out));
-        let sent = Command::new("kill")
-            .args([format!("-{}", signal.name()), id.to_string()])
-            .stderr(Stdio::null())
-            .status()?;
+        let sent = send(signal, id)?;
         let begun = Instant::now();
         let stopped = (signal == Signal::Stop && engine == Engine::Tcp).then_some(victim);
         let ended = job.wait(stopped)?;
         tally.slowest = tally.slowest.max(begun.elapsed().as_secs_f64());
         // A process that was stopped under a launcher outlives it, and the launcher need not wait for those that it ends.
-        let _gone = Command::new("kill").args(["-KILL", &id.to_string()]).stderr(Stdio::null()).status();
-        for rank in (0..RANKS).filter(|_| engine == Engine::Mpi) {
-            while job.rank_id(engine, rank)?.is_some() {
-                ensure!(begun.elapsed() < HARD_LIMIT, "rank {rank} has outlived its launcher; see {}", out.display());
-                sleep(Duration::from_millis(10));
-            }
-        }
+        send(Signal::Kill, id)?;
+        (0..RANKS).filter(|_| engine == Engine::Mpi).try_for_each(|rank| job.wait_for(rank))?;
         drop(job);
 
         let done = losses(&out).len() as u64 == STEPS;
         let survivors = ended.iter().enumerate().filter(|(rank, _)| *rank != victim || engine == Engine::Mpi);
-        if done && sent.success() && survivors.clone().any(|(_, ended)| *ended == Some(true)) {
+        if done && sent && survivors.clone().any(|(_, ended)| *ended == Some(true)) {
             tally.same_job += 1;
         } else {
             tally.started_again += 1;
