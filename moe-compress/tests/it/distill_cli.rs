@@ -234,6 +234,13 @@ fn runs_share_what_the_teacher_says() {
 fn bad_input_is_told() {
     let dir = folder();
     succeed(&moe_distill(dir.path(), "run", &["--exit-interval", "2"]));
+    // A new run where there is one is refused before its settings are written.
+    let new = SMALL.iter().filter(|word| **word != "--resume").chain(&["--out", "run", "--kd", "full"]);
+    let output = Command::new(env!("CARGO_BIN_EXE_moe-distill")).current_dir(dir.path()).args(new).output().unwrap();
+    let text = String::from_utf8_lossy(&output.stderr);
+    assert!(!output.status.success() && text.contains("already holds checkpoints"), "{text}");
+    let record = std::fs::read_to_string(dir.path().join("run/distillation.json")).unwrap();
+    assert!(record.contains("staged"), "{record}");
     let published = "{\"model_type\": \"llama\", \"hidden_act\": \"silu\", \"vocab_size\": 262, \"hidden_size\": 16, \
         \"intermediate_size\": 32, \"num_hidden_layers\": 2, \"num_attention_heads\": 2, \"max_position_embeddings\": 16}";
     std::fs::write(dir.path().join("llama.json"), published).unwrap();

@@ -9,7 +9,7 @@ mod file;
 mod files;
 mod kept;
 mod layout;
-mod map;
+pub(crate) mod map;
 pub(crate) mod mxfp4;
 mod names;
 pub mod quantization;

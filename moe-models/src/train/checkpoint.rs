@@ -121,7 +121,7 @@ impl CheckpointStore {
     pub fn open(dir: &Path, keep_last: usize) -> Result<Self> {
         create_dir(dir)?;
         clear_remains(dir)?;
-        let probe = dir.join(format!("{TEMPORARY_PREFIX}probe"));
+        let probe = dir.join(format!("{TEMPORARY_PREFIX}{PROBE}"));
         write_synced(&probe, b"writable")?;
         remove(&probe)?;
         Ok(Self { dir: dir.to_owned(), keep_last })
@@ -215,6 +215,18 @@ impl CheckpointStore {
         Ok(newest_first.into_iter().find(|folder| is_complete(folder)))
     }
 
+    /// Refuses a new run where another has saved.
+    ///
+    /// # Errors
+    /// [`Error::Argument`] if there is a checkpoint; [`Error::Io`] if the folder cannot be read.
+    pub fn check_empty(&self) -> Result<()> {
+        if self.steps()?.is_empty() {
+            return Ok(());
+        }
+        let dir = self.dir.display();
+        Err(Error::Argument(format!("{dir} already holds checkpoints; resume that run or choose another folder")))
+    }
+
     /// The folder of the best checkpoint, if one was measured.
     pub fn best(&self) -> Option<PathBuf> {
         self.named_by(BEST)
@@ -235,11 +247,22 @@ fn clear_remains(dir: &Path) -> Result<()> {
         let name = name_of(&path);
         match name.strip_prefix(REPLACED_PREFIX).filter(|place| place.starts_with(FOLDER_PREFIX)) {
             Some(place) => recover_swapped(&path, &dir.join(place), is_complete)?,
-            None if name.starts_with(TEMPORARY_PREFIX) => remove(&path)?,
+            None if is_remains(&name) => remove(&path)?,
             None => {}
         }
     }
     Ok(())
+}
+
+/// Written to see whether a folder can be written to.
+const PROBE: &str = "probe";
+
+/// Whether an interrupted save here left what bears this name. A user's folder may hold others that begin alike, and tokens that
+/// another run is writing.
+fn is_remains(name: &str) -> bool {
+    let Some(rest) = name.strip_prefix(TEMPORARY_PREFIX) else { return false };
+    let is_written_file = rest.starts_with(|first: char| first.is_ascii_digit()) && !rest.ends_with(".tokens");
+    is_written_file || rest == PROBE || ["removed-", FOLDER_PREFIX].iter().any(|of| rest.starts_with(of))
 }
 
 fn name_of(path: &Path) -> String {
@@ -296,4 +319,29 @@ pub fn read_state(folder: &Path) -> Result<TrainerState> {
 /// [`Error::Io`] for a missing file, [`Error::Format`] for one that was cut or altered.
 pub fn verify(folder: &Path, state: &TrainerState) -> Result<()> {
     state.files.iter().try_for_each(|file| file.verify(folder))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// Settings and shares are compared with those of the run that goes on: a bit that changed would end it.
+    #[test]
+    fn numbers_come_back_as_they_were() {
+        let shares: Vec<f64> = (2..200).map(|count| 1.0 / f64::from(count)).collect();
+        let config = TrainConfig { lr: 0.0015, min_lr: Some(0.0015 * 0.1), ..TrainConfig::default() };
+        let json = serde_json::to_string(&(&shares, &config)).unwrap();
+        let back: (Vec<f64>, TrainConfig) = serde_json::from_str(&json).unwrap();
+        assert_eq!(back, (shares, config));
+    }
+
+    #[test]
+    fn what_others_left_is_not_removed() {
+        for name in [".tmp-step-00000002", ".tmp-removed-step-00000002", ".tmp-probe", ".tmp-17-latest"] {
+            assert!(is_remains(name), "{name}");
+        }
+        for name in [".tmp-notes", ".tmp-17-0-aa.tokens", "tmp-step-00000002", ".tmp-"] {
+            assert!(!is_remains(name), "{name}");
+        }
+    }
 }

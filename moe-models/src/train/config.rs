@@ -164,6 +164,7 @@ impl TrainConfig {
                 "seq_length must lie in 1..={max_seq_len} (the model's longest sequence), got {seq_length}"
             )));
         }
+        self.check_products()?;
         self.min_lr.get_or_insert(self.lr * 0.1);
         let decay = *self.lr_decay_tokens.get_or_insert(self.train_tokens);
         self.lr_warmup_tokens.get_or_insert((self.train_tokens / 50).min(decay));
@@ -201,6 +202,17 @@ impl TrainConfig {
         }
         if !(0.0..1.0).contains(&self.valid_fraction) {
             return Err(Error::Config(format!("valid_fraction must lie in 0..1, got {}", self.valid_fraction)));
+        }
+        Ok(())
+    }
+
+    fn check_products(&self) -> Result<()> {
+        let products = [
+            ("global_batch_size times seq_length", self.global_batch_size.checked_mul(self.seq_len())),
+            ("eval_iters times micro_batch_size", self.eval_iters.checked_mul(self.micro_batch_size)),
+        ];
+        if let Some((name, _)) = products.iter().find(|(_, product)| product.is_none()) {
+            return Err(Error::Config(format!("{name} is more than can be counted; lower one of them")));
         }
         Ok(())
     }
@@ -337,6 +349,8 @@ mod tests {
         check_refused("bias_update_speed", |c| c.bias_update_speed = f64::NAN);
         check_refused("hidden_dropout", |c| c.hidden_dropout = -0.1);
         check_refused("hidden_dropout", |c| c.hidden_dropout = f64::NAN);
+        check_refused("eval_iters times micro_batch_size", |c| c.eval_iters = usize::MAX / 4);
+        check_refused("global_batch_size times seq_length", |c| c.global_batch_size = usize::MAX / 8 * 8);
     }
 
     #[test]

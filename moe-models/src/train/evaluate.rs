@@ -119,26 +119,36 @@ fn over(ranks: &dyn Ranks, loss: BatchLoss<'_>, sources: &[ValidSource], batch_s
         .iter()
         .map(|s| SourceLoss { name: s.name().to_owned(), tokens: 0, bytes: s.target_bytes(), nats: 0.0 })
         .collect();
-    let batches: Vec<(usize, TokenBatch)> = sources
+    // Source and number of each batch: the tokens of one at a time are read.
+    let places: Vec<(usize, usize)> = sources
         .iter()
         .enumerate()
-        .flat_map(|(index, source)| source.batches(batch_size).into_iter().map(move |batch| (index, batch)))
+        .flat_map(|(index, source)| (0..source.num_batches(batch_size)).map(move |number| (index, number)))
         .collect();
-    let share = ranks.share(batches.len());
-    let own = mean_losses(loss, &batches, share.clone(), ranks.passes(batches.len()));
+    let batch = |i: usize| {
+        let (source, number) = places[i];
+        sources[source].batch(batch_size, number)
+    };
+    let share = ranks.share(places.len());
+    let idle = TokenBatch::empty(sources.first().map_or(1, ValidSource::seq_len));
+    let own = mean_losses(loss, (&batch, &idle), share.clone(), ranks.passes(places.len()));
     if let Err(error) = &own {
         ranks.fail(error);
     }
-    let words = own.map(|own| share.zip(own).flat_map(|(i, loss)| [i as u64, loss.to_bits()]).collect());
-    let mut losses = vec![None; batches.len()];
+    let words = |(i, mean): (usize, BatchMean)| [i as u64, mean.loss.to_bits(), mean.targets];
+    let words = own.map(|own| share.zip(own).flat_map(words).collect());
+    let mut means = vec![None; places.len()];
     for (rank, words) in exchange(ranks, Phase::Update, words)?.into_iter().enumerate() {
-        for pair in words.chunks(2) {
-            let &[i, loss] = pair else { return Err(unreadable(rank)) };
-            *losses.get_mut(i as usize).ok_or_else(|| unreadable(rank))? = Some(f64::from_bits(loss));
+        for part in words.chunks(3) {
+            let &[i, loss, targets] = part else { return Err(unreadable(rank)) };
+            let mean = BatchMean { loss: f64::from_bits(loss), targets };
+            *means.get_mut(i as usize).ok_or_else(|| unreadable(rank))? = Some(mean);
         }
     }
-    let missing = || Error::Argument("a batch of the validation is in no rank's share".into());
-    add_means(&batches, &losses.into_iter().collect::<Option<Vec<_>>>().ok_or_else(missing)?, &mut results);
+    for ((source, _), mean) in places.iter().zip(means) {
+        let missing = || Error::Argument("a batch of the validation is in no rank's share".into());
+        results[*source].add(mean.ok_or_else(missing)?);
+    }
     Ok(Evaluation { sources: results })
 }
 
@@ -149,44 +159,50 @@ fn over(ranks: &dyn Ranks, loss: BatchLoss<'_>, sources: &[ValidSource], batch_s
 /// What the model returns; [`crate::Error::Panic`] with the text of a panic.
 pub fn add_losses<M: TrainModel>(model: &M, batches: &[(usize, TokenBatch)], results: &mut [SourceLoss]) -> Result<()> {
     let loss = |batch: &TokenBatch| model.loss(batch, Pass::Eval);
-    let means = mean_losses(&loss, batches, 0..batches.len(), Passes::alone(batches.len()))?;
-    add_means(batches, &means, results);
+    let batch = |i: usize| batches[i].1.clone();
+    let idle = TokenBatch::empty(1);
+    let means = mean_losses(&loss, (&batch, &idle), 0..batches.len(), Passes::alone(batches.len()))?;
+    batches.iter().zip(means).for_each(|((source, _), mean)| results[*source].add(mean));
     Ok(())
 }
 
-fn num_targets(batch: &TokenBatch) -> usize {
-    batch.target_ids.iter().filter(|&&id| id != IGNORED).count()
+/// A batch's mean loss over its targets that are not [`IGNORED`].
+#[derive(Debug, Clone, Copy)]
+struct BatchMean {
+    loss: f64,
+    targets: u64,
 }
 
-/// The mean loss of each batch of the `share`.
+impl SourceLoss {
+    fn add(&mut self, mean: BatchMean) {
+        self.tokens += mean.targets;
+        self.nats += mean.loss * mean.targets as f64;
+    }
+}
+
+/// The mean loss of each batch of the `share`; `idle` is what a rank passes that has none while others have.
 fn mean_losses(
     of_batch: BatchLoss<'_>,
-    batches: &[(usize, TokenBatch)],
+    (batch, idle): (&dyn Fn(usize) -> TokenBatch, &TokenBatch),
     share: Range<usize>,
     how: Passes,
-) -> Result<Vec<f64>> {
-    let loss = |i: usize, batch: &TokenBatch| Ok(how.run(|| no_panic(i, || of_batch(batch)))?.parts.lm);
+) -> Result<Vec<BatchMean>> {
+    let loss =
+        |i: usize, batch: &TokenBatch| -> Result<f64> { Ok(how.run(|| no_panic(i, || of_batch(batch)))?.parts.lm) };
     let mean = |i: usize| {
-        let batch = &batches[i].1;
+        let batch = batch(i);
+        let targets = batch.target_ids.iter().filter(|&&id| id != IGNORED).count() as u64;
         // The mean over no target is no number; others may wait for the pass.
-        match (num_targets(batch), how.meeting) {
-            (0, false) => Ok(0.0),
-            (0, true) => loss(i, batch).map(|_| 0.0),
-            _ => loss(i, batch),
-        }
+        let loss = match (targets, how.meeting) {
+            (0, false) => 0.0,
+            (0, true) => loss(i, &batch).map(|_| 0.0)?,
+            _ => loss(i, &batch)?,
+        };
+        Ok(BatchMean { loss, targets })
     };
-    let own = share.clone().map(mean).collect::<Result<Vec<f64>>>()?;
+    let own = share.clone().map(mean).collect::<Result<Vec<BatchMean>>>()?;
     if how.meeting {
-        let idle = TokenBatch::empty(batches.first().map_or(1, |(_, batch)| batch.seq_len));
-        (own.len()..how.rounds).try_for_each(|_| loss(share.end, &idle).map(drop))?;
+        (own.len()..how.rounds).try_for_each(|_| loss(share.end, idle).map(drop))?;
     }
     Ok(own)
-}
-
-fn add_means(batches: &[(usize, TokenBatch)], means: &[f64], results: &mut [SourceLoss]) {
-    for ((source, batch), mean) in batches.iter().zip(means) {
-        let targets = num_targets(batch);
-        results[*source].tokens += targets as u64;
-        results[*source].nats += mean * targets as f64;
-    }
 }

@@ -16,6 +16,8 @@ pub(crate) const BESIDE: [&str; 5] =
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct FolderFiles {
     tokenizer_json: String,
+    /// What texts end with.
+    end: Option<String>,
     /// By name.
     beside: Vec<(&'static str, Vec<u8>)>,
 }
@@ -23,7 +25,7 @@ pub struct FolderFiles {
 /// A tokenizer alone; its `tokenizer_config.json` is made when it is written.
 impl From<String> for FolderFiles {
     fn from(tokenizer_json: String) -> Self {
-        Self { tokenizer_json, beside: Vec::new() }
+        Self { tokenizer_json, end: None, beside: Vec::new() }
     }
 }
 
@@ -48,7 +50,13 @@ impl FolderFiles {
             Err(e) => Err(Error::io(dir.join(name), e)),
         };
         let beside = BESIDE.into_iter().filter_map(|name| read(name).transpose()).collect::<Result<_>>()?;
-        Ok(Self { tokenizer_json, beside })
+        Ok(Self { tokenizer_json, end: None, beside })
+    }
+
+    /// The same of a tokenizer by which texts end with this token, if one is known; else with `<|endoftext|>`.
+    #[must_use]
+    pub fn ending_with(self, end: Option<String>) -> Self {
+        Self { end, ..self }
     }
 
     /// The text of `tokenizer.json`.
@@ -63,15 +71,35 @@ impl FolderFiles {
     pub(crate) fn write(&self, max_seq_len: usize, dir: &Path) -> Result<()> {
         write_synced(&dir.join(TOKENIZER), self.tokenizer_json.as_bytes())?;
         if self.beside.iter().all(|(name, _)| *name != TOKENIZER_CONFIG) {
+            let end = self.end.as_deref().unwrap_or(END_OF_TEXT);
             let config = serde_json::json!({
                 "tokenizer_class": "PreTrainedTokenizerFast",
-                "bos_token": END_OF_TEXT,
-                "eos_token": END_OF_TEXT,
+                "bos_token": end,
+                "eos_token": end,
                 "model_max_length": max_seq_len,
                 "clean_up_tokenization_spaces": false,
             });
             write_synced(&dir.join(TOKENIZER_CONFIG), format!("{config:#}\n").as_bytes())?;
         }
         self.beside.iter().try_for_each(|(name, bytes)| write_synced(&dir.join(name), bytes))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_token_that_ends_texts_is_named() {
+        for (files, want) in [
+            (FolderFiles::from("{}".to_owned()), END_OF_TEXT),
+            (FolderFiles::from("{}".to_owned()).ending_with(Some("</s>".into())), "</s>"),
+        ] {
+            let dir = tempfile::tempdir().unwrap();
+            files.write(8, dir.path()).unwrap();
+            let config = std::fs::read_to_string(dir.path().join(TOKENIZER_CONFIG)).unwrap();
+            let config: serde_json::Value = serde_json::from_str(&config).unwrap();
+            assert_eq!((&config["eos_token"], &config["bos_token"]), (&want.into(), &want.into()));
+        }
     }
 }

@@ -214,6 +214,21 @@ fn read(rank: usize, words: &[u64]) -> Result<Vec<u64>> {
     }
 }
 
+/// Bytes as words: how many, then eight to a word.
+pub(crate) fn to_words(bytes: &[u8]) -> Vec<u64> {
+    let word = |bytes: &[u8]| bytes.iter().rev().fold(0, |word, &byte| word << 8 | u64::from(byte));
+    [bytes.len() as u64].into_iter().chain(bytes.chunks(8).map(word)).collect()
+}
+
+/// The bytes of [`to_words`]; `None` of words that it has not made.
+pub(crate) fn from_words(words: &[u64]) -> Option<Vec<u8>> {
+    let (len, words) = words.split_first()?;
+    let len = usize::try_from(*len).ok().filter(|len| len.div_ceil(8) == words.len())?;
+    let mut bytes: Vec<u8> = words.iter().flat_map(|word| word.to_le_bytes()).collect();
+    bytes.truncate(len);
+    Some(bytes)
+}
+
 /// A message that is none.
 pub(crate) fn unreadable(rank: usize) -> Error {
     Error::OtherRank { rank, text: "sent a message that ends too early; do all ranks run the same program?".into() }
@@ -228,19 +243,27 @@ pub(crate) fn all_well<T>(ranks: &dyn Ranks, phase: Phase, own: Result<T>) -> Re
 }
 
 /// Does `work` on rank 0, then on the others, which find there what it has left behind: a cache of tokens, say. An error of one
-/// is one on all. The others may wait for longer than the deadline of an operation.
+/// is one on all. Whoever waits may do so for longer than the deadline of an operation.
 ///
 /// # Errors
 /// What `work` returns on any rank; as [`Ranks`].
 pub fn first_rank_first<T: Send>(ranks: &dyn Ranks, work: impl FnOnce() -> Result<T> + Send) -> Result<T> {
-    const INTERVAL: Duration = Duration::from_millis(500);
-    const LOOK: Duration = Duration::from_millis(5);
-    if ranks.rank() != 0 {
+    if ranks.rank() == 0 {
+        let result = all_well(ranks, Phase::Start, meeting_others(ranks, work))?;
+        while any(ranks, Phase::Start, false)? {}
+        all_well(ranks, Phase::Start, Ok(result))
+    } else {
         while any(ranks, Phase::Start, false)? {}
         all_well(ranks, Phase::Start, Ok(()))?;
-        return all_well(ranks, Phase::Start, work());
+        all_well(ranks, Phase::Start, meeting_others(ranks, work))
     }
-    let result = std::thread::scope(|scope| {
+}
+
+/// Does `work` on a thread of its own, while this one meets the other ranks until nobody is at work any more.
+fn meeting_others<T: Send>(ranks: &dyn Ranks, work: impl FnOnce() -> Result<T> + Send) -> Result<T> {
+    const INTERVAL: Duration = Duration::from_millis(500);
+    const LOOK: Duration = Duration::from_millis(5);
+    std::thread::scope(|scope| {
         let working = scope.spawn(work);
         let mut told = Ok(true);
         while matches!(told, Ok(true)) {
@@ -252,9 +275,7 @@ pub fn first_rank_first<T: Send>(ranks: &dyn Ranks, work: impl FnOnce() -> Resul
         }
         let result = working.join().unwrap_or_else(|panic| std::panic::resume_unwind(panic));
         told.and(result)
-    });
-    let result = all_well(ranks, Phase::Start, result)?;
-    all_well(ranks, Phase::Start, Ok(result))
+    })
 }
 
 /// The largest of the ranks' numbers.
@@ -322,6 +343,16 @@ mod tests {
         assert_eq!(all, of(17, 0.5));
         assert_eq!(of(17, 0.5).since(&of(7, 0.25)).gradient_bytes, [30, 0]);
         assert!(Traffic::over(&WithRankOne(vec![WELL, 1]), &of(7, 0.25)).is_err());
+    }
+
+    #[test]
+    fn bytes_come_back_from_their_words() {
+        for bytes in [&b""[..], b"1", b"12345678", b"123456789"] {
+            let words = to_words(bytes);
+            assert_eq!((words.len(), from_words(&words).as_deref()), (1 + bytes.len().div_ceil(8), Some(bytes)));
+            assert_eq!(from_words(&[&words[..], &[0]].concat()), None);
+        }
+        assert_eq!((from_words(&[]), from_words(&[u64::MAX])), (None, None));
     }
 
     #[test]

@@ -361,9 +361,15 @@ fn a_students_run_is_not_gone_on_with() {
     succeed(&run(&short));
     assert!(!record.exists());
     std::fs::write(&record, "{}").unwrap();
-    let output = run(&["--train-tokens", "640"]);
-    let text = String::from_utf8_lossy(&output.stderr);
-    assert!(!output.status.success() && text.contains("resume it with moe-distill") && record.exists(), "{text}");
+    let refused = |output: Output, part: &str| {
+        let text = String::from_utf8_lossy(&output.stderr);
+        assert!(!output.status.success() && text.contains(part) && record.exists(), "{text}");
+    };
+    refused(run(&["--train-tokens", "640"]), "resume it with moe-distill");
+    // What is not resumed is refused before anything of it is changed, or text is read.
+    let new: Vec<&str> = arguments(&["--out", "run", "--data", "none.txt"]);
+    let new: Vec<&str> = new.into_iter().filter(|argument| *argument != "--resume").collect();
+    refused(moe_train(dir.path(), &new).output().unwrap(), "already holds checkpoints");
 }
 
 #[test]

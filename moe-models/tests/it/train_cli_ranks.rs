@@ -191,6 +191,7 @@ fn impossible_layouts_are_refused_by_name() {
     refused(&["--ranks", "2", "--max-restarts", "1"], &["--max-restarts", "processes"]);
     refused(&["--ranks", "2", "--comm-timeout", "0"], &["--comm-timeout"]);
     refused(&["--no-overlap"], &["--no-overlap has no effect on one rank"]);
+    refused(&["--zero", "1"], &["--zero has no effect on one rank"]);
     refused(&["--ranks", "2", "--ranks-per-node", "0"], &["--ranks-per-node must be at least 1"]);
     refused(&["--ranks", "2", "--ep", "2", "--coordination", "tokens"], &["--coordination", "without tensor groups"]);
 }

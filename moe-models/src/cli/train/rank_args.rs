@@ -87,6 +87,7 @@ impl TrainRankArgs {
             ("--bucket-size", self.bucket_size.is_some()),
             ("--no-overlap", self.no_overlap),
             ("--trace", self.trace.is_some()),
+            ("--zero", self.zero.is_some_and(|stage| stage > 0)),
         ];
         given.iter().find(|(_, given)| *given).map_or(Ok(()), |(flag, _)| Err(no_effect(flag)))
     }

@@ -36,13 +36,23 @@ fn on_threads<R: Recipe>(args: &TrainArgs, recipe: &R, ranks: usize, signals: &S
         let seat = Seat { comm: Some(comm), ranks_per_node, ranks_of_process: ranks };
         run_rank(args, recipe, &seat, begin(args), signals)
     });
-    // What another rank was told comes from the one that knows more.
+    // What another rank was told comes from the one that knows more; that one is gone is what its own error explains.
     let errors = results.into_iter().filter_map(Result::err);
-    let heard = |error: &anyhow::Error| matches!(error.downcast_ref(), Some(Error::OtherRank { .. }));
-    match errors.min_by_key(heard) {
+    let hearsay = |error: &anyhow::Error| match error.downcast_ref::<Error>() {
+        Some(Error::OtherRank { .. }) => 1,
+        _ if fault_of(error) => 2,
+        _ => 0,
+    };
+    match errors.min_by_key(hearsay) {
         Some(error) => Err(error),
         None => Ok(()),
     }
+}
+
+/// Whether an error is that a rank is gone or stuck.
+fn fault_of(error: &anyhow::Error) -> bool {
+    let own = error.downcast_ref::<Error>().and_then(Error::fault);
+    own.or_else(|| error.downcast_ref::<moe_parallel::Error>().and_then(moe_parallel::Error::fault)).is_some()
 }
 
 /// One of several processes.
@@ -57,11 +67,7 @@ fn as_process<R: Recipe>(args: &TrainArgs, recipe: &R, mut process: Process, sig
             Ok(()) => return process.finish(),
             Err(error) => error,
         };
-        let fault = error
-            .downcast_ref::<Error>()
-            .and_then(Error::fault)
-            .or_else(|| error.downcast_ref::<moe_parallel::Error>().and_then(moe_parallel::Error::fault));
-        if fault.is_none() || restarts == args.ranks.common.max_restarts {
+        if !fault_of(&error) || restarts == args.ranks.common.max_restarts {
             return Err(error);
         }
         restarts += 1;

@@ -10,7 +10,7 @@ use crate::cli::ranks::Seat;
 use crate::hf::write_atomically;
 use crate::train::checkpoint::{CheckpointStore, TrainerState, read_state, verify};
 use crate::train::data::DataCache;
-use crate::train::ranks::all_well;
+use crate::train::ranks::{all_well, from_words, to_words};
 use crate::train::shards::export;
 use crate::train::{
     Corpus, Event, FolderFiles, MeshRanks, Observer, OneRank, Outcome, Ranks, ReduceConfig, RunFolder, RunLock,
@@ -153,9 +153,8 @@ impl<R: Recipe> Run<'_, R> {
         let asked = recipe.shape(&args.model, seq_length, None)?.decoder()?;
         let config = resolved(config, &asked)?;
         let lock = if locked { lock } else { lock_for(&args.out, &*self.crew)? };
-        let opened =
-            |lock: Option<&RunLock>| lock.map(|l| CheckpointStore::open(l.dir(), config.keep_last)).transpose();
-        first_rank_first(&*self.crew, || opened(lock.as_ref()).map(drop))?;
+        let is_free = |lock: &RunLock| CheckpointStore::open(lock.dir(), config.keep_last)?.check_empty();
+        first_rank_first(&*self.crew, || lock.as_ref().map_or(Ok(()), is_free))?;
         let text = self.text(&config)?;
         let tokenizer = self.tokenizer(&text, asked.vocab_size)?;
         let shape = recipe.shape(&args.model, seq_length, Some(&tokenizer))?;
@@ -166,7 +165,8 @@ impl<R: Recipe> Run<'_, R> {
         let laid = self.lay_out(layout, &config, |mesh| recipe.initial(&args.model, shape, seed, mesh))?;
         self.enter(lock.as_ref(), &config, false)?;
         self.describe(&decoder, &corpus, &config)?;
-        let files = recipe.files(&args.model, tokenizer::to_json(&tokenizer)?)?;
+        let end = decoder.eos_token_id.and_then(|id| tokenizer.id_to_token(id));
+        let files = recipe.files(&args.model, tokenizer::to_json(&tokenizer)?)?.ending_with(end);
         let folder = RunFolder::locked(&args.out, laid.ranks, lock);
         Ok(Trainer::new_in(laid.model, config, corpus, files, folder)?)
     }
@@ -217,12 +217,11 @@ impl<R: Recipe> Run<'_, R> {
         let made = || if first { text.tokenizer(&choice, progress).map(Some) } else { Ok(None) };
         let made = first_rank_first(&*self.crew, made)?;
         let json = made.as_ref().map(tokenizer::to_json).transpose()?.unwrap_or_default();
-        let words = json.into_bytes().into_iter().map(u64::from).collect();
-        let all = self.crew.exchange(Phase::Start, words)?;
+        let all = self.crew.exchange(Phase::Start, to_words(json.as_bytes()))?;
         match made {
             Some(tokenizer) => Ok(tokenizer),
             None => {
-                let bytes: Vec<u8> = all.first().into_iter().flatten().map(|&word| word as u8).collect();
+                let bytes = all.first().and_then(|words| from_words(words)).unwrap_or_default();
                 Tokenizer::from_bytes(bytes).map_err(|e| anyhow::anyhow!("rank 0 has sent no tokenizer: {e}"))
             }
         }
@@ -308,6 +307,7 @@ impl<R: Recipe> Run<'_, R> {
         Ok(timeline.write(&dir.join(format!("rank-{rank}.json")), rank)?)
     }
 
+    /// By rank 0; the others wait for it, as long as that may take.
     fn export(&self, trainer: &Trainer<R::Model>) -> Result<()> {
         let args = self.args;
         self.progress.say(&format!("done after step {}: {}", trainer.step(), args.out.display()));
@@ -319,9 +319,8 @@ impl<R: Recipe> Run<'_, R> {
         } else {
             trainer.last_checkpoint().context("nothing was trained, so there is nothing to export")?
         };
-        if self.crew.rank() == 0 {
-            export(&checkpoint, target, args.export_dtype.into())?;
-        }
+        let (first, dtype) = (self.crew.rank() == 0, args.export_dtype.into());
+        first_rank_first(&*self.crew, || if first { export(&checkpoint, target, dtype) } else { Ok(()) })?;
         self.progress.say(&format!("exported to {}", target.display()));
         Ok(())
     }

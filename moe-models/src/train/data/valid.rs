@@ -38,6 +38,11 @@ impl ValidSource {
         &self.source.name
     }
 
+    /// Tokens of a window.
+    pub fn seq_len(&self) -> usize {
+        self.seq_len
+    }
+
     /// Targets evaluated.
     pub fn num_targets(&self) -> usize {
         self.windows.len() * self.seq_len
@@ -50,16 +55,22 @@ impl ValidSource {
 
     /// The windows as batches of at most `batch` sequences.
     pub fn batches(&self, batch: usize) -> Vec<TokenBatch> {
-        self.windows
-            .chunks(batch.max(1))
-            .map(|windows| {
-                let (mut input_ids, mut target_ids) = (Vec::new(), Vec::new());
-                for &window in windows {
-                    self.source.append_sequence(window, self.seq_len, &mut input_ids, &mut target_ids);
-                }
-                TokenBatch { input_ids, target_ids, batch: windows.len(), seq_len: self.seq_len }
-            })
-            .collect()
+        (0..self.num_batches(batch)).map(|index| self.batch(batch, index)).collect()
+    }
+
+    /// How many batches of at most `batch` sequences there are.
+    pub fn num_batches(&self, batch: usize) -> usize {
+        self.windows.len().div_ceil(batch.max(1))
+    }
+
+    /// One of [`ValidSource::batches`]; of no sequence past the last.
+    pub fn batch(&self, batch: usize, index: usize) -> TokenBatch {
+        let windows = self.windows.chunks(batch.max(1)).nth(index).unwrap_or_default();
+        let (mut input_ids, mut target_ids) = (Vec::new(), Vec::new());
+        for &window in windows {
+            self.source.append_sequence(window, self.seq_len, &mut input_ids, &mut target_ids);
+        }
+        TokenBatch { input_ids, target_ids, batch: windows.len(), seq_len: self.seq_len }
     }
 }
 

@@ -148,6 +148,11 @@ pub fn find(variable: impl Fn(&str) -> Option<String>) -> Result<Option<Launched
         None => None,
     };
     let job = names.job.iter().find_map(|name| take(name));
+    // Steps of one job may run side by side.
+    let job = match (names.launcher, job) {
+        (Launcher::Slurm, Some(job)) => Some(format!("{job}.{}", take("SLURM_STEP_ID").unwrap_or_default())),
+        (_, job) => job,
+    };
     let master = master(names.launcher, size, local_size, job.as_deref(), &mut take)?;
     let job = job.unwrap_or_else(|| "moe-train".into());
     Ok(Some(Launched { launcher: names.launcher, rank, size, local_size, master, job, read }))
@@ -293,6 +298,10 @@ mod tests {
     fn a_job_has_one_port() {
         let other: Vec<_> = SLURM.iter().map(|&(n, v)| if n == "SLURM_PROCID" { (n, "0") } else { (n, v) }).collect();
         assert_eq!(of(&other).unwrap().unwrap().master, of(&SLURM).unwrap().unwrap().master);
+        // Another step of the job has another.
+        let step: Vec<_> = SLURM.iter().map(|&(n, v)| if n == "SLURM_STEP_ID" { (n, "1") } else { (n, v) }).collect();
+        let [one, other] = [&SLURM[..], &step].map(|variables| of(variables).unwrap().unwrap());
+        assert!(one.job != other.job && one.master != other.master, "{one:?} {other:?}");
         // Several machines, and nobody says which is the first.
         let two: Vec<_> =
             MPI.iter().map(|&(n, v)| if n == "OMPI_COMM_WORLD_LOCAL_SIZE" { (n, "2") } else { (n, v) }).collect();

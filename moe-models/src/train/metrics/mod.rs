@@ -105,8 +105,8 @@ impl MetricsWriter {
     /// [`crate::Error::Io`] if a file cannot be written, [`crate::Error::Format`] if the present file is not ours.
     pub fn open(dir: &Path, resume_step: u64) -> Result<Self> {
         let jsonl = jsonl::JsonlWriter::open(&dir.join("metrics.jsonl"), resume_step)?;
-        let purge_from = (resume_step > 0).then_some(resume_step + 1);
-        Ok(Self { jsonl, events: tensorboard::EventWriter::create(&dir.join("tensorboard"), purge_from)? })
+        let purge_from = if resume_step > 0 { resume_step + 1 } else { 0 };
+        Ok(Self { jsonl, events: tensorboard::EventWriter::create(&dir.join("tensorboard"), Some(purge_from))? })
     }
 
     /// Writes `record` and flushes it to the operating system.

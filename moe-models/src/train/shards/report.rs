@@ -1,6 +1,7 @@
 //! [`PartReport`]: what a rank tells the one that ends a save.
 
 use super::super::checkpoint::FileCheck;
+use super::super::ranks::{from_words, to_words};
 use super::index::{Entry, Save};
 use super::part::SavingRank;
 use crate::hf::WeightForm;
@@ -49,8 +50,7 @@ impl PartReport {
         let told = serde_json::to_vec(self);
         let bytes =
             told.map_err(|e| Error::Argument(format!("the report of rank {} cannot be told: {e}", self.rank)))?;
-        let word = |bytes: &[u8]| bytes.iter().rev().fold(0, |word, &byte| word << 8 | u64::from(byte));
-        Ok([bytes.len() as u64].into_iter().chain(bytes.chunks(8).map(word)).collect())
+        Ok(to_words(&bytes))
     }
 
     /// The message that `rank` sent.
@@ -62,10 +62,8 @@ impl PartReport {
             rank,
             text: format!("sent no report of its part of a checkpoint ({reason}); do all ranks run the same program?"),
         };
-        let (len, words) = words.split_first().ok_or_else(|| unreadable("an empty message".into()))?;
-        let mut bytes: Vec<u8> = words.iter().flat_map(|word| word.to_le_bytes()).collect();
-        let len = usize::try_from(*len).ok().filter(|len| len.div_ceil(8) == words.len());
-        bytes.truncate(len.ok_or_else(|| unreadable(format!("a length that {} words do not have", words.len())))?);
+        let bytes =
+            from_words(words).ok_or_else(|| unreadable(format!("a length that {} words do not have", words.len())))?;
         let report: Self = serde_json::from_slice(&bytes).map_err(|e| unreadable(e.to_string()))?;
         match report.rank == rank {
             true => Ok(report),
