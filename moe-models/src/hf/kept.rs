@@ -5,12 +5,13 @@
 //! multiple of 64
 //! ```
 //!
-//! The key is a hash of what the weights depend on: this version's layout, the forms asked for, the model's configuration, and of each
-//! file of weights its name, length, time of change and some of its bytes. Another key is another file, so none goes out of
-//! date; old ones are not removed. Pages of a mapped file are small ones, which reading pays for (`moe-kernels`' own weights lie in huge
+//! The key is a hash of what tells the weights from others: the versions of what is packed and of what reads the model's files, the
+//! forms asked for, the model's configuration, and of each file of weights its name, length, times of change and some of its bytes.
+//! Another key is another file; old ones are not removed. A change to a file of weights that keeps all of that is not seen, nor is one of
+//! a packed file that keeps its length: nothing is read whole at a start. Pages of a mapped file are small ones, which reading pays for (`moe-kernels`' own weights lie in huge
 //! pages); in turn processes that serve the same model share them.
 
-use super::file::try_write_atomically;
+use super::file::{remove_abandoned, try_write_atomically};
 use super::map::Bytes;
 use crate::{Error, Result};
 use moe_core::Weight;
@@ -19,11 +20,16 @@ use serde::{Deserialize, Serialize};
 use std::collections::{BTreeMap, HashMap};
 use std::fs::File;
 use std::io::{Read, Seek, SeekFrom, Write};
+use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::UNIX_EPOCH;
 
 const MAGIC: [u8; 8] = *b"moe-pack";
+/// What of a model's files comes to which weights. To be raised whenever the same files come to give others: where decoding, rounding,
+/// the order of rows, or the names of parameters change.
+const READING: u32 = 1;
+const ENDING: &str = ".packed";
 /// Bytes before the header.
 const HEAD: usize = 16;
 /// What each stretch begins at a multiple of.
@@ -61,14 +67,8 @@ impl KeptPath {
     /// [`Error::Io`] if the folder cannot be made, or a file of the model cannot be read.
     pub(crate) fn of(cache: &Path, config: &[u8], weights: &[PathBuf], forms: &PackedForms) -> Result<Self> {
         std::fs::create_dir_all(cache).map_err(|e| Error::io(cache, e))?;
-        let mut hasher = blake3::Hasher::new();
-        hasher.update(format!("{LAYOUT} {forms:?}").as_bytes());
-        hasher.update(config);
-        for path in weights {
-            see(path, &mut hasher).map_err(|e| Error::io(path, e))?;
-        }
-        let key = hasher.finalize().to_hex().to_string();
-        Ok(Self { path: cache.join(format!("{key}.packed")), key })
+        let key = key(READING, config, weights, forms)?;
+        Ok(Self { path: cache.join(format!("{key}{ENDING}")), key })
     }
 
     pub(crate) fn path(&self) -> &Path {
@@ -94,11 +94,13 @@ impl KeptPath {
         })
     }
 
-    /// Writes what of `weights` can be kept: packed, with nothing beside them, under a name of their own.
+    /// Writes what of `weights` can be kept: packed, with nothing beside them, under a name of their own. What starts that were
+    /// killed have left of such files is removed.
     ///
     /// # Errors
     /// [`Error::Io`] if the file cannot be written.
     pub(crate) fn write(&self, weights: &[&Weight]) -> Result<()> {
+        self.path.parent().map_or(Ok(()), |cache| remove_abandoned(cache, ENDING))?;
         let mut kept: BTreeMap<String, Option<Arc<PackedStack>>> = BTreeMap::new();
         let mut entries = BTreeMap::new();
         for weight in weights {
@@ -149,13 +151,27 @@ fn write_file(
     Ok(())
 }
 
-/// What tells a file from others: all that the system says of it, and its bytes here and there.
+/// The key of packed weights, with the version of what reads files.
+fn key(reading: u32, config: &[u8], weights: &[PathBuf], forms: &PackedForms) -> Result<String> {
+    let mut hasher = blake3::Hasher::new();
+    hasher.update(format!("{LAYOUT} {reading} {forms:?}").as_bytes());
+    hasher.update(config);
+    for path in weights {
+        see(path, &mut hasher).map_err(|e| Error::io(path, e))?;
+    }
+    Ok(hasher.finalize().to_hex().to_string())
+}
+
+/// What tells a file from others: its name, its length, when it was changed, and its bytes here and there. The second time is that of
+/// the file's entry, which no program sets: it sees what puts the first one back. Neither the entry's number nor the device's: some
+/// file systems give others after each start of the machine.
 fn see(path: &Path, hasher: &mut blake3::Hasher) -> std::io::Result<()> {
     let mut file = File::open(path)?;
     let metadata = file.metadata()?;
     let changed = metadata.modified()?.duration_since(UNIX_EPOCH).map_or(0, |time| time.as_nanos());
     hasher.update(path.file_name().unwrap_or_default().as_encoded_bytes());
-    hasher.update(format!(" {} {changed} ", metadata.len()).as_bytes());
+    let entry = (metadata.ctime(), metadata.ctime_nsec());
+    hasher.update(format!(" {} {changed} {entry:?} ", metadata.len()).as_bytes());
     for place in 0..=PLACES {
         file.seek(SeekFrom::Start(metadata.len().saturating_sub(SEEN) / PLACES * place))?;
         let mut bytes = Vec::with_capacity(SEEN as usize);
@@ -182,5 +198,30 @@ impl KeptWeights for KeptFile {
         };
         let sections: Vec<SharedBytes> = entry.sections.iter().map(bytes).collect::<Option<_>>()?;
         PackedMatrices::of_stack(name, dims, PackedStack::of_sections(entry.format, [out, inner], &sections)?)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use moe_kernels::Precision;
+
+    #[test]
+    fn the_key_sees_who_reads_and_what_was_changed_between_the_bytes_it_looks_at() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("model.safetensors");
+        let mut bytes = vec![7; 1 << 20];
+        std::fs::write(&path, &bytes).unwrap();
+        let time = std::fs::metadata(&path).unwrap().modified().unwrap();
+        let key = |reading| key(reading, b"{}", std::slice::from_ref(&path), &Precision::F32.into()).unwrap();
+        let first = key(READING);
+        assert_eq!(first, key(READING));
+        assert_ne!(first, key(READING + 1));
+        // Later than the clock's grain, in a place that is not looked at, and with the old time.
+        std::thread::sleep(std::time::Duration::from_millis(20));
+        bytes[SEEN as usize + 1] ^= 1;
+        std::fs::write(&path, &bytes).unwrap();
+        File::options().write(true).open(&path).unwrap().set_modified(time).unwrap();
+        assert_ne!(first, key(READING));
     }
 }

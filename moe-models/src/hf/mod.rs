@@ -24,7 +24,7 @@ mod write;
 pub use checkpoint::{Checkpoint, WeightForm};
 pub(crate) use checkpoint::{RANKS_INDEX, WEIGHTS_FILE, WEIGHTS_INDEX};
 pub use file::write_atomically;
-pub(crate) use file::{copy_if_there, is_plain_name};
+pub(crate) use file::{TEMPORARY_PREFIX, Unfinished, copy_if_there, is_plain_name, remove_abandoned};
 pub(crate) use files::TensorFiles;
 pub(crate) use kept::KeptPath;
 pub use layout::Layout;

@@ -28,10 +28,9 @@ fn round_trips_are_exact() {
         write::save_sharded(&model, dir.path(), dtype, shard_bytes).unwrap();
         assert_eq!(dir.path().join("model.safetensors.index.json").exists(), shard_bytes == 20_000);
         assert!(same(&model, &Gpt::load(dir.path(), &Device::Cpu).unwrap(), dtype == DType::BF16), "{dtype:?}");
-        let leftovers = std::fs::read_dir(dir.path())
-            .unwrap()
-            .filter(|f| f.as_ref().unwrap().path().extension().is_some_and(|e| e == "tmp"));
-        assert_eq!(leftovers.count(), 0);
+        let names = std::fs::read_dir(dir.path()).unwrap().map(|entry| entry.unwrap().file_name());
+        let leftovers: Vec<_> = names.filter(|name| name.to_string_lossy().starts_with(TEMPORARY_PREFIX)).collect();
+        assert!(leftovers.is_empty(), "{leftovers:?}");
     }
     assert!(
         model

@@ -1,6 +1,7 @@
 //! Small file habits shared by the trainer: checksums, and folders that are whole or absent. Single files are replaced by
 //! [`crate::hf::write_atomically`].
 
+pub(crate) use crate::hf::TEMPORARY_PREFIX;
 use crate::{Error, Result};
 use std::fs::File;
 use std::io::{Read, Write};
@@ -118,10 +119,7 @@ pub(crate) fn write_synced(path: &Path, bytes: &[u8]) -> Result<()> {
         .map_err(|e| Error::io(path, e))
 }
 
-/// Prefix of every unfinished file and folder; whatever carries it may be deleted, but for a folder that was moved aside
-/// (see [`commit_dir`]).
-pub(crate) const TEMPORARY_PREFIX: &str = ".tmp-";
-/// Prefix of a whole folder that was moved aside for another one.
+/// Prefix of a whole folder that was moved aside for another one (see [`commit_dir`]).
 pub(crate) const REPLACED_PREFIX: &str = ".tmp-replaced-";
 /// Prefix of what is being deleted: never whole, never wanted.
 pub(crate) const REMOVED_PREFIX: &str = ".tmp-removed-";

@@ -5,11 +5,10 @@ use super::packed::PackedSource;
 use super::packer::Packer;
 use super::text_source::TextSource;
 use super::token_file::{Key, TokenFile};
-use crate::hf::Bytes;
-use crate::train::files::{TEMPORARY_PREFIX, create_dir, rename};
+use crate::hf::{Bytes, Unfinished, remove_abandoned};
+use crate::train::files::create_dir;
 use crate::train::observer::{Event, Observer, Progress};
 use crate::{Error, Result};
-use std::fs::File;
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicU64, Ordering};
 
@@ -97,8 +96,9 @@ impl Folder<'_> {
     /// temporary name, so either file may be the one that stays.
     fn build(&self, packer: &Packer, source: &TextSource, observer: &mut dyn Observer) -> Result<()> {
         create_dir(self.dir)?;
-        remove_abandoned(self.dir)?;
-        let unfinished = Unfinished::create(self.dir, &self.key)?;
+        remove_abandoned(self.dir, ENDING)?;
+        let path = self.path();
+        let unfinished = Unfinished::beside(&path).map_err(|e| Error::io(&path, e))?;
         let (read, mut progress) = (AtomicU64::new(0), Progress::new(observer));
         let mut writer = packer.writer(&unfinished.file, &unfinished.path, self.key)?;
         packer.append(source.pieces(&read), &mut writer, &mut || {
@@ -106,62 +106,8 @@ impl Folder<'_> {
         })?;
         writer.finish()?;
         // Not flushed to the disk: after a crash of the system the checksum tells whether it got there.
-        rename(&unfinished.path, &self.path())
+        unfinished.rename(&path).map_err(|e| Error::io(&path, e))
     }
-}
-
-/// A file under a name of its own, which is gone when this is dropped, unless the file has been renamed. Locked, so that
-/// others can tell it from one whose process was killed.
-struct Unfinished {
-    path: PathBuf,
-    file: File,
-}
-
-impl Unfinished {
-    fn create(dir: &Path, key: &Key) -> Result<Self> {
-        static COUNT: AtomicU64 = AtomicU64::new(0);
-        loop {
-            let (process, count) = (std::process::id(), COUNT.fetch_add(1, Ordering::Relaxed));
-            let path = dir.join(format!("{TEMPORARY_PREFIX}{process}-{count}-{key}{ENDING}"));
-            let file = match File::create_new(&path) {
-                Ok(file) => file,
-                // Of an earlier process with the same id, or of one in another container.
-                Err(e) if e.kind() == std::io::ErrorKind::AlreadyExists => continue,
-                Err(e) => return Err(Error::io(path, e)),
-            };
-            // Where files cannot be locked, nobody takes this one for abandoned either.
-            let _ = file.lock();
-            // Between the two lines above another process may have.
-            if path.try_exists().map_err(|e| Error::io(&path, e))? {
-                return Ok(Self { path, file });
-            }
-        }
-    }
-}
-
-impl Drop for Unfinished {
-    fn drop(&mut self) {
-        // Not there after a success; a leftover is removed by the next one who builds.
-        let _ = std::fs::remove_file(&self.path);
-    }
-}
-
-/// Deletes what processes that were killed have left unfinished in `dir`.
-fn remove_abandoned(dir: &Path) -> Result<()> {
-    for entry in std::fs::read_dir(dir).map_err(|e| Error::io(dir, e))? {
-        let path = entry.map_err(|e| Error::io(dir, e))?.path();
-        let name = path.file_name().unwrap_or_default().to_string_lossy();
-        if name.starts_with(TEMPORARY_PREFIX) && name.ends_with(ENDING) {
-            // One that is gone, locked or not ours to open is none of our business. The lock is held until the file is gone:
-            // whoever has just created it waits for the lock, and then sees that it is.
-            if let Ok(file) = File::open(&path)
-                && file.try_lock().is_ok()
-            {
-                let _ = std::fs::remove_file(&path);
-            }
-        }
-    }
-    Ok(())
 }
 
 #[cfg(test)]

@@ -4,6 +4,7 @@ use super::*;
 use crate::train::data::{Documents, SourceSpec};
 use crate::train::observer::Silent;
 use crate::train::tokenizer::train_bpe;
+use std::fs::File;
 use tokenizers::Tokenizer;
 
 const TEXT: &str = "the cat sat on the mat\nand the other cat sat on the cat\n<|endoftext|>\nthe mat was closed 1234\n";
