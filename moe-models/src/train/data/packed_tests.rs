@@ -5,7 +5,7 @@ use crate::train::data::pieces::pieces;
 use crate::train::data::{Documents, Packer};
 use crate::train::files::crc32c;
 use crate::train::tokenizer::train_bpe;
-use tokenizers::Tokenizer;
+use tokenizers::{PaddingParams, PaddingStrategy, Tokenizer, TruncationParams};
 
 fn documents(texts: &[&str]) -> Documents {
     Documents { name: "d".into(), weight: None, texts: texts.iter().map(|t| (*t).to_owned()).collect() }
@@ -33,6 +33,21 @@ fn documents_are_joined_by_the_end_id_and_decode_back() {
     assert_eq!(parts, [texts[0], texts[1], ""], "a spelled-out separator must not become the end token");
     let bytes: u64 = token_bytes(&packed).into_iter().map(u64::from).sum();
     assert_eq!(bytes, texts.iter().map(|t| t.len() as u64).sum::<u64>());
+}
+
+/// A file for another model may cut texts short and fill them up.
+#[test]
+fn truncation_and_padding_of_the_tokenizer_are_left_out() {
+    let plain = tokenizer();
+    let mut other = plain.clone();
+    let truncation = TruncationParams { max_length: 3, ..TruncationParams::default() };
+    let padding = PaddingParams { strategy: PaddingStrategy::Fixed(64), ..PaddingParams::default() };
+    other.with_padding(Some(padding)).with_truncation(Some(truncation)).unwrap();
+    let packers = [plain, other].map(|tokenizer| Packer::new(&tokenizer, 0, 280).unwrap());
+    let texts = documents(&["the cat sat on the mat", "closed"]);
+    let [plain, other] = packers.map(|packer| stream(&packer.pack(&texts).unwrap()));
+    assert!(plain.len() > 6);
+    assert_eq!(plain, other);
 }
 
 #[test]

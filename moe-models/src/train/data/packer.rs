@@ -30,7 +30,8 @@ const PIECE_OVERHEAD_BYTES: usize = 64;
 
 impl Packer {
     /// A packer whose ids lie below `vocab_size`. Special tokens spelled out in the text are read as ordinary text, so
-    /// no document can forge an end-of-document token.
+    /// no document can forge an end-of-document token. What a `tokenizer.json` says of truncation and padding is for other uses and
+    /// is left out.
     ///
     /// # Errors
     /// [`Error::Config`] if `eos_id` is outside the vocabulary; [`Error::Tokenizer`] if the tokenizer cannot be written as
@@ -43,8 +44,9 @@ impl Packer {
         }
         let mut hasher = blake3::Hasher::new();
         hasher.update(&VERSION.to_le_bytes()).update(&eos_id.to_le_bytes()).update(&(vocab_size as u64).to_le_bytes());
-        let identity = hasher.update(to_json(tokenizer)?.as_bytes()).finalize();
         let mut tokenizer = tokenizer.clone();
+        tokenizer.with_padding(None).with_truncation(None).map_err(|e| Error::Tokenizer(e.to_string()))?;
+        let identity = hasher.update(to_json(&tokenizer)?.as_bytes()).finalize();
         tokenizer.set_encode_special_tokens(true);
         Ok(Self { tokenizer, eos_id, vocab_size, identity })
     }

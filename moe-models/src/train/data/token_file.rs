@@ -19,7 +19,7 @@ use std::path::PathBuf;
 
 const MAGIC: [u8; 8] = *b"moe-tok\n";
 /// To be raised whenever the layout changes, or the same text and tokenizer come to give other ids.
-pub(crate) const VERSION: u32 = 1;
+pub(crate) const VERSION: u32 = 2;
 const HEADER_BYTES: usize = 88;
 /// Where the checksum lies in the header.
 const CHECKSUM: Range<usize> = 56..88;
