@@ -32,6 +32,7 @@ pub mod shards;
 pub mod step;
 pub mod timeline;
 pub mod tokenizer;
+mod tokenizer_file;
 pub mod trainer;
 
 pub use config::{Blend, TrainConfig};

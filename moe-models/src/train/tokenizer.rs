@@ -6,6 +6,7 @@ use super::data::pieces::Piece;
 use super::data::{Documents, TextSource};
 use crate::{DecoderConfig, Error, Result};
 use std::collections::HashSet;
+use std::panic::catch_unwind;
 use std::path::Path;
 use std::sync::atomic::AtomicU64;
 use std::sync::{Mutex, PoisonError};
@@ -134,22 +135,18 @@ pub fn load(path: &Path) -> Result<Tokenizer> {
     parse(&std::fs::read(path).map_err(|e| Error::io(path, e))?, path)
 }
 
-/// A `tokenizer.json` of which only the decoder is looked at.
-#[derive(serde::Deserialize)]
-struct DecoderOnly {
-    #[serde(rename = "decoder")]
-    _decoder: Option<serde_json::Value>,
-}
-
 /// Reads the content of a `tokenizer.json`, of which `path` is the name for messages.
 ///
 /// # Errors
 /// [`Error::Format`] if it is not a tokenizer.
 pub fn parse(json: &[u8], path: &Path) -> Result<Tokenizer> {
     let refused = |reason: String| Error::format(path, format!("not a tokenizer.json: {reason}"));
-    // The tokenizers crate panics where the decoder's description ends or breaks off.
-    serde_json::from_slice::<DecoderOnly>(json).map_err(|e| refused(e.to_string()))?;
-    Tokenizer::from_bytes(json).map_err(|e| refused(e.to_string()))
+    super::tokenizer_file::check(json).map_err(refused)?;
+    // Where the tokenizers crate panics at something else, the file is wrong and not the program.
+    match catch_unwind(|| Tokenizer::from_bytes(json)) {
+        Ok(read) => read.map_err(|e| refused(e.to_string())),
+        Err(_) => Err(refused("its reader has panicked; save it again with a current version of tokenizers".into())),
+    }
 }
 
 /// One more than the largest id the tokenizer can give: what the model's vocabulary must hold.
