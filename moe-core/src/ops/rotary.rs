@@ -1,8 +1,8 @@
 //! Rotary position embedding as data: which columns turn, and the cosines and sines of every position, computed once per
-//! model.
+//! model, when they are first asked for.
 
 use crate::{Error, Result};
-use std::sync::Arc;
+use std::sync::{Arc, OnceLock};
 
 /// Which columns of a head form a pair; `h` is half of the table's `rotary_dim`.
 ///
@@ -27,7 +27,8 @@ pub enum Positions<'a> {
     Each(&'a [u32]),
 }
 
-/// Cosines and sines of the angles `position * frequency`, for positions `0..max_positions`. Clones share memory.
+/// Cosines and sines of the angles `position * frequency`, for positions `0..max_positions`. Clones share memory, which grows with the
+/// positions that are asked for: a model may allow many more than anybody uses.
 ///
 /// Angles are f64; cosines and sines are rounded to f32 at the end, so that late positions are as exact as early ones.
 #[derive(Debug, Clone)]
@@ -36,8 +37,40 @@ pub struct RotaryTable {
     /// Pairs of columns that turn, half of the rotary dimension.
     pairs: usize,
     max_positions: usize,
-    /// `[max_positions, 2, pairs]`: cosines, then sines.
-    values: Arc<[f32]>,
+    angles: Arc<Angles>,
+}
+
+/// Positions whose values are computed together.
+const BLOCK: usize = 256;
+
+/// What values are computed from, and those that are there.
+#[derive(Debug)]
+struct Angles {
+    /// Radians per position, one for each pair.
+    frequencies: Vec<f64>,
+    /// What every value is multiplied with, one after the other.
+    factors: Vec<f64>,
+    /// Of each [`BLOCK`] positions `[BLOCK, 2, pairs]`: cosines, then sines.
+    blocks: Vec<OnceLock<Box<[f32]>>>,
+}
+
+impl Angles {
+    fn new(frequencies: Vec<f64>, factors: Vec<f64>, max_positions: usize) -> Self {
+        let blocks = (0..max_positions.div_ceil(BLOCK)).map(|_| OnceLock::new()).collect();
+        Self { frequencies, factors, blocks }
+    }
+
+    /// The values of a block. Not inlined, so that they do not depend on what the caller is compiled for.
+    #[cold]
+    #[inline(never)]
+    fn compute(&self, block: usize) -> Box<[f32]> {
+        let angles = |position: usize| self.frequencies.iter().map(move |f| position as f64 * f);
+        let scaled = |value: f64| self.factors.iter().fold(value as f32, |v, factor| (f64::from(v) * factor) as f32);
+        (block * BLOCK..(block + 1) * BLOCK)
+            .flat_map(|position| angles(position).map(f64::cos).chain(angles(position).map(f64::sin)))
+            .map(scaled)
+            .collect()
+    }
 }
 
 impl RotaryTable {
@@ -86,19 +119,16 @@ impl RotaryTable {
         if u32::try_from(max_positions.saturating_sub(1)).is_err() {
             return Err(Error::Input(format!("max_positions must be at most 2^32, got {max_positions}")));
         }
-        let angles = |position: usize| frequencies.iter().map(move |f| position as f64 * f);
-        let values = (0..max_positions)
-            .flat_map(|position| angles(position).map(f64::cos).chain(angles(position).map(f64::sin)))
-            .map(|value| value as f32)
-            .collect();
-        Ok(Self { head_dim, pairs, max_positions, values })
+        let angles = Arc::new(Angles::new(frequencies.to_vec(), Vec::new(), max_positions));
+        Ok(Self { head_dim, pairs, max_positions, angles })
     }
 
     /// The same with every cosine and sine times `factor`, which scales what turns (YaRN, 2309.00071).
     #[must_use]
     pub fn scaled(&self, factor: f64) -> Self {
-        let values = self.values.iter().map(|value| (f64::from(*value) * factor) as f32).collect();
-        Self { values, ..*self }
+        let Angles { frequencies, factors, .. } = &*self.angles;
+        let factors = [factors.as_slice(), &[factor]].concat();
+        Self { angles: Arc::new(Angles::new(frequencies.clone(), factors, self.max_positions)), ..*self }
     }
 
     /// Columns of a head.
@@ -122,7 +152,11 @@ impl RotaryTable {
     /// If the position is not in the table.
     #[inline(always)]
     pub fn at(&self, position: u32) -> (&[f32], &[f32]) {
-        self.values[position as usize * 2 * self.pairs..][..2 * self.pairs].split_at(self.pairs)
+        let position = position as usize;
+        assert!(position < self.max_positions, "position {position} is not in a table of {}", self.max_positions);
+        let (block, row) = (position / BLOCK, position % BLOCK);
+        let values = self.angles.blocks[block].get_or_init(|| self.angles.compute(block));
+        values[row * 2 * self.pairs..][..2 * self.pairs].split_at(self.pairs)
     }
 
     /// One position per row of a tensor of this shape.
@@ -168,5 +202,47 @@ impl RotaryTable {
                 None => Ok(each.to_vec()),
             },
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// What every value was before blocks: each by itself, from its own angle.
+    #[test]
+    fn values_are_computed_when_they_are_asked_for_and_no_bit_of_them_depends_on_it() {
+        let frequencies = RotaryTable::frequencies(6, 10_000.0).unwrap();
+        let plain = RotaryTable::from_frequencies(8, &frequencies, 1000).unwrap();
+        let scaled = plain.scaled(1.1).scaled(0.7);
+        let there = |table: &RotaryTable| table.angles.blocks.iter().filter(|block| block.get().is_some()).count();
+        assert_eq!((there(&plain), there(&scaled)), (0, 0));
+        let bits = |values: &[f32]| values.iter().map(|value| value.to_bits()).collect::<Vec<_>>();
+        for position in [999u32, 0, 255, 256, 511, 998] {
+            let angles = || frequencies.iter().map(|f| f64::from(position) * f);
+            let want =
+                [angles().map(|a| a.cos() as f32).collect(), angles().map(|a| a.sin() as f32).collect::<Vec<_>>()];
+            let (cos, sin) = plain.at(position);
+            assert_eq!([cos, sin].map(bits), [&want[0], &want[1]].map(|values| bits(values)));
+            let times = |value: &f32, factor: f64| (f64::from(*value) * factor) as f32;
+            let want = want.map(|values| values.iter().map(|v| times(&times(v, 1.1), 0.7)).collect::<Vec<_>>());
+            let (cos, sin) = scaled.at(position);
+            assert_eq!([cos, sin].map(bits), [&want[0], &want[1]].map(|values| bits(values)));
+        }
+        assert_eq!((there(&plain), there(&plain.clone())), (3, 3));
+    }
+
+    /// Cosines and sines of all of these would be a terabyte.
+    #[test]
+    fn positions_that_nobody_uses_take_no_memory() {
+        let table = RotaryTable::new(1 << 16, 1 << 16, 10_000.0, 1 << 24).unwrap();
+        assert_eq!(table.at((1 << 24) - 1).0.len(), 1 << 15);
+        assert_eq!(table.max_positions(), 1 << 24);
+    }
+
+    #[test]
+    #[should_panic(expected = "position 300 is not in a table of 300")]
+    fn a_position_behind_the_last_is_not_there() {
+        let _ = RotaryTable::new(4, 4, 10_000.0, 300).unwrap().at(300);
     }
 }

@@ -239,8 +239,6 @@ fn below(prefix: &str, params: Vec<ParamSpec>) -> Vec<ParamSpec> {
 const MOST: usize = 1 << 24;
 /// Most layers.
 pub(crate) const MOST_LAYERS: usize = 1 << 12;
-/// Longest sequence: tables of positions and pages are made for it.
-const MOST_POSITIONS: usize = 1 << 22;
 
 impl DecoderConfig {
     /// Checks that the layers fit each other. A family checks its own values first and names them as its files do.
@@ -254,9 +252,6 @@ impl DecoderConfig {
             if !(1..=MOST).contains(&size) {
                 return refuse(format!("{name} must be between 1 and {MOST}, got {size}"));
             }
-        }
-        if self.max_seq_len > MOST_POSITIONS {
-            return refuse(format!("max_seq_len must be at most {MOST_POSITIONS}, got {}", self.max_seq_len));
         }
         if self.layers.is_empty() || self.layers.len() > MOST_LAYERS {
             return refuse(format!("num_layers must be between 1 and {MOST_LAYERS}, got {}", self.layers.len()));
