@@ -125,8 +125,8 @@ impl GgufFile {
         }
     }
 
-    /// Numbers; `None` if there are none.
-    pub(super) fn numbers(&self, key: &str) -> Checked<Option<Vec<f64>>> {
+    /// Numbers, at most `most` of them; `None` if there are none. How many there are is looked at before any is read.
+    pub(super) fn numbers(&self, key: &str, most: usize) -> Checked<Option<Vec<f64>>> {
         let number = |value| match value {
             Value::Unsigned(value) => Ok(value as f64),
             Value::Signed(value) => Ok(value as f64),
@@ -135,8 +135,11 @@ impl GgufFile {
         };
         match self.value(key) {
             None => Ok(None),
+            Some(Value::Array(array)) if array.len > most => {
+                Err(format!("{key} has {} entries for {most} tokens", array.len))
+            }
             Some(Value::Array(array)) => {
-                array.values(self.bytes.as_ref())?.into_iter().map(number).collect::<Checked<_>>().map(Some)
+                array.values(self.bytes.as_ref()).map(|value| number(value?)).collect::<Checked<_>>().map(Some)
             }
             Some(other) => Err(format!("{key} must be an array of numbers, got {other:?}")),
         }

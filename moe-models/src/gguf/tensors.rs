@@ -62,6 +62,8 @@ pub(super) struct Layout {
     pub(super) latent: Option<LatentHeads>,
     /// Whether the norm before the feed-forward network is named after the attention that it follows.
     pub(super) norm_after_attention: bool,
+    /// Whether the configuration is made of the factors on rotary frequencies too.
+    pub(super) reads_rope_freqs: bool,
 }
 
 /// Latent attention's matrices: of each head that of its keys and below it that of its values here.
@@ -164,6 +166,29 @@ impl GgufTensors {
         }
     }
 
+    /// What blocks of a tensor stand for, in their own type if they are floats, else in f32.
+    fn floats(&self, of: (&str, &TensorAt), blocks: &[u8], shape: &[usize], device: &Device) -> Result<Tensor> {
+        match of.1.form {
+            TensorForm::F16 => Ok(Tensor::from_raw_buffer(blocks, DType::F16, shape, device)?),
+            TensorForm::Bf16 => Ok(Tensor::from_raw_buffer(blocks, DType::BF16, shape, device)?),
+            _ => Ok(Tensor::from_vec(self.values(of, blocks)?, shape, device)?),
+        }
+    }
+
+    /// What blocks of a tensor stand for. Refuses scales that are no numbers, or too large for their values.
+    fn values(&self, (name, tensor): (&str, &TensorAt), blocks: &[u8]) -> Result<Vec<f32>> {
+        let values = tensor.form.values(blocks);
+        match values.iter().find(|value| !value.is_finite()).filter(|_| tensor.form.is_quantized()) {
+            Some(value) => {
+                let form = tensor.form.name();
+                Err(self
+                    .file
+                    .refused(format!("tensor {name} has {form} blocks that stand for {value}; copy the file again")))
+            }
+            None => Ok(values),
+        }
+    }
+
     /// Q4_0 of rows as they are asked for: its blocks are those of [`QuantFormat::INT4`], but for a scale of f16.
     fn blocks(&self, part: &FilePart) -> Result<Cow<'_, [u8]>> {
         match self.found(part)? {
@@ -251,20 +276,20 @@ impl TensorFiles for GgufTensors {
     }
 
     fn unused(&self, used: &BTreeSet<String>) -> Option<Error> {
-        // Part of the configuration, where it is known.
-        let left = self.file.tensors().keys().find(|name| !used.contains(*name) && *name != super::ROPE_FREQS)?;
+        let is_read = |name: &String| self.layout.reads_rope_freqs && name == super::ROPE_FREQS;
+        let left = self.file.tensors().keys().find(|name| !used.contains(*name) && !is_read(name))?;
         Some(self.file.refused(format!("tensor {left} does not belong to the configured model")))
     }
 
     fn tensor(&self, part: &FilePart, device: &Device) -> Result<Tensor> {
         let shape = part.shape.as_slice();
         match self.found(part)? {
-            Found::Rows { tensor, rows, heads, .. } => {
-                floats(tensor.form, &self.bytes(tensor, &rows, heads), shape, device)
+            Found::Rows { name, tensor, rows, heads } => {
+                self.floats((&name, tensor), &self.bytes(tensor, &rows, heads), shape, device)
             }
             Found::Heads { keys, values, heads } => {
-                let [keys, values] = [keys, values].map(|(_, tensor)| tensor.form.values(self.file.data(tensor)));
-                Ok(Tensor::from_vec(heads_joined(&keys, &values, heads), shape, device)?)
+                let all = |(name, tensor): (String, &TensorAt)| self.values((&name, tensor), self.file.data(tensor));
+                Ok(Tensor::from_vec(heads_joined(&all(keys)?, &all(values)?, heads), shape, device)?)
             }
         }
     }
@@ -275,7 +300,7 @@ impl TensorFiles for GgufTensors {
     }
 
     fn rows(&self, part: &FilePart, wanted: Range<usize>) -> Result<Tensor> {
-        let Found::Rows { tensor, rows, heads, .. } = self.found(part)? else {
+        let Found::Rows { name, tensor, rows, heads } = self.found(part)? else {
             return Err(self.file.refused(format!("tensor {} is not there row by row", part.name)));
         };
         let size = tensor.row_bytes();
@@ -286,14 +311,14 @@ impl TensorFiles for GgufTensors {
         let shape = [wanted.len(), tensor.columns()];
         if let Some(heads) = heads {
             let order = halves_apart(rows.len(), heads).skip(wanted.start).take(wanted.len());
-            let tensor = floats(tensor.form, &self.file.rows(tensor, order), &shape, &Device::Cpu)?;
+            let tensor = self.floats((&name, tensor), &self.file.rows(tensor, order), &shape, &Device::Cpu)?;
             if wanted.end == rows.len() {
                 self.file.let_go(whole);
             }
             return Ok(tensor);
         }
         let data = &whole[wanted.start * size..wanted.end * size];
-        let tensor = floats(tensor.form, data, &shape, &Device::Cpu)?;
+        let tensor = self.floats((&name, tensor), data, &shape, &Device::Cpu)?;
         self.file.let_go(data);
         Ok(tensor)
     }
@@ -321,15 +346,6 @@ impl TensorFiles for GgufTensors {
             Some(scale) => Err(self.file.refused(format!("tensor {} has a scale of {scale}", part.name))),
             None => Ok(scales),
         }
-    }
-}
-
-/// What blocks stand for, in their own type if they are floats, else in f32.
-fn floats(form: TensorForm, blocks: &[u8], shape: &[usize], device: &Device) -> Result<Tensor> {
-    match form {
-        TensorForm::F16 => Ok(Tensor::from_raw_buffer(blocks, DType::F16, shape, device)?),
-        TensorForm::Bf16 => Ok(Tensor::from_raw_buffer(blocks, DType::BF16, shape, device)?),
-        _ => Ok(Tensor::from_vec(form.values(blocks), shape, device)?),
     }
 }
 

@@ -3,7 +3,8 @@
 use super::file::GgufFile;
 use super::form::TensorForm;
 use super::model::GgufModel;
-use crate::hf::Bytes;
+use super::tensors::{GgufTensors, Layout};
+use crate::hf::{Bytes, TensorFiles};
 use crate::{Family, ModelSource};
 use candle_core::Device;
 use candle_core::quantized::gguf_file::Content;
@@ -100,7 +101,8 @@ fn a_header_is_read_as_it_was_written() {
     let file = file(Written::file().bytes).unwrap();
     assert_eq!(file.text("x.text"), Ok(Some("words")));
     assert_eq!(file.texts("x.texts"), Ok(Some(vec!["one", "two"])));
-    assert_eq!(file.numbers("x.numbers"), Ok(Some(vec![7.0, 8.0])));
+    assert_eq!(file.numbers("x.numbers", 2), Ok(Some(vec![7.0, 8.0])));
+    assert_eq!(file.numbers("x.numbers", 1), Err("x.numbers has 2 entries for 1 tokens".to_owned()));
     assert_eq!((file.text("y"), file.count("general.alignment")), (Ok(None), Ok(Some(32))));
     assert!(file.text("x.texts").unwrap_err().contains("x.texts must be a text"));
     let (a, b) = (file.tensor("a").unwrap(), file.tensor("b").unwrap());
@@ -301,6 +303,7 @@ fn what_is_not_implemented_is_refused_by_its_name() {
         "expert_gating_func must be 1 or 2, got 3",
     );
     refused(renumbered("deepseek2.gguf", "deepseek2.attention.key_length", 16), "key_length 16 and value_length 20");
+    refused(text("deepseek2.gguf", "yarn", "none"), "yarn_log_multiplier needs a rope.scaling.type of yarn");
     refused(text("gpt-oss.gguf", "yarn", "none"), "gpt-oss.rope.scaling.type must be yarn");
     refused(
         renumbered("gpt-oss-mxfp4.gguf", "gpt-oss.attention.sliding_window_pattern", 3),
@@ -321,6 +324,67 @@ fn what_is_not_implemented_is_refused_by_its_name() {
         renamed("llama.gguf", "tokenizer.ggml.scores", "tokenizer.ggml.merges"),
         "tokenizer.ggml.scores is missing",
     );
+}
+
+/// What a V3 of one group says to transformers, which takes eight where a configuration says nothing.
+#[test]
+fn the_groups_and_heads_of_deepseek_are_always_said() {
+    let config = |bytes: Vec<u8>| -> serde_json::Value {
+        let model = GgufModel::from_bytes(Path::new("it.gguf"), bytes).unwrap();
+        serde_json::from_slice(&model.content("config.json").unwrap().unwrap()).unwrap()
+    };
+    let json = config(renumbered("deepseek3.gguf", "deepseek2.expert_group_count", 1));
+    assert_eq!((&json["n_group"], &json["topk_group"]), (&1.into(), &1.into()));
+    for name in ["deepseek2.gguf", "deepseek3.gguf"] {
+        let json = config(fixture(name));
+        assert!(json["n_group"].is_u64() && json["topk_group"].is_u64(), "{json}");
+        assert_eq!(json["num_key_value_heads"], json["num_attention_heads"]);
+    }
+}
+
+/// The first scale of a tensor in each form that has them.
+#[test]
+fn blocks_that_stand_for_no_number_are_refused_by_the_name_of_their_tensor() {
+    let mut seen = std::collections::BTreeSet::new();
+    for name in ["forms.gguf", "gpt-oss-mxfp4.gguf"] {
+        let good = fixture(name);
+        let header = file(good.clone()).unwrap();
+        for (tensor, at) in header.tensors().iter().filter(|(_, at)| at.form.is_quantized()) {
+            let (scale, bytes): (usize, &[u8]) = match at.form {
+                TensorForm::Mxfp4 => (0, &[255]),
+                TensorForm::Q6K => (208, &[0x00, 0x7c]),
+                _ => (0, &[0x01, 0x7e]),
+            };
+            let mut bad = good.clone();
+            bad[at.start + scale..][..bytes.len()].copy_from_slice(bytes);
+            let source = ModelSource::from_gguf_bytes(Path::new("it.gguf"), bad).unwrap();
+            let (family, _) = source.family::<Box<dyn Family>>().unwrap();
+            let (checkpoint, table) = (source.checkpoint(&family).unwrap(), family.decoder().unwrap().params());
+            let read = table.specs().iter().try_for_each(|spec| checkpoint.tensor(spec, &Device::Cpu).map(drop));
+            let text = read.unwrap_err().to_string();
+            assert!(
+                text.contains("it.gguf") && text.contains(&format!("tensor {tensor} has {}", at.form.name())),
+                "{text}"
+            );
+            seen.insert(at.form.name());
+        }
+    }
+    assert_eq!(seen.into_iter().collect::<Vec<_>>(), ["MXFP4", "Q4_0", "Q4_1", "Q4_K", "Q6_K", "Q8_0"]);
+}
+
+/// Factors that only one architecture's configuration is made of.
+#[test]
+fn factors_on_frequencies_that_nobody_has_read_are_refused() {
+    let mut out = Written { bytes: b"GGUF".to_vec(), fields: Vec::new() };
+    out.u32(3).u64(1).u64(0).text("rope_freqs.weight").u32(1).u64(8).u32(0).u64(0);
+    out.bytes.resize(out.bytes.len().next_multiple_of(32) + 32, 0);
+    let file = std::sync::Arc::new(file(out.bytes).unwrap());
+    let unused = |reads_rope_freqs| {
+        let tensors = GgufTensors::new(file.clone(), Layout { reads_rope_freqs, ..Layout::default() });
+        tensors.unused(&std::collections::BTreeSet::new()).map(|error| error.to_string())
+    };
+    assert_eq!(unused(true), None);
+    assert!(unused(false).unwrap().contains("tensor rope_freqs.weight does not belong"));
 }
 
 /// What a folder of a model has, as far as a file of it says.

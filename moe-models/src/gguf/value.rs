@@ -155,9 +155,10 @@ impl ArrayAt {
     }
 
     /// The values, one after the other; `bytes` are those of the file.
-    pub(super) fn values(&self, bytes: &[u8]) -> Checked<Vec<Value>> {
+    pub(super) fn values<'a>(&self, bytes: &'a [u8]) -> impl Iterator<Item = Checked<Value>> + use<'a> {
         let mut reader = Reader::new(&bytes[self.range.clone()]);
-        (0..self.len).map(|_| Value::of_kind(self.kind, &mut reader)).collect()
+        let kind = self.kind;
+        (0..self.len).map(move |_| Value::of_kind(kind, &mut reader))
     }
 
     /// The texts, if it is an array of texts.

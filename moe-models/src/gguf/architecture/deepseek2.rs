@@ -30,16 +30,16 @@ pub(super) fn read(fields: &mut Fields, file: &GgufFile) -> Checked<Description>
     config.insert("routed_scaling_factor".into(), if scale == 0.0 { 1.0 } else { scale }.into());
     let groups: u64 = fields.or("expert_group_count", 1)?;
     let top_groups: u64 = fields.or("expert_group_used_count", 1)?;
-    if groups > 1 {
-        config.insert("n_group".into(), groups.into());
-        config.insert("topk_group".into(), top_groups.into());
-    }
+    // Also where there is one group: V3 has more where its configuration does not say it.
+    let (groups, top_groups) = if groups > 1 { (groups, top_groups) } else { (1, 1) };
+    config.insert("n_group".into(), groups.into());
+    config.insert("topk_group".into(), top_groups.into());
     if !is_v3 {
         config.insert("topk_method".into(), if groups > 1 { "group_limited_greedy" } else { "greedy" }.into());
     }
-    if let Some(factor) = fields.optional::<f64>("rope.scaling.yarn_log_multiplier")?
-        && let Some(scaling) = config["rope_scaling"].as_object_mut()
-    {
+    if let Some(factor) = fields.optional::<f64>("rope.scaling.yarn_log_multiplier")? {
+        let scaling = config["rope_scaling"].as_object_mut().filter(|scaling| scaling["rope_type"] == "yarn");
+        let scaling = scaling.ok_or("deepseek2.rope.scaling.yarn_log_multiplier needs a rope.scaling.type of yarn")?;
         // The file has a tenth of it, and nothing of the factor on cosines and sines, which is the same in all of these models.
         let mscale = (factor * 1e7).round() / 1e6;
         scaling.insert("mscale".into(), mscale.into());
@@ -72,8 +72,8 @@ fn head_sizes(fields: &mut Fields, config: &mut Map<String, Value>) -> Checked<L
     let Some(nope_dim) = key_dim.checked_sub(rope_dim).filter(|dim| *dim > 0) else {
         return Err(format!("the key length {key_dim} must be above deepseek2.rope.dimension_count {rope_dim}"));
     };
-    // How often the keys are repeated in a cache of the one form or the other.
-    config.remove("num_key_value_heads");
+    // The file says how often the keys are repeated in a cache of the one form or the other; the model has a key for each head.
+    config.insert("num_key_value_heads".into(), config["num_attention_heads"].clone());
     for (name, size) in [
         ("kv_lora_rank", kv_rank),
         ("qk_nope_head_dim", nope_dim),

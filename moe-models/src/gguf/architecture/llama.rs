@@ -20,12 +20,14 @@ pub(super) fn read(fields: &mut Fields, file: &GgufFile) -> Checked<Description>
         fields.expect_none(&["expert_count", "expert_used_count"])?;
         config.insert("attention_bias".into(), file.tensor("blk.0.attn_q.bias").is_some().into());
     }
-    if file.tensor(ROPE_FREQS).is_some() {
+    let reads_rope_freqs = file.tensor(ROPE_FREQS).is_some();
+    if reads_rope_freqs {
         config["rope_scaling"] = llama3_scaling(&config, file)?;
     }
     let heads = |name: &str| config[name].as_u64().and_then(|heads| usize::try_from(heads).ok());
     let queries = heads("num_attention_heads").ok_or("llama.attention.head_count must be one number")?;
     let layout = Layout {
+        reads_rope_freqs,
         neighbours_turn: Some([queries, heads("num_key_value_heads").unwrap_or(queries)]),
         ..Layout::default()
     };

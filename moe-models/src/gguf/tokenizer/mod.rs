@@ -88,7 +88,7 @@ impl<'a> Vocabulary<'a> {
             6 => Ok(Kind::Byte),
             _ => Err(format!("tokenizer.ggml.token_type must be numbers from 1 to 6, got {number}")),
         };
-        let kinds = match file.numbers("tokenizer.ggml.token_type")? {
+        let kinds = match file.numbers("tokenizer.ggml.token_type", tokens.len())? {
             None => vec![Kind::Normal; tokens.len()],
             Some(kinds) => kinds.into_iter().map(kind).collect::<Checked<_>>()?,
         };
@@ -231,7 +231,11 @@ pub(super) fn generation_config(file: &GgufFile) -> Checked<Option<Value>> {
     if !ends.is_empty() {
         json["eos_token_id"] = ends.into();
     }
-    if let Some(ids) = file.numbers("tokenizer.ggml.suppress_tokens")? {
+    let tokens = match file.value("tokenizer.ggml.tokens") {
+        Some(Metadata::Array(tokens)) => tokens.len,
+        _ => 0,
+    };
+    if let Some(ids) = file.numbers("tokenizer.ggml.suppress_tokens", tokens)? {
         json["suppress_tokens"] = ids.into_iter().map(|id| id as u64).collect();
     }
     for (name, key) in [

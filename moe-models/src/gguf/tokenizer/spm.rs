@@ -11,9 +11,12 @@ use std::collections::HashMap;
 const SPACE: &str = "\u{2581}";
 /// Longest token that is looked at in all its parts. Those of published models have fewer than 100 bytes.
 const MOST_BYTES: usize = 512;
+/// Most pairs for each token, on the average. Those of published models have about two.
+const MOST_PAIRS: usize = 64;
 
 pub(super) fn tokenizer(file: &GgufFile, vocabulary: &Vocabulary<'_>) -> Checked<Value> {
-    let scores = file.numbers("tokenizer.ggml.scores")?.ok_or("tokenizer.ggml.scores is missing")?;
+    let most = vocabulary.tokens.len();
+    let scores = file.numbers("tokenizer.ggml.scores", most)?.ok_or("tokenizer.ggml.scores is missing")?;
     if scores.len() != vocabulary.tokens.len() {
         let (scores, tokens) = (scores.len(), vocabulary.tokens.len());
         return Err(format!("tokenizer.ggml.scores has {scores} entries for {tokens} tokens"));
@@ -46,7 +49,7 @@ pub(super) fn tokenizer(file: &GgufFile, vocabulary: &Vocabulary<'_>) -> Checked
 fn merges<'a>(vocabulary: &Vocabulary<'a>, scores: &[f64]) -> Checked<Vec<[&'a str; 2]>> {
     let normal = || vocabulary.used().filter(|(.., kind)| *kind == Kind::Normal);
     let ids: HashMap<&str, u32> = normal().map(|(id, token, _)| (token, id)).collect();
-    let mut merges = Vec::new();
+    let (mut merges, most) = (Vec::new(), MOST_PAIRS * vocabulary.tokens.len());
     for (id, token, _) in normal() {
         if token.len() > MOST_BYTES {
             return Err(format!("token {id} has {} bytes, more than the {MOST_BYTES} that are read", token.len()));
@@ -61,7 +64,31 @@ fn merges<'a>(vocabulary: &Vocabulary<'a>, scores: &[f64]) -> Checked<Vec<[&'a s
                 merges.push((score, [*left_id, *right_id], [left, right]));
             }
         }
+        if merges.len() > most {
+            return Err(format!(
+                "tokenizer.ggml.tokens are two others in more than {most} ways, {MOST_PAIRS} for each; no vocabulary of pieces is so"
+            ));
+        }
     }
     merges.sort_by(|(a, a_ids, _), (b, b_ids, _)| b.total_cmp(a).then(a_ids.cmp(b_ids)));
     Ok(merges.into_iter().map(|(.., pair)| pair).collect())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// Each token is two others in all the ways that it can be cut.
+    #[test]
+    fn a_vocabulary_of_one_letter_is_refused_before_its_pairs_fill_memory() {
+        let letters = "a".repeat(MOST_BYTES);
+        let pairs = |count: usize| {
+            let tokens: Vec<&str> = (1..=count).map(|len| &letters[..len]).collect();
+            let vocabulary = Vocabulary { kinds: vec![Kind::Normal; count], tokens };
+            merges(&vocabulary, &vec![0.0; count]).map(|pairs| pairs.len())
+        };
+        assert_eq!(pairs(100), Ok(99 * 100 / 2));
+        let text = pairs(200).unwrap_err();
+        assert!(text.contains("tokenizer.ggml.tokens") && text.contains("more than 12800 ways"), "{text}");
+    }
 }
