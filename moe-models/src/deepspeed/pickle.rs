@@ -49,8 +49,11 @@ pub(super) struct Pickle {
     root: Id,
 }
 
-/// Largest pickle that is read; those of checkpoints have some megabytes. A value takes more bytes in memory than in it.
+/// Largest pickle that is read; those of checkpoints have some megabytes.
 const MOST_BYTES: usize = 64 << 20;
+/// Most opcodes that are followed, which bounds the values, those of checkpoints being some ten for each tensor. A value takes far more
+/// bytes in memory than in a pickle, and so does each time that it is named.
+const MOST_STEPS: usize = 4 << 20;
 /// Longest name of a class or a module.
 const MOST_NAME: usize = 1024;
 const PROTOCOL: u8 = 2;
@@ -72,8 +75,12 @@ impl Pickle {
         }
         let mut machine = Machine { rest: bytes, values: vec![], stack: vec![], marks: vec![], memo: HashMap::new() };
         let run = |machine: &mut Machine<'_>| {
-            while machine.step()? {}
-            machine.pop()
+            for _ in 0..MOST_STEPS {
+                if !machine.step()? {
+                    return machine.pop();
+                }
+            }
+            Err(format!("it has more than {MOST_STEPS} values and opcodes, and no more are read"))
         };
         let root = run(&mut machine).map_err(|reason| {
             let at = bytes.len() - machine.rest.len();

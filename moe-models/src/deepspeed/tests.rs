@@ -262,3 +262,14 @@ fn arguments_that_are_not_implemented_are_refused_by_name() {
     let early = read(json!({ "checkpoint_version": 0, "moe_token_dropping": false })).unwrap();
     assert_eq!((early.qkv, early.drop_tokens), (QkvOrder::PartHeadColumn, false));
 }
+
+/// Two bytes for what takes far more in memory.
+#[test]
+fn a_pickle_of_too_many_values_is_refused() {
+    let many = |count: usize| Opcodes::new().raw(b"N0".repeat(count)).raw("N").end();
+    Pickle::read(&many(1 << 20)).unwrap();
+    refused(Pickle::read(&many(2 << 20)), "more than 4194304 values");
+    // Named again and again: nothing new is made, but each is kept.
+    let named = Opcodes::new().raw("Nq\0").raw(b"h\0".repeat(5 << 20)).end();
+    refused(Pickle::read(&named), "more than 4194304 values");
+}
