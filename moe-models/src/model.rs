@@ -490,8 +490,9 @@ impl Decoder {
         let Opened { family, checkpoint, forms, .. } = opened;
         let config = family.decoder()?;
         let table = Arc::new(config.params());
-        let parameters = table.elem_count();
         checkpoint.check(&table)?;
+        // Not before the files are known to hold them: a configuration alone may name more than a number counts.
+        let parameters = table.elem_count();
         let source = ParamSource::checkpoint(table, Arc::new(checkpoint), Placement::WHOLE);
         let ops = KernelOps::packing(forms);
         let ops = kept.into_iter().fold(ops, KernelOps::with_kept);

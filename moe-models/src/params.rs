@@ -52,6 +52,13 @@ impl ParamTable {
     pub fn elem_count(&self) -> usize {
         self.specs.iter().map(ParamSpec::elem_count).sum()
     }
+
+    /// The same; `None` if that is more than a number holds, as of a configuration that has not been compared with any file.
+    pub(crate) fn checked_elem_count(&self) -> Option<usize> {
+        let elements =
+            |spec: &ParamSpec| spec.shape.iter().try_fold(1usize, |product, &size| product.checked_mul(size));
+        self.specs.iter().try_fold(0usize, |sum, spec| sum.checked_add(elements(spec)?))
+    }
 }
 
 /// What a [`ParamSource`] takes values from.

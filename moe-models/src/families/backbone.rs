@@ -18,8 +18,8 @@ pub(super) const MOST_WIDTH: usize = 1 << 24;
 pub(super) struct Defaults {
     pub(super) rms_norm_eps: f64,
     pub(super) rope_theta: f64,
-    /// Share of a head's columns that turn.
-    pub(super) partial_rotary_factor: f64,
+    /// Share of a head's columns that turn, for families whose files may say another.
+    pub(super) partial_rotary_factor: Option<f64>,
     /// Columns of a head, for families whose files do not say so under `head_dim`.
     pub(super) head_dim: Option<usize>,
     /// What reads a `rope_type` that others do not have.
@@ -32,7 +32,7 @@ pub(super) type OwnScaling = (&'static str, fn(&mut Fields) -> Checked<RotarySca
 impl Defaults {
     /// Llama's.
     pub(super) const LLAMA: Self =
-        Self { rms_norm_eps: 1e-6, rope_theta: 1e4, partial_rotary_factor: 1.0, head_dim: None, own_scaling: None };
+        Self { rms_norm_eps: 1e-6, rope_theta: 1e4, partial_rotary_factor: None, head_dim: None, own_scaling: None };
 }
 
 /// A norm, rotary positions and SwiGLU.
@@ -221,7 +221,7 @@ fn rotary(
     defaults: &Defaults,
 ) -> Checked<(RotaryConfig, f64)> {
     let mut theta = fields.positive_or("rope_theta", defaults.rope_theta)?;
-    let partial: f64 = fields.or("partial_rotary_factor", defaults.partial_rotary_factor)?;
+    let partial = partial_rotary_factor(fields, defaults.partial_rotary_factor, defaults)?;
     let (old, new) = (fields.take("rope_scaling"), fields.take("rope_parameters"));
     let (at, value) = match (old.is_null(), new.is_null()) {
         (false, false) => return Err("rope_scaling and rope_parameters must not both be there".into()),
@@ -232,15 +232,25 @@ fn rotary(
     if !value.is_null() {
         let mut rope = Fields::of(&value, at)?;
         theta = rope.positive_or("rope_theta", theta)?;
-        factor = rope.or("partial_rotary_factor", partial)?;
+        factor = partial_rotary_factor(&mut rope, partial, defaults)?;
         (scaling, score_factor) = rotary_scaling(&mut rope, max_seq_len, defaults)?;
         rope.finish()?;
     }
+    let factor = factor.unwrap_or(1.0);
     let rotary_dim = (head_dim as f64 * factor) as usize;
     if !(factor > 0.0 && factor <= 1.0) || rotary_dim == 0 || !rotary_dim.is_multiple_of(2) {
         return Err(format!("partial_rotary_factor must leave an even number of the {head_dim} columns, got {factor}"));
     }
     Ok((RotaryConfig { layout: RotaryLayout::Halves, rotary_dim, theta, scaling }, score_factor))
+}
+
+/// The share of a head's columns that turn. Models of most families turn all of them in transformers, whatever a file says.
+fn partial_rotary_factor(fields: &mut Fields, default: Option<f64>, defaults: &Defaults) -> Checked<Option<f64>> {
+    const NAME: &str = "partial_rotary_factor";
+    match defaults.partial_rotary_factor {
+        Some(_) => Ok(fields.optional(NAME)?.or(default)),
+        None => fields.expect(NAME, &[Value::Null, 1.into(), 1.0.into()]).map(|()| None),
+    }
 }
 
 fn rotary_scaling(rope: &mut Fields, max_seq_len: usize, defaults: &Defaults) -> Checked<(RotaryScaling, f64)> {

@@ -26,6 +26,21 @@ pub(super) const NAMES: NameTable = NameTable::new(&[
     ("gate.selection_bias", &["gate.e_score_correction_bias"]),
 ]);
 
+/// What a configuration is in transformers where a file does not say it.
+pub(super) struct Absent {
+    /// `routed_scaling_factor`
+    pub(super) scale: f64,
+    /// `n_group` and `topk_group`; none if they must be there.
+    pub(super) groups: Option<[usize; 2]>,
+    /// `n_shared_experts`
+    pub(super) shared_experts: usize,
+    /// `first_k_dense_replace`
+    pub(super) dense_layers: usize,
+}
+
+const ABSENT_V2: Absent = Absent { scale: 1.0, groups: None, shared_experts: 2, dense_layers: 0 };
+const ABSENT_V3: Absent = Absent { scale: 2.5, groups: Some([8, 4]), shared_experts: 1, dense_layers: 3 };
+
 fn read_v2(fields: &mut Fields) -> Checked<DecoderConfig> {
     fields.expect("scoring_func", &[Value::Null, "softmax".into()])?;
     fields.expect_none(&["mlp_bias"])?;
@@ -37,7 +52,7 @@ fn read_v2(fields: &mut Fields) -> Checked<DecoderConfig> {
         "group_limited_greedy" => Selection::GroupedSoftmax,
         other => return Err(format!("topk_method must be greedy or group_limited_greedy, got {other:?}")),
     };
-    read(fields, selection, RotaryLayout::Interleaved)
+    read(fields, selection, RotaryLayout::Interleaved, &ABSENT_V2)
 }
 
 fn read_v3(fields: &mut Fields) -> Checked<DecoderConfig> {
@@ -45,10 +60,10 @@ fn read_v3(fields: &mut Fields) -> Checked<DecoderConfig> {
     fields.expect("topk_method", &[Value::Null, "noaux_tc".into()])?;
     fields.skip(&["num_nextn_predict_layers", "num_mtp_layers"]);
     let layout = if fields.or("rope_interleave", true)? { RotaryLayout::Interleaved } else { RotaryLayout::Halves };
-    read(fields, Selection::BiasedSigmoid, layout)
+    read(fields, Selection::BiasedSigmoid, layout, &ABSENT_V3)
 }
 
-fn read(fields: &mut Fields, selection: Selection, layout: RotaryLayout) -> Checked<DecoderConfig> {
+fn read(fields: &mut Fields, selection: Selection, layout: RotaryLayout, absent: &Absent) -> Checked<DecoderConfig> {
     let rope_dim = fields.size("qk_rope_head_dim", MOST)?;
     let backbone = Backbone::read(fields, &Defaults { head_dim: Some(rope_dim), ..Defaults::LLAMA })?;
     // How others divide the work, and how often layers have experts: always, in every published model.
@@ -75,7 +90,7 @@ fn read(fields: &mut Fields, selection: Selection, layout: RotaryLayout) -> Chec
         scale: backbone.score_factor / ((nope_dim + rope_dim) as f64).sqrt(),
         std: backbone.std,
     });
-    Ok(SparseAfterDense::read(fields, &backbone, selection)?.decoder(&backbone, attention))
+    Ok(SparseAfterDense::read(fields, &backbone, selection, absent)?.decoder(&backbone, attention))
 }
 
 /// How experts are chosen.
@@ -90,21 +105,24 @@ pub(super) enum Selection {
 }
 
 impl Selection {
-    fn router(self, fields: &mut Fields) -> Checked<DroplessConfig> {
+    fn router(self, fields: &mut Fields, absent: &Absent) -> Checked<DroplessConfig> {
         let normalizes = self == Self::BiasedSigmoid;
         let normalize = fields.or("norm_topk_prob", normalizes)?;
         if normalize && !normalizes {
             return Err("norm_topk_prob must be false with softmax scores; nothing else is implemented".into());
         }
         let plain = DroplessConfig {
-            scale: fields.positive_or("routed_scaling_factor", 1.0)?,
+            scale: fields.positive_or("routed_scaling_factor", absent.scale)?,
             sequence_loss: fields.or("seq_aux", false)?,
             ..DroplessConfig::softmax(fields.size("num_experts_per_tok", MOST)?, normalize)
         };
         if self == Self::Softmax {
             return Ok(plain);
         }
-        let (num_groups, top_groups) = (fields.size_or("n_group", 1, MOST)?, fields.size_or("topk_group", 1, MOST)?);
+        let (num_groups, top_groups) = match absent.groups {
+            Some([all, top]) => (fields.size_or("n_group", all, MOST)?, fields.size_or("topk_group", top, MOST)?),
+            None => (fields.size("n_group", MOST)?, fields.size("topk_group", MOST)?),
+        };
         let (score_function, group_score) = match self {
             Self::BiasedSigmoid => (ScoreFunction::Sigmoid, GroupScore::TopTwoSum),
             _ => (ScoreFunction::Softmax, GroupScore::Max),
@@ -121,10 +139,15 @@ pub(super) struct SparseAfterDense {
 }
 
 impl SparseAfterDense {
-    pub(super) fn read(fields: &mut Fields, backbone: &Backbone, selection: Selection) -> Checked<Self> {
+    pub(super) fn read(
+        fields: &mut Fields,
+        backbone: &Backbone,
+        selection: Selection,
+        absent: &Absent,
+    ) -> Checked<Self> {
         let width = fields.size("moe_intermediate_size", MOST_WIDTH)?;
-        let shared = fields.or("n_shared_experts", 1usize)?;
-        let router = selection.router(fields)?;
+        let shared = fields.or("n_shared_experts", absent.shared_experts)?;
+        let router = selection.router(fields, absent)?;
         let sizes = [num_experts(fields, "n_routed_experts")?, width];
         let coef = load_balance_coef(fields, "aux_loss_alpha", 0.001)?;
         let experts = MoeConfig {
@@ -141,7 +164,7 @@ impl SparseAfterDense {
             ..backbone.experts(sizes, router, coef)
         };
         Ok(Self {
-            dense_layers: fields.or("first_k_dense_replace", 1)?,
+            dense_layers: fields.or("first_k_dense_replace", absent.dense_layers)?,
             dense: FeedForwardConfig::Dense(backbone.mlp(fields.size("intermediate_size", MOST_WIDTH)?)),
             sparse: FeedForwardConfig::Moe(experts),
         })

@@ -5,7 +5,7 @@
 //! transformers 5.23 `models/glm4_moe`; GLM-4.5 (2508.06471); the router is DeepSeek-V3's (2412.19437).
 
 use super::backbone::{Backbone, Defaults};
-use super::deepseek::{NAMES, Selection, SparseAfterDense};
+use super::deepseek::{Absent, NAMES, Selection, SparseAfterDense};
 use super::published::Form;
 use crate::config::{AttentionConfig, DecoderConfig, GroupedQueryConfig, NormSpan, QkNorm};
 use crate::fields::{Checked, Fields};
@@ -13,8 +13,11 @@ use crate::fields::{Checked, Fields};
 pub(super) const FORM: Form =
     Form { model_type: "glm4_moe", names: NAMES, load_balance_coef: Some("aux_loss_alpha"), read };
 
+/// What transformers has where a file does not say it.
+const ABSENT: Absent = Absent { scale: 1.0, groups: Some([1, 1]), shared_experts: 1, dense_layers: 1 };
+
 fn read(fields: &mut Fields) -> Checked<DecoderConfig> {
-    let defaults = Defaults { rms_norm_eps: 1e-5, partial_rotary_factor: 0.5, ..Defaults::LLAMA };
+    let defaults = Defaults { rms_norm_eps: 1e-5, partial_rotary_factor: Some(0.5), ..Defaults::LLAMA };
     let backbone = Backbone::read(fields, &defaults)?;
     fields.skip(&["num_nextn_predict_layers", "num_mtp_layers"]);
     let head_norm = QkNorm { epsilon: backbone.epsilon, span: NormSpan::Head };
@@ -23,6 +26,6 @@ fn read(fields: &mut Fields) -> Checked<DecoderConfig> {
         qk_norm: fields.or("use_qk_norm", false)?.then_some(head_norm),
         ..backbone.attention()
     };
-    Ok(SparseAfterDense::read(fields, &backbone, Selection::BiasedSigmoid)?
+    Ok(SparseAfterDense::read(fields, &backbone, Selection::BiasedSigmoid, &ABSENT)?
         .decoder(&backbone, AttentionConfig::GroupedQuery(attention)))
 }

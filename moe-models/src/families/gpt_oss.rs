@@ -34,6 +34,8 @@ pub(super) const FORM: Form = Form {
 
 const SLIDING: &str = "sliding_attention";
 const FULL: &str = "full_attention";
+/// That of transformers where a file says none.
+const WINDOW: usize = 128;
 
 fn read(fields: &mut Fields) -> Checked<DecoderConfig> {
     // Without either a model of transformers would stretch positions by figures that no file says.
@@ -46,7 +48,11 @@ fn read(fields: &mut Fields) -> Checked<DecoderConfig> {
     // The length before it is stretched, which rope_parameters have too.
     fields.skip(&["initial_context_length"]);
     let bias = fields.or("attention_bias", true)?;
-    let window: Option<usize> = fields.optional("sliding_window")?;
+    // Null is no window; where the field is absent there is one.
+    let window = match fields.left().contains_key("sliding_window") {
+        true => fields.optional("sliding_window")?,
+        false => Some(WINDOW),
+    };
     let full = GroupedQueryConfig { qkv_bias: bias, out_bias: bias, sinks: true, ..backbone.attention() };
     let windows = windows(fields, backbone.num_layers)?;
     let feed_forward = FeedForwardConfig::Moe(experts(fields, &backbone)?);

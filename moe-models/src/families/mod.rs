@@ -22,6 +22,7 @@ use crate::hf::NameTable;
 use crate::{DecoderConfig, Error, Result};
 use candle_core::DType;
 use serde::de::DeserializeOwned;
+use serde_json::{Value, json};
 use std::fmt::Debug;
 use std::path::Path;
 
@@ -42,6 +43,14 @@ pub trait Family: Debug + Send + Sync {
         false
     }
 
+    /// What its `generation_config.json` says where no folder has brought one along: how texts begin and end.
+    ///
+    /// # Errors
+    /// As [`Self::decoder`].
+    fn generation_config(&self) -> Result<Value> {
+        Ok(self.decoder()?.eos_token_id.map_or_else(|| json!({}), |end| json!({ "eos_token_id": end })))
+    }
+
     /// The content of its `config.json` beside weights saved as `dtype`.
     ///
     /// # Errors
@@ -58,6 +67,9 @@ impl<T: Family + ?Sized> Family for Box<T> {
     }
     fn is_extra(&self, name: &str) -> bool {
         (**self).is_extra(name)
+    }
+    fn generation_config(&self) -> Result<Value> {
+        (**self).generation_config()
     }
     fn to_json(&self, dtype: DType) -> Result<String> {
         (**self).to_json(dtype)
@@ -108,6 +120,9 @@ impl Family for AnyFamily {
     }
     fn is_extra(&self, name: &str) -> bool {
         self.family().is_extra(name)
+    }
+    fn generation_config(&self) -> Result<Value> {
+        self.family().generation_config()
     }
     fn to_json(&self, dtype: DType) -> Result<String> {
         self.family().to_json(dtype)

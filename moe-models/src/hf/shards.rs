@@ -52,12 +52,12 @@ fn refuse_parts(dir: &Path) -> Result<()> {
     }
 }
 
-/// `model.safetensors`, or the shards that `model.safetensors.index.json` names.
+/// `model.safetensors`, or, where that is not there, the shards that `model.safetensors.index.json` names: as transformers has it.
 pub(crate) fn weight_files(dir: &Path) -> Result<Vec<PathBuf>> {
-    let index_path = dir.join(WEIGHTS_INDEX);
-    if !index_path.exists() {
+    let (file, index_path) = (dir.join(WEIGHTS_FILE), dir.join(WEIGHTS_INDEX));
+    if file.exists() || !index_path.exists() {
         refuse_parts(dir)?;
-        return Ok(vec![dir.join(WEIGHTS_FILE)]);
+        return Ok(vec![file]);
     }
     let json = std::fs::read(&index_path).map_err(|e| Error::io(&index_path, e))?;
     let index: Index = serde_json::from_slice(&json).map_err(|e| Error::format(&index_path, e.to_string()))?;
@@ -206,10 +206,16 @@ impl Shards {
     /// One expert of a stack of blocks, f32.
     fn decoded(&self, blocked: &BlockedStack, place: StackPlace, device: &Device) -> Result<Tensor> {
         let [blocks, scales] = [blocked.blocks_name(), blocked.scales_name()];
-        let shard = self.shard(&blocks)?;
+        let (shard, scales_shard) = (self.shard(&blocks)?, self.shard(&scales)?);
         let blocks = shard.bytes_of(&blocks, place.index)?;
-        let values = mxfp4::decode(blocks, self.shard(&scales)?.bytes_of(&scales, place.index)?);
+        let values = mxfp4::decode(blocks, scales_shard.bytes_of(&scales, place.index)?);
         shard.let_go(blocks);
+        // A scale that is no number, or one that is too large for its values.
+        if let Some(value) = values.iter().find(|value| !value.is_finite()) {
+            let reason =
+                format!("tensor {scales} gives expert {} a weight of {value}; copy the file again", place.index);
+            return Err(Error::format(scales_shard.path(), reason));
+        }
         mxfp4::layout(place.layout).from_files(&Tensor::from_vec(values, &blocked.shape(), device)?)
     }
 }

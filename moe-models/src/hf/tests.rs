@@ -140,6 +140,7 @@ fn an_index_without_files_and_too_many_layers_are_refused() {
         assert!(text.contains(part), "{text}");
     };
     let index = dir.path().join("model.safetensors.index.json");
+    std::fs::remove_file(dir.path().join("model.safetensors")).unwrap();
     std::fs::write(&index, r#"{"weight_map": {}}"#).unwrap();
     refused("weight_map names no file");
     std::fs::remove_file(&index).unwrap();
@@ -148,4 +149,42 @@ fn an_index_without_files_and_too_many_layers_are_refused() {
     let json = std::fs::read_to_string(&path).unwrap();
     std::fs::write(&path, json.replacen("\"num_hidden_layers\": 6", "\"num_hidden_layers\": 16777216", 1)).unwrap();
     refused("num_hidden_layers must be between 1 and 4096, got 16777216");
+}
+
+/// As transformers has it; and what is written last is what is read.
+#[test]
+fn one_file_is_taken_before_an_index_and_neither_outlives_the_other() {
+    let dir = tempfile::tempdir().unwrap();
+    let [old, new] = [9, 10].map(|seed| Gpt::new(model().config().clone(), seed, &Device::Cpu).unwrap());
+    let file = dir.path().join("model.safetensors");
+    write::save_sharded(&old, dir.path(), DType::F32, usize::MAX).unwrap();
+    let bytes = std::fs::read(&file).unwrap();
+    write::save_sharded(&new, dir.path(), DType::F32, 20_000).unwrap();
+    assert!(!file.exists());
+    assert!(same(&new, &Gpt::load(dir.path(), &Device::Cpu).unwrap(), false));
+    std::fs::write(&file, bytes).unwrap();
+    assert!(same(&old, &Gpt::load(dir.path(), &Device::Cpu).unwrap(), false));
+    write::save_sharded(&new, dir.path(), DType::F32, usize::MAX).unwrap();
+    assert!(!dir.path().join("model.safetensors.index.json").exists());
+    assert!(same(&new, &Gpt::load(dir.path(), &Device::Cpu).unwrap(), false));
+}
+
+/// More parameters than a number counts, named before anything is added up.
+#[test]
+fn a_configuration_without_bounds_is_refused_and_not_added_up() {
+    let json = r#"{
+        "model_type": "qwen3_moe", "hidden_act": "silu", "vocab_size": 16777216, "hidden_size": 16777216, "num_hidden_layers": 4096,
+        "num_attention_heads": 65536, "num_key_value_heads": 65536, "head_dim": 65536, "moe_intermediate_size": 16777216,
+        "num_experts": 65536, "num_experts_per_tok": 8, "max_position_embeddings": 16777216, "intermediate_size": 16777216
+    }"#;
+    let dir = tempfile::tempdir().unwrap();
+    model().save(dir.path(), DType::F32).unwrap();
+    let weights = std::fs::read(dir.path().join("model.safetensors")).unwrap();
+    let text = crate::Decoder::from_bytes(json.as_bytes(), weights, crate::Precision::F32).unwrap_err().to_string();
+    assert!(text.contains("model.embed_tokens.weight must have shape"), "{text}");
+    let family =
+        <Box<dyn crate::Family> as crate::ReadFamily>::read(json.as_bytes(), Path::new("config.json")).unwrap();
+    let table = family.decoder().unwrap().params();
+    let text = file_tensors(&table, family.names(), DType::F32).unwrap_err().to_string();
+    assert!(text.contains("more parameters than any files hold"), "{text}");
 }

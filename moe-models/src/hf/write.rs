@@ -65,21 +65,9 @@ pub(super) fn save_sharded<F: Family>(model: &Model<F>, dir: &Path, dtype: DType
 /// # Errors
 /// [`Error::Io`] if the folder cannot be written; the family's for values that no file can have.
 pub(crate) fn write_config<F: Family + ?Sized>(family: &F, dir: &Path, dtype: DType) -> Result<()> {
-    write_json(&dir.join("generation_config.json"), &generation_config(family)?)?;
+    write_json(&dir.join("generation_config.json"), &family.generation_config()?)?;
     let config = family.to_json(dtype)?;
     write_atomically(&dir.join("config.json"), |out| out.write_all(config.as_bytes()))
-}
-
-fn generation_config<F: Family + ?Sized>(family: &F) -> Result<serde_json::Value> {
-    let decoder = family.decoder()?;
-    let mut json = serde_json::json!({
-        "do_sample": true, "temperature": 0.8, "top_p": 0.95, "max_length": decoder.max_seq_len,
-    });
-    if let Some(eos) = decoder.eos_token_id {
-        json["bos_token_id"] = eos.into();
-        json["eos_token_id"] = eos.into();
-    }
-    Ok(json)
 }
 
 pub(super) fn write_json(path: &Path, json: &serde_json::Value) -> Result<()> {
@@ -92,7 +80,8 @@ pub(super) fn write_json(path: &Path, json: &serde_json::Value) -> Result<()> {
 /// Every tensor of a model under its name in files, in the order of the model.
 ///
 /// # Errors
-/// [`Error::Argument`] for a type that weights do not have; as [`NameTable::tensors`].
+/// [`Error::Argument`] for a type that weights do not have; [`Error::Config`] for a model whose bytes have no number; as
+/// [`NameTable::tensors`].
 pub(crate) fn file_tensors(table: &ParamTable, names: NameTable, dtype: DType) -> Result<Vec<FileTensor<'_>>> {
     let dtype = match dtype {
         DType::F32 => Dtype::F32,
@@ -100,6 +89,9 @@ pub(crate) fn file_tensors(table: &ParamTable, names: NameTable, dtype: DType) -
         DType::F16 => Dtype::F16,
         other => return Err(Error::Argument(format!("weights are saved as f32, bf16 or f16, not {other:?}"))),
     };
+    if table.checked_elem_count().and_then(|elements| elements.checked_mul(size_of::<f32>())).is_none() {
+        return Err(Error::Config("the model has more parameters than any files hold; make its sizes smaller".into()));
+    }
     let mut tensors = Vec::new();
     for spec in table.specs() {
         let dtype = if spec.trained { dtype } else { Dtype::F32 };
@@ -129,7 +121,8 @@ pub(crate) fn file_tensors(table: &ParamTable, names: NameTable, dtype: DType) -
 }
 
 /// Writes tensors, of whose pieces `values` has the values, into one file, or into several of at most `shard_bytes` (unless one
-/// tensor is larger) and an index. One piece is in memory at a time.
+/// tensor is larger) and an index. One piece is in memory at a time. What is there in the other form is removed once the new one is
+/// whole.
 ///
 /// # Errors
 /// [`Error::Io`] if a file cannot be written; those of `values`.
@@ -142,11 +135,7 @@ pub(crate) fn write_weights(
     let mut shards = in_shards(tensors, shard_bytes);
     if let [only] = shards.as_mut_slice() {
         write_shard(&dir.join(WEIGHTS_FILE), only, &mut values)?;
-        let stale = dir.join(WEIGHTS_INDEX);
-        return match std::fs::remove_file(&stale) {
-            Err(e) if e.kind() != std::io::ErrorKind::NotFound => Err(Error::io(stale, e)),
-            _ => Ok(()),
-        };
+        return remove_stale(&dir.join(WEIGHTS_INDEX));
     }
     let (mut weight_map, mut total_size) = (BTreeMap::new(), 0);
     let count = shards.len();
@@ -158,7 +147,16 @@ pub(crate) fn write_weights(
             weight_map.insert(tensor.header.name.clone(), file.clone());
         }
     }
-    write_weight_index(dir, &weight_map, total_size)
+    write_weight_index(dir, &weight_map, total_size)?;
+    // Until now it was what a reader takes.
+    remove_stale(&dir.join(WEIGHTS_FILE))
+}
+
+fn remove_stale(path: &Path) -> Result<()> {
+    match std::fs::remove_file(path) {
+        Err(e) if e.kind() != std::io::ErrorKind::NotFound => Err(Error::io(path, e)),
+        _ => Ok(()),
+    }
 }
 
 /// Writes the index of weights in several files: which is in which.

@@ -300,6 +300,13 @@ fn gpt_oss_is_read_from_mxfp4() {
         t.insert(name.into(), t[name].to_dtype(DType::F32).unwrap());
     });
     assert!(text.contains(blocks) && text.contains("must be U8"), "{text}");
+    let text = refused(|t| {
+        let name = "model.layers.1.mlp.experts.down_proj_scales";
+        let mut scales = t[name].flatten_all().unwrap().to_vec1::<u8>().unwrap();
+        *scales.last_mut().unwrap() = 255;
+        t.insert(name.into(), Tensor::from_vec(scales, t[name].shape(), &Device::Cpu).unwrap());
+    });
+    assert!(text.contains("down_proj_scales gives expert 3 a weight of NaN"), "{text}");
 }
 
 #[test]

@@ -8,6 +8,7 @@ use crate::{DecoderConfig, Error, Result};
 use candle_core::DType;
 use moe_core::{Capacity, NoisyGate};
 use serde::{Deserialize, Serialize};
+use serde_json::{Value, json};
 use std::path::Path;
 
 /// What `config.json` calls the family.
@@ -161,6 +162,17 @@ impl Family for GptConfig {
     /// Published as it is in memory, expert by expert.
     fn names(&self) -> NameTable {
         NameTable::new(&[])
+    }
+
+    fn generation_config(&self) -> Result<Value> {
+        let mut json = json!({
+            "do_sample": true, "temperature": 0.8, "top_p": 0.95, "max_length": self.max_seq_len,
+        });
+        if let Some(eos) = self.eos_token_id {
+            json["bos_token_id"] = eos.into();
+            json["eos_token_id"] = eos.into();
+        }
+        Ok(json)
     }
 
     fn to_json(&self, _: DType) -> Result<String> {
