@@ -48,6 +48,20 @@ impl GenerationDefaults {
         Ok(defaults)
     }
 
+    /// The tokens that end a sequence as a `config.json` names them: one, several, or none.
+    ///
+    /// # Errors
+    /// [`Error::ModelFile`] if one is no token id.
+    pub(crate) fn eos_token_ids_of(config_json: &[u8]) -> Result<Vec<u32>> {
+        const FILE: &str = "config.json";
+        let refused = |reason: String| Error::model_file(FILE, reason);
+        let keys: Map<String, Value> =
+            serde_json::from_slice(config_json).map_err(|e| refused(format!("expected a JSON object: {e}")))?;
+        let ids = keys.get("eos_token_id").filter(|ids| !ids.is_null()).into_iter().flat_map(one_or_many);
+        let id = |value: &Value| value.as_u64().and_then(|id| u32::try_from(id).ok());
+        ids.map(|v| id(v).ok_or_else(|| refused(format!("eos_token_id: expected a token id, found {v:.60}")))).collect()
+    }
+
     fn set(&mut self, key: &str, value: &Value) -> Result<()> {
         match key {
             "temperature" => self.sampling.temperature = number(key, value, |x| (0.0..=2.0).contains(&x), "0 to 2")?,
@@ -107,6 +121,16 @@ fn one_or_many(value: &Value) -> impl Iterator<Item = &Value> {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn a_configuration_names_one_end_or_several() {
+        let ends = |json: &str| GenerationDefaults::eos_token_ids_of(json.as_bytes());
+        assert_eq!(ends(r#"{"eos_token_id": [128001, 128008, 128009]}"#).unwrap(), [128_001, 128_008, 128_009]);
+        assert_eq!(ends(r#"{"eos_token_id": 2, "bos_token_id": 1}"#).unwrap(), [2]);
+        assert!(ends(r#"{"eos_token_id": null}"#).unwrap().is_empty() && ends("{}").unwrap().is_empty());
+        let text = ends(r#"{"eos_token_id": [2, -1]}"#).unwrap_err().to_string();
+        assert!(text.contains("config.json") && text.contains("eos_token_id"), "{text}");
+    }
 
     #[test]
     fn reads_what_it_knows() {

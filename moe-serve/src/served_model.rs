@@ -128,7 +128,9 @@ impl ServedModel {
         let tokenizer_config = source.content("tokenizer_config.json")?;
         let chat_template = source.content("chat_template.jinja")?;
         let generation_config = source.content("generation_config.json")?;
+        let config = source.required("config.json")?;
         let files = TextFiles {
+            config: &config,
             tokenizer: &tokenizer,
             tokenizer_config: tokenizer_config.as_deref(),
             chat_template: chat_template.as_deref(),
@@ -147,6 +149,7 @@ impl ServedModel {
 
     fn with_embedded_text(name: Option<String>, lm: Decoder) -> Result<Self> {
         let files = TextFiles {
+            config: EMBEDDED_CONFIG,
             tokenizer: include_bytes!("../model/tokenizer.json"),
             tokenizer_config: Some(include_bytes!("../model/tokenizer_config.json")),
             chat_template: None,
@@ -161,6 +164,10 @@ impl ServedModel {
         let chat = ChatTemplate::from_files(files.tokenizer_config, files.chat_template)?;
         let mut defaults =
             files.generation_config.map_or_else(|| Ok(Default::default()), GenerationDefaults::from_bytes)?;
+        // All of them, as transformers has it, where a decoder knows one.
+        if defaults.eos_token_ids.is_empty() {
+            defaults.eos_token_ids = GenerationDefaults::eos_token_ids_of(files.config)?;
+        }
         if defaults.eos_token_ids.is_empty() {
             defaults.eos_token_ids.extend(lm.config().eos_token_id);
         }
