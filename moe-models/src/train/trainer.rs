@@ -642,7 +642,7 @@ mod tests {
     #[test]
     fn ranks_that_were_told_different_things_are_refused() {
         let corpus = |text: &str, config: &TrainConfig| {
-            let documents = Documents { name: "d".into(), weight: None, texts: vec![text.repeat(40)] };
+            let documents = Documents { name: "d".into(), weight: None, texts: vec![text.repeat(400)] };
             let tokenizer = train_bpe(std::slice::from_ref(&documents), 262).unwrap();
             Corpus::new(vec![Packer::new(&tokenizer, 0, 262).unwrap().pack(&documents).unwrap()], Vec::new(), config)
                 .unwrap()
