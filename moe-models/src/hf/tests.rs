@@ -174,7 +174,7 @@ fn one_file_is_taken_before_an_index_and_neither_outlives_the_other() {
 fn a_configuration_without_bounds_is_refused_and_not_added_up() {
     let json = r#"{
         "model_type": "qwen3_moe", "hidden_act": "silu", "vocab_size": 16777216, "hidden_size": 16777216, "num_hidden_layers": 4096,
-        "num_attention_heads": 65536, "num_key_value_heads": 65536, "head_dim": 65536, "moe_intermediate_size": 16777216,
+        "num_attention_heads": 128, "num_key_value_heads": 128, "head_dim": 128, "moe_intermediate_size": 16777216,
         "num_experts": 65536, "num_experts_per_tok": 8, "max_position_embeddings": 16777216, "intermediate_size": 16777216
     }"#;
     let dir = tempfile::tempdir().unwrap();
