@@ -18,6 +18,7 @@ const EMBEDDED_WEIGHTS: &[u8] = include_bytes!("../model/model.safetensors");
 
 /// The contents of the files beside the weights.
 struct TextFiles<'a> {
+    config: &'a [u8],
     tokenizer: &'a [u8],
     tokenizer_config: Option<&'a [u8]>,
     chat_template: Option<&'a [u8]>,

@@ -3,10 +3,11 @@
 use crate::support::{TestServer, ids, served, tokenizer};
 use candle_core::{DType, Device};
 use moe_models::gpt::{Gpt, GptConfig};
-use moe_models::{CausalLm, LogitsOf, PoolConfig, Precision, SequenceStep, StepOutput};
+use moe_models::{CausalLm, Family, LogitsOf, Model, PoolConfig, Precision, ReadFamily, SequenceStep, StepOutput};
 use moe_serve::ServedModel;
 use moe_serve::api::Limits;
 use serde_json::{Value, json};
+use std::path::Path;
 use std::sync::Arc;
 
 const PATH: &str = "/v1/completions";
@@ -143,6 +144,24 @@ fn a_saved_model_is_served_from_its_folder() {
     let text = |server: &TestServer| server.client.post(PATH, &body).ok()["choices"][0]["text"].clone();
     assert_eq!(text(&from_dir), text(&server()));
     assert_eq!(from_dir.client.get("/v1/models").ok()["data"][0]["id"], "mine");
+}
+
+/// The folder of a published model, of whose ends only its configuration tells.
+#[test]
+fn every_end_that_a_configuration_names_ends_a_text() {
+    let dir = tempfile::tempdir().expect("a folder");
+    let config = json!({
+        "model_type": "olmoe", "hidden_act": "silu", "vocab_size": 320, "hidden_size": 16, "intermediate_size": 8,
+        "num_hidden_layers": 1, "num_attention_heads": 2, "num_experts": 2, "num_experts_per_tok": 1,
+        "max_position_embeddings": 64, "eos_token_id": [0, 5, 7],
+    });
+    let family = <Box<dyn Family>>::read(config.to_string().as_bytes(), Path::new("config.json")).expect("a family");
+    Model::new(family, 1, &Device::Cpu).expect("a model").save(dir.path(), DType::F32).expect("saves");
+    tokenizer().save(dir.path().join("tokenizer.json"), false).expect("saves");
+    let ends = || ServedModel::load(dir.path(), None, Precision::F32).expect("loads").defaults.eos_token_ids;
+    assert_eq!(ends(), [0, 5, 7], "as saving has written them");
+    std::fs::remove_file(dir.path().join("generation_config.json")).expect("was there");
+    assert_eq!(ends(), [0, 5, 7], "from config.json");
 }
 
 #[test]
