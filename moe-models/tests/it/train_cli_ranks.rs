@@ -180,6 +180,16 @@ fn refused(more: &[&str], words: &[&str]) {
     words.iter().for_each(|word| assert!(text.contains(word), "{more:?}: {word}: {text}"));
 }
 
+/// Each rank reads the text, and what a pipe has given is gone.
+#[test]
+fn pipes_are_refused() {
+    let dir = tempfile::tempdir().unwrap();
+    let pipe = dir.path().join("pipe.txt");
+    assert!(std::process::Command::new("mkfifo").arg(&pipe).status().unwrap().success());
+    let pipe = pipe.to_str().unwrap();
+    refused(&["--ranks", "2", "--valid", pipe], &[pipe, "is no plain file", "give a file"]);
+}
+
 #[test]
 fn impossible_layouts_are_refused_by_name() {
     refused(&["--ranks", "4", "--dp", "3", "--tp", "2"], &["needs 6 ranks", "there are 4"]);

@@ -9,7 +9,7 @@ use crate::Error;
 use crate::cli::ranks::Seat;
 use crate::hf::write_atomically;
 use crate::train::checkpoint::{CheckpointStore, TrainerState, read_state, verify};
-use crate::train::data::DataCache;
+use crate::train::data::{DataCache, SourceSpec};
 use crate::train::ranks::{all_well, from_words, to_words};
 use crate::train::shards::export;
 use crate::train::{
@@ -17,7 +17,7 @@ use crate::train::{
     RunText, Timeline, TrainConfig, Trainer, first_rank_first, lock_for, take_over_for, tokenizer,
 };
 use crate::{DecoderConfig, Family, Model, ReadFamily};
-use anyhow::{Context, Result, ensure};
+use anyhow::{Context, Result, bail, ensure};
 use candle_core::DType;
 use moe_parallel::{Mesh, Phase};
 use serde_json::{Map, Value};
@@ -83,6 +83,15 @@ pub(crate) fn run<R: Recipe>(args: &TrainArgs, recipe: &R, seat: &Seat, begin: B
             run.progress.say(&format!("stopped after step {} and saved; continue with --resume", trainer.step()));
             Ok(())
         }
+    }
+}
+
+/// Every rank reads the text, and a pipe can be read only once.
+fn refuse_pipes(sources: &[String]) -> Result<()> {
+    let paths = SourceSpec::parse_list(sources)?.iter().map(SourceSpec::path).collect::<Vec<_>>();
+    match paths.iter().find(|path| !path.is_file()) {
+        Some(path) => bail!("{} is no plain file, and each of several ranks reads it; give a file", path.display()),
+        None => Ok(()),
     }
 }
 
@@ -206,6 +215,9 @@ impl<R: Recipe> Run<'_, R> {
     }
 
     fn text(&mut self, config: &TrainConfig) -> Result<RunText> {
+        if self.seat.comm.is_some() {
+            refuse_pipes(&[config.data.as_slice(), &config.valid].concat())?;
+        }
         let progress = &mut self.progress;
         Ok(first_rank_first(&*self.crew, || RunText::read(&config.data, &config.valid, progress))?)
     }

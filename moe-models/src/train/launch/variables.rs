@@ -147,6 +147,10 @@ pub fn find(variable: impl Fn(&str) -> Option<String>) -> Result<Option<Launched
         Some((name, text)) => Some(number(name, &text)?).filter(|&local| local > 0),
         None => None,
     };
+    let local_size = match names.launcher {
+        Launcher::Slurm => take("SLURM_STEP_TASKS_PER_NODE").and_then(|text| tasks_of_each_node(&text)),
+        _ => local_size,
+    };
     let job = names.job.iter().find_map(|name| take(name));
     // Steps of one job may run side by side.
     let job = match (names.launcher, job) {
@@ -202,6 +206,14 @@ fn master(
         .map(|(host, port)| if host.contains(':') { format!("[{host}]:{port}") } else { format!("{host}:{port}") }))
 }
 
+/// The tasks of each node of a list as Slurm writes it, `4(x2),3`; `None` if nodes differ.
+fn tasks_of_each_node(list: &str) -> Option<usize> {
+    let counts = list.split(',').map(|part| part.split('(').next().unwrap_or_default().trim().parse::<usize>().ok());
+    let counts = counts.collect::<Option<Vec<_>>>()?;
+    let first = counts.first().copied().filter(|&count| count > 0)?;
+    counts.iter().all(|&count| count == first).then_some(first)
+}
+
 /// The first host of a list as Slurm writes it: `gpu[03-05,9],login` begins with `gpu03`.
 fn first_host(list: &str) -> String {
     let Some((prefix, rest)) = list.split_once('[').filter(|(prefix, _)| !prefix.contains(',')) else {
@@ -236,12 +248,13 @@ mod tests {
         ("OMPI_COMM_WORLD_LOCAL_SIZE", "4"),
         ("PMIX_NAMESPACE", "123@1"),
     ];
-    const SLURM: [(&str, &str); 5] = [
+    const SLURM: [(&str, &str); 6] = [
         ("SLURM_PROCID", "2"),
         ("SLURM_NTASKS", "6"),
         ("SLURM_STEP_ID", "0"),
         ("SLURM_JOB_ID", "4711"),
         ("SLURM_NODELIST", "gpu[03-05,9],login"),
+        ("SLURM_STEP_TASKS_PER_NODE", "2(x3)"),
     ];
 
     #[track_caller]
@@ -306,6 +319,16 @@ mod tests {
         let two: Vec<_> =
             MPI.iter().map(|&(n, v)| if n == "OMPI_COMM_WORLD_LOCAL_SIZE" { (n, "2") } else { (n, v) }).collect();
         check(&two, Launcher::OpenMpi, (1, 4), None);
+    }
+
+    #[test]
+    fn tasks_of_slurms_nodes() {
+        assert_eq!(of(&SLURM).unwrap().unwrap().local_size, Some(2));
+        for (list, want) in
+            [("4", Some(4)), ("4(x2),4", Some(4)), ("4(x2),3", None), ("", None), ("0(x2)", None), ("x", None)]
+        {
+            assert_eq!(tasks_of_each_node(list), want, "{list}");
+        }
     }
 
     #[test]
