@@ -208,4 +208,6 @@ def main():
         rows()
 
 
-main()
+# vLLM starts processes that read this file again.
+if __name__ == "__main__":
+    main()
