@@ -46,7 +46,7 @@ impl DispatchTable {
     /// `expert_ids` and `slots` `[tokens, top_k]`; [`DROPPED`] experts have no row
     ///
     /// # Panics
-    /// If an expert is neither [`DROPPED`] nor below `num_experts`, or the slots of an expert leave a gap.
+    /// If an expert is neither [`DROPPED`] nor below `num_experts`, or the slots of an expert leave a gap or are given twice.
     pub fn from_slots(num_tokens: usize, top_k: usize, num_experts: usize, expert_ids: &[u32], slots: &[u32]) -> Self {
         let mut table = Self::counted(num_tokens, top_k, num_experts, expert_ids);
         for (choice, (&expert, &slot)) in expert_ids.iter().zip(slots).enumerate() {
@@ -54,7 +54,10 @@ impl DispatchTable {
                 continue;
             }
             let row = table.expert_offsets[expert as usize] + slot as usize;
-            assert!(row < table.expert_offsets[expert as usize + 1], "slots must be dense inside an expert");
+            assert!(
+                row < table.expert_offsets[expert as usize + 1] && table.row_choices[row] == DROPPED,
+                "slots must be dense inside an expert"
+            );
             table.row_tokens[row] = (choice / top_k) as u32;
             table.row_choices[row] = choice as u32;
             table.choice_rows[choice] = row as u32;
@@ -97,7 +100,7 @@ impl DispatchTable {
             num_tokens,
             top_k,
             row_tokens: vec![0; num_rows],
-            row_choices: vec![0; num_rows],
+            row_choices: vec![DROPPED; num_rows],
             choice_rows: vec![DROPPED; expert_ids.len()],
             expert_offsets,
         }
@@ -256,5 +259,11 @@ mod tests {
             let want = DispatchTable::from_slots(tokens, top_k, experts, &ids, &slots);
             assert_eq!(DispatchTable::from_expert_ids(tokens, top_k, experts, &ids), want);
         }
+    }
+
+    #[test]
+    #[should_panic(expected = "slots must be dense inside an expert")]
+    fn a_slot_that_is_given_twice_is_refused() {
+        let _ = DispatchTable::from_slots(2, 1, 1, &[0, 0], &[0, 0]);
     }
 }

@@ -1,6 +1,7 @@
 //! [`MoeLayer`]: route, dispatch, experts, combine; and its companions with a fixed branch beside the experts.
 
 use crate::ops::host::expect_shape;
+use crate::ops::sigmoid;
 use crate::{Dispatcher, Error, ExpertLoad, Experts, Mlp, Result, RouteContext, Router, RouterLosses, Routing, Weight};
 use candle_core::Tensor;
 use tracing::debug_span;
@@ -225,7 +226,7 @@ impl<R: Router, D: Dispatcher, E: Experts> SharedExpertMoe<R, D, E> {
     pub fn forward(&self, tokens: &Tensor, context: &RouteContext<'_>) -> Result<MoeOutput> {
         let (routed, mut shared) = self.moe.forward_beside(tokens, context, || self.shared_expert.forward(tokens))?;
         if let Some(gate) = &self.shared_expert_gate {
-            let open = (self.shared_expert.ops().gate(tokens, gate, None)?.neg()?.exp()? + 1.0)?.recip()?;
+            let open = sigmoid(&self.shared_expert.ops().gate(tokens, gate, None)?)?;
             shared = shared.broadcast_mul(&open)?;
         }
         Ok(MoeOutput { hidden: (&routed.hidden + shared)?, ..routed })

@@ -43,6 +43,9 @@ pub fn load_balance_loss_per_sequence(
             expert_ids.len()
         )));
     }
+    if let Some(expert) = expert_ids.iter().find(|&&expert| expert != DROPPED && expert as usize >= experts) {
+        return Err(Error::Input(format!("expert_ids of a load-balance loss must lie below {experts}, got {expert}")));
+    }
     if tokens == 0 {
         return Ok(router_probs.sum_all()?); // zero, and part of the graph
     }
@@ -131,5 +134,12 @@ mod tests {
                 assert!((share - want).abs() <= tolerance, "{dtype:?} expert {expert}: {share}, want {want}");
             }
         }
+    }
+
+    #[test]
+    fn experts_that_are_not_there_are_refused() {
+        let probs = Tensor::full(0.5f32, (4, 2), &Device::Cpu).unwrap();
+        let message = load_balance_loss_per_sequence(&probs, &[0, 1, 2, 0], 1, 2).unwrap_err().to_string();
+        assert!(message.contains("below 2, got 2"), "{message}");
     }
 }

@@ -14,7 +14,7 @@ use candle_core::{Device, Tensor};
 use moe_core::ops::{
     AttentionShape, Choices, DecoderOps, Distillation, DistilledLoss, Dropout, HeadDropout, KvShape, LossOps, MoeOps,
     PagedKv, PagedSequence, Positions, RotaryLayout, RotaryTable, SoftTargets, StudentOutput, VocabularyPart,
-    WeightOps, check_targets, experts_stepwise, mlp_stepwise, whole_experts,
+    WeightOps, check_targets, experts_stepwise, host, mlp_stepwise, whole_experts,
 };
 use moe_core::tape;
 use moe_core::{Activation, DispatchTable, DroplessConfig, MlpWeights, Ops, Weight, WeightSource, WeightUse};
@@ -104,7 +104,10 @@ impl KernelOps {
         let Some(packed) = PackedMatrices::of(weight)? else { return Ok(None) };
         let matrices = packed.matrices();
         let weight = only_float(&matrices)?;
-        config.validate(weight.shape()[0])?;
+        let [experts, width] = weight.shape();
+        config.validate(experts)?;
+        host::expect_shape("tokens", tokens, &[tokens.dims2()?.0, width])?;
+        selection_bias.map_or(Ok(()), |bias| host::expect_shape("selection_bias", bias, &[experts]))?;
         let inputs: Vec<&Tensor> = [tokens].into_iter().chain(selection_bias).collect();
         let gated = with_inputs("choose", &inputs, |inputs| {
             let gate = BorrowedGate {

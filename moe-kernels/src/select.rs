@@ -13,7 +13,7 @@ pub const ENV: &str = "MOE_KERNELS_ISA";
 /// An instruction set with kernels of its own, weakest first.
 ///
 /// All of them give the same bits, but for the bf16 products of [`Isa::Amx`]: every sum runs in one order with one rounding
-/// per product (see [`crate::gemm`]).
+/// per product (see [`crate::gemm`]). The bf16 products of [`Isa::Avx512Bf16`] take inputs below 1.2e-38 as zero.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
 #[repr(u8)]
 pub enum Isa {
@@ -55,9 +55,9 @@ impl Isa {
             }
             #[cfg(target_arch = "x86_64")]
             Self::Avx512Bf16 => Self::Avx512.is_available() && is_x86_feature_detected!("avx512bf16"),
-            // Tests run its kernels on a model of the tiles where the machine has none.
+            // What goes into tiles is rounded by AVX-512's bf16. Tests run its kernels on a model of the tiles where the machine has none.
             #[cfg(target_arch = "x86_64")]
-            Self::Amx => Self::Avx512.is_available() && (cfg!(test) || crate::gemm::has_amx()),
+            Self::Amx => Self::Avx512Bf16.is_available() && (cfg!(test) || crate::gemm::has_amx()),
             #[cfg(not(target_arch = "x86_64"))]
             _ => false,
         }
@@ -180,8 +180,11 @@ pub fn current() -> Isa {
         return *isa;
     }
     let fastest = Isa::fastest();
-    CURRENT.store(fastest as u8, Ordering::Relaxed);
-    fastest
+    // Another thread may have forced one meanwhile.
+    match CURRENT.compare_exchange(UNSET, fastest as u8, Ordering::Relaxed, Ordering::Relaxed) {
+        Err(forced) => ALL.get(usize::from(forced)).copied().unwrap_or(fastest),
+        Ok(_) => fastest,
+    }
 }
 
 /// Makes the whole process use `isa`.

@@ -55,8 +55,8 @@ impl Activation {
                 let gate = x.narrow(candle_core::D::Minus1, 0, half)?.minimum(Self::BOUND)?;
                 let up = x.narrow(candle_core::D::Minus1, half, half)?;
                 let up = up.maximum(-Self::BOUND)?.minimum(Self::BOUND)?;
-                let sigmoid = (((&gate * -Self::SLOPE)?.exp()? + 1.0)?).recip()?;
-                Ok(((up + 1.0)? * (gate * sigmoid)?)?)
+                let open = sigmoid(&(&gate * Self::SLOPE)?)?;
+                Ok(((up + 1.0)? * (gate * open)?)?)
             }
             Self::SwiGlu => {
                 let half = x.dim(candle_core::D::Minus1)? / 2;
@@ -66,6 +66,19 @@ impl Activation {
             }
         }
     }
+}
+
+/// From here on down a sigmoid is what it is here: `exp(88)` is still a number, and so is what its gradient makes of it.
+pub const SIGMOID_LEAST: f32 = -88.0;
+
+/// `1 / (1 + exp(-z))`, of `z` of at least [`SIGMOID_LEAST`], so that its gradient is a number everywhere.
+///
+/// # Errors
+/// If candle refuses the tensor's type.
+pub fn sigmoid(z: &Tensor) -> Result<Tensor> {
+    // candle takes no bound of nothing.
+    let z = if z.elem_count() == 0 { z.clone() } else { z.maximum(f64::from(SIGMOID_LEAST))? };
+    Ok((z.neg()?.exp()? + 1.0)?.recip()?)
 }
 
 const SQRT_2_OVER_PI: f64 = 0.797_884_56;

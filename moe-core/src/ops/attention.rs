@@ -214,6 +214,12 @@ impl PagedKv<'_> {
     pub fn check_read(&self, queries: &Tensor, sequences: &[PagedSequence<'_>], shape: AttentionShape) -> Result<()> {
         self.check_pool()?;
         shape.head_dim(queries.dims2()?.1, self.shape.width())?;
+        if shape.num_kv_heads != self.shape.num_kv_heads {
+            return Err(Error::Input(format!(
+                "the attention has {} key heads, its pool was made for {}",
+                shape.num_kv_heads, self.shape.num_kv_heads
+            )));
+        }
         let (num_blocks, block_size) = (self.num_blocks(), self.block_size);
         let mut rows = 0;
         for (index, PagedSequence { blocks, len, new }) in sequences.iter().enumerate() {

@@ -19,7 +19,7 @@ mod rotary;
 mod tests;
 mod vocabulary;
 
-pub use activation::Activation;
+pub use activation::{Activation, SIGMOID_LEAST, sigmoid};
 pub use attention::{AttentionShape, KvShape, PagedKv, PagedSequence, check_sequences};
 pub use candle::CandleOps;
 pub use decoder::DecoderOps;

@@ -7,6 +7,7 @@ use super::top_k::check_top_k;
 use super::{Gate, Mode, RouteContext, Router};
 use crate::loss::load_balance_loss_per_sequence;
 use crate::ops::host::{expect_shape, to_f32_vec};
+use crate::ops::sigmoid;
 use crate::{Error, Result, RouterLosses, Routing, Weight, router_z_loss};
 use candle_core::Tensor;
 use serde::{Deserialize, Serialize};
@@ -131,6 +132,7 @@ impl DroplessRouter {
     /// # Errors
     /// [`Error::Input`] if the context does not fit.
     pub fn route_logits(&self, logits: &Tensor, context: &RouteContext<'_>) -> Result<Routing> {
+        self.gate.check_logits(logits)?;
         self.config.decide(logits, self.selection_bias.as_ref(), context)
     }
 }
@@ -147,7 +149,7 @@ impl DroplessConfig {
         context.check(tokens)?;
         let scores = match self.score_function {
             ScoreFunction::Softmax => softmax(logits)?,
-            ScoreFunction::Sigmoid => ((logits.neg()?.exp()? + 1.0)?).recip()?,
+            ScoreFunction::Sigmoid => sigmoid(logits)?,
         };
         let selection = to_f32_vec(&match selection_bias {
             Some(bias) => scores.detach().broadcast_add(&bias.to_dtype(scores.dtype())?)?,

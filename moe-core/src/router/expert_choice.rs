@@ -44,7 +44,7 @@ impl ExpertChoiceRouter {
     /// # Errors
     /// [`crate::Error::Input`] if the context does not fit.
     pub fn route_logits(&self, logits: &Tensor, context: &RouteContext<'_>) -> Result<Routing> {
-        let (tokens, experts) = logits.dims2()?;
+        let (tokens, experts) = self.gate.check_logits(logits)?;
         context.check(tokens)?;
         let probs = softmax(logits)?;
         let capacity = self.capacity.rows(context.is_train(), tokens, experts, 1).unwrap_or(tokens).min(tokens);

@@ -57,6 +57,16 @@ impl Gate {
         &self.weight
     }
 
+    /// Tokens and experts of router logits that somebody brings.
+    ///
+    /// # Errors
+    /// [`Error::Input`] if they are not `[tokens, num_experts]`.
+    pub(super) fn check_logits(&self, logits: &Tensor) -> Result<(usize, usize)> {
+        let tokens = logits.dims2()?.0;
+        expect_shape("router logits", logits, &[tokens, self.num_experts()])?;
+        Ok((tokens, self.num_experts()))
+    }
+
     /// Router logits.
     ///
     /// # Shapes

@@ -524,3 +524,39 @@ proptest! {
         }
     }
 }
+
+/// `exp(100)` is no number of f32: what it would make of a gradient must not reach the gate.
+#[test]
+fn gradients_of_sigmoid_scores_are_numbers_at_any_logit() {
+    let config = DroplessConfig { score_function: ScoreFunction::Sigmoid, ..DroplessConfig::softmax(2, false) };
+    let router = DroplessRouter::new(gate(4), None, config).unwrap();
+    let logits =
+        Var::from_slice(&[-100f32, 3.0, 1.0, -90.0, -200.0, -300.0, -100.0, -150.0], (2, 4), &Device::Cpu).unwrap();
+    let routing = router.route_logits(&logits, &RouteContext::new(Mode::Train, &Injected)).unwrap();
+    let weights = routing.combine_weights.flatten_all().unwrap().to_vec1::<f32>().unwrap();
+    assert!(weights.iter().all(|weight| weight.is_finite()), "{weights:?}");
+    let grads = routing.combine_weights.sum_all().unwrap().backward().unwrap();
+    let grads = grads.get(&logits).unwrap().flatten_all().unwrap().to_vec1::<f32>().unwrap();
+    assert!(grads.iter().all(|grad| grad.is_finite()) && grads[1] > 0.0, "{grads:?}");
+}
+
+#[test]
+fn logits_of_other_experts_are_refused() {
+    let other = Tensor::zeros((3, 2), DType::F32, &Device::Cpu).unwrap();
+    let context = RouteContext::new(Mode::Train, &Injected);
+    let capacity = capacity(None, 0);
+    let results = [
+        Top1Router::new(gate(4), Top1Config::default()).unwrap().route_logits(&other, &context),
+        TopKRouter::new(gate(4), TopKConfig { top_k: 4, capacity, drop_policy: DropPolicy::Probs, jitter: false })
+            .unwrap()
+            .route_logits(&other, &context),
+        DroplessRouter::new(gate(4), None, DroplessConfig::softmax(2, false)).unwrap().route_logits(&other, &context),
+        ExpertChoiceRouter::new(gate(4), ExpertChoiceConfig { capacity_factor: 2.0 })
+            .unwrap()
+            .route_logits(&other, &context),
+    ];
+    for result in results {
+        let message = result.unwrap_err().to_string();
+        assert!(message.contains("router logits") && message.contains('4'), "{message}");
+    }
+}

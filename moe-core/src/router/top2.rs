@@ -55,7 +55,7 @@ impl Top2Router {
     /// # Errors
     /// [`Error::Input`] if the context does not fit.
     pub fn route_logits(&self, logits: &Tensor, context: &RouteContext<'_>) -> Result<Routing> {
-        let (tokens, experts) = logits.dims2()?;
+        let (tokens, experts) = self.gate.check_logits(logits)?;
         context.check(tokens)?;
         let probs = softmax(logits)?;
 

@@ -60,7 +60,7 @@ impl TopKRouter {
     /// # Errors
     /// [`Error::Input`] if the context does not fit.
     pub fn route_logits(&self, logits: &Tensor, context: &RouteContext<'_>) -> Result<Routing> {
-        let (tokens, experts) = logits.dims2()?;
+        let (tokens, experts) = self.gate.check_logits(logits)?;
         let top_k = self.config.top_k;
         context.check(tokens)?;
         let probs = softmax(logits)?;

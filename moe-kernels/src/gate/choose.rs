@@ -6,6 +6,7 @@
 //! A score that is NaN is above all numbers, whatever its sign: its expert is chosen and its weight is NaN, so that the
 //! token's output shows it.
 
+use moe_core::ops::SIGMOID_LEAST;
 use moe_core::{DroplessConfig, GroupScore, ScoreFunction};
 
 /// Choices up to which a scan for each is cheaper than one partition.
@@ -41,7 +42,7 @@ impl<'a> Chooser<'a> {
         let scores = logits;
         match self.config.score_function {
             ScoreFunction::Softmax => softmax(scores),
-            ScoreFunction::Sigmoid => scores.iter_mut().for_each(|z| *z = 1.0 / ((-*z).exp() + 1.0)),
+            ScoreFunction::Sigmoid => scores.iter_mut().for_each(|z| *z = sigmoid(*z)),
         }
         match self.selection_bias {
             Some(bias) => {
@@ -166,6 +167,13 @@ fn sum(values: &[f32]) -> f32 {
     }
     let four: [f32; 4] = std::array::from_fn(|i| eight[i] + eight[4 + i]);
     rest.iter().fold((four[0] + four[1]) + (four[2] + four[3]), |sum, v| sum + v)
+}
+
+/// As `moe_core::ops::sigmoid` has it.
+fn sigmoid(z: f32) -> f32 {
+    // Not `max`, which would make a number of NaN.
+    let z = if z < SIGMOID_LEAST { SIGMOID_LEAST } else { z };
+    1.0 / ((-z).exp() + 1.0)
 }
 
 #[cfg(test)]

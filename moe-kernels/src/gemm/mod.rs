@@ -83,8 +83,13 @@ impl<'a> Operand<'a> {
 
     fn strided(values: &'a [f32], [outer, inner]: [usize; 2], [outer_stride, inner_stride]: [usize; 2]) -> Self {
         if outer > 0 && inner > 0 {
-            let last = (outer - 1) * outer_stride + (inner - 1) * inner_stride;
-            assert!(last < values.len(), "an operand of {outer} x {inner} must lie inside its {} values", values.len());
+            let span = |count: usize, stride: usize| (count - 1).checked_mul(stride);
+            let last = span(outer, outer_stride).zip(span(inner, inner_stride)).and_then(|(a, b)| a.checked_add(b));
+            assert!(
+                last.is_some_and(|last| last < values.len()),
+                "an operand of {outer} x {inner} must lie inside its {} values",
+                values.len()
+            );
         }
         Self { values, outer, inner, outer_stride, inner_stride }
     }
@@ -285,7 +290,7 @@ const PACKED_AT_ONCE: usize = 1 << 17;
 
 /// Calls `work` for stretches of the rows of an `[n, k]` matrix that each begin at a panel, on all threads.
 pub(crate) fn rows_at_a_time([n, k]: [usize; 2], work: impl Fn(Range<usize>) -> Result<()> + Sync) -> Result<()> {
-    let each = (PACKED_AT_ONCE / k.max(1)).next_multiple_of(PANEL_COLS);
+    let each = (PACKED_AT_ONCE / k.max(1)).max(1).next_multiple_of(PANEL_COLS);
     let failed = Mutex::new(None);
     parallel::for_each_if(n * k, LEAST_WORK, n.div_ceil(each), |index| {
         if let Err(error) = work(index * each..n.min((index + 1) * each)) {

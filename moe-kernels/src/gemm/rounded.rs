@@ -19,7 +19,7 @@ impl<'a> Rounded<'a> {
     /// # Panics
     /// If there are not as many values.
     pub fn rows(values: &'a [u16], outer: usize, inner: usize) -> Self {
-        assert_eq!(values.len(), outer * inner, "a matrix has all its values");
+        assert_eq!(Some(values.len()), outer.checked_mul(inner), "a matrix has all its values");
         Self { values, outer, inner, outer_stride: inner, inner_stride: 1 }
     }
 
@@ -28,7 +28,7 @@ impl<'a> Rounded<'a> {
     /// # Panics
     /// If there are not as many values.
     pub fn columns(values: &'a [u16], outer: usize, inner: usize) -> Self {
-        assert_eq!(values.len(), outer * inner, "a matrix has all its values");
+        assert_eq!(Some(values.len()), outer.checked_mul(inner), "a matrix has all its values");
         Self { values, outer, inner, outer_stride: 1, inner_stride: outer }
     }
 

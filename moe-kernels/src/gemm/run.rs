@@ -102,8 +102,10 @@ impl Group<'_> {
     pub(super) fn k(&self) -> usize {
         self.a.inner
     }
+    /// The end of its output; past every output if that has no number.
     pub(super) fn out_end(&self) -> usize {
-        self.out_offset + (self.m() - 1) * self.out_stride + self.n()
+        let rows = (self.m() - 1).saturating_mul(self.out_stride);
+        self.out_offset.saturating_add(rows).saturating_add(self.n())
     }
     /// Tiles of A. Their sizes change no result.
     fn tiles(&self, format: Format) -> usize {

@@ -350,3 +350,46 @@ fn outputs_past_the_caches_have_the_same_bits() {
         }
     }
 }
+
+/// What a sum of sizes wraps round to must not pass for a place inside.
+#[test]
+#[should_panic(expected = "the product must fit its output")]
+fn an_output_whose_end_has_no_number_is_refused() {
+    let a = [1.0; 9];
+    let group = Group {
+        a: Operand::rows(&a, 9, 1, 1),
+        b: Operand::rows(&a[..1], 1, 1, 1).into(),
+        start: Start::Zero,
+        out_offset: 0,
+        out_stride: 1 << 61,
+    };
+    gemm(Isa::Portable, Precision::F32, &[group], &mut [0.0]);
+}
+
+#[test]
+#[should_panic(expected = "must lie inside its 1 values")]
+fn an_operand_whose_end_has_no_number_is_refused() {
+    let _ = Operand::rows(&[1.0], 9, 1, 1 << 61);
+}
+
+/// More values than are packed at a time in one row.
+#[test]
+fn rows_of_any_width_are_packed() {
+    let (n, k) = (3, PACKED_AT_ONCE + 1);
+    let weights = random(5, n * k);
+    let rows = |range: std::ops::Range<usize>| Ok(weights[range.start * k..range.end * k].to_vec());
+    let packed = PackedWeights::from_rows(Isa::Portable, Precision::F32, [n, k], rows).unwrap();
+    let x = random(6, k);
+    let product = |b: Weights<'_>| {
+        let mut out = vec![0.0; n];
+        let a = Operand::rows(&x, 1, k, k);
+        gemm(
+            Isa::Portable,
+            Precision::F32,
+            &[Group { a, b, start: Start::Zero, out_offset: 0, out_stride: n }],
+            &mut out,
+        );
+        out
+    };
+    assert_eq!(product(Weights::Packed(&packed)), product(Operand::rows(&weights, n, k, k).into()));
+}

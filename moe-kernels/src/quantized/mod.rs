@@ -130,6 +130,7 @@ impl QuantizedWeights {
         [n, k]: [usize; 2],
         rows: impl Fn(Range<usize>) -> Result<Vec<f32>> + Sync,
     ) -> Result<Self> {
+        format.validate(k).map_err(crate::Error::Argument)?;
         let mut packed = Self::zeros(format, [n, k]);
         let panels = packed.panels();
         rows_at_a_time([n, k], |range| {

@@ -321,3 +321,13 @@ proptest! {
         }
     }
 }
+
+#[test]
+fn groups_that_are_none_are_refused_before_rows_are_read() {
+    let rows = |_: std::ops::Range<usize>| -> crate::Result<Vec<f32>> { panic!("no row is asked for") };
+    for group_size in [0, 33] {
+        let error =
+            QuantizedWeights::from_rows(QuantFormat::Int4 { group_size }, [2, 64], rows).unwrap_err().to_string();
+        assert!(error.contains("multiple of 32"), "{error}");
+    }
+}

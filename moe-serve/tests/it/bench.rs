@@ -6,6 +6,7 @@ use moe_serve::api::ServerConfig;
 use moe_serve::cli::Cli;
 use serde_json::Value;
 use std::path::Path;
+use std::process::Command;
 use std::sync::Arc;
 
 fn run(args: &[&str], json: &Path) -> anyhow::Result<Value> {
@@ -58,16 +59,6 @@ fn the_engine_alone() {
     let cases = report["cases"].as_array().expect("a list");
     assert_eq!(cases.iter().map(|case| case["sequences"].as_u64()).collect::<Vec<_>>(), [Some(1), Some(3)]);
     assert!(cases.iter().all(|case| case["decode_tokens_per_s"].as_f64() > Some(0.0)), "{report}");
-    let report = run(
-        &["offline", "--input-len", "8", "--output-len", "4", "--concurrency", "2", "--rounds", "1", "--phases"],
-        &file,
-    );
-    let phases = &report.expect("runs")["cases"][0]["phases"];
-    let shares = phases.as_object().expect("shares").values().map(|share| share.as_f64().expect("a number"));
-    assert!((shares.sum::<f64>() - 1.0).abs() < 1e-9, "{phases}");
-    for name in ["step", "plan", "draw", "pass", "attention", "norm", "route", "experts", "logits"] {
-        assert!(phases[name].as_f64() > Some(0.0), "{name}: {phases}");
-    }
     for (bad, name) in [
         (["offline", "--output-len", "1"], "--output-len"),
         (["offline", "--input-len", "4000"], "the model's context is 256"),
@@ -75,5 +66,38 @@ fn the_engine_alone() {
     ] {
         let error = format!("{:#}", run(&bad, &file).expect_err(name));
         assert!(error.contains(name), "{error}");
+    }
+}
+
+/// Spans are the whole process's, so this one has its own.
+#[test]
+fn parts_of_a_step() {
+    let dir = tempfile::tempdir().expect("a folder");
+    let file = dir.path().join("a.json");
+    let output = Command::new(env!("CARGO_BIN_EXE_moe-serve"))
+        .args([
+            "bench",
+            "offline",
+            "--input-len",
+            "8",
+            "--output-len",
+            "4",
+            "--concurrency",
+            "2",
+            "--rounds",
+            "1",
+            "--phases",
+        ])
+        .arg("--json")
+        .arg(&file)
+        .output()
+        .expect("starts");
+    assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
+    let report: Value = serde_json::from_slice(&std::fs::read(&file).expect("a file")).expect("JSON");
+    let phases = &report["cases"][0]["phases"];
+    let shares = phases.as_object().expect("shares").values().map(|share| share.as_f64().expect("a number"));
+    assert!((shares.sum::<f64>() - 1.0).abs() < 1e-9, "{phases}");
+    for name in ["step", "plan", "draw", "pass", "attention", "norm", "route", "experts", "logits"] {
+        assert!(phases[name].as_f64() > Some(0.0), "{name}: {phases}");
     }
 }

@@ -169,20 +169,14 @@ impl OfflineArgs {
         let mut rng = CounterRng::new(seed, 0);
         let num_tokens = model.tokenizer.num_tokens() as u32;
         let begun = Instant::now();
-        let mut endings = Vec::new();
-        for number in 0..concurrency {
-            let prompt = (0..self.input_len).map(|_| rng.below(num_tokens)).collect();
-            let sampling =
-                SamplingParams { temperature: self.temperature, seed: number as u64, ..SamplingParams::default() };
-            let stop = StopParams { max_tokens: self.output_len, ignore_eos: true, ..StopParams::default() };
-            let (done, ending) = mpsc::channel();
-            let job = Job { prompts: vec![prompt], sampling, stop, ..Job::default() };
-            engine.submit(job, Box::new(Ending(done)), CancelFlag::default())?;
-            endings.push(ending);
-        }
-        for ending in endings {
-            ending.recv().context("the engine's thread ended")??;
-        }
+        // One job, so that all of it is there at once.
+        let prompts = (0..concurrency).map(|_| (0..self.input_len).map(|_| rng.below(num_tokens)).collect()).collect();
+        let sampling = SamplingParams { temperature: self.temperature, ..SamplingParams::default() };
+        let stop = StopParams { max_tokens: self.output_len, ignore_eos: true, ..StopParams::default() };
+        let (done, ending) = mpsc::channel();
+        let job = Job { prompts, sampling, stop, ..Job::default() };
+        engine.submit(job, Box::new(Ending(done)), CancelFlag::default())?;
+        ending.recv().context("the engine's thread ended")??;
         let total = begun.elapsed().as_secs_f64();
         drop(engine);
         let steps = steps.0.lock().unwrap_or_else(PoisonError::into_inner);
