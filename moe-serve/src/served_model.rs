@@ -72,7 +72,7 @@ impl ServedModel {
         if let Some(id) = named.copied().find(|&id| id as usize >= num_tokens) {
             return Err(Error::model_file(
                 "generation_config.json",
-                format!("names token {id}, but tokenizer.json has only {num_tokens} tokens"),
+                format!("or config.json names token {id}, but tokenizer.json has only {num_tokens} tokens"),
             ));
         }
         let grammars = OnceLock::new();

@@ -71,7 +71,7 @@ pub enum Mode {
     /// Evaluation as the original does it: its evaluation capacity, its draws.
     Eval,
     /// Evaluation and serving without gradients and losses: nothing is drawn or dropped, so that a token's experts depend
-    /// on that token alone.
+    /// on that token alone. (Where experts choose tokens they do so here too, over the tokens that there are.)
     Infer,
 }
 

@@ -6,8 +6,8 @@ use std::io::{BufWriter, Write};
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicU64, Ordering};
 
-/// Prefix of every unfinished file and folder; whatever carries it may be deleted, but for a folder that was moved aside
-/// (see `train/files.rs`).
+/// Prefix of every unfinished file and folder, after which the names of those that are made here go on in their own ways: others'
+/// that begin alike are left alone.
 pub(crate) const TEMPORARY_PREFIX: &str = ".tmp-";
 
 /// Writes `path` whole: into a temporary file beside it, synced, then renamed over it. A crash can leave the temporary

@@ -4,6 +4,7 @@
 //! an [`Observer`]. Every random draw is a function of `(seed, step, micro-batch)` or `(seed, source, epoch)`, so the
 //! whole state of a run is its weights, its optimizer moments and a few counters, and a resumed run is bit-identical.
 
+mod alike;
 mod balance;
 pub mod checkpoint;
 pub mod config;

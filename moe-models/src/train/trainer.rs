@@ -1,6 +1,7 @@
 //! The loop: draw, accumulate, update, report, validate, save. All parts are elsewhere; this file orders them, on every rank
 //! alike.
 
+use super::alike;
 use super::balance::move_selection_biases;
 use super::checkpoint::{BestCheckpoint, CheckpointStore, TrainerState, read_state};
 use super::config::TrainConfig;
@@ -16,7 +17,7 @@ use super::model::{TokenBatch, TrainModel, TrainPass, update_rules};
 use super::non_finite::NonFinite;
 use super::observer::{Event, Observer};
 use super::optimizer::{AdamW, StepReport, Update};
-use super::ranks::{DividedParam, Ranks, Traffic, all_well, any, exchange, most};
+use super::ranks::{DividedParam, Ranks, Traffic, all_well, any, most};
 use super::run_folder::RunFolder;
 use super::saving::{Saved, Saving, verify_over};
 use super::step::{BatchSums, StepBuffers, accumulate_share};
@@ -48,7 +49,7 @@ pub struct Corpus {
     pub sampler: SequenceSampler,
     /// Validation sources; may be empty.
     pub valid: Vec<ValidSource>,
-    fingerprints: Vec<Fingerprint>,
+    pub(super) fingerprints: Vec<Fingerprint>,
 }
 
 impl Corpus {
@@ -151,7 +152,7 @@ impl<M: TrainModel> Trainer<M> {
             Ok(Start { saving, division, optimizer, store, step: 0, best: None })
         };
         let start = all_well(&*folder.ranks, Phase::Start, prepare())?;
-        check_alike(&*folder.ranks, &config, &corpus)?;
+        alike::check(&*folder.ranks, &config, &corpus)?;
         Self::assemble(model, config, corpus, folder_files.into(), folder, start)
     }
 
@@ -203,7 +204,7 @@ impl<M: TrainModel> Trainer<M> {
         };
         let start = prepare();
         let start = all_well(&*run.ranks, Phase::Start, start)?;
-        check_alike(&*run.ranks, &config, &corpus)?;
+        alike::check(&*run.ranks, &config, &corpus)?;
         Self::assemble(model, config, corpus, folder_files.into(), run, start)
     }
 
@@ -561,32 +562,6 @@ fn check_model<M: TrainModel>(model: &M, config: &TrainConfig) -> Result<()> {
     Ok(())
 }
 
-/// Refuses ranks that were told different things: their weights would drift apart, and nobody would see it. Paths may differ.
-fn check_alike(ranks: &dyn Ranks, config: &TrainConfig, corpus: &Corpus) -> Result<()> {
-    let settings = TrainConfig { data: Vec::new(), valid: Vec::new(), data_cache: None, ..config.clone() };
-    let of_valid = |source: &ValidSource| (source.name().to_owned(), source.num_targets(), source.target_bytes());
-    let valid: Vec<_> = corpus.valid.iter().map(of_valid).collect();
-    let hash = |json: serde_json::Result<Vec<u8>>| {
-        let json = json.map_err(|e| Error::Config(format!("the settings cannot be told: {e}")))?;
-        let hash = blake3::hash(&json);
-        Ok(u64::from_le_bytes(hash.as_bytes().first_chunk().copied().unwrap_or_default()))
-    };
-    let own = hash(serde_json::to_vec(&settings)).and_then(|settings| {
-        Ok(vec![settings, hash(serde_json::to_vec(&(&corpus.fingerprints, corpus.sampler.shares(), valid)))?])
-    });
-    let all = exchange(ranks, Phase::Start, own)?;
-    for (rank, told) in all.iter().enumerate() {
-        let differs = told.iter().zip(&all[0]).position(|(own, first)| own != first);
-        let text = match differs {
-            None => continue,
-            Some(0) => "has other settings than rank 0; start all ranks with the same arguments and the same program",
-            Some(_) => "has read other text than rank 0; give all ranks the same files",
-        };
-        return Err(Error::OtherRank { rank, text: text.into() });
-    }
-    Ok(())
-}
-
 fn check_same_data(corpus: &Corpus, state: &TrainerState) -> Result<()> {
     if corpus.fingerprints != state.data {
         let changed = corpus.fingerprints.iter().find(|print| !state.data.contains(print));
@@ -602,62 +577,4 @@ fn check_same_data(corpus: &Corpus, state: &TrainerState) -> Result<()> {
         )));
     }
     Ok(())
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-    use crate::train::data::{Documents, Packer};
-    use crate::train::division::Division;
-    use crate::train::optimizer::Units;
-    use crate::train::ranks::OneRank;
-    use crate::train::tokenizer::train_bpe;
-    use moe_parallel::Placement;
-    use std::ops::Range;
-    use std::sync::Mutex;
-
-    /// The second of two ranks, of which the first has said this.
-    #[derive(Debug)]
-    struct Second(Mutex<Option<Vec<u64>>>);
-
-    impl Ranks for Second {
-        fn rank(&self) -> usize {
-            1
-        }
-        fn placement(&self) -> Placement {
-            Placement::WHOLE
-        }
-        fn share(&self, count: usize) -> Range<usize> {
-            0..count
-        }
-        fn exchange(&self, _: Phase, own: Vec<u64>) -> Result<Vec<Vec<u64>>> {
-            let first = self.0.lock().unwrap().get_or_insert_with(|| own.clone()).clone();
-            Ok(vec![first, own])
-        }
-        fn division(&self, units: Units, params: &[DividedParam]) -> Result<Box<dyn Division>> {
-            OneRank.division(units, params)
-        }
-    }
-
-    #[test]
-    fn ranks_that_were_told_different_things_are_refused() {
-        let corpus = |text: &str, config: &TrainConfig| {
-            let documents = Documents { name: "d".into(), weight: None, texts: vec![text.repeat(400)] };
-            let tokenizer = train_bpe(std::slice::from_ref(&documents), 262).unwrap();
-            Corpus::new(vec![Packer::new(&tokenizer, 0, 262).unwrap().pack(&documents).unwrap()], Vec::new(), config)
-                .unwrap()
-        };
-        let config = TrainConfig::default().resolved(8).unwrap();
-        let ranks = Second(Mutex::default());
-        check_alike(&ranks, &config, &corpus("one and two, ", &config)).unwrap();
-        // Files may lie elsewhere.
-        let elsewhere = TrainConfig { data: vec!["/elsewhere".into()], ..config.clone() };
-        check_alike(&ranks, &elsewhere, &corpus("one and two, ", &config)).unwrap();
-        let message = |config: &TrainConfig, text: &str| {
-            check_alike(&ranks, config, &corpus(text, config)).unwrap_err().to_string()
-        };
-        let other = TrainConfig { lr: 1e-3, ..config.clone() };
-        assert!(message(&other, "one and two, ").contains("rank 1: has other settings than rank 0"));
-        assert!(message(&config, "one and six, ").contains("rank 1: has read other text than rank 0"));
-    }
 }

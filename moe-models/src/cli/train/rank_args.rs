@@ -18,7 +18,7 @@ pub(crate) struct TrainRankArgs {
     /// layout that sends the fewest bytes between nodes, then has the least work on a rank, of those that fit in memory.
     #[arg(long, value_name = "STAGE", value_parser = clap::value_parser!(u8).range(0..=2))]
     zero: Option<u8>,
-    /// Most memory of a rank, such as 6GB or 800MB: a layout that needs more is refused before the run starts, and a run that
+    /// Most memory of a rank, such as 6GB or 800MB, pages of mapped files not counted: a layout that needs more is refused before the run starts, and a run that
     /// comes to need more ends, with what was saved before.
     #[arg(long, value_name = "BYTES", value_parser = bytes)]
     pub(crate) memory_budget: Option<usize>,
