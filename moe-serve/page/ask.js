@@ -14,6 +14,7 @@ async function connect() {
     const model = (await answer.json()).data[0];
     state.model = model;
     state.layers = model.moe.layers;
+    layerChoice();
     const experts = state.layers.map(l => l.num_experts);
     const range = experts.length ? `${Math.min(...experts)}` + (Math.min(...experts) === Math.max(...experts) ? "" : `–${Math.max(...experts)}`) : "no";
     $("facts").textContent = `${model.id} · ${model.moe.num_layers} layers, ${experts.length} with ${range} experts · context ${model.max_model_len} tokens`;

@@ -1,5 +1,7 @@
 // What is seen of a turn: its text, the map of its router, the load of its experts.
 const CELL = 13, GAP = 1, STEP = CELL + GAP, LAYER_GAP = 10, AXIS = 20, TOP = 6;
+/* Of models with more rows than these the map shows one layer at a time; of layers with more experts than FULL_ROWS, in low rows. */
+const MOST_ROWS = 160, FULL_ROWS = 64, LOW_STEP = 6, LABEL_EVERY = 8, MOST_BARS_APART = 32;
 
 // ---- colours: one hue per expert, the same everywhere -------------------------------------------------------
 const hueOf = (expert, count) => Math.round((272 + 360 * expert / Math.max(count, 1)) % 360);
@@ -119,16 +121,30 @@ function weightOf(token, layer, expert) {
   return at < 0 ? 0 : Math.max(used.weights[at], 0.02);
 }
 
+/** The layers whose experts are rows of the map. */
+function mapLayers() {
+  const rows = state.layers.reduce((sum, l) => sum + l.num_experts, 0);
+  return rows <= MOST_ROWS ? state.layers : state.layers.filter(l => l.layer === +$("layer").value);
+}
+const rowStep = () => Math.max(...mapLayers().map(l => l.num_experts)) > FULL_ROWS ? LOW_STEP : STEP;
+
 /** Rows of the map from top to bottom: [{layer, id, y}]. */
 function mapRows() {
-  const rows = []; let y = TOP;
-  for (const { layer, num_experts } of state.layers) {
-    for (let id = 0; id < num_experts; id++, y += STEP) rows.push({ layer, id, y });
+  const rows = [], step = rowStep(); let y = TOP;
+  for (const { layer, num_experts } of mapLayers()) {
+    for (let id = 0; id < num_experts; id++, y += step) rows.push({ layer, id, y });
     y += LAYER_GAP;
   }
   return rows;
 }
-const mapHeight = () => TOP + state.layers.reduce((h, l) => h + l.num_experts * STEP + LAYER_GAP, 0) - LAYER_GAP + AXIS;
+const rowAt = y => mapRows().find(row => y >= row.y && y < row.y + rowStep());
+const mapHeight = () => TOP + mapLayers().reduce((h, l) => h + l.num_experts * rowStep() + LAYER_GAP, 0) - LAYER_GAP + AXIS;
+
+/** A choice of layers where there are too many rows for all. */
+function layerChoice() {
+  $("layer").replaceChildren(...state.layers.map(({ layer }) => Object.assign(element("option", `Layer ${layer}`), { value: layer })));
+  $("layer-choice").hidden = mapLayers().length === state.layers.length;
+}
 
 function canvas(id, width, height) {
   const element = $(id), ratio = devicePixelRatio || 1;
@@ -142,7 +158,8 @@ function canvas(id, width, height) {
 
 function drawMap() {
   if (!state.layers.length) return;
-  const height = mapHeight(), rows = mapRows(), box = $("scroll");
+  const height = mapHeight(), rows = mapRows(), box = $("scroll"), cell = rowStep() - GAP;
+  const rowOf = new Map(rows.map(row => [`${row.layer} ${row.id}`, row]));
   drawRowLabels(rows, height);
   const atEnd = box.scrollLeft + box.clientWidth > box.scrollWidth - 3 * STEP;
   const columns = Math.max(tokensShown().length, 1), width = Math.max(columns * STEP + 8, box.clientWidth);
@@ -151,14 +168,14 @@ function drawMap() {
   if (prompt) { c.fillStyle = band; c.fillRect(0, 0, prompt * STEP + 3, height); }
   c.fillStyle = empty;
   const drawn = tokensShown().length || Math.floor((width - 8) / STEP);
-  for (const { y } of rows) for (let i = 0; i < drawn; i++) c.fillRect(4 + i * STEP, y, CELL, CELL);
+  for (const { y } of rows) for (let i = 0; i < drawn; i++) c.fillRect(4 + i * STEP, y, CELL, cell);
   tokensShown().forEach((token, i) => {
-    for (const row of rows) {
-      const weight = weightOf(token, row.layer, row.id);
-      if (!weight) continue;
-      c.globalAlpha = 0.18 + 0.82 * Math.min(weight, 1);
-      c.fillStyle = colourOf(row.id, expertsOf(row.layer));
-      c.fillRect(4 + i * STEP, row.y, CELL, CELL);
+    for (const { layer, expert_ids } of token.layers) for (const id of expert_ids) {
+      const row = rowOf.get(`${layer} ${id}`);
+      if (!row) continue;
+      c.globalAlpha = 0.18 + 0.82 * Math.min(weightOf(token, layer, id), 1);
+      c.fillStyle = colourOf(id, expertsOf(layer));
+      c.fillRect(4 + i * STEP, row.y, CELL, cell);
     }
   });
   c.globalAlpha = 1;
@@ -170,12 +187,14 @@ function drawMap() {
 function drawRowLabels(rows, height) {
   const c = canvas("rows", 84, height);
   c.textBaseline = "middle";
+  const cell = rowStep() - GAP;
   for (const { layer, id, y } of rows) {
+    if (rowStep() === LOW_STEP && id % LABEL_EVERY) continue;
     const on = state.expert?.layer === layer && state.expert.id === id;
     c.font = `${on ? "700 " : ""}10px system-ui, sans-serif`; c.textAlign = "right";
     c.fillStyle = on ? css("--text") : css("--muted");
-    c.fillText(`E${id}`, 78, y + CELL / 2 + .5);
-    if (id === 0) { c.font = "600 11px system-ui, sans-serif"; c.textAlign = "left"; c.fillStyle = css("--text"); c.fillText(`Layer ${layer}`, 8, y + CELL / 2 + .5); }
+    c.fillText(`E${id}`, 78, y + cell / 2 + .5);
+    if (id === 0) { c.font = "600 11px system-ui, sans-serif"; c.textAlign = "left"; c.fillStyle = css("--text"); c.fillText(`Layer ${layer}`, 8, y + cell / 2 + .5); }
   }
 }
 
@@ -183,7 +202,7 @@ function drawSelection(c, rows, height, width) {
   c.strokeStyle = css("--accent"); c.lineWidth = 1.5;
   if (state.selected !== null) c.strokeRect(3 + state.selected * STEP, 2, STEP + 1, height - AXIS - 1);
   const row = state.expert && rows.find(r => r.layer === state.expert.layer && r.id === state.expert.id);
-  if (row) c.strokeRect(1, row.y - 1, width - 2, STEP + 1);
+  if (row) c.strokeRect(1, row.y - 1, width - 2, rowStep() + 1);
 }
 
 function drawAxis(c, height) {
@@ -217,6 +236,7 @@ function drawLoads(reset) {
 
 function loadPanel({ layer, num_experts }) {
   const panel = document.createElement("div");
+  panel.classList.toggle("close", num_experts > MOST_BARS_APART);
   panel.innerHTML = `<div class="load-head"><b>Layer ${layer}</b><span></span></div><div class="bars"><div class="mean"></div></div><div class="ids"></div>`;
   for (let id = 0; id < num_experts; id++) {
     const bar = document.createElement("button");
@@ -231,11 +251,17 @@ function loadPanel({ layer, num_experts }) {
 function element(tag, text, className) { const e = document.createElement(tag); e.textContent = text; if (className) e.className = className; return e; }
 const percent = logprob => `${(100 * Math.exp(logprob)).toFixed(1)} %`;
 
+/** Left alone where it says the same: whoever has it read out would hear it at every token. */
 function drawDetail() {
-  const box = $("detail");
-  if (state.selected !== null && tokensShown()[state.selected]) return box.replaceChildren(...tokenDetail(tokensShown()[state.selected]));
-  if (state.expert) return box.replaceChildren(...expertDetail(state.expert));
-  box.replaceChildren(element("span", tokensShown().length ? "Select a token to see its experts, or an expert to see its tokens." : "Rows are experts, grouped by layer; columns are tokens, the prompt's on a shaded band.", "quiet"));
+  const box = $("detail"), next = document.createElement("div");
+  next.append(...detail());
+  if (next.innerHTML !== box.innerHTML) box.replaceChildren(...next.childNodes);
+}
+
+function detail() {
+  if (state.selected !== null && tokensShown()[state.selected]) return tokenDetail(tokensShown()[state.selected]);
+  if (state.expert) return expertDetail(state.expert);
+  return [element("span", tokensShown().length ? "Select a token to see its experts, or an expert to see its tokens." : "Rows are experts, grouped by layer; columns are tokens, the prompt's on a shaded band.", "quiet")];
 }
 
 function tokenDetail(token) {

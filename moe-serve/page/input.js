@@ -14,6 +14,7 @@ function selectToken(i) {
 function selectExpert(layer, id) {
   state.expert = state.expert?.layer === layer && state.expert.id === id ? null : { layer, id };
   state.selected = null;
+  $("layer").value = layer;
   draw();
 }
 
@@ -26,10 +27,11 @@ $("text").addEventListener("click", event => {
   if (!state.abort) { state.shown = turn; selectToken(i); }
 });
 $("grid").addEventListener("click", event => selectToken(Math.floor((event.offsetX - 4) / STEP)));
-$("rows").addEventListener("click", event => { const row = mapRows().find(r => event.offsetY >= r.y && event.offsetY < r.y + STEP); if (row) selectExpert(row.layer, row.id); });
+$("rows").addEventListener("click", event => { const row = rowAt(event.offsetY); if (row) selectExpert(row.layer, row.id); });
+$("layer").addEventListener("change", () => draw());
 $("rows").style.cursor = "pointer";
 $("grid").addEventListener("mousemove", event => {
-  const i = Math.floor((event.offsetX - 4) / STEP), row = mapRows().find(r => event.offsetY >= r.y && event.offsetY < r.y + STEP), token = tokensShown()[i];
+  const i = Math.floor((event.offsetX - 4) / STEP), row = rowAt(event.offsetY), token = tokensShown()[i];
   $("grid").title = token && row ? `${JSON.stringify(token.text || token.raw)} · layer ${row.layer}, expert ${row.id}: ${weightOf(token, row.layer, row.id).toFixed(2)}` : "";
 });
 for (const id of ["text", "grid"]) $(id).addEventListener("keydown", event => {

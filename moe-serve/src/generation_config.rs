@@ -1,6 +1,6 @@
 //! [`GenerationDefaults`]: the keys of `generation_config.json` that set what a request leaves open.
 
-use crate::engine::SamplingParams;
+use crate::engine::{SamplingParams, StopParams};
 use crate::{Error, Result};
 use serde_json::{Map, Value};
 
@@ -46,6 +46,13 @@ impl GenerationDefaults {
             defaults.sampling.temperature = 0.0;
         }
         Ok(defaults)
+    }
+
+    /// When an answer ends whose request does not say how many tokens it may have: `otherwise` where nothing is said here either.
+    pub fn ends(&self, otherwise: usize) -> StopParams {
+        let max_length = self.max_length.filter(|_| self.max_new_tokens.is_none());
+        let max_tokens = self.max_new_tokens.unwrap_or(if max_length.is_some() { usize::MAX } else { otherwise });
+        StopParams { max_tokens, max_length, ..StopParams::default() }
     }
 
     /// The tokens that end a sequence as a `config.json` names them: one, several, or none.

@@ -1,14 +1,15 @@
 //! Who may ask: keys, and the origins of foreign pages.
 
 use super::error::ApiError;
-use super::server::AppState;
+use super::server::{AppState, ServerConfig};
 use axum::extract::{Request, State};
 use axum::http::{HeaderMap, HeaderValue, StatusCode, header};
 use axum::middleware::Next;
 use axum::response::{IntoResponse, Response};
 use base64::Engine as _;
 use base64::prelude::BASE64_STANDARD;
-use std::sync::Arc;
+use std::net::{IpAddr, SocketAddr};
+use std::sync::{Arc, OnceLock};
 
 /// Answered to anybody: whoever starts servers asks for them before he has a key.
 const OPEN: [&str; 3] = ["/health", "/ready", "/version"];
@@ -42,6 +43,71 @@ impl Keys {
             (true, Some(_)) => is_admin,
             _ => self.api.is_empty() | is_api | is_admin,
         }
+    }
+}
+
+/// Whose pages may ask.
+#[derive(Debug)]
+pub(super) struct Origins {
+    allowed: Vec<String>,
+    /// Whether a page that reaches this server needs a key besides.
+    keyless: bool,
+    /// Whether only this machine reaches the server.
+    loopback: OnceLock<bool>,
+}
+
+impl Origins {
+    pub(super) fn new(config: &ServerConfig) -> Self {
+        let keyless = config.api_keys.is_empty();
+        Self { allowed: config.allowed_origins.clone(), keyless, loopback: OnceLock::new() }
+    }
+
+    /// Said once, before the first request.
+    pub(super) fn listens_at(&self, address: Option<SocketAddr>) {
+        self.loopback.get_or_init(|| address.is_some_and(|address| address.ip().is_loopback()));
+    }
+
+    /// Why a request is refused for where its page, or the name by which it has reached this server, is from.
+    fn refusal(&self, headers: &HeaderMap) -> Option<String> {
+        let text = |name| headers.get(name).and_then(|value: &HeaderValue| value.to_str().ok());
+        let is_allowed = |origin: &str| self.allowed.iter().any(|allowed| allowed == "*" || allowed == origin);
+        let host = text(header::HOST).unwrap_or_default();
+        if let Some(origin) = text(header::ORIGIN) {
+            // Browsers say it themselves, also where a proxy has changed the host's name.
+            let same = headers.get("sec-fetch-site").is_some_and(|site| site == "same-origin");
+            let of_host = origin.split_once("://").is_some_and(|(_, authority)| authority == host);
+            if !same && !of_host && !is_allowed(origin) {
+                return Some(format!("pages of {origin:.200} may not ask here; --allowed-origin lets them"));
+            }
+        }
+        // A foreign page may have had its own name point here: then it is of the same origin as this server.
+        let is_local = self.keyless && self.loopback.get() == Some(&true);
+        if is_local && !is_loopback(host) && !["http", "https"].iter().any(|s| is_allowed(&format!("{s}://{host}"))) {
+            return Some(format!(
+                "this server has no key and is for this machine alone, which has no name like {host:.200}; --allowed-origin \
+                 http://{host:.200} lets that in, as --api-key does"
+            ));
+        }
+        None
+    }
+}
+
+/// Whether the host of a request is this machine; one that is left out is nobody else's.
+fn is_loopback(host: &str) -> bool {
+    let name = match host.strip_prefix('[') {
+        Some(rest) => rest.split(']').next(),
+        None => host.split(':').next(),
+    };
+    let name = name.unwrap_or_default();
+    let named = name.eq_ignore_ascii_case("localhost") || name.to_ascii_lowercase().ends_with(".localhost");
+    name.is_empty() || named || name.parse::<IpAddr>().is_ok_and(|ip| ip.is_loopback())
+}
+
+/// Lets a request through that no foreign page has made, unless its origin is allowed to.
+pub(super) async fn check_origin(State(state): State<Arc<AppState>>, request: Request, next: Next) -> Response {
+    match state.origins.refusal(request.headers()) {
+        None => next.run(request).await,
+        Some(text) => ApiError::new(StatusCode::FORBIDDEN, text).with_code("origin_not_allowed").into_response(),
     }
 }
 
@@ -105,6 +171,50 @@ mod tests {
         }
         assert!(keys(&[], Some("root")).opens("/v1/models", None), "an admin key alone closes its own routes");
         assert!(!keys(&[], Some("root")).opens("/metrics", None));
+    }
+
+    #[test]
+    fn foreign_pages_are_refused() {
+        let origins = |allowed: &[&str], keys: &[&str], address: &str| {
+            let text = |all: &[&str]| all.iter().map(|one| (*one).to_owned()).collect();
+            let config =
+                ServerConfig { allowed_origins: text(allowed), api_keys: text(keys), ..ServerConfig::default() };
+            let origins = Origins::new(&config);
+            origins.listens_at(address.parse().ok());
+            origins
+        };
+        let local = origins(&[], &[], "127.0.0.1:8000");
+        let keyed = origins(&[], &["a"], "127.0.0.1:8000");
+        let open = origins(&["https://a.org"], &[], "0.0.0.0:8000");
+        let any = origins(&["*"], &[], "[::1]:8000");
+        for (host, origin, site, want) in [
+            ("127.0.0.1:8000", None, None, [true, true, true, true]),
+            ("[::1]:8000", None, None, [true, true, true, true]),
+            ("LOCALHOST:8000", None, None, [true, true, true, true]),
+            ("", None, None, [true, true, true, true]),
+            ("127.0.0.1:8000", Some("http://127.0.0.1:8000"), None, [true, true, true, true]),
+            ("127.0.0.1:8000", Some("http://evil.org"), Some("cross-site"), [false, false, false, true]),
+            ("127.0.0.1:8000", Some("null"), Some("cross-site"), [false, false, false, true]),
+            ("127.0.0.1:8000", Some("http://localhost:3000"), Some("cross-site"), [false, false, false, true]),
+            ("127.0.0.1:8000", Some("https://a.org"), Some("cross-site"), [false, false, true, true]),
+            // A proxy that gives the host another name.
+            ("127.0.0.1:8000", Some("https://mine.org"), Some("same-origin"), [true, true, true, true]),
+            // A name that was made to point here.
+            ("evil.org:8000", Some("http://evil.org:8000"), Some("same-origin"), [false, true, true, true]),
+            ("evil.org:8000", None, Some("same-origin"), [false, true, true, true]),
+            ("127.0.0.1.evil.org", None, None, [false, true, true, true]),
+        ] {
+            let mut headers = HeaderMap::new();
+            headers.insert(header::HOST, HeaderValue::from_static(host));
+            if let Some(origin) = origin {
+                headers.insert(header::ORIGIN, HeaderValue::from_static(origin));
+            }
+            if let Some(site) = site {
+                headers.insert("sec-fetch-site", HeaderValue::from_static(site));
+            }
+            let got = [&local, &keyed, &open, &any].map(|origins| origins.refusal(&headers).is_none());
+            assert_eq!(got, want, "{host} {origin:?} {site:?}");
+        }
     }
 
     #[test]

@@ -6,7 +6,7 @@
 use super::limits::{Limits, deadline};
 use axum::body::Body;
 use axum::body::Bytes;
-use hyper::body::{Body as HttpBody, Frame, SizeHint};
+use hyper::body::{Body as HttpBody, Frame, Incoming, SizeHint};
 use std::io;
 use std::pin::Pin;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
@@ -24,6 +24,8 @@ enum Phase {
     Idle,
     /// The rest of a request's head.
     Head,
+    /// The rest of a request's body, for which its client has a time of its own.
+    Body,
     /// The server: a request is being read or answered.
     Busy,
 }
@@ -61,10 +63,18 @@ impl Activity {
         Arc::new(Self { state: Mutex::new(state), changed: Notify::new() })
     }
 
-    /// Marks the connection as busy until the guard is dropped.
-    pub(super) fn busy(self: &Arc<Self>) -> Busy {
-        self.enter(Phase::Busy);
+    /// Marks the connection as busy until the guard is dropped: with its client, as long as a body is still to come.
+    pub(super) fn busy(self: &Arc<Self>, body_is_to_come: bool) -> Busy {
+        self.enter(if body_is_to_come { Phase::Body } else { Phase::Busy });
         Busy(self.clone())
+    }
+
+    /// The body has come, or is not waited for any more.
+    fn has_body(&self) {
+        let mut state = self.lock();
+        if state.phase == Phase::Body {
+            state.phase = Phase::Busy;
+        }
     }
 
     /// Completes when a limit is exceeded, with the limit's name.
@@ -97,7 +107,7 @@ impl Activity {
             (Some(blocked), _) => (deadline(blocked, limits.write_timeout), "write_timeout").min(answered),
             (None, Phase::New | Phase::Head) => (deadline(since, limits.header_timeout), "header_timeout"),
             (None, Phase::Idle) => (deadline(since, limits.keep_alive_timeout), "keep_alive_timeout"),
-            (None, Phase::Busy) => answered,
+            (None, Phase::Busy | Phase::Body) => answered,
         }
     }
 
@@ -105,7 +115,7 @@ impl Activity {
         let mut state = self.lock();
         let now = Instant::now();
         (state.phase, state.since, state.gives_way) = (phase, now, false);
-        if phase == Phase::Busy {
+        if matches!(phase, Phase::Busy | Phase::Body) {
             state.asked = now;
         }
         drop(state);
@@ -157,6 +167,41 @@ pub(super) struct Busy(Arc<Activity>);
 impl Drop for Busy {
     fn drop(&mut self) {
         self.0.enter(Phase::Idle);
+    }
+}
+
+/// A request's body, which its connection waits for.
+#[derive(Debug)]
+pub(super) struct ComingBody {
+    pub(super) body: Incoming,
+    pub(super) activity: Arc<Activity>,
+}
+
+impl HttpBody for ComingBody {
+    type Data = Bytes;
+    type Error = hyper::Error;
+
+    fn poll_frame(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Option<Result<Frame<Bytes>, hyper::Error>>> {
+        let frame = Pin::new(&mut self.body).poll_frame(cx);
+        if self.body.is_end_stream() || matches!(frame, Poll::Ready(None | Some(Err(_)))) {
+            self.activity.has_body();
+        }
+        frame
+    }
+
+    fn is_end_stream(&self) -> bool {
+        self.body.is_end_stream()
+    }
+
+    fn size_hint(&self) -> SizeHint {
+        self.body.size_hint()
+    }
+}
+
+/// Whoever answers without it does not wait for it.
+impl Drop for ComingBody {
+    fn drop(&mut self) {
+        self.activity.has_body();
     }
 }
 

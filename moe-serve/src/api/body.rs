@@ -15,7 +15,7 @@ const SHARE_BYTES: usize = 1024;
 
 /// Memory for bodies that are being read or parsed. A body takes it as it comes, so that who announces much and sends nothing keeps
 /// nobody waiting; and none for its beginning, so that who sends little waits for nobody: of those there are at most as many as
-/// connections. Room for one of the largest is set aside: bodies that have taken all the rest between them go there one after another,
+/// connections and desks. Room for one of the largest is set aside: bodies that have taken all the rest between them go there one after another,
 /// so that each comes to its end.
 #[derive(Debug)]
 pub(super) struct BodyBudget {

@@ -10,8 +10,17 @@ use crate::{Error, Result, ServedModel};
 use serde_json::{Map, Value};
 
 /// OpenAI's chat fields that this server does not have.
-const UNSUPPORTED_IN_CHAT: [&str; 7] =
-    ["audio", "function_call", "functions", "modalities", "safety_identifier", "verbosity", "web_search_options"];
+const UNSUPPORTED_IN_CHAT: [&str; 9] = [
+    "audio",
+    "function_call",
+    "functions",
+    "modalities",
+    "prompt_cache_key",
+    "prompt_cache_retention",
+    "safety_identifier",
+    "verbosity",
+    "web_search_options",
+];
 
 /// A chat request, every field checked.
 #[derive(Debug)]
@@ -37,6 +46,8 @@ impl ChatRequest {
         let tools = ToolUse::take(&mut fields, ToolShape::Nested, model)?;
         let variables = take_variables(&mut fields, model)?;
         let logprobs = take_logprobs(&mut fields)?;
+        // Nothing is kept of a chat.
+        fields.drop_if("store", false);
         let request = Self { max_tokens, messages, logprobs, tools, variables, common, messages_field: "messages" };
         fields.finish(&[&UNSUPPORTED_IN_CHAT[..], &UNSUPPORTED].concat())?;
         Ok(request)

@@ -1,15 +1,16 @@
 //! Accepts connections, as many as may be open at one time, closes those that exceed a limit, and ends them in good order.
 //!
-//! Where all are taken, the one that has waited for its client the longest gives way to the next: connections that ask for nothing keep
-//! nobody out. Those that are being answered stay, and more wait.
+//! Where all are taken, the one that has waited for its client the longest gives way to the next: connections that ask for nothing, or do not
+//! send all of what they ask, keep nobody out. Those that are being answered stay, and more wait.
 //!
 //! In place of `axum::serve`, which bounds neither their number nor their idleness. HTTP/1.1 only, as before.
 
-use super::activity::{Activity, WatchedBody, WatchedIo};
+use super::activity::{Activity, ComingBody, WatchedBody, WatchedIo};
 use super::limits::Limits;
 use super::tls::Tls;
 use axum::Router;
-use hyper::body::Incoming;
+use axum::body::Body;
+use hyper::body::{Body as _, Incoming};
 use hyper::server::conn::http1;
 use hyper::service::{Service, service_fn};
 use hyper_util::rt::TokioIo;
@@ -183,8 +184,8 @@ async fn exchange(
 ) {
     let router = TowerToHyperService::new(served.router.clone());
     let service = service_fn(|request: hyper::Request<Incoming>| {
-        let busy = activity.busy();
-        let answer = router.call(request);
+        let busy = activity.busy(!request.body().is_end_stream());
+        let answer = router.call(request.map(|body| Body::new(ComingBody { body, activity: activity.clone() })));
         async move { answer.await.map(|r| r.map(|body| WatchedBody { body, _busy: busy })) as Result<_, Infallible> }
     });
     let mut exchanged = pin!(http1::Builder::new().serve_connection(TokioIo::new(io), service));

@@ -45,6 +45,20 @@ impl Fields {
         self.left.remove(name).filter(|value| !value.is_null())
     }
 
+    /// Takes a list that says nothing, where it is empty.
+    pub(super) fn drop_empty(&mut self, name: &str) {
+        if self.left.get(name).and_then(Value::as_array).is_some_and(Vec::is_empty) {
+            self.left.remove(name);
+        }
+    }
+
+    /// Takes a field that asks for what is done in any case.
+    pub(super) fn drop_if(&mut self, name: &str, done: bool) {
+        if self.left.get(name) == Some(&Value::Bool(done)) {
+            self.left.remove(name);
+        }
+    }
+
     /// Puts in what was found elsewhere.
     pub(super) fn put(&mut self, name: &str, value: Value) {
         self.left.insert(name.to_owned(), value);
@@ -94,11 +108,7 @@ impl Fields {
 
     /// Refuses whatever is left; fields in `unsupported` are OpenAI's but not ours.
     pub(super) fn finish(self, unsupported: &[&str]) -> Result<()> {
-        let Some((name, _)) =
-            self.left.iter().find(|(name, value)| !unsupported.contains(&name.as_str()) || !value.is_null())
-        else {
-            return Ok(());
-        };
+        let Some((name, _)) = self.left.iter().find(|(_, value)| !value.is_null()) else { return Ok(()) };
         if unsupported.contains(&name.as_str()) {
             return Err(Error::field(name, format!("`{name}` is not supported by this server; leave it out")));
         }

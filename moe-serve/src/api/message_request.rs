@@ -37,6 +37,9 @@ fn message(path: &str, item: Value, nested: &mut Nested) -> Result<ChatMessage> 
     match message.role.as_str() {
         "assistant" => {
             message.reasoning = fields.text("reasoning_content").map_err(|error| inside(path, error))?;
+            // What OpenAI's clients make of an answer's text when they parse it, and then give back beside it.
+            fields.take("parsed");
+            fields.drop_empty("annotations");
             if let Some(calls) = fields.take("tool_calls") {
                 message.tool_calls = tool_calls(&format!("{path}.tool_calls"), calls, nested)?;
             }
@@ -120,6 +123,8 @@ fn tool_call(path: &str, value: Value, nested: &mut Nested) -> Result<ToolCall> 
     let mut fields = Fields::new(function);
     let mut read = || {
         let name = fields.text("name")?.ok_or_else(|| Error::field("name", "`name` is missing"))?;
+        // The same of arguments.
+        fields.take("parsed_arguments");
         Ok((name, nested.arguments("arguments", fields.take("arguments"))?))
     };
     let (name, arguments) = read().map_err(|error| inside(&path, error))?;

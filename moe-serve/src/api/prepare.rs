@@ -47,12 +47,12 @@ pub(super) fn completion(request: CompletionRequest, model: &ServedModel, fresh_
     let (prompts, echoes): (Vec<Vec<u32>>, Vec<Option<Echo>>) =
         prompts.into_iter().map(encode).collect::<Result<Vec<_>>>()?.into_iter().unzip();
     let echoes = echoes.into_iter().flatten().collect();
-    let max_tokens = max_tokens.unwrap_or_else(|| default_tokens(model, &prompts, DEFAULT_COMPLETION_TOKENS));
+    let ends = ends(model, max_tokens, DEFAULT_COMPLETION_TOKENS);
     let text = TextOptions { stops: common.stops.clone(), min_tokens: common.min_tokens, ..TextOptions::default() };
     let prompt_logprobs = logprobs.filter(|_| echo);
     let stream = common.stream;
     let grammar = compile_wanted(model, common.grammar.as_ref())?;
-    let job = Job { prompt_logprobs, grammar, ..job(common, prompts, max_tokens, logprobs, fresh_seed) };
+    let job = Job { prompt_logprobs, grammar, ..job(common, prompts, ends, logprobs, fresh_seed) };
     Ok(Prepared { job, text, echoes, stream, reading: None })
 }
 
@@ -67,7 +67,7 @@ pub(super) fn chat(request: ChatRequest, model: &ServedModel, fresh_seed: u64) -
     })?;
     check_bytes(model, messages_field, prompt.len(), 0)?;
     let prompts = vec![fitting(model, messages_field, model.encode_chat(&prompt)?, 1)?];
-    let max_tokens = max_tokens.unwrap_or_else(|| default_tokens(model, &prompts, model.lm.max_seq_len()));
+    let ends = ends(model, max_tokens, model.lm.max_seq_len());
     let format = model.chat.tool_format().filter(|format| format.always_reads() || !tools.tools.is_empty());
     let has_form = common.grammar.is_some();
     let grammar = match format.filter(|_| !tools.tools.is_empty()) {
@@ -88,7 +88,7 @@ pub(super) fn chat(request: ChatRequest, model: &ServedModel, fresh_seed: u64) -
     let or_form = has_form && tools.choice == ToolChoice::Auto;
     let reading = format.map(|format| Reading { format, tools: tools.tools, parallel: tools.parallel, or_form });
     let stream = common.stream;
-    let job = Job { grammar, ..job(common, prompts, max_tokens, logprobs, fresh_seed) };
+    let job = Job { grammar, ..job(common, prompts, ends, logprobs, fresh_seed) };
     Ok(Prepared { job, text, echoes: Vec::new(), stream, reading })
 }
 
@@ -118,7 +118,7 @@ fn of_tools(error: Error) -> Error {
     }
 }
 
-fn job(common: Common, prompts: Vec<Vec<u32>>, max_tokens: usize, logprobs: Option<usize>, fresh_seed: u64) -> Job {
+fn job(common: Common, prompts: Vec<Vec<u32>>, ends: StopParams, logprobs: Option<usize>, fresh_seed: u64) -> Job {
     let mut sampling = common.sampling;
     sampling.seed = common.seed.unwrap_or(fresh_seed);
     Job {
@@ -126,10 +126,10 @@ fn job(common: Common, prompts: Vec<Vec<u32>>, max_tokens: usize, logprobs: Opti
         n: common.n,
         sampling,
         stop: StopParams {
-            max_tokens,
             min_tokens: common.min_tokens,
             stop_token_ids: common.stop_token_ids,
             ignore_eos: common.ignore_eos,
+            ..ends
         },
         logprobs,
         prompt_logprobs: None,
@@ -152,12 +152,10 @@ fn compile(model: &ServedModel, source: Option<&GrammarSource>) -> Result<Option
     source.map(|source| model.grammars()?.compile(source)).transpose()
 }
 
-/// The model's own wish, or `otherwise`.
-fn default_tokens(model: &ServedModel, prompts: &[Vec<u32>], otherwise: usize) -> usize {
-    let longest = prompts.iter().map(Vec::len).max().unwrap_or(0);
-    let defaults = &model.defaults;
-    let to_length = defaults.max_length.map(|length| length.saturating_sub(longest).max(1));
-    defaults.max_new_tokens.or(to_length).unwrap_or(otherwise)
+/// How many tokens follow a prompt: as many as are asked for, the model's own wish, or `otherwise`.
+fn ends(model: &ServedModel, max_tokens: Option<usize>, otherwise: usize) -> StopParams {
+    let asked = max_tokens.map(|max_tokens| StopParams { max_tokens, ..StopParams::default() });
+    asked.unwrap_or_else(|| model.defaults.ends(otherwise))
 }
 
 /// No tokenizer makes fewer tokens of a text than its bytes divided by the longest token's. Up to `allowed` bytes may be more than the

@@ -1,6 +1,6 @@
 //! Paths to handlers.
 
-use super::access::check_key;
+use super::access::{check_key, check_origin};
 use super::chat_request::ChatRequest;
 use super::completion_request::CompletionRequest;
 use super::error::ApiError;
@@ -49,6 +49,7 @@ pub(super) fn router(state: Arc<AppState>) -> Router {
         .fallback(no_route)
         .method_not_allowed_fallback(wrong_method)
         .layer(from_fn_with_state(state.clone(), check_key))
+        .layer(from_fn_with_state(state.clone(), check_origin))
         // Asks of foreign pages come before their requests, and without a key.
         .layer(state.cors.clone())
         .layer(TraceLayer::new_for_http())
@@ -135,6 +136,7 @@ async fn answer(
     prepare: fn(Map<String, Value>, &AppState) -> Result<Prepared, ApiError>,
 ) -> Result<Response, ApiError> {
     let deadline = deadline(Instant::now(), state.limits.request_timeout);
+    check_room(&state)?;
     let prepared = read(&state, request, prepare).await?;
     let renderer = Renderer {
         endpoint,
@@ -158,6 +160,7 @@ async fn answer(
 
 async fn respond(State(state): State<Arc<AppState>>, request: Request) -> Result<Response, ApiError> {
     let deadline = deadline(Instant::now(), state.limits.request_timeout);
+    check_room(&state)?;
     let (prepared, settings) = read(&state, request, |body, state| {
         let request = ResponseRequest::from_json(body, &state.model)?;
         state.check_model(request.chat.common.model.as_deref())?;
@@ -176,15 +179,23 @@ async fn respond(State(state): State<Arc<AppState>>, request: Request) -> Result
     }
 }
 
+/// Refuses what would be refused when it is made ready.
+fn check_room(state: &AppState) -> Result<(), ApiError> {
+    Ok(state.engine.check_room().inspect_err(|error| count_refused(state, error))?)
+}
+
+fn count_refused(state: &AppState, error: &Error) {
+    if let Error::QueueFull { .. } = error {
+        state.metrics.rejected();
+    }
+}
+
 /// Gives a request to the engine.
 fn submit(state: &AppState, prepared: Prepared, deadline: Instant) -> Result<Running, ApiError> {
     let maker = PieceMaker::new(&prepared, state.model.tokenizer.clone(), state.fresh_seed());
     let (listener, receiver) = TextListener::new(state.model.tokenizer.clone(), prepared.text);
-    state.engine.submit(prepared.job, Box::new(listener), receiver.cancel_flag()).inspect_err(|error| {
-        if let Error::QueueFull { .. } = error {
-            state.metrics.rejected();
-        }
-    })?;
+    let submitted = state.engine.submit(prepared.job, Box::new(listener), receiver.cancel_flag());
+    submitted.inspect_err(|error| count_refused(state, error))?;
     Ok(Running { receiver, maker, deadline, limit: state.limits.request_timeout })
 }
 
@@ -198,8 +209,14 @@ async fn read<T: Send + 'static>(
     let limit = state.limits.body_timeout.min(state.limits.request_timeout);
     let body = state.bodies.read(&parts.headers, body, limit).await?;
     let blocking_state = state.clone();
-    // It has its share of memory for as long as it is worked on, whether or not its client still waits.
-    tokio::task::spawn_blocking(move || prepare(parse_object(body.bytes())?, &blocking_state))
+    // Who leaves while it waits for a desk has left; at one it is worked on to its end.
+    let desk = state.desks.clone().acquire_owned().await.map_err(|_| Error::ShuttingDown)?;
+    // It has its share of memory for as long as that, whether or not its client still waits.
+    let work = move || {
+        let _desk = desk;
+        prepare(parse_object(body.bytes())?, &blocking_state)
+    };
+    tokio::task::spawn_blocking(work)
         .await
         .map_err(|e| ApiError::new(StatusCode::INTERNAL_SERVER_ERROR, format!("reading the request failed: {e}")))?
 }

@@ -1,6 +1,6 @@
 //! [`Server`]: the listening socket, the engine behind it, and an orderly end.
 
-use super::access::Keys;
+use super::access::{Keys, Origins};
 use super::body::BodyBudget;
 use super::connections::{Served, serve};
 use super::error::ApiError;
@@ -14,10 +14,12 @@ use crate::{Error, Result, ServedModel};
 use axum::http::{HeaderValue, Method};
 use moe_core::CounterRng;
 use std::future::Future;
+use std::num::NonZero;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 use tokio::net::TcpListener;
+use tokio::sync::Semaphore;
 use tokio::sync::oneshot;
 use tower_http::cors::{AllowHeaders, AllowOrigin, CorsLayer};
 
@@ -26,8 +28,11 @@ pub(crate) const DEFAULT_KV_CACHE_BYTES: usize = 1 << 30;
 
 const UPKEEP_INTERVAL: Duration = Duration::from_secs(5);
 
+/// What clients of an engine that is gone have to read why.
+const LOST_GRACE: Duration = Duration::from_secs(1);
+
 /// How a server behaves.
-#[derive(Debug, Clone)]
+#[derive(Clone)]
 pub struct ServerConfig {
     /// Bounds on requests.
     pub limits: Limits,
@@ -47,6 +52,24 @@ pub struct ServerConfig {
     pub kv_cache_bytes: usize,
     /// What connections are encrypted with; without it they are not.
     pub tls: Option<Tls>,
+}
+
+/// Without the keys.
+impl std::fmt::Debug for ServerConfig {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        let Self { limits, seed, api_keys, admin_key, allowed_origins, per_expert_metrics, scheduling, .. } = self;
+        f.debug_struct("ServerConfig")
+            .field("limits", limits)
+            .field("seed", seed)
+            .field("api_keys", &api_keys.len())
+            .field("admin_key", &admin_key.is_some())
+            .field("allowed_origins", allowed_origins)
+            .field("per_expert_metrics", per_expert_metrics)
+            .field("scheduling", scheduling)
+            .field("kv_cache_bytes", &self.kv_cache_bytes)
+            .field("tls", &self.tls)
+            .finish()
+    }
 }
 
 impl Default for ServerConfig {
@@ -72,11 +95,16 @@ pub(super) struct AppState {
     pub(super) metrics: Arc<ServerMetrics>,
     pub(super) limits: Limits,
     pub(super) bodies: BodyBudget,
+    /// Requests that are made ready at one time: as many as there are cores, and one.
+    pub(super) desks: Arc<Semaphore>,
+    pub(super) origins: Origins,
     pub(super) keys: Keys,
     pub(super) cors: CorsLayer,
     tls: Option<Tls>,
     /// When the server started, in seconds since 1970.
     pub(super) created: u64,
+    /// The same to the nanosecond, and which process this is.
+    started: u64,
     seed: u64,
     requests: AtomicU64,
 }
@@ -99,7 +127,7 @@ impl AppState {
     /// What an id ends with.
     pub(super) fn fresh_number(&self) -> String {
         let number = self.requests.fetch_add(1, Ordering::Relaxed);
-        format!("{:016x}", CounterRng::mix(self.created, &[number]))
+        format!("{:016x}", CounterRng::mix(self.started, &[number]))
     }
 
     /// Refuses a model that is not served; a request may leave the name out.
@@ -151,9 +179,12 @@ impl Server {
             keys: Keys::new(&config.api_keys, config.admin_key.as_ref()),
             cors: cors(&config.allowed_origins)?,
             bodies: BodyBudget::new(config.limits.max_body_bytes),
+            desks: Arc::new(Semaphore::new(1 + std::thread::available_parallelism().map_or(1, NonZero::get))),
+            origins: Origins::new(&config),
             limits: config.limits,
             tls: config.tls,
             created: unix_seconds(),
+            started: CounterRng::mix(clock_seed(), &[u64::from(std::process::id())]),
             seed: config.seed.unwrap_or_else(clock_seed),
             requests: AtomicU64::new(0),
         };
@@ -164,6 +195,7 @@ impl Server {
     /// [`Limits::shutdown_grace`], and cancels the rest.
     pub async fn run(self, listener: TcpListener, shutdown: impl Future<Output = ()> + Send + 'static) {
         let state = self.state;
+        state.origins.listens_at(listener.local_addr().ok());
         let upkeep = tokio::spawn(upkeep(state.metrics.clone()));
         let (stopping, stopped) = oneshot::channel();
         let closing = state.clone();
@@ -175,12 +207,16 @@ impl Server {
         };
         let served = Served { router: router(state.clone()), limits: state.limits.clone(), tls: state.tls.clone() };
         let serve = serve(listener, served, signal);
-        let grace = state.limits.shutdown_grace;
+        let over = async {
+            stopped.await.ok();
+            // Of an engine that is gone nothing more comes than what its listeners were told.
+            let grace = if state.engine.is_alive() { state.limits.shutdown_grace } else { LOST_GRACE };
+            tokio::time::sleep(grace).await;
+            tracing::warn!(grace_s = grace.as_secs(), "cancelling what is still running");
+        };
         tokio::select! {
             () = serve => {}
-            () = async { stopped.await.ok(); tokio::time::sleep(grace).await } => {
-                tracing::warn!(grace_s = grace.as_secs(), "cancelling what is still running");
-            }
+            () = over => {}
         }
         state.engine.stop();
         upkeep.abort();

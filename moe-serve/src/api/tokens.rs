@@ -19,6 +19,8 @@ pub(super) fn tokenize(body: Map<String, Value>, state: &AppState) -> std::resul
     state.check_model(fields.text("model")?.as_deref())?;
     let model = &state.model;
     let tokens = take_tokens(&mut fields, model)?;
+    // vLLM's defaults, which are what is done.
+    ["add_special_tokens", "add_generation_prompt"].iter().for_each(|name| fields.drop_if(name, true));
     let with_names = fields.boolean("return_token_strs")?.unwrap_or(false);
     fields.finish(&["add_special_tokens", "add_generation_prompt"])?;
     let names = with_names.then(|| tokens.iter().map(|&id| model.tokenizer.shown(id)).collect::<Vec<_>>());

@@ -20,7 +20,7 @@ pub struct GenerateArgs {
     /// Treats the prompt as a message and answers it.
     #[arg(long)]
     chat: bool,
-    /// Tokens to generate at most; by default what the model's context leaves.
+    /// Tokens to generate at most; by default what the model's generation_config.json says, or its context leaves.
     #[arg(long, value_name = "N")]
     max_tokens: Option<usize>,
     /// 0 always takes the likeliest token, up to 2.
@@ -128,8 +128,9 @@ impl GenerateArgs {
         if prompt.len() >= max_seq_len {
             bail!("--prompt has {} tokens, the model's context is {max_seq_len}; shorten it", prompt.len());
         }
-        let max_tokens = self.max_tokens.or(model.defaults.max_new_tokens).unwrap_or(max_seq_len);
-        let stop = StopParams { max_tokens, min_tokens: model.defaults.min_new_tokens, ..StopParams::default() };
+        let asked = self.max_tokens.map(|max_tokens| StopParams { max_tokens, ..StopParams::default() });
+        let ends = asked.unwrap_or_else(|| model.defaults.ends(max_seq_len));
+        let stop = StopParams { min_tokens: model.defaults.min_new_tokens, ..ends };
         Ok(Job { prompts: vec![prompt], sampling, stop, ..Job::default() })
     }
 }

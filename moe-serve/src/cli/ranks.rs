@@ -9,8 +9,9 @@ use moe_models::cli::ranks::{Process, Seat, World};
 use moe_parallel::all_to_all::RouteChoice;
 use moe_parallel::comm::Communicator;
 use moe_parallel::comm::thread::ThreadWorld;
-use moe_parallel::{Collectives, Mesh};
+use moe_parallel::{Collectives, Mesh, ParallelDims};
 use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 use tokio::sync::oneshot;
 
@@ -37,9 +38,10 @@ fn on_threads(args: &ServeArgs, ranks: usize, timeout: Duration) -> Result<()> {
     }
     tracing::info!("ranks: {ranks} threads of this process");
     let ranks_per_node = args.ranks.ranks_per_node().unwrap_or(ranks);
-    let results = ThreadWorld::new(ranks)
-        .with_timeout(timeout)
-        .run(|comm| serve_rank(args, &Seat { comm: Some(comm), ranks_per_node, ranks_of_process: ranks }, timeout));
+    let results = ThreadWorld::new(ranks).with_timeout(timeout).run(|comm| {
+        let seat = Seat { comm: Some(comm), ranks_per_node, ranks_of_process: ranks };
+        serve_rank(args, &seat, args.ranks.serving_dims(ranks)?, timeout, &Arc::default())
+    });
     // Why rank 0 could not go on is said by the one that knows.
     let heard = |error: &anyhow::Error| matches!(error.downcast_ref(), Some(Error::EngineLost(_)));
     results.into_iter().filter_map(Result::err).min_by_key(heard).map_or(Ok(()), Err)
@@ -47,21 +49,25 @@ fn on_threads(args: &ServeArgs, ranks: usize, timeout: Duration) -> Result<()> {
 
 /// One of several processes.
 fn as_process(args: &ServeArgs, mut process: Process, timeout: Duration) -> Result<()> {
+    let told_to_stop = Arc::new(AtomicBool::new(false));
     if process.comm.rank() > 0 {
         // Launchers pass signals on to all; rank 0 says when it is time to leave.
-        ctrlc::set_handler(|| {}).context("cannot listen for signals")?;
+        let told = Arc::clone(&told_to_stop);
+        ctrlc::set_handler(move || told.store(true, Ordering::Relaxed)).context("cannot listen for signals")?;
     }
+    let mut dims = args.ranks.serving_dims(process.comm.size())?;
     let mut restarts = 0;
     loop {
         let first = process.comm.rank() == 0;
         if first {
             tracing::info!("ranks: {}", process.found);
         }
-        let error = match serve_rank(args, &process.seat(), timeout) {
+        let error = match serve_rank(args, &process.seat(), dims, timeout, &told_to_stop) {
             Ok(()) => return process.finish(),
             Err(error) => error,
         };
-        if process.comm.fault().is_none() || restarts == args.ranks.max_restarts() {
+        let is_last = restarts == args.ranks.max_restarts() || told_to_stop.load(Ordering::Relaxed);
+        if process.comm.fault().is_none() || is_last {
             return Err(error);
         }
         restarts += 1;
@@ -75,12 +81,19 @@ fn as_process(args: &ServeArgs, mut process: Process, timeout: Duration) -> Resu
             // Why it had to be comes first.
             Err(why) => return Err(error.context(format!("the ranks that are left of {ranks} cannot go on: {why}"))),
         };
+        dims = args.ranks.dims_of_the_left(process.comm.size())?;
     }
 }
 
-fn serve_rank(args: &ServeArgs, seat: &Seat, timeout: Duration) -> Result<()> {
+/// Serves until a signal comes, which sets `told_to_stop`, or a rank fails.
+fn serve_rank(
+    args: &ServeArgs,
+    seat: &Seat,
+    dims: ParallelDims,
+    timeout: Duration,
+    told_to_stop: &Arc<AtomicBool>,
+) -> Result<()> {
     let comm: Arc<dyn Communicator> = seat.comm.clone().context("a rank of several has a communicator")?;
-    let dims = args.ranks.serving_dims(comm.size())?;
     let mesh =
         Arc::new(Mesh::new(Arc::clone(&comm), dims, seat.ranks_per_node, args.ranks.exchange(RouteChoice::BySize))?);
     let model = args.told(args.model.load_over(args.served_model_name.clone(), &mesh)?);
@@ -107,9 +120,10 @@ fn serve_rank(args: &ServeArgs, seat: &Seat, timeout: Duration) -> Result<()> {
     let (ended, engine_ended) = oneshot::channel::<()>();
     std::thread::scope(|scope| {
         let listening = scope.spawn(|| {
-            args.listen(server, &name, async {
+            let ended = async {
                 engine_ended.await.ok();
-            })
+            };
+            args.listen(server, &name, ended, told_to_stop)
         });
         let worked = engine.run();
         drop(ended);

@@ -11,6 +11,8 @@ use std::future::Future;
 use std::io::Write;
 use std::net::IpAddr;
 use std::path::PathBuf;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 use tokio::net::TcpListener;
 
@@ -105,7 +107,7 @@ impl ServeArgs {
         let model = self.told(self.model.load(self.served_model_name.clone())?);
         let name = model.name.clone();
         let server = Server::new(model, self.config()?)?;
-        self.listen(server, &name, std::future::pending())
+        self.listen(server, &name, std::future::pending(), &Arc::default())
     }
 
     /// The model with what the command line says of it.
@@ -153,12 +155,13 @@ impl ServeArgs {
         })
     }
 
-    /// Listens until a signal comes or `ended` completes.
+    /// Listens until a signal comes, which sets `told_to_stop`, or `ended` completes.
     pub(super) fn listen(
         &self,
         server: Server,
         name: &str,
         ended: impl Future<Output = ()> + Send + 'static,
+        told_to_stop: &Arc<AtomicBool>,
     ) -> anyhow::Result<()> {
         let runtime = tokio::runtime::Runtime::new().context("starting the network's threads")?;
         runtime.block_on(async {
@@ -169,12 +172,14 @@ impl ServeArgs {
             let scheme = if self.tls_cert.is_some() { "https" } else { "http" };
             let url = format!("{scheme}://{}", listener.local_addr()?);
             writeln!(std::io::stdout(), "serving {name} on {url} (API at {url}/v1, Ctrl-C ends)").ok();
-            let shutdown = async {
+            let told_to_stop = Arc::clone(told_to_stop);
+            let shutdown = async move {
                 tokio::select! {
                     result = terminated() => {
                         if let Err(error) = result {
                             tracing::error!(%error, "signals cannot be watched; stopping");
                         }
+                        told_to_stop.store(true, Ordering::Relaxed);
                         tracing::info!("stopping: no new requests, running ones may end");
                     }
                     () = ended => tracing::error!("stopping: the engine has ended"),

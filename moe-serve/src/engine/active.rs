@@ -147,7 +147,8 @@ impl Active {
                     && position == known.len()
                     && position < ids.len()
                 {
-                    if row.iter().any(|x| x.is_nan()) {
+                    // What a token could not be drawn from has no probabilities either.
+                    if !row.iter().all(|x| *x < f32::INFINITY) {
                         return Err(Error::LogitsNotFinite { position });
                     }
                     known.push(Some(TokenLogprobs::of(row, ids[position], num_top, config.num_tokens)));

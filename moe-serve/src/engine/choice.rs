@@ -31,6 +31,7 @@ pub(super) enum Row<'a> {
 pub(super) struct Choice {
     sampler: Sampler,
     rng: CounterRng,
+    /// From the first draw on, where the job has a grammar: until then there may be many that wait, and it is not small.
     grammar: Option<Box<dyn GrammarState>>,
     stop_ids: Vec<u32>,
     min_tokens: usize,
@@ -61,10 +62,10 @@ impl Choice {
         Self {
             sampler: Sampler::new(job.sampling.clone(), config.num_tokens, &suppressed, prompt),
             rng: CounterRng::new(job.sampling.seed, index as u64),
-            grammar: job.grammar.as_ref().map(|grammar| grammar.start()),
+            grammar: None,
             stop_ids: job.stop.stop_token_ids.iter().chain(eos).copied().collect(),
             min_tokens: job.stop.min_tokens,
-            limit: job.stop.max_tokens.min(max_seq_len.saturating_sub(prompt.len())),
+            limit: job.stop.tokens_after(prompt.len(), max_seq_len),
             prompt_len: prompt.len(),
             generated: 0,
             experts_told: 0,
@@ -75,7 +76,7 @@ impl Choice {
 
     /// The draws after the next so many rows, each for the case that the guesses before it come true, where they need nothing else.
     pub(super) fn plain_draws(&self, rows: usize, job: &Job) -> Vec<Option<PlainDraw>> {
-        if self.grammar.is_some() || job.logprobs.is_some() {
+        if job.grammar.is_some() || job.logprobs.is_some() {
             return vec![None; rows];
         }
         let mut rng = self.rng.clone();
@@ -100,6 +101,9 @@ impl Choice {
         num_tokens: usize,
     ) -> Result<Vec<Drawn>> {
         let mut drawn = Vec::new();
+        if let (Some(grammar), None) = (&job.grammar, &self.grammar) {
+            self.grammar = Some(grammar.start());
+        }
         for (i, row) in rows.iter().enumerate() {
             let generated = self.generated + i;
             let (position, uniform) = (self.prompt_len + generated, self.rng.uniform_f64());

@@ -91,17 +91,28 @@ impl Engine {
     /// Takes a job in. Results go to `listener`; `cancel` gives the job up.
     ///
     /// # Errors
-    /// [`Error::QueueFull`] or [`Error::ShuttingDown`]; `listener` then hears nothing.
+    /// [`Error::QueueFull`] or [`Error::ShuttingDown`], [`Error::Field`] for a job without a prompt, with an empty one, or of which
+    /// `n` is 0; `listener` then hears nothing.
     pub fn submit(&self, job: Job, listener: Box<dyn Listener>, cancel: CancelFlag) -> Result<()> {
         // An engine that has ended takes none.
         if !self.is_ready() {
             return Err(Error::ShuttingDown);
         }
-        debug_assert!(
-            job.n > 0 && !job.prompts.is_empty() && job.prompts.iter().all(|p| !p.is_empty()),
-            "checked at the door"
-        );
+        if job.n == 0 {
+            return Err(Error::field("n", "a job has at least 1 continuation of each prompt"));
+        }
+        if job.prompts.is_empty() || job.prompts.iter().any(Vec::is_empty) {
+            return Err(Error::field("prompts", "a job has at least 1 prompt, and each at least 1 token"));
+        }
         self.inbox.push(job, listener, cancel)
+    }
+
+    /// Whether a job would be taken now.
+    ///
+    /// # Errors
+    /// [`Error::QueueFull`] or [`Error::ShuttingDown`].
+    pub fn check_room(&self) -> Result<()> {
+        self.inbox.has_room()
     }
 
     /// Jobs that have not started.

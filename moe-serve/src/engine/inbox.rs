@@ -69,16 +69,26 @@ impl Inbox {
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Takes a job in, or says why not.
-    pub(super) fn push(&self, job: Job, listener: Box<dyn Listener>, cancel: CancelFlag) -> Result<()> {
-        let mut state = self.lock();
-        let waiting = waiting(&state);
+    /// Whether one more job would be taken in.
+    pub(super) fn has_room(&self) -> Result<()> {
+        self.check_room(&self.lock())
+    }
+
+    fn check_room(&self, state: &State) -> Result<()> {
+        let waiting = waiting(state);
         if state.closed {
             return Err(Error::ShuttingDown);
         }
         if waiting >= self.max_waiting.saturating_add(state.open) {
             return Err(Error::QueueFull { waiting, max_queue: self.max_waiting });
         }
+        Ok(())
+    }
+
+    /// Takes a job in, or says why not.
+    pub(super) fn push(&self, job: Job, listener: Box<dyn Listener>, cancel: CancelFlag) -> Result<()> {
+        let mut state = self.lock();
+        self.check_room(&state)?;
         let number = state.next;
         state.next += 1;
         state.known.insert(number, Known { cancel: cancel.clone(), started: false });

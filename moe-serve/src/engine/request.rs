@@ -73,12 +73,22 @@ impl Default for SamplingParams {
 pub struct StopParams {
     /// Tokens to generate at most. A sequence also ends, by length, where the model's context ends.
     pub max_tokens: usize,
+    /// Tokens of prompt and answer together, at most, though one is generated in any case.
+    pub max_length: Option<usize>,
     /// Until so many tokens are generated, no stop token is sampled.
     pub min_tokens: usize,
     /// These end the sequence, beside the model's end-of-sequence tokens.
     pub stop_token_ids: Vec<u32>,
     /// Treats the model's end-of-sequence tokens as ordinary ones.
     pub ignore_eos: bool,
+}
+
+impl StopParams {
+    /// Tokens that may follow a prompt of so many in a context of so many.
+    pub(crate) fn tokens_after(&self, prompt: usize, context: usize) -> usize {
+        let to_length = self.max_length.map_or(usize::MAX, |length| length.saturating_sub(prompt).max(1));
+        self.max_tokens.min(to_length).min(context.saturating_sub(prompt))
+    }
 }
 
 /// One request: every prompt is continued `n` times with the same parameters.

@@ -108,7 +108,8 @@ impl Sampler {
             for &id in self.prompt.iter().chain(fresh) {
                 if let Some(logit) = adjusted.get_mut(id as usize) {
                     *logit = if *logit > 0.0 {
-                        *logit / params.repetition_penalty
+                        // A penalty near 0 makes it very likely, not infinite.
+                        (*logit / params.repetition_penalty).min(f32::MAX)
                     } else {
                         *logit * params.repetition_penalty
                     };

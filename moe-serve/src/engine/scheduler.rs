@@ -2,7 +2,7 @@
 //! touches no tensor.
 //!
 //! Sequences are served in the order of their priorities, then of their arrival. Those that generate come first in a step, then
-//! prompts that are being read, in chunks of what is left of the step's tokens, then new ones. Where pages run out, what is only
+//! prompts that are being read, in chunks of what is left of the step's tokens, then new ones, and last guesses. Where pages run out, what is only
 //! kept for later goes first, then the pages of the last in that order, which reads its tokens again later: the first always
 //! gets on.
 
@@ -37,7 +37,7 @@ impl Part {
 pub(super) struct Counts {
     /// Times that a sequence lost its pages.
     pub(super) preemptions: u64,
-    /// Tokens looked for among those kept.
+    /// Tokens of prompts looked for among those kept, when a prompt's first continuation begins.
     pub(super) prefix_queries: u64,
     /// Tokens found there.
     pub(super) prefix_hits: u64,
@@ -146,7 +146,8 @@ impl Scheduler {
             let mut cached = lead.cached.clone();
             // The last token is read again, for what follows it.
             cached.truncate(prompt_len - 1);
-            Sequence { id: SequenceId { choice: id.choice + k, ..id }, token_ids: prompt.clone(), cached, ..*lead }
+            let id = SequenceId { choice: id.choice + k, ..id };
+            Sequence { id, token_ids: prompt.clone(), cached, suspect: false, ..*lead }
         };
         let siblings: Vec<Sequence> = (1..n).map(sibling).collect();
         siblings.into_iter().for_each(|sequence| self.add(sequence));
@@ -192,32 +193,37 @@ impl Scheduler {
         }
     }
 
-    /// The next step. Empty only if there is no sequence.
+    /// The next step. Empty only if there is no sequence, since a replica's pages hold any one of them.
     pub(super) fn plan(&mut self, now: Instant) -> Vec<Part> {
         self.promote(now);
         self.running.sort_by_key(Sequence::order);
         self.replicas.iter_mut().for_each(|replica| replica.promised = 0);
-        let mut step = Step { parts: Vec::new(), budget: self.config.max_batch_tokens };
+        let mut step = Step { parts: Vec::new(), budget: self.config.max_batch_tokens, now };
         if let Some(suspect) = self.running.iter().find(|sequence| sequence.suspect).map(|sequence| sequence.id) {
             self.extend(suspect, &mut step);
-            if !step.parts.is_empty() {
-                return step.parts;
-            }
+        } else if self.waiting.first_key_value().is_some_and(|(_, sequence)| sequence.suspect) {
+            self.admit(&mut step);
         }
+        if !step.parts.is_empty() {
+            return step.parts;
+        }
+        let ids = |scheduler: &Self, generates| {
+            let them = scheduler.running.iter().filter(|sequence| sequence.generates() == generates);
+            them.map(|sequence| sequence.id).collect::<Vec<_>>()
+        };
         for generates in [true, false] {
-            let ids = self.running.iter().filter(|sequence| sequence.generates() == generates);
-            for id in ids.map(|sequence| sequence.id).collect::<Vec<_>>() {
-                self.extend(id, &mut step);
-            }
+            ids(self, generates).into_iter().for_each(|id| self.extend(id, &mut step));
         }
         self.admit(&mut step);
+        self.guess(&mut step);
         step.parts
     }
 
     /// Whoever has waited for too long goes before all others.
     fn promote(&mut self, now: Instant) {
         let overdue = |sequence: &Sequence| {
-            sequence.priority > i32::MIN && now.saturating_duration_since(sequence.arrived) >= self.config.starvation
+            sequence.priority > i32::MIN
+                && now.saturating_duration_since(sequence.waits_since) >= self.config.starvation
         };
         let orders: Vec<Order> = self.waiting.values().filter(|s| overdue(s)).map(Sequence::order).collect();
         for order in orders {
@@ -236,19 +242,33 @@ impl Scheduler {
         if new == 0 {
             return;
         }
-        let drafts = match sequence.generates() {
-            true => {
-                let limit = sequence.guessable().min(step.budget - new);
-                propose(self.config.speculation, &sequence.token_ids, limit)
-            }
-            false => Vec::new(),
-        };
-        let mut part = Part { id, new, drafts, pages: 0 };
-        // Guesses are not worth another sequence's pages.
-        if !self.has_room(&mut part) {
-            part.drafts.clear();
+        self.settle(Part { id, new, drafts: Vec::new(), pages: 0 }, step);
+    }
+
+    /// Gives those that generate guesses, of the tokens and the free pages that are left: they are not worth another sequence's tokens
+    /// or pages, nor what is kept of a prompt.
+    fn guess(&mut self, step: &mut Step) {
+        if self.config.speculation.num_tokens == 0 {
+            return;
         }
-        self.settle(part, step);
+        let Step { parts, budget, .. } = step;
+        for part in parts {
+            let sequence = self.running.iter().find(|sequence| sequence.id == part.id);
+            let sequence = sequence.expect("a planned sequence is a running one");
+            if !sequence.generates() {
+                continue;
+            }
+            let limit = sequence.guessable().min(*budget);
+            let drafts = propose(self.config.speculation, &sequence.token_ids, limit);
+            let pages = sequence.cached.pages_needed(part.new + drafts.len());
+            let replica = &mut self.replicas[sequence.replica];
+            let more = pages - part.pages;
+            if replica.promised + more <= replica.pages.free() {
+                replica.promised += more;
+                *budget -= drafts.len();
+                *part = Part { drafts, pages, ..*part };
+            }
+        }
     }
 
     /// Puts the part of a running sequence into the step, with pages from those after it; without them it waits again.
@@ -302,6 +322,7 @@ impl Scheduler {
             self.replicas[sequence.replica].promised -= part.pages;
         }
         sequence.cached.truncate(0);
+        sequence.waits_since = step.now;
         self.counts.preemptions += 1;
         self.add(sequence);
     }
@@ -314,22 +335,11 @@ impl Scheduler {
                 self.waiting.insert(order, sequence);
                 return;
             }
-            let found = self.begin(&mut sequence);
-            let new = sequence.pending().min(step.budget);
-            let replica = &mut self.replicas[sequence.replica];
-            // One that could never begin otherwise begins where nothing else runs.
-            let alone = self.running.iter().all(|other| other.replica != sequence.replica);
-            if !replica.has(sequence.cached.pages_needed(sequence.pending())) && !alone {
-                if found.is_some() {
-                    sequence.cached.truncate(0);
-                }
+            if !self.begin(&mut sequence) {
                 self.waiting.insert(order, sequence);
                 return;
             }
-            if let Some(hits) = found {
-                self.counts.prefix_queries += sequence.token_ids.len() as u64;
-                self.counts.prefix_hits += hits as u64;
-            }
+            let new = sequence.pending().min(step.budget);
             let (id, suspect) = (sequence.id, sequence.suspect);
             self.running.push(sequence);
             self.settle(Part { id, new, drafts: Vec::new(), pages: 0 }, step);
@@ -339,13 +349,40 @@ impl Scheduler {
         }
     }
 
-    /// Chooses a replica for a sequence without pages, and what is kept there of its tokens; how many that are.
-    fn begin(&mut self, sequence: &mut Sequence) -> Option<usize> {
+    /// Chooses a replica that has room for all tokens of a sequence, one with less to do before others; false where none has.
+    fn begin(&mut self, sequence: &mut Sequence) -> bool {
         if !sequence.cached.is_empty() {
-            return None;
+            // What it goes on from lies on one of them.
+            return self.fits(sequence);
         }
         let busy = |replica: usize| self.running.iter().filter(|other| other.replica == replica).count();
-        sequence.replica = (0..self.replicas.len()).min_by_key(|&replica| busy(replica)).unwrap_or_default();
+        let mut replicas: Vec<usize> = (0..self.replicas.len()).collect();
+        replicas.sort_by_key(|&replica| busy(replica));
+        for replica in replicas {
+            sequence.replica = replica;
+            let found = self.look_up(sequence);
+            if self.fits(sequence) {
+                if let (Some(hits), false) = (found, sequence.counted) {
+                    self.counts.prefix_queries += sequence.prompt_len as u64;
+                    self.counts.prefix_hits += hits as u64;
+                    sequence.counted = true;
+                }
+                return true;
+            }
+            sequence.cached.truncate(0);
+        }
+        false
+    }
+
+    /// Whether the pages for all of a sequence's tokens can be had. One that could never begin otherwise begins where nothing else runs.
+    fn fits(&mut self, sequence: &Sequence) -> bool {
+        let replica = sequence.replica;
+        let needed = sequence.cached.pages_needed(sequence.pending());
+        self.replicas[replica].has(needed) || self.running.iter().all(|other| other.replica != replica)
+    }
+
+    /// Has a sequence without pages begin with what its replica keeps of its tokens; how many that are, if anything is kept for it.
+    fn look_up(&mut self, sequence: &mut Sequence) -> Option<usize> {
         let ReplicaPages { pages, prefix, .. } = &mut self.replicas[sequence.replica];
         let seed = sequence.cached.seed();
         sequence.cached = match prefix {
@@ -366,6 +403,8 @@ struct Step {
     parts: Vec<Part>,
     /// Tokens that are left of it.
     budget: usize,
+    /// When it is made up.
+    now: Instant,
 }
 
 #[cfg(test)]

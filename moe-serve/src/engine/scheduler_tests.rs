@@ -26,7 +26,8 @@ impl Bench {
         self.scheduler.add(Sequence {
             id,
             priority,
-            arrived: self.begun,
+            waits_since: self.begun,
+            counted: false,
             token_ids,
             prompt_len,
             max_len: prompt_len + 100,
@@ -193,14 +194,16 @@ fn what_was_read_before_is_not_read_again() {
 #[test]
 fn guesses_take_no_more_than_tokens_and_pages_that_are_left() {
     let speculation = SpeculationConfig { num_tokens: 5, min_ngram: 1, max_ngram: 2 };
-    let mut bench = Bench::new(SchedulingConfig { speculation, ..config(7, 2) }, &[4]);
+    let mut bench = Bench::new(SchedulingConfig { speculation, ..config(7, 2) }, &[6]);
     bench.add(0, 0, vec![7, 1, 2, 3, 4, 7]);
     assert_eq!(bench.step(), [(0, 6, 0)], "a prompt is read without guesses");
     // After 7 came 7, that is where the first guess is from.
     assert_eq!(bench.step(), [(0, 1, 1)]);
     bench.add(1, 0, prompt(1, 7));
     bench.scheduler.running_mut(SequenceId { job: 0, choice: 0 }).token_ids[7] = 1;
-    assert_eq!(bench.step()[0], (0, 1, 5));
+    assert_eq!(bench.step(), [(0, 1, 0), (1, 6, 0)], "no prompt waits for guesses");
+    // What followed the latest 7: its own successor, and a 7.
+    assert_eq!(bench.step(), [(0, 1, 2), (1, 1, 0)]);
     let sequence = bench.scheduler.running_mut(SequenceId { job: 0, choice: 0 });
     sequence.max_len = sequence.token_ids.len() + 1;
     assert_eq!(bench.step()[0].2, 0, "the last token to come is not worth one");
@@ -233,4 +236,68 @@ fn sequences_are_spread_over_replicas() {
     let replicas: Vec<usize> = (0..4).map(|job| replica(&mut bench, job)).collect();
     assert_eq!(replicas, [0, 1, 0, 1]);
     assert_eq!((bench.pages[0].free(), bench.pages[1].free()), (4, 4));
+}
+
+#[test]
+fn guesses_leave_each_its_token_and_its_pages() {
+    let speculation = SpeculationConfig { num_tokens: 5, min_ngram: 1, max_ngram: 2 };
+    let mut bench = Bench::new(SchedulingConfig { speculation, ..config(4, 3) }, &[100]);
+    for job in 0..3 {
+        bench.add(job, 0, vec![7]);
+    }
+    assert_eq!(bench.step(), [(0, 1, 0), (1, 1, 0), (2, 1, 0)]);
+    bench.step();
+    assert_eq!(bench.step(), [(0, 1, 1), (1, 1, 0), (2, 1, 0)], "one each, and one token is left");
+    // Two pages: each holds one, and a guess of either would take the other's next.
+    let mut bench = Bench::new(SchedulingConfig { speculation, ..config(64, 2) }, &[3]);
+    bench.add(0, 0, vec![7, 7, 7]);
+    bench.add(1, 0, vec![7, 7, 7]);
+    assert_eq!(bench.step(), [(0, 3, 0), (1, 3, 0)]);
+    assert_eq!(bench.step(), [(0, 1, 1), (1, 1, 0)], "the third page is free");
+    assert_eq!(bench.scheduler.counts().preemptions, 0);
+}
+
+#[test]
+fn what_is_forked_of_a_suspect_is_none() {
+    let mut bench = Bench::new(config(64, 8), &[20]);
+    let id = bench.add(0, 0, prompt(0, 5));
+    bench.add(1, 0, prompt(1, 5));
+    let parts = bench.scheduler.plan(bench.begun);
+    bench.scheduler.suspect(&parts);
+    assert_eq!(bench.step(), [(0, 5, 0)]);
+    bench.scheduler.fork(id, 3);
+    assert_eq!(bench.step(), [(1, 5, 0)], "the other suspect");
+    assert_eq!(bench.step(), [(0, 1, 0), (1, 1, 0), (0, 1, 0), (0, 1, 0)], "then all together");
+}
+
+#[test]
+fn who_has_lost_its_pages_waits_from_then_on() {
+    let starving = SchedulingConfig { starvation: Duration::from_secs(30), ..config(64, 8) };
+    let mut bench = Bench::new(starving, &[4]);
+    bench.add(0, 10, prompt(0, 7));
+    bench.step();
+    bench.add(1, 0, prompt(1, 7));
+    let late = Duration::from_secs(40);
+    assert_eq!(bench.step_at(late), [(0, 1, 0), (1, 7, 0)]);
+    assert_eq!(bench.step_at(late), [(1, 1, 0)], "it gives its pages to a more important one");
+    assert_eq!(bench.scheduler.waiting.keys().next(), Some(&(10, SequenceId { job: 0, choice: 0 })));
+    bench.scheduler.plan(bench.begun + late);
+    assert_eq!(bench.scheduler.waiting.keys().next().map(|order| order.0), Some(10), "40 s ago it was running");
+    bench.scheduler.plan(bench.begun + 2 * late);
+    assert_eq!(bench.scheduler.waiting.keys().next().map(|order| order.0), Some(i32::MIN));
+}
+
+#[test]
+fn a_replica_with_room_takes_what_another_has_none_for() {
+    let mut bench = Bench::new(config(64, 8), &[6, 8]);
+    bench.add(0, 0, prompt(0, 20));
+    bench.add(1, 0, prompt(1, 3));
+    assert_eq!(bench.step(), [(0, 20, 0), (1, 3, 0)]);
+    // As many on each; the first has 1 page left, the second 7.
+    bench.add(2, 0, prompt(2, 8));
+    assert_eq!(bench.step(), [(0, 1, 0), (1, 1, 0), (2, 8, 0)]);
+    assert_eq!(bench.scheduler.running_mut(SequenceId { job: 2, choice: 0 }).replica, 1);
+    bench.add(3, 0, prompt(3, 40));
+    bench.step();
+    assert_eq!(bench.scheduler.num_waiting(), 1, "nobody has room for that");
 }

@@ -22,8 +22,10 @@ pub(super) struct Sequence {
     pub(super) id: SequenceId,
     /// Smaller goes first.
     pub(super) priority: i32,
-    /// When its job was submitted.
-    pub(super) arrived: Instant,
+    /// Since when it waits, or waited before it began to run.
+    pub(super) waits_since: Instant,
+    /// Whether what was found of it among the tokens that are kept has been counted.
+    pub(super) counted: bool,
     /// Of the prompt and generated.
     pub(super) token_ids: Vec<u32>,
     pub(super) prompt_len: usize,

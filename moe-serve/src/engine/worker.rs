@@ -92,7 +92,7 @@ impl Worker {
     /// # Errors
     /// If the replicas have failed for good.
     pub(super) fn run(mut self) -> Result<()> {
-        while let Some(arrived) = self.inbox.take(self.jobs.is_empty(), self.replicas.idle_limit()) {
+        while let Some(arrived) = self.take() {
             if self.inbox.take_forget() {
                 self.scheduler.forget_prefixes();
             }
@@ -101,7 +101,7 @@ impl Worker {
             arrived.into_iter().for_each(|submission| self.accept(submission));
             self.drop_cancelled();
             let parts = debug_span!("plan").in_scope(|| self.scheduler.plan(begun));
-            self.inbox.set_open(self.config.scheduling.max_sequences.saturating_sub(self.scheduler.num_running()));
+            self.tell_seats();
             let result = match parts {
                 parts if !parts.is_empty() => self.step(&parts, begun),
                 _ if is_idle => self.replicas.idle(),
@@ -115,6 +115,18 @@ impl Worker {
             }
         }
         Ok(())
+    }
+
+    /// What has arrived; waits for it where there is nothing to do. `None` once nothing can come any more.
+    fn take(&self) -> Option<Vec<Submission>> {
+        // The last step may have ended sequences.
+        self.tell_seats();
+        self.inbox.take(self.jobs.is_empty(), self.replicas.idle_limit())
+    }
+
+    /// How many more sequences could start at once.
+    fn tell_seats(&self) {
+        self.inbox.set_open(self.config.scheduling.max_sequences.saturating_sub(self.scheduler.num_running()));
     }
 
     /// No step can be run any more: every job that is known or still comes ends with that.
@@ -143,7 +155,8 @@ impl Worker {
             self.scheduler.add(Sequence {
                 id,
                 priority: job.priority,
-                arrived: active.submitted,
+                waits_since: active.submitted,
+                counted: false,
                 token_ids,
                 prompt_len,
                 max_len: prompt_len + active.limit(choice),
@@ -164,11 +177,11 @@ impl Worker {
         }
     }
 
-    /// Nothing could be planned: what waits first can never run.
+    /// Nothing was planned though somebody waits, which the scheduler promises not to happen: without this the engine would wait for it
+    /// forever.
     fn unblock(&mut self) {
         if let Some(id) = self.scheduler.first_waiting() {
-            let free = self.scheduler.pages(0).free();
-            self.end(id.job, Err(moe_models::Error::OutOfPages { needed: free + 1, free }.into()));
+            self.end(id.job, Err(Error::EnginePanic("no step was planned for a sequence that waits".into())));
         }
     }
 
@@ -328,7 +341,9 @@ impl Worker {
             drawing.drawn = catch_unwind(AssertUnwindSafe(drawn))
                 .unwrap_or_else(|payload| Err(Error::EnginePanic(panic_text(payload.as_ref()))));
         };
-        if drawings.len() > 1 && drawings.len() * vocab_size >= PARALLEL_LOGITS {
+        // A grammar's next tokens take longer to find than a draw.
+        let many = drawings.len() * vocab_size >= PARALLEL_LOGITS || drawings.iter().any(|d| d.job.grammar.is_some());
+        if drawings.len() > 1 && many {
             drawings.par_iter_mut().for_each(draw);
         } else {
             drawings.iter_mut().for_each(draw);

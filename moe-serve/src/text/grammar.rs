@@ -10,6 +10,13 @@ use llguidance::{Matcher, ParserFactory};
 use serde_json::{Value, json};
 use std::sync::Arc;
 
+/// Of the thread that compiles a grammar. The parser goes down into rules, references and nested expressions without a limit of its
+/// own: as deep as a source of the longest that a request may have (`MAX_TOOLS_BYTES`) goes, and twice that. Pages that are not
+/// touched take no memory.
+const COMPILER_STACK_BYTES: usize = 512 << 20;
+/// Of the parser's own words about what is wrong with a grammar, which may repeat all of it.
+const MAX_REASON_CHARS: usize = 500;
+
 /// What a continuation may say.
 #[derive(Debug, Clone, PartialEq)]
 pub enum GrammarSource {
@@ -105,12 +112,28 @@ impl Grammars {
     /// # Errors
     /// [`Error::Grammar`] if it is none, is too large, or uses what is not supported.
     pub fn compile(&self, source: &GrammarSource) -> Result<Arc<dyn Grammar>> {
-        let refuse = |e: anyhow::Error| Error::Grammar(format!("{e:#}"));
-        let matcher = Matcher::new(Ok(self.factory.create_parser(source.grammar()).map_err(refuse)?));
-        let compiled = Compiled { matcher: Matcher::deep_clone(&matcher), ends: self.ends.clone() };
-        // What cannot even begin is refused now.
-        Walk::begin(matcher, self.ends.clone()).allowed()?;
-        Ok(Arc::new(compiled))
+        let compile = || {
+            let parser = self.factory.create_parser(source.grammar()).map_err(refused)?;
+            let begin = Walk::begin(Matcher::new(Ok(parser)), self.ends.clone());
+            // What cannot even begin is refused now.
+            begin.allowed()?;
+            Ok(Arc::new(Compiled { begin }) as Arc<dyn Grammar>)
+        };
+        std::thread::scope(|scope| {
+            let compiler = std::thread::Builder::new().name("moe-grammar".into()).stack_size(COMPILER_STACK_BYTES);
+            let compiler = compiler.spawn_scoped(scope, compile);
+            let compiler = compiler.map_err(|reason| Error::Io { path: "moe-grammar thread".into(), reason })?;
+            compiler.join().unwrap_or_else(|panic| std::panic::resume_unwind(panic))
+        })
+    }
+}
+
+/// Why the parser refuses, shortened.
+fn refused(error: anyhow::Error) -> Error {
+    let reason = format!("{error:#}");
+    match reason.char_indices().nth(MAX_REASON_CHARS) {
+        Some((end, _)) => Error::Grammar(format!("{}...", &reason[..end])),
+        None => Error::Grammar(reason),
     }
 }
 
@@ -123,10 +146,9 @@ pub(super) fn on_one_line(mut schema: Value) -> Value {
     schema
 }
 
-/// A grammar before its first token.
+/// A grammar before its first token, the tokens that may come first known.
 struct Compiled {
-    matcher: Matcher,
-    ends: Ends,
+    begin: Walk,
 }
 
 impl std::fmt::Debug for Compiled {
@@ -137,7 +159,8 @@ impl std::fmt::Debug for Compiled {
 
 impl Grammar for Compiled {
     fn start(&self) -> Box<dyn GrammarState> {
-        Box::new(Walk::begin(self.matcher.deep_clone(), self.ends.clone()))
+        let Walk { matcher, ends, next } = &self.begin;
+        Box::new(Walk { matcher: matcher.deep_clone(), ends: ends.clone(), next: next.clone() })
     }
 }
 
@@ -180,7 +203,7 @@ impl GrammarState for Walk {
     }
 
     fn push(&mut self, token_id: u32) -> Result<()> {
-        self.matcher.consume_token(token_id).map_err(|e| Error::Grammar(format!("{e:#}")))?;
+        self.matcher.consume_token(token_id).map_err(refused)?;
         self.next = self.matcher.compute_mask_or_eos().map_err(|e| format!("{e:#}"));
         Ok(())
     }
@@ -254,6 +277,43 @@ mod tests {
             (GrammarSource::Lark("start: \"a\"+ \"b\"".into()), "aab", (3, true, true)),
         ] {
             assert_eq!(walk(&source, text), want, "{source:?} on {text}");
+        }
+    }
+
+    #[test]
+    fn deep_sources_compile_or_are_refused() {
+        let (grammars, _) = grammars();
+        let chain = |n: usize, name: &str| {
+            let rules: Vec<String> = (0..n).map(|i| format!("{name}{i}: {name}{}\n", i + 1)).collect();
+            format!("start: {name}0\n{}{name}{n}: \"a\"\n", rules.concat())
+        };
+        let references = |n: usize, wrapped: bool| {
+            let to = |i: usize| {
+                let next = json!({"$ref": format!("#/$defs/a{}", i + 1)});
+                if wrapped { json!({"anyOf": [next, {"type": "null"}]}) } else { next }
+            };
+            let mut definitions: serde_json::Map<String, Value> = (0..n).map(|i| (format!("a{i}"), to(i))).collect();
+            definitions.insert(format!("a{n}"), json!({"type": "integer"}));
+            json!({"$ref": "#/$defs/a0", "$defs": definitions})
+        };
+        for (name, source) in [
+            ("rules", GrammarSource::Lark(chain(4000, "b"))),
+            ("terminals", GrammarSource::Lark(chain(4000, "B"))),
+            ("braces", GrammarSource::Lark(format!("start: {}", "a{".repeat(32_000)))),
+            ("negations", GrammarSource::Lark(format!("start: /a/ %if {}", "not(".repeat(12_000)))),
+            ("references", GrammarSource::JsonSchema(references(1800, false))),
+            ("references to either", GrammarSource::JsonSchema(references(900, true))),
+        ] {
+            match grammars.compile(&source) {
+                Ok(grammar) => {
+                    let mut state = grammar.start();
+                    let allowed = state.allowed().expect("begins");
+                    let id = (0..257).find(|id| allowed[id / 32] >> (id % 32) & 1 == 1).expect("something may come");
+                    state.push(id as u32).expect("allowed");
+                }
+                Err(Error::Grammar(text)) => assert!(text.len() < 600, "{name}: {} bytes", text.len()),
+                Err(error) => panic!("{name}: {error}"),
+            }
         }
     }
 

@@ -79,7 +79,7 @@ fn tokens_of_a_text_and_back() {
     for (path, body, field) in [
         ("/tokenize", json!({}), "prompt"),
         ("/tokenize", json!({"prompt": "a", "messages": []}), "messages"),
-        ("/tokenize", json!({"prompt": "a", "add_special_tokens": true}), "add_special_tokens"),
+        ("/tokenize", json!({"prompt": "a", "add_special_tokens": false}), "add_special_tokens"),
         ("/tokenize", json!({"prompt": "a", "extra": 1}), "extra"),
         ("/tokenize", json!({"prompt": "a ".repeat(1 << 20)}), "prompt"),
         ("/tokenize", json!({"messages": [{"role": "user", "content": "a ".repeat(1 << 20)}]}), "messages"),

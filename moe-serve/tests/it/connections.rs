@@ -14,7 +14,7 @@ const SLACK: Duration = Duration::from_secs(5);
 /// Far beyond every wait of a test.
 const NEVER: Duration = Duration::from_secs(600);
 
-const GET: &[u8] = b"GET /health HTTP/1.1\r\nhost: test\r\n\r\n";
+const GET: &[u8] = b"GET /health HTTP/1.1\r\nhost: localhost\r\n\r\n";
 
 fn lenient() -> Limits {
     Limits { header_timeout: NEVER, keep_alive_timeout: NEVER, write_timeout: NEVER, ..Limits::default() }
@@ -204,4 +204,20 @@ fn stopping_does_not_wait_for_idle_connections() {
     server.wait();
     assert!(begun.elapsed() < SLACK, "took {:?}", begun.elapsed());
     assert_eq!(idle.read(&mut [0]).expect("an orderly end"), 0);
+}
+
+#[test]
+fn bodies_that_do_not_come_keep_nobody_out() {
+    let server = server(Limits { max_connections: 2, body_timeout: NEVER, ..lenient() });
+    let head = b"POST /v1/completions HTTP/1.1\r\nhost: localhost\r\ncontent-type: application/json\r\ncontent-length: 9\r\n\r\n";
+    let mut unsent: Vec<TcpStream> = (0..2).map(|_| connect(&server)).collect();
+    unsent.iter_mut().for_each(|stream| stream.write_all(head).expect("open"));
+    std::thread::sleep(LIMIT);
+    let mut next = connect(&server);
+    next.write_all(GET).expect("open");
+    assert!(read_answer(&mut next).starts_with("HTTP/1.1 200"));
+    assert_eq!(unsent[0].read(&mut [0]).expect("closed"), 0);
+    // The other one can still send it.
+    unsent[1].write_all(b"{\"a\": 1} ").expect("open");
+    assert!(read_answer(&mut unsent[1]).starts_with("HTTP/1.1 400"));
 }

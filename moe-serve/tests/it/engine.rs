@@ -185,6 +185,7 @@ pub(crate) fn random_jobs(count: usize, seed: u64) -> Vec<(Job, usize)> {
                 min_tokens: below(4),
                 stop_token_ids: if below(3) == 0 { vec![9, 10] } else { Vec::new() },
                 ignore_eos: below(2) == 0,
+                max_length: (number % 9 == 4).then_some(50),
             };
             let job = Job {
                 prompts,
@@ -319,4 +320,38 @@ fn a_listener_that_panics_costs_its_own_job() {
     );
     assert_eq!(answer.recv_timeout(limit).expect("an end").error, None);
     assert!(engine.is_alive());
+}
+
+#[test]
+fn a_queue_of_none_takes_what_can_start() {
+    let lm: Arc<dyn CausalLm> = Arc::new(ScriptedLm::new("the cat sat on the mat"));
+    let scheduling = SchedulingConfig { max_sequences: 1, ..SchedulingConfig::default() };
+    let engine = Engine::start(Arc::clone(&lm), config(lm.as_ref(), 0, scheduling, 0), Arc::new(())).expect("starts");
+    for round in 0..3 {
+        // The end of a job is told before the engine waits for the next.
+        let begun = std::time::Instant::now();
+        while engine.check_room().is_err() {
+            assert!(begun.elapsed() < Duration::from_secs(20), "round {round}: an idle engine is full");
+            std::thread::sleep(Duration::from_millis(1));
+        }
+        assert_eq!(wait(submit(&engine, &scripted_job("the"))).error, None, "round {round}");
+    }
+}
+
+#[test]
+fn jobs_without_prompts_are_refused() {
+    let lm: Arc<dyn CausalLm> = Arc::new(ScriptedLm::new("the cat"));
+    let config = config(lm.as_ref(), 4, SchedulingConfig::default(), 0);
+    let engine = Engine::start(lm, config, Arc::new(())).expect("starts");
+    let (good, _) = scripted_job("the");
+    for (job, field) in [
+        (Job { prompts: Vec::new(), ..good.clone() }, "prompts"),
+        (Job { prompts: vec![Vec::new()], ..good.clone() }, "prompts"),
+        (Job { n: 0, ..good }, "n"),
+    ] {
+        let (done, _) = mpsc::channel();
+        let recorder = Recorder { answer: Answer::default(), stop_after: 1, done };
+        let refused = engine.submit(job, Box::new(recorder), CancelFlag::default());
+        assert!(matches!(refused, Err(Error::Field { field: of, .. }) if of == field), "{field}");
+    }
 }

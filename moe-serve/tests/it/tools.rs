@@ -331,3 +331,26 @@ fn impossible_tools_name_their_field() {
         assert_eq!((reply.status, &reply.json()["error"]["param"]), (400, &json!(param)), "{fields}: {}", reply.body);
     }
 }
+
+#[test]
+fn what_clients_parsed_of_an_answer_is_taken_back() {
+    let server = with_template("{% for m in messages %}{{ m.role }} {{ m.content }}{% endfor %}{{ tools }}");
+    let call =
+        json!({"id": "a", "type": "function", "function": {"name": "now", "arguments": "{}", "parsed_arguments": {}}});
+    let messages = json!([
+        {"role": "user", "content": "the"},
+        {"role": "assistant", "content": "{\"a\": 1}", "refusal": null, "tool_calls": null, "annotations": [], "parsed": {"a": 1}},
+        {"role": "assistant", "content": null, "tool_calls": [call], "parsed": null},
+        {"role": "tool", "content": "x", "tool_call_id": "a"},
+        {"role": "user", "content": "cat"},
+    ]);
+    server.client.post(PATH, &json!({"messages": messages, "max_tokens": 1, "store": false})).ok();
+    for (fields, param) in
+        [(json!({"annotations": [1]}), "messages[0].annotations"), (json!({"unknown": 1}), "messages[0].unknown")]
+    {
+        let mut message = json!({"role": "assistant", "content": "x"});
+        message.as_object_mut().expect("an object").extend(fields.as_object().expect("an object").clone());
+        let reply = server.client.post(PATH, &json!({"messages": [message]}));
+        assert_eq!((reply.status, &reply.json()["error"]["param"]), (400, &json!(param)), "{}", reply.body);
+    }
+}

@@ -120,6 +120,20 @@ impl RankArgs {
         Ok(dims)
     }
 
+    /// How the ranks that are left of a server go on: as was asked for, else with as much of it as so few can have.
+    ///
+    /// # Errors
+    /// As [`RankArgs::serving_dims`].
+    pub fn dims_of_the_left(&self, size: usize) -> Result<ParallelDims> {
+        // The numbers asked for were for more ranks.
+        let spread = Self { dp: None, ep: None, ..self.clone() };
+        let least = Self { tp: None, expert_slices: None, coordination: None, ..spread.clone() };
+        self.serving_dims(size).or_else(|error| {
+            tracing::warn!("{error:#}; another layout is chosen for the ranks that are left");
+            spread.serving_dims(size).or_else(|_| least.serving_dims(size))
+        })
+    }
+
     /// The way of rows to experts; `otherwise` the route where nothing is said.
     pub fn exchange(&self, otherwise: RouteChoice) -> ExchangeConfig {
         let default = ExchangeConfig::default();

@@ -116,9 +116,11 @@ impl Mesh<'_> {
         for visitor in self.door.look() {
             self.admit(visitor);
         }
-        self.hear_answers()?;
+        let heard = self.hear_answers();
         let asked = |rank: usize| self.asked.iter().any(|(other, ..)| *other == rank);
-        self.halves.iter_mut().enumerate().try_for_each(|(rank, half)| watch(rank, half, asked(rank)))
+        let watched = self.halves.iter_mut().enumerate().try_for_each(|(rank, half)| watch(rank, half, asked(rank)));
+        // Who gives up says why on one connection, then ends all.
+        watched.and(heard)
     }
 
     /// Takes a connection of a higher rank; all others are dropped.

@@ -176,8 +176,7 @@ impl ResponseWriter {
                 "type": "function_call", "id": id, "call_id": call_id, "name": name, "arguments": arguments, "status": status,
             }),
             Some(Open::Reasoning(text)) => {
-                let content =
-                    if status == "in_progress" { json!([]) } else { json!([{"type": "reasoning_text", "text": text}]) };
+                let content = if status == "in_progress" { json!([]) } else { json!([thought(text)]) };
                 json!({"type": "reasoning", "id": id, "summary": [], "content": content, "status": status})
             }
             Some(Open::Message { text, logprobs }) => {
@@ -194,9 +193,17 @@ impl ResponseWriter {
         let item = self.item("in_progress");
         let output_index = self.items.len();
         events.push(self.event("response.output_item.added", json!({"output_index": output_index, "item": item})));
-        if let Some(Open::Message { .. }) = self.open {
-            let part = part("", &[]);
+        if let Some(part) = self.part_of_nothing() {
             events.push(self.item_event("response.content_part.added", json!({"content_index": 0, "part": part})));
+        }
+    }
+
+    /// The part of the item that has just been opened, if it has parts.
+    fn part_of_nothing(&self) -> Option<Value> {
+        match self.open.as_ref()? {
+            Open::Message { .. } => Some(part("", &[])),
+            Open::Reasoning(_) => Some(thought("")),
+            Open::Call { .. } => None,
         }
     }
 
@@ -231,7 +238,9 @@ impl ResponseWriter {
             }
             Some(Open::Reasoning(text)) => {
                 let done = json!({"content_index": 0, "text": text});
+                let part = thought(text);
                 events.push(self.item_event("response.reasoning_text.done", done));
+                events.push(self.item_event("response.content_part.done", json!({"content_index": 0, "part": part})));
             }
             Some(Open::Call { name, arguments, .. }) => {
                 let done = json!({"name": name, "arguments": arguments});
@@ -251,6 +260,10 @@ fn part(text: &str, logprobs: &[Value]) -> Value {
     json!({"type": "output_text", "text": text, "annotations": [], "logprobs": logprobs})
 }
 
+fn thought(text: &str) -> Value {
+    json!({"type": "reasoning_text", "text": text})
+}
+
 fn usage_of(usage: Usage) -> Value {
     json!({
         "input_tokens": usage.prompt_tokens,
@@ -259,4 +272,54 @@ fn usage_of(usage: Usage) -> Value {
         "output_tokens_details": {"reasoning_tokens": usage.completion_tokens_details.reasoning_tokens},
         "total_tokens": usage.total_tokens,
     })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::ServedModel;
+    use moe_models::Precision;
+
+    /// The parts of a thought begin and end as those of a text do: OpenAI's client for Node.js relies on it.
+    #[test]
+    fn events_of_a_thought_and_a_text() {
+        let tokenizer = ServedModel::embedded(None, Precision::Bf16).expect("loads").tokenizer;
+        let mut writer = ResponseWriter::new("0".into(), 0, "m".into(), tokenizer, Map::new());
+        let mut events = writer.begin();
+        for (reasoning, text) in [("th", ""), ("ought", ""), ("", "an"), ("", "swer")] {
+            events.extend(writer.push(Piece { reasoning: reasoning.into(), text: text.into(), ..Piece::default() }));
+        }
+        events.extend(writer.push(Piece { finish: Some(FinishReason::Stop), ..Piece::default() }));
+        writer.finish_items(&mut events);
+        let shown: Vec<String> = events
+            .iter()
+            .map(|event| {
+                let kind = event["type"].as_str().unwrap_or_default().trim_start_matches("response.");
+                let part = &event["part"];
+                match part["type"].as_str() {
+                    Some(of) => format!("{kind} {of} {}", part["text"]),
+                    None => kind.to_owned(),
+                }
+            })
+            .collect();
+        let want = [
+            "created",
+            "in_progress",
+            "output_item.added",
+            "content_part.added reasoning_text \"\"",
+            "reasoning_text.delta",
+            "reasoning_text.delta",
+            "reasoning_text.done",
+            "content_part.done reasoning_text \"thought\"",
+            "output_item.done",
+            "output_item.added",
+            "content_part.added output_text \"\"",
+            "output_text.delta",
+            "output_text.delta",
+            "output_text.done",
+            "content_part.done output_text \"answer\"",
+            "output_item.done",
+        ];
+        assert_eq!(shown, want);
+    }
 }

@@ -36,7 +36,9 @@ impl Target {
     pub(super) async fn find(url: &str, model: Option<String>, key: Option<String>) -> Result<Self> {
         let uri: Uri = url.parse().with_context(|| format!("--url {url}"))?;
         ensure!(uri.scheme_str() == Some("http"), "--url: expected http://HOST:PORT, found {url}");
-        let host = uri.host().with_context(|| format!("--url {url} names no host"))?.to_owned();
+        let host = uri.host().with_context(|| format!("--url {url} names no host"))?;
+        // An address of IPv6 stands in brackets in a URL alone.
+        let host = host.trim_start_matches('[').trim_end_matches(']').to_owned();
         let (port, path) = (uri.port_u16().unwrap_or(80), uri.path().trim_end_matches('/').to_owned());
         let mut target = Self { host, port, path, model: String::new(), key };
         target.model = match model {
@@ -60,11 +62,20 @@ impl Target {
         Ok(sender.send_request(request).await?)
     }
 
+    /// As it stands in a URL.
+    fn authority(&self) -> String {
+        if self.host.contains(':') {
+            format!("[{}]:{}", self.host, self.port)
+        } else {
+            format!("{}:{}", self.host, self.port)
+        }
+    }
+
     fn request(&self, method: &str, path: &str, body: String) -> Result<Request<Full<Bytes>>> {
         let mut request = Request::builder()
             .method(method)
             .uri(format!("{}{path}", self.path))
-            .header(header::HOST, format!("{}:{}", self.host, self.port))
+            .header(header::HOST, self.authority())
             .header(header::CONTENT_TYPE, "application/json");
         if let Some(key) = &self.key {
             request = request.header(header::AUTHORIZATION, format!("Bearer {key}"));
@@ -79,8 +90,8 @@ impl Target {
         Ok((status, serde_json::from_slice(&body).unwrap_or_default()))
     }
 
-    /// Sends a prompt and reads the stream to its end.
-    pub(super) async fn complete(&self, prompt: &[u32], output_len: usize) -> Result<Outcome> {
+    /// Sends a prompt and reads the stream to its end. Times are since `due`, when it was to be sent.
+    pub(super) async fn complete(&self, prompt: &[u32], output_len: usize, due: Instant) -> Result<Outcome> {
         let body = json!({
             "model": self.model,
             "prompt": prompt,
@@ -91,7 +102,6 @@ impl Target {
             "stream_options": {"include_usage": true},
         });
         let request = self.request("POST", "/v1/completions", body.to_string())?;
-        let begun = Instant::now();
         let mut response = self.send(request).await?;
         let mut outcome = Outcome {
             status: response.status(),
@@ -106,14 +116,20 @@ impl Target {
             if let Ok(data) = frame?.into_data() {
                 pending.extend_from_slice(&data);
             }
-            while let Some(end) = pending.windows(2).position(|pair| pair == b"\n\n") {
-                let event: Vec<u8> = pending.drain(..end + 2).collect();
-                outcome.read(&event, begun.elapsed())?;
+            while let Some(end) = event_end(&pending) {
+                let event: Vec<u8> = pending.drain(..end).collect();
+                outcome.read(&event, due.elapsed())?;
             }
         }
-        outcome.total = begun.elapsed();
+        outcome.total = due.elapsed();
         Ok(outcome)
     }
+}
+
+/// Where the first event of a stream ends, with either kind of line ends.
+fn event_end(stream: &[u8]) -> Option<usize> {
+    let after = |mark: &[u8]| stream.windows(mark.len()).position(|bytes| bytes == mark).map(|at| at + mark.len());
+    [after(b"\n\n"), after(b"\r\n\r\n")].into_iter().flatten().min()
 }
 
 impl Outcome {
@@ -127,7 +143,12 @@ impl Outcome {
         if let Some(error) = value["error"]["message"].as_str() {
             bail!("{error}");
         }
-        if value["choices"].as_array().is_some_and(|choices| !choices.is_empty()) {
+        let is_piece = |choice: &Value| {
+            let text = choice["text"].as_str().unwrap_or_default();
+            // Some servers tell the end apart from the last token.
+            !text.is_empty() || choice["finish_reason"].is_null()
+        };
+        if value["choices"].as_array().is_some_and(|choices| choices.iter().any(is_piece)) {
             self.pieces.push(at);
         }
         let count = |value: &Value| value.as_u64().unwrap_or(0) as usize;

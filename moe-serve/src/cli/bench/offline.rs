@@ -15,7 +15,6 @@ use serde_json::json;
 use std::io::Write;
 use std::path::PathBuf;
 use std::sync::{Arc, Mutex, PoisonError, mpsc};
-use std::time::Instant;
 
 /// What is run.
 #[derive(Debug, Clone, clap::Args)]
@@ -102,6 +101,7 @@ impl OfflineArgs {
             tokens <= context,
             "--input-len and --output-len make {tokens} tokens, the model's context is {context}; lower one of them"
         );
+        ensure!(!self.concurrency.contains(&0), "--concurrency must be at least 1");
         let mut out = std::io::stdout();
         writeln!(
             out,
@@ -168,7 +168,6 @@ impl OfflineArgs {
         let engine = Engine::start(Arc::clone(&model.lm), config, steps.clone())?;
         let mut rng = CounterRng::new(seed, 0);
         let num_tokens = model.tokenizer.num_tokens() as u32;
-        let begun = Instant::now();
         // One job, so that all of it is there at once.
         let prompts = (0..concurrency).map(|_| (0..self.input_len).map(|_| rng.below(num_tokens)).collect()).collect();
         let sampling = SamplingParams { temperature: self.temperature, ..SamplingParams::default() };
@@ -177,12 +176,18 @@ impl OfflineArgs {
         let job = Job { prompts, sampling, stop, ..Job::default() };
         engine.submit(job, Box::new(Ending(done)), CancelFlag::default())?;
         ending.recv().context("the engine's thread ended")??;
-        let total = begun.elapsed().as_secs_f64();
         drop(engine);
         let steps = steps.0.lock().unwrap_or_else(PoisonError::into_inner);
-        // Steps in which every sequence generates a token; the others read prompts.
+        // Steps in which some prompts are read, and steps in which every sequence generates a token. Others have only some left.
+        let reads = |s: &&StepStats| s.tokens > s.sequences + s.drafts.0;
+        let prefill_seconds: f64 = steps.iter().filter(reads).map(|step| step.seconds.0).sum();
         let decodes = |s: &StepStats| s.sequences == concurrency && s.tokens == concurrency + s.drafts.0;
         let decode: Vec<&StepStats> = steps.iter().filter(|step| decodes(step)).collect();
+        ensure!(
+            !decode.is_empty(),
+            "no step had {concurrency} sequences that generate: raise --output-len or --max-num-batched-tokens, so that the \
+             first ones have not ended when the last prompts are read, or lower --concurrency"
+        );
         let own: Vec<OwnSeconds> = phases.map(Phases::take).unwrap_or_default();
         let of_decode = steps.iter().zip(&own).filter(|(step, _)| decodes(step)).map(|(_, own)| own);
         let seconds: f64 = decode.iter().map(|step| step.seconds.0).sum();
@@ -190,7 +195,7 @@ impl OfflineArgs {
         let generated: usize = decode.iter().map(|step| step.sequences + step.drafts.1).sum();
         Ok(Case {
             concurrency,
-            prefill: (concurrency * self.input_len) as f64 / (total - seconds),
+            prefill: (concurrency * self.input_len) as f64 / prefill_seconds,
             decode: generated as f64 / seconds,
             step: Percentiles::new(decode.iter().map(|step| step.seconds.0).collect()),
             overhead: 1.0 - of_model / seconds,

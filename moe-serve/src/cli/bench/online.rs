@@ -94,6 +94,7 @@ impl OnlineArgs {
         if let Some(path) = &self.json {
             std::fs::write(path, format!("{report:#}\n")).with_context(|| format!("writing {}", path.display()))?;
         }
+        ensure!(!totals.done.is_empty(), "no request was answered: {}", report["requests"]);
         Ok(())
     }
 
@@ -127,7 +128,7 @@ impl OnlineArgs {
         let is_good = |o: &&Outcome| {
             let within =
                 |limit: Option<f64>, time: Option<f64>| limit.is_none_or(|ms| time.is_none_or(|time| 1e3 * time <= ms));
-            within(self.good_ttft_ms, ttft(o)) && within(self.good_tpot_ms, tpot(o))
+            !o.pieces.is_empty() && within(self.good_ttft_ms, ttft(o)) && within(self.good_tpot_ms, tpot(o))
         };
         json!({
             "url": self.url,
@@ -199,10 +200,11 @@ async fn send_all(target: &Target, planned: Vec<Planned>, concurrency: Option<us
     for Planned { at, prompt, output_len } in planned {
         let (target, slots) = (target.clone(), Arc::clone(&slots));
         requests.spawn(async move {
-            tokio::time::sleep_until((begun + at).into()).await;
+            let due = begun + at;
+            tokio::time::sleep_until(due.into()).await;
             // The semaphore is never closed.
             let _slot = slots.acquire().await;
-            target.complete(&prompt, output_len).await
+            target.complete(&prompt, output_len, due).await
         });
     }
     let mut totals = Totals::default();

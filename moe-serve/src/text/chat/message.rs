@@ -25,6 +25,11 @@ impl ChatMessage {
         Self { role: role.into(), content: Some(content.into()), ..Self::default() }
     }
 
+    /// Whether it is a developer's, and a prompt does not have it.
+    pub(super) fn is_lost_in(&self, prompt: &str) -> bool {
+        self.role == "developer" && self.content.as_ref().is_some_and(|text| !prompt.contains(text.trim()))
+    }
+
     /// As templates know it: `content` is always there, and the rest where it is said.
     pub(super) fn to_json(&self, arguments: ArgumentsAs, told: &ToldAs) -> Value {
         let mut fields = Map::new();

@@ -129,9 +129,9 @@ impl ChatTemplate {
         self.has_variable("tools")
     }
 
-    /// Whether the template asks for a variable of this name.
+    /// Whether the template asks for a variable of this name that is not one of the model's special tokens.
     pub fn has_variable(&self, name: &str) -> bool {
-        self.variables.contains(name)
+        self.variables.contains(name) && !self.tokens.contains_key(name)
     }
 
     /// The prompt that asks for the next answer.
@@ -147,6 +147,25 @@ impl ChatTemplate {
     /// # Errors
     /// As [`Self::render`].
     pub fn render_with(
+        &self,
+        messages: &[ChatMessage],
+        tools: &[Tool],
+        variables: &Map<String, Value>,
+    ) -> Result<String> {
+        let rendered = self.render_either(messages, tools, variables);
+        // Templates that name the roles they know leave out what others say: it is the system's then, as it was before there were
+        // developers.
+        if let Ok(prompt) = &rendered
+            && messages.iter().any(|message| message.is_lost_in(prompt))
+        {
+            let mut messages = messages.to_vec();
+            messages.iter_mut().filter(|m| m.role == "developer").for_each(|m| m.role = "system".to_owned());
+            return self.render_either(&messages, tools, variables);
+        }
+        rendered
+    }
+
+    fn render_either(
         &self,
         messages: &[ChatMessage],
         tools: &[Tool],

@@ -47,6 +47,18 @@ fn dialogue_with_tools() {
 }
 
 #[test]
+fn developers_are_the_system_where_a_template_knows_none() {
+    let list = messages(&[("developer", "Be brief."), ("user", "Hi.")]);
+    let named = |role: &str| format!("{{% if m.role == '{role}' %}}{role} {{{{ m.content }}}} {{% endif %}}");
+    let of = |roles: &[&str]| {
+        let all: String = roles.iter().map(|role| named(role)).collect();
+        template(&format!("{{% for m in messages %}}{all}{{% endfor %}}")).render(&list).expect("renders")
+    };
+    assert_eq!(of(&["system", "user"]), "system Be brief. user Hi. ");
+    assert_eq!(of(&["system", "user", "developer"]), "developer Be brief. user Hi. ");
+}
+
+#[test]
 fn message_text_is_not_template_text() {
     let text = ChatTemplate::dialogue().and_then(|t| t.render(&messages(&[("user", "{{ 1 + 1 }} <b>&")])));
     assert_eq!(text.expect("renders"), "A: {{ 1 + 1 }} <b>&\nB:");

@@ -26,7 +26,8 @@ impl Family for Hermes {
     }
 
     fn wrote(&self, template: &str) -> bool {
-        template.contains("<tool_call>")
+        // Qwen3-Coder writes names and arguments in marks of their own between these.
+        template.contains("<tool_call>") && !template.contains("<function=")
     }
 
     fn form(&self) -> &'static Form {

@@ -98,7 +98,7 @@ impl Client {
         stream.set_read_timeout(Some(Duration::from_secs(60))).expect("a socket");
         let key = self.key.map(|key| format!("authorization: Bearer {key}\r\n")).unwrap_or_default();
         let head = format!(
-            "{method} {path} HTTP/1.1\r\nhost: test\r\nconnection: close\r\ncontent-type: {content_type}\r\n\
+            "{method} {path} HTTP/1.1\r\nhost: localhost\r\nconnection: close\r\ncontent-type: {content_type}\r\n\
              {key}{headers}content-length: {}\r\n\r\n",
             body.len()
         );
