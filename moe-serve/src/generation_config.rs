@@ -174,4 +174,15 @@ mod tests {
             assert!(error.contains(key), "{json}: {error}");
         }
     }
+
+    #[test]
+    fn how_many_tokens_follow_a_prompt() {
+        let of = |max_new_tokens, max_length| {
+            let defaults = GenerationDefaults { max_new_tokens, max_length, ..GenerationDefaults::default() };
+            [10, 90, 120].map(|prompt| defaults.ends(16).tokens_after(prompt, 128))
+        };
+        assert_eq!(of(None, None), [16, 16, 8], "otherwise 16, as far as the context goes");
+        assert_eq!(of(Some(20), Some(100)), [20, 20, 8], "max_new_tokens wins");
+        assert_eq!(of(None, Some(100)), [90, 10, 1], "each prompt has its own rest, and one in any case");
+    }
 }

@@ -112,7 +112,7 @@ impl Engine {
     /// # Errors
     /// [`Error::QueueFull`] or [`Error::ShuttingDown`].
     pub fn check_room(&self) -> Result<()> {
-        self.inbox.has_room()
+        self.inbox.check_room()
     }
 
     /// Jobs that have not started.

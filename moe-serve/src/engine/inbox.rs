@@ -70,11 +70,11 @@ impl Inbox {
     }
 
     /// Whether one more job would be taken in.
-    pub(super) fn has_room(&self) -> Result<()> {
-        self.check_room(&self.lock())
+    pub(super) fn check_room(&self) -> Result<()> {
+        self.check_room_in(&self.lock())
     }
 
-    fn check_room(&self, state: &State) -> Result<()> {
+    fn check_room_in(&self, state: &State) -> Result<()> {
         let waiting = waiting(state);
         if state.closed {
             return Err(Error::ShuttingDown);
@@ -88,7 +88,7 @@ impl Inbox {
     /// Takes a job in, or says why not.
     pub(super) fn push(&self, job: Job, listener: Box<dyn Listener>, cancel: CancelFlag) -> Result<()> {
         let mut state = self.lock();
-        self.check_room(&state)?;
+        self.check_room_in(&state)?;
         let number = state.next;
         state.next += 1;
         state.known.insert(number, Known { cancel: cancel.clone(), started: false });

@@ -211,3 +211,34 @@ pub(crate) fn no_effect(flag: &str) -> anyhow::Error {
         "{flag} has no effect on one rank: start more with --ranks N, mpirun -n N or torchrun, or drop {flag}"
     )
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use clap::Parser;
+
+    #[derive(Parser)]
+    struct Cli {
+        #[command(flatten)]
+        ranks: RankArgs,
+    }
+
+    #[test]
+    fn fewer_ranks_keep_what_they_can_of_a_layout() {
+        for (flags, size, want) in [
+            (&[][..], 3, (3, 1, 3, 1)),
+            (&["--ep", "4"], 4, (4, 1, 4, 1)),
+            (&["--ep", "4"], 3, (3, 1, 3, 1)),
+            (&["--dp", "2", "--tp", "2"], 2, (1, 2, 2, 1)),
+            // That way needs as many ranks of each tensor index as share the experts.
+            (&["--dp", "2", "--tp", "2", "--coordination", "tokens"], 2, (2, 1, 2, 1)),
+            (&["--tp", "2", "--coordination", "tokens"], 3, (3, 1, 3, 1)),
+            (&["--expert-slices", "2"], 3, (3, 1, 3, 1)),
+            (&["--tp", "2"], 1, (1, 1, 1, 1)),
+        ] {
+            let args = Cli::try_parse_from(std::iter::once(&"serve").chain(flags)).expect("flags").ranks;
+            let ParallelDims { dp, tp, ep, expert_slices, .. } = args.dims_of_the_left(size).expect("a layout");
+            assert_eq!((dp, tp, ep, expert_slices), want, "{flags:?} on {size}");
+        }
+    }
+}

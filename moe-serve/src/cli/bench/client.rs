@@ -159,3 +159,40 @@ impl Outcome {
         Ok(())
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn events_end_with_either_kind_of_line_ends() {
+        for (stream, want) in
+            [("data: 1\n\ndata: 2\n\n", Some(9)), ("data: 1\r\n\r\nx\n\n", Some(11)), ("data: 1\n", None)]
+        {
+            assert_eq!(event_end(stream.as_bytes()), want, "{stream:?}");
+        }
+    }
+
+    #[test]
+    fn an_end_told_apart_from_the_last_token_is_no_piece() {
+        let mut outcome = Outcome {
+            status: StatusCode::OK,
+            prompt_tokens: 1,
+            cached_tokens: 0,
+            output_tokens: 0,
+            pieces: Vec::new(),
+            total: Duration::ZERO,
+        };
+        for (choices, pieces) in [
+            (json!([{"text": "a", "finish_reason": null}]), 1),
+            (json!([{"text": "", "finish_reason": null}]), 2),
+            (json!([{"text": "", "finish_reason": "length"}]), 2),
+            (json!([{"text": "b", "finish_reason": "length"}]), 3),
+            (json!([]), 3),
+        ] {
+            let event = format!("data: {}\r\n\r\n", json!({"choices": choices}));
+            outcome.read(event.as_bytes(), Duration::ZERO).expect("an event");
+            assert_eq!(outcome.pieces.len(), pieces, "{event}");
+        }
+    }
+}
