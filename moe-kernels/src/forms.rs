@@ -34,7 +34,7 @@ impl PackedForms {
         match purpose {
             WeightUse::Product => Ok(self.with_products(format)),
             WeightUse::Table => Ok(Self { table: format, ..self }),
-            WeightUse::Output => Ok(Self { output: format, ..self }),
+            WeightUse::Output => Ok(self.with_output(format)),
             WeightUse::Gate if format == Precision::F32.into() => Ok(self),
             WeightUse::Gate => Err(Error::Argument(format!(
                 "gates are f32 always, not {format}: a rounded logit sends a token to another expert"
@@ -46,6 +46,12 @@ impl PackedForms {
     #[must_use]
     pub fn with_products(self, format: impl Into<WeightFormat>) -> Self {
         Self { product: format.into(), ..self }
+    }
+
+    /// [`PackedForms::with`] for the output layer.
+    #[must_use]
+    pub fn with_output(self, format: impl Into<WeightFormat>) -> Self {
+        Self { output: format.into(), ..self }
     }
 
     /// The same for weights of which the source holds some as integers of `format`: those are kept as they are.

@@ -34,8 +34,9 @@ fn forms(name: &str) -> Result<PackedForms> {
     Ok(match name {
         "f32" => Precision::F32.into(),
         "bf16" => Precision::Bf16.into(),
-        "int8" => PackedForms::from(Precision::Bf16).with_products(QuantFormat::Int8),
-        "int4" => PackedForms::from(Precision::Bf16).with_products(QuantFormat::INT4),
+        // The output layer is of 8 bits in either, as OpenVINO has it.
+        "int8" => PackedForms::from(Precision::Bf16).with_products(QuantFormat::Int8).with_output(QuantFormat::Int8),
+        "int4" => PackedForms::from(Precision::Bf16).with_products(QuantFormat::INT4).with_output(QuantFormat::Int8),
         other => bail!("{other:?} is not a form of weights: f32, bf16, int8 or int4"),
     })
 }

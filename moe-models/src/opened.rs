@@ -46,6 +46,13 @@ impl Opened {
         forms: PackedForms,
         path: &Path,
     ) -> Result<Self> {
+        let forms = match forms.of(WeightUse::Output) {
+            // The embedding is the output layer; its rows stay for looking up.
+            output @ WeightFormat::Quantized(_) if family.decoder()?.tie_embeddings => {
+                forms.with(WeightUse::Table, output)?
+            }
+            _ => forms,
+        };
         Ok(match (quantization, forms.of(WeightUse::Product)) {
             (Some(QuantizationConfig { format, .. }), _) => Self {
                 family,
@@ -59,19 +66,19 @@ impl Opened {
     }
 }
 
-/// The forms for a folder of integers in `format`: which matrices are quantized is the folder's choice.
+/// The forms for a folder of integers in `format`: which matrices are quantized is the folder's choice, but for an output layer that it
+/// holds as floats.
 fn stored_forms(forms: PackedForms, format: QuantFormat, path: &Path) -> Result<PackedForms> {
-    let mut own = forms.with_stored(format);
-    for purpose in [WeightUse::Product, WeightUse::Table, WeightUse::Output] {
-        let WeightFormat::Quantized(asked) = forms.of(purpose) else { continue };
-        if asked != format {
+    let own = forms.with_stored(format);
+    match forms.of(WeightUse::Product) {
+        WeightFormat::Quantized(asked) if asked != format => {
             let reason = format!(
                 "the weights are quantized already, in {format}, not in {asked}; ask for nothing else, or start from the folder \
                  they were made of"
             );
-            return Err(Error::format(path, reason));
+            Err(Error::format(path, reason))
         }
-        own = own.with(purpose, forms.precision())?;
+        WeightFormat::Quantized(_) => Ok(own.with_products(forms.precision())),
+        WeightFormat::Float(_) => Ok(own),
     }
-    Ok(own)
 }

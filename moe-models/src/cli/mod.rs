@@ -70,10 +70,15 @@ impl From<QuantizeArg> for QuantFormat {
     }
 }
 
-/// The forms of weights that two options ask for: all in one precision, matrices quantized if that is said.
-pub fn packed_forms(precision: PrecisionArg, quantize: Option<QuantizeArg>) -> PackedForms {
+/// The forms of weights that three options ask for: all in one precision, matrices quantized if that is said, and so the output layer.
+pub fn packed_forms(
+    precision: PrecisionArg,
+    quantize: Option<QuantizeArg>,
+    quantize_output: Option<QuantizeArg>,
+) -> PackedForms {
     let forms = PackedForms::from(Precision::from(precision));
-    quantize.map_or(forms, |format| forms.with_products(QuantFormat::from(format)))
+    let forms = quantize.map_or(forms, |format| forms.with_products(QuantFormat::from(format)));
+    quantize_output.map_or(forms, |format| forms.with_output(QuantFormat::from(format)))
 }
 
 /// Number format of weights in files, on the command line.

@@ -72,6 +72,35 @@ fn a_quantized_folder_has_the_bits_of_one_quantized_while_loading() {
     }
 }
 
+/// The embedding of the first model is its output layer, of the second not.
+#[test]
+fn an_output_layer_is_quantized_where_that_is_asked_also_of_a_quantized_folder() {
+    let root = tempfile::tempdir().unwrap();
+    for from in folders(root.path()) {
+        let want = values(&logits(Any::load(&from, &Device::Cpu).unwrap().decoder(), &ids()));
+        for format in FORMATS {
+            let to = quantized(&from, &root, format);
+            for output in FORMATS {
+                let forms = forms(format, Precision::F32);
+                let plain = Decoder::load(&from, forms).unwrap();
+                let loaded = Decoder::load(&from, forms.with_output(output)).unwrap();
+                let stored = Decoder::load(&to, PackedForms::from(Precision::F32).with_output(output)).unwrap();
+                let bits = values(&logits(&loaded, &ids()));
+                assert_eq!(values(&logits(&stored, &ids())), bits, "{from:?} {format} {output}");
+                assert_ne!(values(&logits(&plain, &ids())), bits, "{from:?} {format} {output}");
+                let [before, after] = [&plain, &loaded]
+                    .map(|decoder| decoder.weights().iter().map(|weight| weight.bytes()).sum::<usize>());
+                assert!(after < before, "{from:?} {format} {output}: {before} to {after} bytes");
+            }
+        }
+        let forms = PackedForms::from(Precision::F32).with_output(QuantFormat::Int8);
+        let alone = differences(&values(&logits(&Decoder::load(&from, forms).unwrap(), &ids())), &want);
+        let most = alone[alone.len() - 1];
+        println!("{from:?}: the output layer alone in 8 bits: all tokens within {most:.4}");
+        assert!(most > 0.0 && most < 0.02, "{from:?}: {most}");
+    }
+}
+
 /// Of each token the root of the mean squared difference of its logits, over that of the logits themselves.
 fn differences(got: &[f64], want: &[f64]) -> Vec<f64> {
     let tokens = ids().len();

@@ -2,6 +2,7 @@
 
 use crate::ServedModel;
 use anyhow::{Context, ensure};
+use moe_models::PackedForms;
 use moe_models::cli::{PrecisionArg, QuantizeArg, choose_kernels, packed_forms};
 use moe_parallel::Mesh;
 use std::path::PathBuf;
@@ -24,6 +25,11 @@ pub struct ModelArgs {
     /// by row.
     #[arg(long, value_enum, value_name = "FORMAT")]
     pub quantize: Option<QuantizeArg>,
+    /// Quantizes the output layer too, which a decoded token reads whole: in int8, half of its bytes.
+    ///
+    /// Where the output layer is the embedding, ids are still looked up in the rows as they are, which are kept beside it.
+    #[arg(long, value_enum, value_name = "FORMAT")]
+    pub quantize_output: Option<QuantizeArg>,
     /// Keeps the packed weights in a file in this folder, and maps it at later starts instead of packing them again.
     ///
     /// The file is as large as the weights in memory and holds for these files, forms and this version; processes that serve the
@@ -33,13 +39,17 @@ pub struct ModelArgs {
 }
 
 impl ModelArgs {
+    fn forms(&self) -> PackedForms {
+        packed_forms(self.precision, self.quantize, self.quantize_output)
+    }
+
     /// Loads the model under `name`, or under its folder's name, on the kernels that the environment names, if any.
     ///
     /// # Errors
     /// What is wrong with which file.
     pub fn load(&self, name: Option<String>) -> anyhow::Result<ServedModel> {
         choose_kernels()?;
-        let forms = packed_forms(self.precision, self.quantize);
+        let forms = self.forms();
         let loading = |path: &PathBuf| format!("loading the model in {}", path.display());
         match (&self.model, &self.packed_cache) {
             (Some(path), Some(cache)) => {
@@ -57,7 +67,7 @@ impl ModelArgs {
     pub(super) fn load_over(&self, name: Option<String>, mesh: &Mesh) -> anyhow::Result<ServedModel> {
         choose_kernels()?;
         ensure!(self.packed_cache.is_none(), "--packed-cache is for one rank: each of several packs its own part");
-        let forms = packed_forms(self.precision, self.quantize);
+        let forms = self.forms();
         match &self.model {
             Some(path) => ServedModel::load_over(path, name, forms, mesh)
                 .with_context(|| format!("loading the model in {}", path.display())),

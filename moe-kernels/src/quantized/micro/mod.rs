@@ -38,11 +38,12 @@ pub(super) struct Tile<'a> {
     pub(super) out_stride: usize,
 }
 
-/// Panels that a tile of `rows` is multiplied with in one sweep: as many sums as there are registers.
+/// Panels that a tile of `rows` is multiplied with in one sweep: as many sums as there are registers. Of 4 bits one, which is read as one
+/// stream: four at once read 9 to 14% fewer bytes per second (two EPYC cores, 2026-11-27, 4096 outputs of 2048 inputs and one row, best of 400).
 pub(super) fn panels_at_once(format: QuantFormat, rows: usize) -> usize {
     match (format, rows) {
-        (QuantFormat::Int8, 0..=3) | (_, 0..=1) => 4,
-        (QuantFormat::Int8, 4..=6) | (_, 2..=3) => 2,
+        (QuantFormat::Int8, 0..=3) => 4,
+        (QuantFormat::Int8, 4..=6) => 2,
         _ => 1,
     }
 }

@@ -8,27 +8,38 @@ use std::arch::x86_64::*;
 /// Words of B fetched ahead: panels lie one after another, so this reaches into the next one too.
 const AHEAD_WORDS: usize = 512;
 
+/// The same for 4 bits, which take half the words.
+const AHEAD_WORDS_INT4: usize = 1024;
+
 /// # Safety
 /// The machine must have AVX-512 F, BW and VNNI; `tile` must be as [`super::run`] checks, and `tile.out` cover it and
 /// belong to the caller.
 pub(super) unsafe fn run(format: QuantFormat, tile: &Tile<'_>) {
     // One instance per number of rows and panels, so that the sums stay in registers.
-    macro_rules! instance {
-        ($kernel:ident, $size:expr, $($rows:literal x $panels:literal),*) => {
+    macro_rules! int8 {
+        ($($rows:literal x $panels:literal),*) => {
             match (tile.rows, tile.panels) {
                 // SAFETY: passed on from the caller.
-                $(($rows, $panels) => unsafe { $kernel::<$rows, { 2 * $panels }>(tile, $size) },)*
+                $(($rows, $panels) => unsafe { int8::<$rows, { 2 * $panels }>(tile) },)*
+                _ => unreachable!("no kernel for {} rows and {} panels", tile.rows, tile.panels),
+            }
+        };
+    }
+    macro_rules! int4 {
+        ($group_size:expr, $($rows:literal),*) => {
+            match (tile.rows, tile.panels) {
+                // SAFETY: passed on from the caller.
+                $(($rows, 1) => unsafe { int4::<$rows>(tile, $group_size) },)*
                 _ => unreachable!("no kernel for {} rows and {} panels", tile.rows, tile.panels),
             }
         };
     }
     match format {
-        QuantFormat::Int8 => instance!(int8, 0, 1 x 1, 2 x 1, 3 x 1, 4 x 1, 5 x 1, 6 x 1, 7 x 1, 8 x 1, 9 x 1, 10 x 1,
-            11 x 1, 12 x 1, 1 x 2, 2 x 2, 3 x 2, 4 x 2, 5 x 2, 6 x 2, 1 x 4, 2 x 4, 3 x 4),
-        QuantFormat::Int4 { group_size } => {
-            instance!(int4, group_size, 1 x 1, 2 x 1, 3 x 1, 4 x 1, 5 x 1, 6 x 1, 1 x 2,
-            2 x 2, 3 x 2, 1 x 4)
+        QuantFormat::Int8 => {
+            int8!(1 x 1, 2 x 1, 3 x 1, 4 x 1, 5 x 1, 6 x 1, 7 x 1, 8 x 1, 9 x 1, 10 x 1, 11 x 1, 12 x 1,
+            1 x 2, 2 x 2, 3 x 2, 4 x 2, 5 x 2, 6 x 2, 1 x 4, 2 x 4, 3 x 4)
         }
+        QuantFormat::Int4 { group_size } => int4!(group_size, 1, 2, 3, 4, 5, 6),
     }
 }
 
@@ -61,7 +72,7 @@ unsafe fn store<const VECTORS: usize>(tile: &Tile<'_>, row: usize, sums: [__m512
 }
 
 #[target_feature(enable = "avx512f,avx512bw,avx512vnni")]
-unsafe fn int8<const ROWS: usize, const VECTORS: usize>(tile: &Tile<'_>, _group_size: usize) {
+unsafe fn int8<const ROWS: usize, const VECTORS: usize>(tile: &Tile<'_>) {
     // SAFETY: `run` checked that A holds `steps` times `rows` words and each panel `steps` times 32.
     unsafe {
         let mut sums = [[_mm512_setzero_si512(); VECTORS]; ROWS];
@@ -92,25 +103,24 @@ unsafe fn int8<const ROWS: usize, const VECTORS: usize>(tile: &Tile<'_>, _group_
 }
 
 #[target_feature(enable = "avx512f,avx512bw,avx512vnni")]
-unsafe fn int4<const ROWS: usize, const VECTORS: usize>(tile: &Tile<'_>, group_size: usize) {
-    // SAFETY: `run` checked that A holds whole groups and each panel as many, scales first.
+unsafe fn int4<const ROWS: usize>(tile: &Tile<'_>, group_size: usize) {
+    // SAFETY: `run` checked that A holds whole groups and the one panel as many, scales first.
     unsafe {
         let low = _mm512_set1_epi8(15);
-        let mut totals = [[_mm512_setzero_ps(); VECTORS]; ROWS];
-        let group_words = PANEL_COLS / 2 + group_size / 8 * PANEL_COLS;
+        let mut totals = [[_mm512_setzero_ps(); 2]; ROWS];
         for group in 0..tile.a.len() / ROWS * 4 / group_size {
-            let mut sums = [[_mm512_setzero_si512(); VECTORS]; ROWS];
+            let scales_at = tile.b.as_ptr().add(group * (PANEL_COLS / 2 + group_size / 8 * PANEL_COLS));
+            // Lines of scales shift what the steps fetch ahead by a line in each group: without this one of it would be left out.
+            _mm_prefetch::<_MM_HINT_T0>(scales_at.wrapping_add(AHEAD_WORDS_INT4).cast());
+            let mut sums = [[_mm512_setzero_si512(); 2]; ROWS];
             for (row, sums) in sums.iter_mut().enumerate() {
-                *sums = [_mm512_set1_epi32(*tile.a_sums.as_ptr().add(group * ROWS + row) as i32); VECTORS];
+                *sums = [_mm512_set1_epi32(*tile.a_sums.as_ptr().add(group * ROWS + row) as i32); 2];
             }
-            let panel = |vector: usize| tile.b.as_ptr().add(vector / 2 * tile.panel_words + group * group_words);
-            let starts: [*const u32; VECTORS] =
-                std::array::from_fn(|vector| panel(vector).add(PANEL_COLS / 2 + vector % 2 * 16));
             let a = tile.a.as_ptr().add(group * group_size / 4 * ROWS).cast::<i32>();
             for step in 0..group_size / 8 {
-                let b: [__m512i; VECTORS] = std::array::from_fn(|vector| {
-                    let from = starts[vector].add(step * PANEL_COLS);
-                    _mm_prefetch::<_MM_HINT_T0>(from.wrapping_add(AHEAD_WORDS).cast());
+                let b: [__m512i; 2] = std::array::from_fn(|vector| {
+                    let from = scales_at.add(PANEL_COLS / 2 + step * PANEL_COLS + vector * 16);
+                    _mm_prefetch::<_MM_HINT_T0>(from.wrapping_add(AHEAD_WORDS_INT4).cast());
                     _mm512_loadu_si512(from.cast())
                 });
                 for (half, b) in
@@ -127,8 +137,8 @@ unsafe fn int4<const ROWS: usize, const VECTORS: usize>(tile: &Tile<'_>, group_s
                     }
                 }
             }
-            let scales: [__m512; VECTORS] = std::array::from_fn(|vector| {
-                let pairs = _mm256_loadu_si256(panel(vector).add(vector % 2 * 8).cast());
+            let scales: [__m512; 2] = std::array::from_fn(|vector| {
+                let pairs = _mm256_loadu_si256(scales_at.add(vector * 8).cast());
                 _mm512_castsi512_ps(_mm512_slli_epi32::<16>(_mm512_cvtepu16_epi32(pairs)))
             });
             for (totals, sums) in totals.iter_mut().zip(sums) {
@@ -138,7 +148,7 @@ unsafe fn int4<const ROWS: usize, const VECTORS: usize>(tile: &Tile<'_>, group_s
             }
         }
         for (row, totals) in totals.into_iter().enumerate() {
-            store::<VECTORS>(tile, row, totals);
+            store::<2>(tile, row, totals);
         }
     }
 }
