@@ -1,4 +1,4 @@
-//! A whole model from its folder: loading, a prompt, and decoding one and eight sequences, beside the machine's ceilings.
+//! A whole model from its folder: loading, a prompt, and decoding one, eight and 32 sequences, beside the machine's ceilings.
 //!
 //! Arguments: a model folder, the form of its weights (bf16, f32, int8, int4), and perhaps a folder to keep them packed in. `cargo xtask bench models` makes folders, runs
 //! this for each, and sets peers beside it.
@@ -174,7 +174,12 @@ fn main() -> Result<()> {
     );
     let before = Peaks::measure();
     let mut bench = Bench { decoder, rng: CounterRng::new(1, 0) };
-    let cases = [bench.prefill()?, bench.decode("decode_b1", 1)?, bench.decode("decode_b8", 8)?];
+    let cases = [
+        bench.prefill()?,
+        bench.decode("decode_b1", 1)?,
+        bench.decode("decode_b8", 8)?,
+        bench.decode("decode_b32", 32)?,
+    ];
     let peaks = before.highest(Peaks::measure());
     println!("read rate {:.1} GB/s, bf16 {:.0} GFLOP/s", peaks.read_gbps, peaks.bf16_gflops);
     println!("{:>12}{:>12}{:>12}{:>12}{:>10}{:>12}", "case", "tokens/s", "best", "GB/s", "of read", "GFLOP/s");

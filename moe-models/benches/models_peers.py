@@ -22,6 +22,7 @@ REPORT = os.fdopen(os.dup(1), "w")
 os.dup2(2, 1)
 
 PROMPT, CONTEXT, STEPS, ROUNDS = 512, 128, 32, 5
+DECODE = [("decode_b1", 1), ("decode_b8", 8), ("decode_b32", 32)]
 FOLDER, FORM = sys.argv[1:3]
 VOCAB = json.load(open(os.path.join(FOLDER, "config.json")))["vocab_size"]
 
@@ -65,7 +66,7 @@ def transformers_rows():
                 model(input_ids=tokens, use_cache=True, logits_to_keep=1)
                 times.append(time.perf_counter() - start)
             row(peer, "prefill512", PROMPT, times[1:], load)
-            for case, batch in [("decode_b1", 1), ("decode_b8", 8)]:
+            for case, batch in DECODE:
                 tokens = torch.tensor([ids(CONTEXT) for _ in range(batch)])
                 cache = model(input_ids=tokens, use_cache=True, logits_to_keep=1).past_key_values
                 times = []
@@ -85,7 +86,7 @@ def vllm_rows():
 
     setup("torch", distribution("vllm"))
     start = time.perf_counter()
-    model = LLM(FOLDER, dtype="bfloat16", max_model_len=1024, max_num_seqs=8, enable_prefix_caching=False,
+    model = LLM(FOLDER, dtype="bfloat16", max_model_len=1024, max_num_seqs=32, enable_prefix_caching=False,
                 skip_tokenizer_init=True)
     load = time.perf_counter() - start
 
@@ -97,7 +98,7 @@ def vllm_rows():
 
     times = [seconds([ids(PROMPT)], 1) for _ in range(ROUNDS + 1)]
     row("vllm", "prefill512", PROMPT, times[1:], load)
-    for case, batch in [("decode_b1", 1), ("decode_b8", 8)]:
+    for case, batch in DECODE:
         # What STEPS more tokens take: the prompt's pass is in both.
         def more():
             prompts = [ids(CONTEXT) for _ in range(batch)]
@@ -126,7 +127,7 @@ def llama_cpp_rows():
     model = llama_cpp.llama_model_load_from_file(path.encode(), llama_cpp.llama_model_default_params())
     load = time.perf_counter() - start
     params = llama_cpp.llama_context_default_params()
-    params.n_ctx, params.n_batch, params.n_ubatch, params.n_seq_max = 2048, 1024, 512, 8
+    params.n_ctx, params.n_batch, params.n_ubatch, params.n_seq_max, params.kv_unified = 8192, 4096, 512, 32, True
     params.n_threads = params.n_threads_batch = os.cpu_count()
     context = llama_cpp.llama_init_from_model(model, params)
     memory = llama_cpp.llama_get_memory(context)
@@ -157,7 +158,7 @@ def llama_cpp_rows():
         fresh()
         times.append(run([ids(PROMPT)], 0))
     row("llama.cpp", "prefill512", PROMPT, times[1:], load)
-    for case, count in [("decode_b1", 1), ("decode_b8", 8)]:
+    for case, count in DECODE:
         fresh()
         run([ids(CONTEXT) for _ in range(count)], 0)
         times = [run([ids(1) for _ in range(count)], CONTEXT + step) for step in range(STEPS + 2)]
@@ -182,7 +183,7 @@ def openvino_rows():
         model(input_ids=tokens, attention_mask=torch.ones_like(tokens))
         times.append(time.perf_counter() - start)
     row("openvino", "prefill512", PROMPT, times[1:], load)
-    for case, batch in [("decode_b1", 1), ("decode_b8", 8)]:
+    for case, batch in DECODE:
         tokens = torch.tensor([ids(CONTEXT) for _ in range(batch)])
         past = model(input_ids=tokens, attention_mask=torch.ones_like(tokens)).past_key_values
         times = []

@@ -126,7 +126,7 @@ impl Report {
         of_form(&row["form"]).or_else(|| of_form(&"bf16".into()))
     }
 
-    /// Tokens per second of one and of eight sequences, a panel for each model.
+    /// Tokens per second of one, eight and 32 sequences, a panel for each model.
     pub(super) fn draw(&self, out: &Path) -> Result<()> {
         let mut panels: Vec<Panel> = Vec::new();
         for (model, measured) in &self.0 {
@@ -138,6 +138,7 @@ impl Report {
                 let sequences = match row["case"].as_str() {
                     Some("decode_b1") => 1.0,
                     Some("decode_b8") => 8.0,
+                    Some("decode_b32") => 32.0,
                     _ => continue,
                 };
                 let Some(rate) = row["tokens_per_second"].as_f64() else { continue };

@@ -14,7 +14,8 @@ pub(crate) fn split_output(printed: &str) -> Result<(Vec<Value>, String)> {
     Ok((rows, table.join("\n") + "\n"))
 }
 
-/// Runs `script`, a path in the workspace, in each environment: the rows of the peers, and the set-up of each run.
+/// Runs `script`, a path in the workspace, in each environment: the rows of the peers, and the set-up of each run. One that fails
+/// is told and left out: the others have taken long.
 fn run_peers(script: &str, venvs: &[PathBuf], arguments: &[String]) -> Result<(Vec<Value>, Vec<Value>)> {
     let mut lines: Vec<Value> = Vec::new();
     for venv in venvs {
@@ -22,7 +23,16 @@ fn run_peers(script: &str, venvs: &[PathBuf], arguments: &[String]) -> Result<(V
         anyhow::ensure!(python.exists(), "--peers needs a Python environment, but {} is not there", python.display());
         let mut command = Command::new(python);
         command.arg(root().join(script)).args(arguments);
-        let printed = output(&mut command)?;
+        let printed = match output(&mut command) {
+            Ok(printed) => printed,
+            Err(error) => {
+                eprintln!("{error:#}");
+                lines.push(
+                    serde_json::json!({ "left out": format!("a peer that failed: {script} {}", arguments.join(" ")) }),
+                );
+                continue;
+            }
+        };
         let parsed = printed.lines().map(serde_json::from_str).collect::<Result<Vec<_>, _>>();
         lines.extend(parsed.context("a line of peers.py is not JSON")?);
     }
