@@ -32,7 +32,7 @@ pub struct Following {
 #[derive(Debug)]
 pub struct Student<F> {
     model: Model<F>,
-    following: Following,
+    following: Option<Following>,
 }
 
 /// What the teacher says of a batch.
@@ -65,7 +65,12 @@ impl<F: Family> Student<F> {
                 own.max_seq_len, of.max_seq_len
             )));
         }
-        Ok(Self { model, following })
+        Ok(Self { model, following: Some(following) })
+    }
+
+    /// One that follows nobody, and needs no teacher in memory.
+    pub fn alone(model: Model<F>) -> Self {
+        Self { model, following: None }
     }
 
     /// The model.
@@ -73,9 +78,9 @@ impl<F: Family> Student<F> {
         &self.model
     }
 
-    /// What it follows.
-    pub fn following(&self) -> &Following {
-        &self.following
+    /// What it follows, if anything.
+    pub fn following(&self) -> Option<&Following> {
+        self.following.as_ref()
     }
 
     /// The model alone.
@@ -84,8 +89,8 @@ impl<F: Family> Student<F> {
     }
 
     /// The loss of a training pass that follows the teacher.
-    fn distilled(&self, batch: &TokenBatch, pass: Pass) -> moe_models::Result<LossOutput> {
-        let Following { teacher, how, kept, .. } = &self.following;
+    fn distilled(&self, following: &Following, batch: &TokenBatch, pass: Pass) -> moe_models::Result<LossOutput> {
+        let Following { teacher, how, kept, .. } = following;
         // The teacher comes first: no message of the student's pass is under way while ranks meet in its layers.
         let said = match kept {
             None => Said::Hidden(teacher.hidden(batch).map_err(Error::into_model)?),
@@ -147,9 +152,10 @@ impl<F: Family> TrainModel for Student<F> {
 
     /// While the schedule says so, training passes follow the teacher; everything else is the model's own.
     fn loss(&self, batch: &TokenBatch, pass: Pass) -> moe_models::Result<LossOutput> {
-        let Following { schedule, train_tokens, .. } = &self.following;
-        match pass {
-            Pass::Train(at) if schedule.follows(at.tokens, *train_tokens) => self.distilled(batch, pass),
+        match (&self.following, pass) {
+            (Some(of), Pass::Train(at)) if of.schedule.follows(at.tokens, of.train_tokens) => {
+                self.distilled(of, batch, pass)
+            }
             _ => self.model.loss(batch, pass),
         }
     }

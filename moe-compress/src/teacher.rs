@@ -4,6 +4,7 @@ use crate::{Error, Result};
 use candle_core::Tensor;
 use moe_core::ParamSpec;
 use moe_core::tape;
+use moe_models::families::AnyFamily;
 use moe_models::gpt::GptConfig;
 use moe_models::hf::Checkpoint;
 use moe_models::train::model::TokenBatch;
@@ -33,7 +34,16 @@ impl TeacherFolder {
     /// # Errors
     /// If it is not a model of the family, or a file cannot be read.
     pub fn open(dir: &Path) -> Result<Self> {
-        let config = GptConfig::read_file(&dir.join("config.json"))?;
+        let config = match AnyFamily::read_file(&dir.join("config.json"))? {
+            AnyFamily::Gpt(config) => config,
+            AnyFamily::Published(config) => {
+                return Err(Error::Argument(format!(
+                    "the teacher in {} is a {}; students are taught by models of this project's own (moe_gpt)",
+                    dir.display(),
+                    config.model_type()
+                )));
+            }
+        };
         Ok(Self { dir: dir.to_owned(), config, fingerprint: fingerprint(dir)? })
     }
 

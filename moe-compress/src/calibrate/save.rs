@@ -23,6 +23,11 @@ fn is_enough(moments: &SecondMoments) -> bool {
 pub struct CalibratedLayer {
     /// The layer, counted from 0.
     pub layer: usize,
+    /// Its matrices, those of experts not counted.
+    pub matrices: usize,
+    /// Those of them that were rounded to the nearest, because they got fewer tokens than they have inputs or are not multiplied with as
+    /// they are.
+    pub nearest_matrices: usize,
     /// Its experts.
     pub experts: usize,
     /// Those of them with a matrix that was rounded to the nearest, because it got fewer tokens than it has inputs.
@@ -88,6 +93,8 @@ struct Layer {
     factor: Option<(usize, Factor)>,
     /// What has been quantized: of each parameter, the rows so far, in order.
     done: BTreeMap<String, Vec<IntegerMatrix>>,
+    matrices: usize,
+    nearest_matrices: usize,
     experts: BTreeSet<usize>,
     nearest_experts: BTreeSet<usize>,
 }
@@ -114,6 +121,8 @@ impl Calibrator<'_> {
         let Some(layer) = self.layer.take() else { return Ok(HashMap::new()) };
         let done = CalibratedLayer {
             layer: self.pass.next_layer(),
+            matrices: layer.matrices,
+            nearest_matrices: layer.nearest_matrices,
             experts: layer.experts.len(),
             nearest_experts: layer.nearest_experts.len(),
             moment_bytes: layer.moments.bytes(),
@@ -129,10 +138,12 @@ impl Layer {
         let inputs = self.moments.inputs_of(matrix.parameter);
         let inputs = inputs.filter(|&inputs| is_enough(self.moments.moments(inputs)));
         self.experts.extend(matrix.expert);
+        self.matrices += usize::from(matrix.expert.is_none());
         let integers = match inputs {
             Some(inputs) => quantize(matrix.format, matrix.values, matrix.shape, self.factor(inputs, matrix)?)?,
             None => {
                 self.nearest_experts.extend(matrix.expert);
+                self.nearest_matrices += usize::from(matrix.expert.is_none());
                 nearest(matrix)?
             }
         };

@@ -31,6 +31,11 @@ struct Growing {
 }
 
 impl Growing {
+    fn new(prompt: Vec<u32>, pool: &KvPool) -> Self {
+        let (generated, text) = Default::default();
+        Self { sequence: pool.sequence(), unread: prompt, generated, text, ended: false }
+    }
+
     fn step(&mut self) -> SequenceStep<'_> {
         SequenceStep { sequence: &mut self.sequence, token_ids: &self.unread, logits: LogitsOf::Last }
     }
@@ -45,11 +50,13 @@ impl Generator<'_> {
     pub fn generate(&self, prompts: &[&str], progress: &mut dyn FnMut(usize)) -> Result<Vec<String>> {
         let max_tokens = self.max_tokens.min(self.encoder.max_length() / 2).max(1);
         let room = (self.encoder.max_length() - max_tokens).max(1);
-        let pool = self.lm.new_pool(PoolConfig::for_tokens(BATCH, room + max_tokens))?;
+        let encode = |prompt: &&str| self.encoder.encode_prompt(prompt, room);
+        let prompts = prompts.iter().map(encode).collect::<Result<Vec<_>>>()?;
+        let longest = prompts.iter().map(Vec::len).max().unwrap_or(0);
+        let pool = self.lm.new_pool(PoolConfig::for_tokens(BATCH.min(prompts.len()).max(1), longest + max_tokens))?;
         let mut texts = Vec::new();
         for batch in prompts.chunks(BATCH) {
-            let begin = |prompt: &&str| self.begin(self.encoder.encode_prompt(prompt, room)?, &pool);
-            let mut batch = batch.iter().map(begin).collect::<Result<Vec<_>>>()?;
+            let mut batch: Vec<Growing> = batch.iter().map(|prompt| Growing::new(prompt.clone(), &pool)).collect();
             for _ in 0..max_tokens {
                 if batch.iter().all(|growing| growing.ended) {
                     break;
@@ -60,11 +67,6 @@ impl Generator<'_> {
             progress(texts.len());
         }
         Ok(texts)
-    }
-
-    fn begin(&self, prompt: Vec<u32>, pool: &KvPool) -> Result<Growing> {
-        let (generated, text) = Default::default();
-        Ok(Growing { sequence: pool.sequence(), unread: prompt, generated, text, ended: false })
     }
 
     /// One more token of each that has not ended.

@@ -2,7 +2,7 @@
 
 use super::python;
 use crate::{Error, Result};
-use moe_models::train::tokenizer::{Vocabulary, check_fits};
+use moe_models::train::tokenizer::{Vocabulary, check_fits, required_vocab_size};
 use tokenizers::Tokenizer;
 
 /// A continuation that is to be scored after a context.
@@ -39,6 +39,7 @@ pub struct RequestEncoder {
     prefix_id: u32,
     /// That token as text.
     prefix: String,
+    num_tokens: usize,
     max_length: usize,
 }
 
@@ -61,7 +62,8 @@ impl RequestEncoder {
         let empty = tokenizer.encode_fast("", true).map_err(error)?;
         let prefix_id = empty.get_ids().first().copied().unwrap_or(eos_id);
         let prefix = tokenizer.decode(&[prefix_id], false).map_err(error)?;
-        Ok(Self { tokenizer, eos_id, prefix_id, prefix, max_length })
+        let num_tokens = required_vocab_size(&tokenizer);
+        Ok(Self { tokenizer, eos_id, prefix_id, prefix, num_tokens, max_length })
     }
 
     /// Most tokens that the model reads.
@@ -71,7 +73,7 @@ impl RequestEncoder {
 
     /// One more than the highest id of the tokenizer: ids from there on are padding of the model's vocabulary.
     pub fn num_tokens(&self) -> usize {
-        moe_models::train::tokenizer::required_vocab_size(&self.tokenizer)
+        self.num_tokens
     }
 
     /// The end-of-document token.

@@ -1,6 +1,6 @@
 //! [`ExpertUse`]: what the experts of a layer do on a text.
 
-use crate::Result;
+use crate::{Error, Result};
 use moe_core::{DROPPED, DispatchTable, ExpertObserver, ExpertRows, Routing};
 use moe_models::Decoder;
 use moe_models::train::model::TokenBatch;
@@ -40,14 +40,23 @@ impl ExpertUse {
 /// Runs a model over `batches` and adds up what its experts do, layer by layer.
 ///
 /// # Errors
-/// If a batch does not fit the model.
+/// If a batch does not fit the model; [`Error::Argument`] naming an expert whose outputs are not finite.
 pub fn measure(decoder: &Decoder, batches: &[TokenBatch]) -> Result<Vec<ExpertUse>> {
     let layers = decoder.config().moe_layers();
     let usage = Mutex::new(layers.iter().map(|&(layer, experts)| ExpertUse::new(layer, experts)).collect::<Vec<_>>());
     for batch in batches {
         decoder.observe(&batch.input_ids, batch.seq_len, |layer| Adding { layer, usage: &usage })?;
     }
-    Ok(usage.into_inner().unwrap_or_else(PoisonError::into_inner))
+    let usage = usage.into_inner().unwrap_or_else(PoisonError::into_inner);
+    for of in &usage {
+        if let Some(expert) = of.contributions.iter().position(|sum| !sum.is_finite()) {
+            return Err(Error::Argument(format!(
+                "layer {}: the outputs of expert {expert} are not finite on this text; its weights are damaged, or too large",
+                of.layer
+            )));
+        }
+    }
+    Ok(usage)
 }
 
 /// Adds what the experts of one layer do.

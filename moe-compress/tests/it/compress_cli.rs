@@ -143,11 +143,15 @@ fn bad_input_is_told() {
         (int8(&["--max-tokens", "64"]), "give --text"),
         (int8(&["--calibrate", "--calibration-tokens", "3"]), "--calibration-tokens 3 must be at least 16"),
         (int8(&["--text", "text.txt", "--max-tokens", "3"]), "--max-tokens 3 must be at least 16"),
-        (int8(&["--calibrate", "--data", "short.txt"]), "no source has 34 tokens"),
+        (int8(&["--calibrate", "--data", "short.txt"]), "no source has 36 tokens"),
         (int8(&["--text", "short.txt"]), "no source has 17 tokens"),
         (int8(&["--calibrate", "--data", "text.txt=3"]), "drop the weight"),
     ];
-    let cases: [(&[&str], &str); 15] = [
+    std::fs::create_dir(dir.path().join("mixtral")).unwrap();
+    let fixture = concat!(env!("CARGO_MANIFEST_DIR"), "/../moe-models/tests/fixtures/mixtral/config.json");
+    std::fs::copy(fixture, dir.path().join("mixtral/config.json")).unwrap();
+    let cases: [(&[&str], &str); 16] = [
+        (&["prune", "--model", "mixtral", "--out", "x", "--keep", "0.5"], "mixtral is a mixtral; experts are pruned"),
         (&["prune", "--model", "dense", "--out", "x", "--keep", "0.5"], "is a dense model"),
         (&["prune", "--model", "teacher", "--out", "x"], "--keep <SHARE>"),
         (

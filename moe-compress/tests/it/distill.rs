@@ -167,7 +167,7 @@ fn what_the_teacher_says_is_kept() {
         Student::new(Gpt::new(narrow(), 1, &Device::Cpu).unwrap(), following).unwrap()
     };
     let kd = |student: &Student<GptConfig>, batch: &TokenBatch| student.loss(batch, pass).unwrap().parts.kd;
-    let asked = |student: &Student<GptConfig>| student.following().kept.as_ref().unwrap().asked();
+    let asked = |student: &Student<GptConfig>| student.following().unwrap().kept.as_ref().unwrap().asked();
     let whole = kd(&student(None), &batch());
     assert!((kd(&student(Some(VOCAB)), &batch()) - whole).abs() < 1e-4 * whole);
 
@@ -186,7 +186,7 @@ fn what_the_teacher_says_is_kept() {
     let kept = dir.path().join("kept/print-k8-t2-s16-F32");
     let file = kept.join("0.targets");
     let bytes = std::fs::read(&file).unwrap();
-    assert_eq!(bytes.len() as f64, 3.0 * 16.0 * again.following().kept.as_ref().unwrap().bytes_per_token());
+    assert_eq!(bytes.len() as f64, 3.0 * 16.0 * again.following().unwrap().kept.as_ref().unwrap().bytes_per_token());
     std::fs::write(&file, &bytes[..bytes.len() - 1]).unwrap();
     let cut = student(Some(8));
     kd(&cut, &other);

@@ -189,6 +189,39 @@ fn a_student_reads_what_it_was_trained_on() {
     }
 }
 
+fn student(dir: &Path, out: &str, more: &[&str]) -> (String, serde_json::Value) {
+    let text = succeed(&moe_distill(dir, out, &[more, &["--exit-interval", "2"]].concat()));
+    let config = std::fs::read(dir.join(out).join("step-00000002/config.json")).unwrap();
+    (text, serde_json::from_slice(&config).unwrap())
+}
+
+/// What has no weights changes the teacher's student; a size without a model's name is of the teacher's shape.
+#[test]
+fn flags_change_the_student_and_do_not_replace_it() {
+    let dir = folder();
+    let (_, plain) = student(dir.path(), "plain", &[]);
+    for (init, out) in [("scratch", "coefficient"), ("teacher", "kept")] {
+        let (text, config) =
+            student(dir.path(), out, &["--moe-loss-coeff", "0.5", "--init", init, "--drop-depth", "0.125"]);
+        let mut want = plain.clone();
+        want["moe"]["router_aux_loss_coef"] = 0.5.into();
+        assert_eq!(config, want, "{init}");
+        assert!(text.contains(if init == "teacher" { "from its weights" } else { "from scratch" }), "{text}");
+    }
+    let (_, shallow) = student(dir.path(), "shallow", &["--num-layers", "4"]);
+    let sizes = |config: &serde_json::Value| {
+        ["hidden_size", "num_attention_heads", "intermediate_size"].map(|key| config[key].clone())
+    };
+    assert_eq!((shallow["num_hidden_layers"].as_u64(), sizes(&shallow)), (Some(4), sizes(&plain)));
+    // Weights of another folder, and of no teacher in memory.
+    let whole = dir.path().join("plain/step-00000002");
+    let from = ["--init-from", whole.to_str().unwrap(), "--kd", "none"];
+    let (text, _) = student(dir.path(), "from", &from);
+    assert!(text.contains("starting from the weights in") && text.contains("step-00000002"), "{text}");
+    let text = succeed(&moe_distill(dir.path(), "from", &["--ranks", "2", "--exit-interval", "4"]));
+    assert!(text.contains("starting from the weights in") && !text.contains(", teacher "), "{text}");
+}
+
 #[test]
 fn students_may_differ_from_their_teacher() {
     let dir = folder();
@@ -250,7 +283,13 @@ fn bad_input_is_told() {
     let swapped =
         std::fs::read_to_string(&path).unwrap().replacen("\"ignore_merges\": false", "\"ignore_merges\": true", 1);
     std::fs::write(&path, swapped).unwrap();
-    let cases: [(&str, &[&str], &str); 13] = [
+    let cases: [(&str, &[&str], &str); 19] = [
+        ("new", &["--init-from", "teacher", "--init", "scratch"], "--init and --init-from"),
+        ("new", &["--num-layers", "4", "--drop-depth", "0.2"], "--drop-depth is for a student"),
+        ("new", &["--kd-stop", "1.5"], "--kd-stop"),
+        ("new", &["--kd-weight=-1"], "--kd-weight"),
+        ("new", &["--kd-temp", "0"], "--kd-temp"),
+        ("new", &["--drop-depth", "0.01"], "--drop-depth"),
         ("new", &["--init-from", "other"], "--init-from other has another tokenizer"),
         ("new", &["--kd-cache", "said"], "give --kd-top-k too"),
         ("run", &["--kd", "full"], "other settings"),
@@ -258,7 +297,7 @@ fn bad_input_is_told() {
         ("new", &["--kd", "full", "--kd-stop", "0.5"], "--kd-stop is the end of the staged schedule"),
         ("new", &["--kd", "none", "--kd-temp", "2"], "--kd-temp has no effect"),
         ("new", &["--kd-stop", "1.5"], "between 0 and 1"),
-        ("new", &["--kd-top-k", "0"], "1 to 262"),
+        ("new", &["--kd-top-k", "0"], "--kd-top-k must be 1 to 262"),
         ("new", &["--drop-depth", "0.01"], "drops at least one layer"),
         ("new", &["--num-layers", "4", "--init", "teacher"], "drop the flags that describe a model"),
         ("new", &["--vocab-size", "300"], "teacher's tokenizer"),

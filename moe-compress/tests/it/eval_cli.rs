@@ -158,6 +158,7 @@ fn refusals_name_the_argument_or_the_line() {
     refused(&["--text", &text, "--max-length", "257"], &["--max-length 257", "256"]);
     refused(&["--text", &text, "--max-length", "16", "--max-tokens", "15"], &["--max-tokens 15", "16"]);
     refused(&["--text", "nosuch.txt"], &["nosuch.txt"]);
+    refused(&["--text", &text, "--json", "/nowhere/report.json"], &["--json /nowhere/report.json"]);
 
     let dir = tempfile::tempdir().unwrap();
     let good = r#"{"goal": "g", "sol1": "a", "sol2": "b", "label": 0}"#;

@@ -13,14 +13,17 @@ fn dense() -> Gpt {
 }
 
 fn mixture(num_experts: Vec<usize>, top_k: usize) -> GptMoeConfig {
-    let capacity = Capacity { eval_factor: None, ..Capacity::DEEPSPEED };
+    let capacity = Capacity { train_factor: None, eval_factor: None, ..Capacity::DEEPSPEED };
     GptMoeConfig { top_k, capacity, ..GptMoeConfig::paper(num_experts, false) }
 }
 
-fn logits(model: &Gpt) -> Tensor {
+fn ids() -> Vec<u32> {
     let mut rng = CounterRng::new(1, 1);
-    let ids: Vec<u32> = (0..64).map(|_| (rng.uniform_f64() * 262.0) as u32).collect();
-    let (hidden, _) = model.decoder().hidden(&ids, 16, Pass::Eval).unwrap();
+    (0..64).map(|_| (rng.uniform_f64() * 262.0) as u32).collect()
+}
+
+fn logits(model: &Gpt) -> Tensor {
+    let (hidden, _) = model.decoder().hidden(&ids(), 16, Pass::Eval).unwrap();
     model.decoder().head().logits(&hidden).unwrap()
 }
 
@@ -33,6 +36,7 @@ fn logits_stay_as_they_were() {
         (mixture(vec![4, 4, 8], 2), 1),
         (GptMoeConfig { residual: true, ..mixture(vec![2, 3, 5], 2) }, 1),
         (mixture(vec![5; 3], 4), 1),
+        (every(8, 2), 2),
         (every(8, 4), 2),
         (every(12, 4), 4),
         (every(16, 8), 8),
@@ -46,6 +50,12 @@ fn logits_stay_as_they_were() {
             2e-6,
             &format!("{moe:?} {granularity}"),
         );
+        if granularity > 1 {
+            // In training too the parts of a copy are chosen together.
+            let (hidden, _) = model.training_decoder().hidden(&ids(), 16, Pass::train(9)).unwrap();
+            let trained = (model.decoder().head().logits(&hidden).unwrap() / largest).unwrap();
+            assert_close(&trained, &(&want / largest).unwrap(), 2e-6, &format!("{moe:?} {granularity}, in training"));
+        }
         // Rows are spread: the gates are not all alike.
         let (hidden, outputs) = model.decoder().hidden(&[1, 7, 30, 200, 5, 6, 9, 99], 8, Pass::Eval).unwrap();
         assert!(

@@ -35,7 +35,7 @@ use crate::train::FolderFiles;
 use crate::train::export::{check_target, fill_target};
 use crate::train::tokenizer::{check_fits, eos_id, to_json};
 use crate::{Family, Result};
-use arguments::Arguments;
+use arguments::{Arguments, refuse_for_dense};
 use candle_core::DType;
 use folder::Folder;
 use plan::Plan;
@@ -81,6 +81,9 @@ pub fn import(import: &Import<'_>, out: &Path) -> Result<Imported> {
     let folder = Folder::open(import.from, import.tag)?;
     let arguments = Arguments::read(&folder.slices[0].file, import.arguments)?;
     let mut shape = Shape::of(&folder, &arguments)?;
+    if shape.config.moe.is_none() {
+        refuse_for_dense(import.arguments)?;
+    }
     check_fits(import.tokenizer, shape.config.vocab_size)?;
     shape.config.eos_token_id = Some(eos_id(import.tokenizer)?);
     let table = shape.config.decoder()?.params();

@@ -36,6 +36,8 @@ pub(super) struct StoredTensor {
 const PICKLE: &str = "data.pkl";
 /// Longest name of a tensor.
 const MOST_NAME: usize = 1024;
+/// Letters of all names of a file.
+const MOST_NAMES: usize = 1 << 26;
 /// Most dimensions that a tensor of weights may have.
 const MOST_DIMENSIONS: usize = 8;
 
@@ -86,6 +88,8 @@ impl TorchFile {
     /// For what is neither, a tensor that is damaged or of a type that weights do not have, and two of one name.
     pub(super) fn tensors(&self, dict: Id) -> Checked<BTreeMap<String, StoredTensor>> {
         let (mut tensors, mut seen, mut left) = (BTreeMap::new(), HashSet::new(), vec![(String::new(), dict)]);
+        // Joined names may be far longer than the keys in the file.
+        let mut letters = 0;
         while let Some((prefix, dict)) = left.pop() {
             if !seen.insert(dict) {
                 return Err(format!("the dict {prefix:?} is there twice"));
@@ -95,6 +99,10 @@ impl TorchFile {
                 let name = format!("{prefix}{key}");
                 if name.len() > MOST_NAME {
                     return Err(format!("a name has more than {MOST_NAME} letters, as no tensor's has"));
+                }
+                letters += name.len();
+                if letters > MOST_NAMES {
+                    return Err(format!("the names of its tensors have more than {MOST_NAMES} letters together"));
                 }
                 if self.pickle.dict(value).is_some() {
                     left.push((format!("{name}."), value));

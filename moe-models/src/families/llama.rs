@@ -14,7 +14,9 @@ pub(super) const FORM: Form = Form { model_type: "llama", names: qwen3_moe::NAME
 
 fn read(fields: &mut Fields) -> Checked<DecoderConfig> {
     let backbone = Backbone::read(fields, &Defaults::LLAMA)?;
-    fields.expect_none(&["mlp_bias"])?;
+    fields.expect_none(&["mlp_bias", "rope_interleaved"])?;
+    // What those who trained it called it.
+    fields.skip(&["is_llama_config"]);
     // How others divide the work.
     fields.skip(&["pretraining_tp"]);
     let bias = fields.or("attention_bias", false)?;

@@ -100,6 +100,11 @@ impl Published {
         Self::of(&Value::Object(json)).map_err(Error::Config)
     }
 
+    /// Whether its `config.json` has such a field.
+    pub(crate) fn has_field(&self, name: &str) -> bool {
+        self.json.contains_key(name)
+    }
+
     /// The field with the factor of the load-balance loss, if layers have experts.
     pub(crate) fn load_balance_field(&self) -> Option<&'static str> {
         self.form.load_balance_coef

@@ -25,6 +25,9 @@ pub(super) const NAMES: NameTable = NameTable::new(&[
 fn read(fields: &mut Fields) -> Checked<DecoderConfig> {
     let backbone = Backbone::read(fields, &Defaults::LLAMA)?;
     refuse_windows(fields)?;
+    // Fields of some published files, which say what is so in any case.
+    fields.expect_none(&["qkv_bias", "shared_expert_intermediate_size"])?;
+    fields.expect("use_qk_norm", &[Value::Null, true.into()])?;
     let bias = fields.or("attention_bias", false)?;
     let attention = GroupedQueryConfig {
         qkv_bias: bias,

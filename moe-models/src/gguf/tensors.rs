@@ -227,6 +227,10 @@ impl Found<'_> {
                 } else {
                     &tensor.shape[1..]
                 };
+                // Blocks cannot be taken apart, and a bias's values are put in order one by one.
+                if heads.is_some() && tensor.shape.len() == 1 && tensor.form.is_quantized() {
+                    return Err(format!("tensor {name} must be of floats, got {}", tensor.form.name()));
+                }
                 let fits = match heads {
                     None => same_shape(got, wanted),
                     Some(heads) => got == wanted && got[0].is_multiple_of(2 * heads.max(&1)),

@@ -54,6 +54,17 @@ fn refused(bytes: Vec<u8>, part: &str) {
     assert!(text.contains("it.gguf") && text.contains(part), "{text:?} should name {part:?}");
 }
 
+#[test]
+fn a_bias_of_blocks_is_refused() {
+    let mut bytes = fixture("llama.gguf");
+    let name = b"blk.0.attn_q.bias";
+    let at = bytes.windows(name.len()).position(|part| part == name).unwrap() + name.len();
+    // One dimension, its size, the form.
+    assert_eq!(bytes[at..at + 4], 1u32.to_le_bytes());
+    bytes[at + 12..at + 16].copy_from_slice(&8u32.to_le_bytes());
+    refused(bytes, "tensor blk.0.attn_q.bias must be of floats, got Q8_0");
+}
+
 /// A file that is written field by field, and where each number of its header lies.
 #[derive(Default)]
 struct Written {

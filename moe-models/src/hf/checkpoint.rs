@@ -24,7 +24,7 @@ pub struct Checkpoint {
     pub(super) files: Box<dyn TensorFiles>,
     names: NameTable,
     /// How matrices are stored that are there as integers.
-    quantized: Option<QuantFormat>,
+    pub(super) quantized: Option<QuantFormat>,
 }
 
 /// Where the only file of weights lies.

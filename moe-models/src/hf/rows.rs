@@ -12,9 +12,11 @@ impl Checkpoint {
     /// Whether rows of a parameter or of one expert of it can be had by themselves: those of floats that lie there row by row.
     pub(crate) fn has_rows(&self, spec: &ParamSpec, expert: Option<usize>) -> bool {
         let is_matrix = spec.shape.len() == 2 + usize::from(expert.is_some());
-        let by_row = |part: &FilePart| self.files.has_rows(part);
+        let is_integers =
+            |part: &FilePart| self.quantized.is_some_and(|format| self.files.holds_integers(part, format));
+        let by_row = |part: &FilePart| !is_integers(part) && self.files.has_rows(part);
         let lies_by_row = || self.parts_of(spec, expert).is_ok_and(|parts| parts.iter().all(by_row));
-        is_matrix && !self.is_whole(spec) && !self.holds_integers(spec, expert) && lies_by_row()
+        is_matrix && !self.is_whole(spec) && lies_by_row()
     }
 
     /// Rows `rows` of a parameter that is one matrix, or of one expert, in the type of the file. The pages that they lie in are

@@ -11,7 +11,7 @@ use candle_core::{DType, Tensor, Var};
 use moe_core::ParamSpec;
 use moe_parallel::{Extent, Placement};
 use safetensors::Dtype;
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::ops::Range;
 use std::path::Path;
 
@@ -133,10 +133,14 @@ pub(crate) fn write_weights(
     mut values: impl FnMut(&ParamSpec, &FilePiece) -> Result<Vec<f32>>,
 ) -> Result<()> {
     let mut shards = in_shards(tensors, shard_bytes);
+    let stale = indexed(dir);
     if let [only] = shards.as_mut_slice() {
         write_shard(&dir.join(WEIGHTS_FILE), only, &mut values)?;
-        return remove_stale(&dir.join(WEIGHTS_INDEX));
+        remove_stale(&dir.join(WEIGHTS_INDEX))?;
+        return stale.iter().try_for_each(|file| remove_stale(&dir.join(file)));
     }
+    // An index over shards of which some are new and some old would be read as a model.
+    remove_stale(&dir.join(WEIGHTS_INDEX))?;
     let (mut weight_map, mut total_size) = (BTreeMap::new(), 0);
     let count = shards.len();
     for (index, shard) in shards.iter_mut().enumerate() {
@@ -149,7 +153,19 @@ pub(crate) fn write_weights(
     }
     write_weight_index(dir, &weight_map, total_size)?;
     // Until now it was what a reader takes.
-    remove_stale(&dir.join(WEIGHTS_FILE))
+    remove_stale(&dir.join(WEIGHTS_FILE))?;
+    let new: BTreeSet<&String> = weight_map.values().collect();
+    stale.iter().filter(|file| !new.contains(file)).try_for_each(|file| remove_stale(&dir.join(file)))
+}
+
+/// The shards that an index in `dir` names; none where there is no index that can be read.
+fn indexed(dir: &Path) -> BTreeSet<String> {
+    let index = std::fs::read(dir.join(WEIGHTS_INDEX)).ok();
+    let index: serde_json::Value = index.and_then(|json| serde_json::from_slice(&json).ok()).unwrap_or_default();
+    let files = index["weight_map"].as_object().into_iter().flat_map(|map| map.values());
+    let names = files.filter_map(|file| file.as_str());
+    // Whoever wrote the index may have named anything.
+    names.filter(|name| name.starts_with("model-") && !name.contains(['/', '\\'])).map(str::to_owned).collect()
 }
 
 fn remove_stale(path: &Path) -> Result<()> {

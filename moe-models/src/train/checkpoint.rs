@@ -61,7 +61,7 @@ impl FileCheck {
         self.same_size(&path, got.bytes)?;
         match got.crc32c == self.crc32c {
             true => Ok(()),
-            false => Err(Error::format(path, "damaged: its checksum differs; resume from an older checkpoint")),
+            false => Err(Error::format(&path, format!("damaged: its checksum differs; {}", without(dir)))),
         }
     }
 
@@ -69,11 +69,17 @@ impl FileCheck {
     pub(super) fn same_size(&self, path: &Path, got: u64) -> Result<()> {
         let want = self.bytes;
         if want != got {
-            let reason = format!("damaged: expected {want} bytes, found {got}; resume from an older checkpoint");
+            let folder = path.parent().unwrap_or(path);
+            let reason = format!("damaged: expected {want} bytes, found {got}; {}", without(folder));
             return Err(Error::format(path, reason));
         }
         Ok(())
     }
+}
+
+/// How a run goes on without the checkpoint in a folder.
+fn without(folder: &Path) -> String {
+    format!("remove the folder {}, and --resume goes on from the checkpoint before it", folder.display())
 }
 
 /// Everything a run needs to continue besides weights and moments.

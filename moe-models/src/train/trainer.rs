@@ -344,7 +344,7 @@ impl<M: TrainModel> Trainer<M> {
             self.push_training(&mut record, &sums, grad_norm, lr);
             self.push_traffic(&mut record)?;
         }
-        // Every checkpoint is measured, so that the best of them is known.
+        // Every checkpoint that is due is measured, so that the best of them is known; one of a run that is stopped is not.
         let valid_loss = if validate || save { self.validate(&mut record, observer)? } else { None };
         self.write(&record)?;
         if save {

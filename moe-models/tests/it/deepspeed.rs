@@ -300,6 +300,10 @@ fn other_formats_and_options_are_refused_by_name() {
     ] {
         refused(&from, dir.path(), arguments, words);
     }
+    let (dense, _) = copy("dense");
+    for arguments in [["--topk", "1"], ["--moe-min-capacity", "4"]] {
+        refused(&dense.path().join("from"), dense.path(), &arguments, &[arguments[0], "is of experts"]);
+    }
     // What the checkpoint says too may be given.
     let output = moe_import(&from, &dir.path().join("same"), &["--topk", "1", "--checkpoint-version", "3"]);
     assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));

@@ -43,6 +43,28 @@ fn a_folder_is_the_model_that_training_begins_with() {
 }
 
 #[test]
+fn the_end_of_a_text_may_be_set() {
+    let dir = tempfile::tempdir().unwrap();
+    let config = fixture("qwen3_moe");
+    let ends = |out: &str, more: &[&str]| {
+        let small = ["--config", &config, "--set", "vocab_size=300", "--out", out];
+        let output = moe_init(dir.path(), &[&small[..], more].concat());
+        assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
+        let json = std::fs::read(dir.path().join(out).join("config.json")).unwrap();
+        let json: serde_json::Value = serde_json::from_slice(&json).unwrap();
+        ["bos_token_id", "eos_token_id"].map(|field| json[field].as_u64().unwrap())
+    };
+    let [first, last] = ends("own", &[]);
+    assert_eq!((first, ends("set", &["--set", "eos_token_id=5"])), (last, [first, 5]));
+    // A tokenizer that names no end has the configuration's.
+    let plain = std::fs::read_to_string(dir.path().join("own/tokenizer.json")).unwrap();
+    let nameless = dir.path().join("tokenizer.json");
+    std::fs::write(&nameless, plain.replace("<|endoftext|>", "<|nothing|>")).unwrap();
+    let nameless = nameless.display().to_string();
+    assert_eq!(ends("nameless", &["--tokenizer", &nameless, "--set", "eos_token_id=7"])[1], 7);
+}
+
+#[test]
 fn what_cannot_be_written_is_refused_by_name() {
     let dir = tempfile::tempdir().unwrap();
     std::fs::create_dir_all(dir.path().join("full/inside")).unwrap();

@@ -432,6 +432,20 @@ fn routing_and_losses_of_a_folder_may_be_changed() {
     }
 }
 
+/// Published files of gpt-oss say it twice.
+#[test]
+fn experts_of_a_token_are_changed_under_both_names() {
+    let dir = folder("gpt_oss");
+    let path = dir.path().join("model/config.json");
+    let mut config: Value = serde_json::from_slice(&std::fs::read(&path).unwrap()).unwrap();
+    config["experts_per_token"] = config["num_experts_per_tok"].clone();
+    std::fs::write(&path, config.to_string()).unwrap();
+    train(dir.path(), "run", &["--topk", "1"]);
+    let saved = std::fs::read(dir.path().join("run/step-00000006/config.json")).unwrap();
+    let saved: Value = serde_json::from_slice(&saved).unwrap();
+    assert_eq!((&saved["num_experts_per_tok"], &saved["experts_per_token"]), (&json!(1), &json!(1)));
+}
+
 /// What a configuration says of dropout is what is dropped, unless a flag says otherwise.
 #[test]
 fn granitemoe_drops_what_its_files_say() {

@@ -115,7 +115,7 @@ fn a_run_validates_before_its_first_step_where_it_is_asked_to() {
     let first = (0, 0, untrained.loss(), untrained.bits_per_byte());
     let want: Vec<_> = std::iter::once(first).chain(validations(plain_dir.path())).collect();
     assert_eq!(validations(whole_dir.path()), want);
-    // A run validates when it is stopped and when it saves.
+    // What was validated before it was stopped is there once.
     let cut = validations(cut_dir.path());
     assert_eq!((cut[0], cut.iter().filter(|v| v.0 == 0).count()), (first, 1));
     let text = std::fs::read_to_string(whole_dir.path().join("metrics.jsonl")).unwrap();

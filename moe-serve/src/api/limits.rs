@@ -64,6 +64,9 @@ pub(super) const MAX_N: usize = 16;
 pub(super) const MAX_PROMPTS: usize = 256;
 /// Prompts times continuations.
 pub(super) const MAX_CHOICES: usize = 512;
+/// What an answer tells of its prompts' tokens: alternatives of each, layers of experts. Tokens that are generated take their time; a
+/// prompt's are read by the thousand.
+pub(super) const MAX_PROMPT_RECORDS: usize = 1 << 21;
 /// Messages of a conversation.
 pub(super) const MAX_MESSAGES: usize = 1024;
 /// Text parts of a message.

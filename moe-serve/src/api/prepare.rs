@@ -4,7 +4,7 @@ use super::chat_request::ChatRequest;
 use super::common_request::{Common, StreamOptions};
 use super::completion_request::{CompletionRequest, PromptInput};
 use super::grammar_request::Wanted;
-use super::limits::MAX_TOKENIZED_BYTES;
+use super::limits::{MAX_PROMPT_RECORDS, MAX_TOKENIZED_BYTES};
 use super::piece::Echo;
 use super::tool_request::ToolChoice;
 use crate::engine::{Grammar, Job, StopParams};
@@ -53,6 +53,7 @@ pub(super) fn completion(request: CompletionRequest, model: &ServedModel, fresh_
     let stream = common.stream;
     let grammar = compile_wanted(model, common.grammar.as_ref())?;
     let job = Job { prompt_logprobs, grammar, ..job(common, prompts, ends, logprobs, fresh_seed) };
+    check_records(&job, model.lm.moe_layers().len())?;
     Ok(Prepared { job, text, echoes, stream, reading: None })
 }
 
@@ -89,7 +90,25 @@ pub(super) fn chat(request: ChatRequest, model: &ServedModel, fresh_seed: u64) -
     let reading = format.map(|format| Reading { format, tools: tools.tools, parallel: tools.parallel, or_form });
     let stream = common.stream;
     let job = Job { grammar, ..job(common, prompts, ends, logprobs, fresh_seed) };
+    check_records(&job, model.lm.moe_layers().len())?;
     Ok(Prepared { job, text, echoes: Vec::new(), stream, reading })
+}
+
+/// Refuses a job whose answer would tell more of its prompts than a server should hold.
+fn check_records(job: &Job, moe_layers: usize) -> Result<()> {
+    let alternatives = job.prompt_logprobs.map_or(0, |alternatives| 1 + alternatives);
+    let layers = if job.experts { moe_layers } else { 0 };
+    let tokens = job.prompts.iter().map(Vec::len).sum::<usize>() * job.n;
+    let records = tokens.saturating_mul(alternatives + layers);
+    if records <= MAX_PROMPT_RECORDS {
+        return Ok(());
+    }
+    let field = if alternatives > layers { "logprobs" } else { "return_expert_choices" };
+    let text = format!(
+        "`{field}` would have the answer hold {records} entries for the {tokens} tokens of its prompts, of {MAX_PROMPT_RECORDS} at most; \
+         split the request, or ask for less"
+    );
+    Err(Error::field(field, text))
 }
 
 /// A template only adds to what it is given, so a conversation that is too long is refused before it is rendered.
@@ -225,4 +244,38 @@ fn fitting(model: &ServedModel, field: &str, mut ids: Vec<u32>, generates: usize
         });
     }
     Ok(ids)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_an_answer_tells_of_its_prompts_has_a_bound() {
+        let job = |tokens, n, prompt_logprobs, experts| Job {
+            prompts: vec![vec![1; tokens / 2]; 2],
+            n,
+            prompt_logprobs,
+            experts,
+            ..Job::default()
+        };
+        let most = MAX_PROMPT_RECORDS;
+        for (job, moe_layers, refused) in [
+            (job(most, 1, Some(0), false), 3, None),
+            (job(most + 2, 1, Some(0), false), 3, Some("logprobs")),
+            (job(most / 2, 1, Some(20), false), 3, Some("logprobs")),
+            (job(most / 2, 3, Some(0), false), 3, Some("logprobs")),
+            (job(most * 4, 1, None, false), 3, None),
+            (job(most, 1, None, true), 1, None),
+            (job(most, 1, Some(0), true), 2, Some("return_expert_choices")),
+        ] {
+            match (check_records(&job, moe_layers), refused) {
+                (Ok(()), None) => {}
+                (Err(Error::Field { field, message }), Some(wanted)) => {
+                    assert!(field == wanted && message.contains("split the request"), "{field}: {message}");
+                }
+                (result, _) => panic!("{} prompts' tokens: {result:?}, not {refused:?}", job.prompts[0].len()),
+            }
+        }
+    }
 }

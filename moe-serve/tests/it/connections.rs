@@ -211,8 +211,11 @@ fn bodies_that_do_not_come_keep_nobody_out() {
     let server = server(Limits { max_connections: 2, body_timeout: NEVER, ..lenient() });
     let head = b"POST /v1/completions HTTP/1.1\r\nhost: localhost\r\ncontent-type: application/json\r\ncontent-length: 9\r\n\r\n";
     let mut unsent: Vec<TcpStream> = (0..2).map(|_| connect(&server)).collect();
-    unsent.iter_mut().for_each(|stream| stream.write_all(head).expect("open"));
-    std::thread::sleep(LIMIT);
+    for stream in &mut unsent {
+        stream.write_all(head).expect("open");
+        // So that it is certain which one waits longer.
+        std::thread::sleep(LIMIT);
+    }
     let mut next = connect(&server);
     next.write_all(GET).expect("open");
     assert!(read_answer(&mut next).starts_with("HTTP/1.1 200"));

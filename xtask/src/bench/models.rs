@@ -22,7 +22,7 @@ pub(super) enum Part {
 impl Part {
     const ALL: [Self; 3] = [Self::Qwen3, Self::Olmoe, Self::Deepseek];
 
-    fn name(self) -> &'static str {
+    pub(super) fn name(self) -> &'static str {
         match self {
             Self::Qwen3 => "qwen3-moe-1.8b",
             Self::Olmoe => "olmoe-4-layers",
@@ -39,7 +39,7 @@ impl Part {
     }
 
     /// The folder of its weights, made by the first run that needs it.
-    fn folder(self) -> Result<PathBuf> {
+    pub(super) fn folder(self) -> Result<PathBuf> {
         let dir = root().join("target/bench-models").join(self.name());
         if !dir.join("config.json").exists() {
             let (preset, settings) = self.preset();

@@ -154,6 +154,6 @@ pub(super) fn send(signal: Signal, id: u32) -> Result<bool> {
 }
 
 /// A port that nobody listens on.
-pub(super) fn free_port() -> Result<u16> {
+pub(crate) fn free_port() -> Result<u16> {
     Ok(TcpListener::bind("127.0.0.1:0")?.local_addr()?.port())
 }

@@ -5,6 +5,8 @@ mod job;
 mod serving;
 mod training;
 
+pub(crate) use job::free_port;
+
 use anyhow::Result;
 use std::path::PathBuf;
 

@@ -21,7 +21,7 @@ const HELD_OUT: f64 = 0.02;
 pub(crate) struct CalibrationArgs {
     /// Text to run the model on: .txt or .jsonl files (also .xz) or folders of them. Without any, the excerpt of six domains that
     /// is part of the program.
-    #[arg(long, value_name = "PATH")]
+    #[arg(long, value_name = "PATH", num_args = 1..)]
     data: Vec<String>,
     /// Tokens of it, spread evenly over the sources and each of them [default: 65536].
     #[arg(long, value_name = "N")]
@@ -62,7 +62,12 @@ impl CalibrationArgs {
     pub(crate) fn batches(&self, sources: Vec<PackedSource>, config: &DecoderConfig) -> Result<Vec<TokenBatch>> {
         let (tokens, window) = (self.tokens(config)?, window(config));
         let sources = long_enough(sources, window + 1).context("--data")?;
-        let shares = shares(tokens / window, sources.len());
+        let there: Vec<usize> = sources.iter().map(|source| source.num_sequences(window)).collect();
+        let shares = shares(tokens / window, &there);
+        let taken = shares.iter().sum::<usize>() * window;
+        if taken < tokens / window * window {
+            eprintln!("the text has {taken} tokens in windows of {window}, of {tokens} asked for: all of it is taken");
+        }
         let mut batches = Vec::new();
         for (source, windows) in sources.into_iter().zip(shares).filter(|(_, windows)| *windows > 0) {
             batches.extend(ValidSource::new(source, window, windows)?.batches((BATCH_TOKENS / window).max(1)));
@@ -71,10 +76,16 @@ impl CalibrationArgs {
     }
 }
 
-/// `windows` divided over so many sources, as evenly as can be.
-fn shares(windows: usize, sources: usize) -> Vec<usize> {
-    let before = |source: usize| windows * source / sources;
-    (0..sources).map(|source| before(source + 1) - before(source)).collect()
+/// `windows` divided over sources that have so many, as evenly as can be: those with the fewest first, so that others make up for them.
+fn shares(windows: usize, there: &[usize]) -> Vec<usize> {
+    let mut order: Vec<usize> = (0..there.len()).collect();
+    order.sort_by_key(|&source| there[source]);
+    let (mut shares, mut left) = (vec![0; there.len()], windows);
+    for (done, source) in order.into_iter().enumerate() {
+        shares[source] = there[source].min(left / (there.len() - done));
+        left -= shares[source];
+    }
+    shares
 }
 
 /// The sources of at least `tokens` tokens; names the others.
@@ -88,6 +99,11 @@ pub(crate) fn long_enough(sources: Vec<PackedSource>, tokens: usize) -> Result<V
         eprintln!("{}: left out, its {} tokens are fewer than {tokens}", source.name, source.num_tokens());
     }
     Ok(long)
+}
+
+/// Tokens that a source must have for [`hold_out`].
+pub(crate) fn least_held_out_of(window: usize) -> usize {
+    2 * (window + 2)
 }
 
 /// Cuts the end off each source: a share, but a window at least.
@@ -108,8 +124,10 @@ mod tests {
 
     #[test]
     fn windows_are_spread_over_sources_and_no_more_than_asked_for() {
-        assert_eq!(shares(7, 3), [2, 2, 3]);
-        let few = shares(3, 1000);
+        assert_eq!(shares(7, &[9, 9, 9]), [2, 2, 3]);
+        let few = shares(3, &[5; 1000]);
         assert_eq!((few.iter().sum::<usize>(), few.iter().max()), (3, Some(&1)));
+        assert_eq!(shares(10, &[100, 2, 3]), [5, 2, 3], "what short ones lack, long ones make up for");
+        assert_eq!(shares(10, &[1, 4]), [1, 4], "there is no more");
     }
 }

@@ -6,14 +6,16 @@ mod quantize;
 mod reduce;
 mod upcycle;
 
-use anyhow::Result;
+use anyhow::{Result, bail};
 use candle_core::Device;
 use clap::{Args, Parser, Subcommand};
+use moe_models::ReadFamily;
 use moe_models::cli::{DtypeArg, exit_code};
+use moe_models::families::AnyFamily;
 use moe_models::gpt::{Gpt, GptConfig};
 use moe_models::train::FolderFiles;
 use moe_models::train::export::{check_target, export};
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 
 /// Make model folders smaller, or mixtures of dense ones.
@@ -26,11 +28,11 @@ struct Program {
 
 #[derive(Debug, Subcommand)]
 enum Command {
-    /// Drop the experts that do least on a text.
+    /// Drop the experts that do least on a text, of a model of this project's own.
     Prune(reduce::ReduceArgs),
-    /// Merge the experts that do least on a text into those that are kept.
+    /// Merge the experts that do least on a text into those that are kept, of a model of this project's own.
     Merge(reduce::ReduceArgs),
-    /// Make a mixture of experts of a dense model; it says what the dense one says until it is trained.
+    /// Make a mixture of experts of a dense model of this project's own; it says what the dense one says until it is trained.
     Upcycle(upcycle::UpcycleArgs),
     /// Keep the weights of matrix products as integers, as compressed-tensors does: the nearest, or calibrated on a text.
     Quantize(quantize::QuantizeArgs),
@@ -54,6 +56,7 @@ impl Folders {
     /// The model to read, once it is certain that the result can be written.
     pub(crate) fn load(&self) -> Result<Gpt> {
         check_target(&self.out)?;
+        own_family(&self.model)?;
         Ok(Gpt::load(&self.model, &Device::Cpu)?)
     }
 
@@ -62,6 +65,19 @@ impl Folders {
         export(model, &FolderFiles::read(&self.model)?, &self.out, self.dtype.into())?;
         println!("{}: {}", self.out.display(), sizes(model.config()));
         Ok(())
+    }
+}
+
+/// Refuses a folder of another family than this project's own, by its name.
+fn own_family(dir: &Path) -> Result<()> {
+    // What is no family's configuration the loading refuses, and says why.
+    match AnyFamily::read_file(&dir.join("config.json")) {
+        Ok(AnyFamily::Published(config)) => bail!(
+            "{} is a {}; experts are pruned, merged and made of models of this project's own (moe_gpt), which quantize is not limited to",
+            dir.display(),
+            config.model_type()
+        ),
+        _ => Ok(()),
     }
 }
 

@@ -1,9 +1,9 @@
 //! `moe-compress quantize`.
 
-use crate::calibration::{CalibrationArgs, hold_out, long_enough, window};
+use crate::calibration::{CalibrationArgs, hold_out, least_held_out_of, long_enough, window};
 use anyhow::{Context, Result, ensure};
 use clap::{Args, ValueEnum};
-use moe_compress::calibrate::{Calibration, save_calibrated};
+use moe_compress::calibrate::{CalibratedLayer, Calibration, save_calibrated};
 use moe_compress::eval::{TextReport, evaluate_sources};
 use moe_kernels::quantized::QuantFormat;
 use moe_models::hf::quantization::{nearest, save};
@@ -120,7 +120,7 @@ impl QuantizeArgs {
         let measured = match named {
             Some(named) => named,
             None => {
-                sources = long_enough(sources, 2 * window(&config) + 2).context("--data")?;
+                sources = long_enough(sources, least_held_out_of(window(&config))).context("--data")?;
                 hold_out(&mut sources, window(&config))?
             }
         };
@@ -136,12 +136,17 @@ impl QuantizeArgs {
         let Calibration { tokens, layers } = save_calibrated(&self.model, &self.out, format, batches, &mut |done| {
             eprintln!("layer {} done", done.layer)
         })?;
-        let [experts, nearest] = [
-            layers.iter().map(|layer| layer.experts).sum::<usize>(),
-            layers.iter().map(|layer| layer.nearest_experts).sum(),
-        ];
+        let sum = |count: fn(&CalibratedLayer) -> usize| layers.iter().map(count).sum::<usize>();
+        let (experts, nearest) = (sum(|layer| layer.experts), sum(|layer| layer.nearest_experts));
+        let (matrices, nearest_matrices) = (sum(|layer| layer.matrices), sum(|layer| layer.nearest_matrices));
         let bytes = layers.iter().map(|layer| layer.moment_bytes).max().unwrap_or(0);
         println!("calibrated on {tokens} tokens; {:.2} MB of moments at most, those of one layer", bytes as f64 / 1e6);
+        if nearest_matrices > 0 {
+            println!(
+                "{nearest_matrices} of {matrices} matrices beside the experts were rounded to the nearest: they got fewer tokens than they have inputs \
+                 (raise --calibration-tokens), or are not multiplied with as they are"
+            );
+        }
         if experts > 0 {
             println!(
                 "{nearest} of {experts} experts got fewer tokens than a matrix of theirs has inputs: that was rounded to the nearest"

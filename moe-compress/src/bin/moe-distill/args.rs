@@ -16,12 +16,13 @@ pub(crate) struct DistillArgs {
     /// Model folder to learn from. The student has its vocabulary and tokenizer.
     #[arg(long, value_name = "DIR", alias = "load-teacher")]
     pub(crate) teacher: PathBuf,
-    /// Share of the teacher's layers that the student does without [default: 0.125]. Flags that describe a model say what the
-    /// student is instead.
-    #[arg(long, value_name = "SHARE", conflicts_with = "ModelArgs")]
+    /// Share of the teacher's layers that the student does without [default: 0.125]. Flags of routing and losses (--topk, --moe-...) change
+    /// this student; flags that name a model or describe its weights say what the student is instead, without a name beginning with the
+    /// teacher's shape.
+    #[arg(long, value_name = "SHARE")]
     drop_depth: Option<f64>,
     /// Which layers are kept, of dense ones and of those with experts each [default: evenly].
-    #[arg(long, value_enum, conflicts_with = "ModelArgs")]
+    #[arg(long, value_enum)]
     keep_layers: Option<KeptArg>,
     /// Where the student's weights come from [default: scratch].
     #[arg(long, value_enum)]
@@ -83,6 +84,9 @@ pub(crate) struct Settings {
     pub(crate) drop_depth: Option<f64>,
     pub(crate) keep_layers: KeptLayers,
     pub(crate) from_teacher: bool,
+    /// The folder of other weights that it began with. It may have gone since.
+    #[serde(default)]
+    pub(crate) init_from: Option<PathBuf>,
     pub(crate) schedule: KdSchedule,
     /// What the schedule's share is of; `None` before a run has begun.
     #[serde(default)]
@@ -123,24 +127,77 @@ impl Settings {
         let Some(saved) = Self::read(out)? else {
             bail!("{} holds a run that has no teacher ({RECORD} is missing); resume it with moe-train", out.display());
         };
+        let differs = self.differs(&saved);
         ensure!(
-            saved == Self { cache: saved.cache.clone(), train_tokens: saved.train_tokens, ..self.clone() },
-            "the run in {} was started with another teacher or other settings; give the same, or start a new run\nasked: {self:?}\nsaved: {saved:?}",
-            out.display()
+            differs.is_empty(),
+            "the run in {} was started with another teacher or other settings; give the same, or start a new run\n{}",
+            out.display(),
+            differs.join("\n")
         );
         Ok(())
     }
+
+    /// What is asked for and was not what a run was started with, by the flags.
+    fn differs(&self, saved: &Self) -> Vec<String> {
+        let mut differs = Vec::new();
+        let mut compare = |flag: &str, asked: String, saved: String| {
+            if asked != saved {
+                differs.push(format!("{flag}: asked for {asked}, started with {saved}"));
+            }
+        };
+        compare("--teacher (over its weights)", self.teacher.clone(), saved.teacher.clone());
+        compare("--drop-depth", told(self.drop_depth), told(saved.drop_depth));
+        compare("--keep-layers", format!("{:?}", self.keep_layers), format!("{:?}", saved.keep_layers));
+        compare("--init teacher", self.from_teacher.to_string(), saved.from_teacher.to_string());
+        compare("--kd, --kd-stop", format!("{:?}", self.schedule), format!("{:?}", saved.schedule));
+        compare("--kd-weight", self.weight.to_string(), saved.weight.to_string());
+        compare("--kd-temp", self.temperature.to_string(), saved.temperature.to_string());
+        compare("--kd-top-k", told(self.top_k), told(saved.top_k));
+        differs
+    }
+}
+
+/// A value that may be none, in words.
+fn told(value: Option<impl ToString>) -> String {
+    value.map_or("none".into(), |value| value.to_string())
+}
+
+/// What the model flags say of the student.
+#[derive(Debug, Clone, Copy, Default)]
+pub(crate) struct Described<'a> {
+    /// What it is, in the place of the teacher without some layers.
+    pub(crate) whole: bool,
+    /// Where its weights come from.
+    pub(crate) init_from: Option<&'a Path>,
 }
 
 impl DistillArgs {
-    /// The settings asked for, or else those of the run that is resumed, or else the defaults. `given` says whether model flags
-    /// describe the student.
-    pub(crate) fn settings(&self, fingerprint: &str, given: bool, resumed: Option<&Settings>) -> Result<Settings> {
+    /// The settings asked for, or else those of the run that is resumed, or else the defaults.
+    pub(crate) fn settings(
+        &self,
+        fingerprint: &str,
+        student: Described<'_>,
+        resumed: Option<&Settings>,
+    ) -> Result<Settings> {
+        for (flag, given) in
+            [("--drop-depth", self.drop_depth.is_some()), ("--keep-layers", self.keep_layers.is_some())]
+        {
+            ensure!(
+                !(given && student.whole),
+                "{flag} is for a student that is its teacher without some layers; drop it, or the flags that name a model or describe its \
+                 weights"
+            );
+        }
+        ensure!(
+            self.init.is_none() || student.init_from.is_none(),
+            "--init and --init-from both say where the student's weights come from; drop one of them"
+        );
         let base = resumed.cloned().unwrap_or_else(|| Settings {
             teacher: fingerprint.to_owned(),
-            drop_depth: (!given).then_some(0.125),
+            drop_depth: (!student.whole).then_some(0.125),
             keep_layers: KeptLayers::Evenly,
             from_teacher: false,
+            init_from: None,
             schedule: KdSchedule::STAGED,
             train_tokens: None,
             weight: Distillation::default().weight,
@@ -151,13 +208,14 @@ impl DistillArgs {
         let cache = self.kd_cache.as_deref().map(std::path::absolute).transpose().context("reading --kd-cache")?;
         let settings = Settings {
             teacher: fingerprint.to_owned(),
-            drop_depth: if given { None } else { self.drop_depth.or(base.drop_depth) },
+            drop_depth: if student.whole { None } else { self.drop_depth.or(base.drop_depth) },
             keep_layers: self.keep_layers.map_or(base.keep_layers, |kept| match kept {
                 KeptArg::Evenly => KeptLayers::Evenly,
                 KeptArg::First => KeptLayers::First,
                 KeptArg::Last => KeptLayers::Last,
             }),
             from_teacher: self.init.map_or(base.from_teacher, |init| init == InitArg::Teacher),
+            init_from: student.init_from.map(Path::to_owned).or(base.init_from),
             schedule: self.schedule(base.schedule)?,
             train_tokens: base.train_tokens,
             weight: self.kd_weight.unwrap_or(base.weight),
@@ -173,8 +231,9 @@ impl DistillArgs {
             !settings.from_teacher || settings.drop_depth.is_some(),
             "--init teacher is for a student that keeps layers of its teacher; drop the flags that describe a model"
         );
-        settings.schedule.validate()?;
-        settings.how().validate()?;
+        settings.schedule.validate().context("--kd-stop")?;
+        Distillation { temperature: 1.0, ..settings.how() }.validate().context("--kd-weight")?;
+        settings.how().validate().context("--kd-temp")?;
         let unused = [
             ("--kd-weight", self.kd_weight.is_some()),
             ("--kd-temp", self.kd_temp.is_some()),
@@ -196,8 +255,10 @@ impl DistillArgs {
             }
             (Some(KdArg::Full), _) => Ok(KdSchedule::Full),
             (Some(KdArg::None), _) => Ok(KdSchedule::None),
+            (Some(KdArg::Staged) | None, KdSchedule::Staged { stop: of_run }) => {
+                Ok(KdSchedule::Staged { stop: stop(of_run) })
+            }
             (Some(KdArg::Staged), _) => Ok(KdSchedule::Staged { stop: stop(KdSchedule::STOP) }),
-            (None, KdSchedule::Staged { stop: of_run }) => Ok(KdSchedule::Staged { stop: stop(of_run) }),
             (None, other) => Ok(other),
         }
     }
@@ -212,13 +273,25 @@ mod tests {
     struct Program {
         #[command(flatten)]
         distill: DistillArgs,
-        #[arg(long, group = "ModelArgs")]
-        shaped: bool,
     }
 
     fn settings(words: &[&str]) -> Settings {
+        resumed(words, None)
+    }
+
+    fn resumed(words: &[&str], run: Option<&Settings>) -> Settings {
         let program = Program::parse_from([&["moe-distill", "--teacher", "t"], words].concat());
-        program.distill.settings("fingerprint", program.shaped, None).unwrap()
+        program.distill.settings("fingerprint", Described::default(), run).unwrap()
+    }
+
+    #[test]
+    fn what_is_not_said_again_is_the_runs_own() {
+        let run = settings(&["--kd-stop", "0.5", "--kd-temp", "2"]);
+        for words in [&[][..], &["--kd", "staged"], &["--kd-temp", "2", "--kd-stop", "0.5"]] {
+            assert_eq!(resumed(words, Some(&run)), run, "{words:?}");
+        }
+        let full = settings(&["--kd", "full"]);
+        assert_eq!(resumed(&["--kd", "staged"], Some(&full)).schedule, KdSchedule::STAGED);
     }
 
     /// As ranks do that begin again without one that has died: they have read no record.
@@ -230,6 +303,8 @@ mod tests {
         Settings { train_tokens: Some(1000), ..own.clone() }.write(dir.path()).unwrap();
         own.check_continues(dir.path()).unwrap();
         let other = settings(&["--kd", "full"]);
-        assert!(other.check_continues(dir.path()).unwrap_err().to_string().contains("other settings"));
+        let text = other.check_continues(dir.path()).unwrap_err().to_string();
+        assert!(text.contains("other settings") && text.contains("--kd, --kd-stop: asked for Full"), "{text}");
+        assert!(!text.contains("--kd-temp"), "{text}");
     }
 }

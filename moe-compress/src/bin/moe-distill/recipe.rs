@@ -1,7 +1,7 @@
 //! [`Distilling`]: what `moe-distill` adds to a training run.
 
-use crate::args::{DistillArgs, Settings};
-use anyhow::{Result, bail, ensure};
+use crate::args::{Described, DistillArgs, Settings};
+use anyhow::{Context, Result, bail, ensure};
 use moe_compress::distill::Following;
 use moe_compress::kept::TargetsConfig;
 use moe_compress::teacher::TeacherFolder;
@@ -34,7 +34,20 @@ impl Distilling {
         if let Some(settings) = resumed.as_mut().filter(|_| !has_checkpoint(&train.out)) {
             settings.train_tokens = None;
         }
-        let settings = args.settings(teacher.fingerprint(), train.model.is_given(), resumed.as_ref())?;
+        let model = &train.model;
+        let student =
+            Described { whole: model.names_a_model() || model.describes_weights(), init_from: model.init_from() };
+        let settings = args.settings(teacher.fingerprint(), student, resumed.as_ref())?;
+        if let Some(k) = settings.top_k {
+            let vocab_size = teacher.config().vocab_size;
+            ensure!(
+                (1..=vocab_size).contains(&k),
+                "--kd-top-k must be 1 to {vocab_size}, the teacher's entries, got {k}"
+            );
+        }
+        if let Some(share) = settings.drop_depth {
+            StudentPlan::new(teacher.config(), share, settings.keep_layers).context("--drop-depth")?;
+        }
         let cache = settings.cache.clone().unwrap_or_else(|| train.out.join("teacher-targets"));
         Ok(Self { teacher, settings, cache })
     }
@@ -62,13 +75,11 @@ impl Recipe for Distilling {
         let teacher = self.teacher.config();
         tokenizer.map_or(Ok(()), |tokenizer| tokenizer::check_fits(tokenizer, teacher.vocab_size))?;
         let shape = match self.settings.drop_depth {
-            None => args.config(seq_length)?,
-            Some(_) if self.settings.from_teacher => self.plan()?.config,
+            None if args.names_a_model() => args.config(seq_length)?,
+            None => args.changed(teacher.clone(), seq_length)?,
+            Some(_) if self.settings.from_teacher => args.changed(self.plan()?.config, None)?,
             // Positions past the training length would never be trained.
-            Some(_) => {
-                let config = self.plan()?.config;
-                GptConfig { max_seq_len: seq_length.unwrap_or(config.max_seq_len), ..config }
-            }
+            Some(_) => args.changed(self.plan()?.config, seq_length)?,
         };
         Ok(GptConfig { vocab_size: teacher.vocab_size, eos_token_id: teacher.eos_token_id, ..shape })
     }
@@ -118,6 +129,9 @@ impl Recipe for Distilling {
     }
 
     fn complete(&self, model: Gpt, config: &TrainConfig, mesh: Option<Arc<Mesh>>) -> Result<Self::Model> {
+        if self.settings.schedule == KdSchedule::None {
+            return Ok(Student::alone(model));
+        }
         let teacher = self.teacher.load(config.precision, mesh.as_deref())?;
         let (how, schedule) = (self.settings.how(), self.settings.schedule);
         let keep = |k: usize| -> Result<KeptTargets> {
@@ -136,13 +150,20 @@ impl Recipe for Distilling {
     }
 
     fn beside(&self) -> Result<Vec<DecoderConfig>> {
-        Ok(vec![self.teacher.config().decoder()?])
+        match self.settings.schedule {
+            KdSchedule::None => Ok(Vec::new()),
+            _ => Ok(vec![self.teacher.config().decoder()?]),
+        }
     }
 
     fn describe(&self, config: &TrainConfig) -> Vec<String> {
-        let Settings { schedule, weight, temperature, from_teacher, .. } = &self.settings;
+        let Settings { schedule, weight, temperature, from_teacher, init_from, .. } = &self.settings;
         let count = self.teacher.config().parameter_count();
-        let start = if *from_teacher { "starting from its weights" } else { "starting from scratch" };
+        let start = match init_from {
+            Some(dir) => format!("starting from the weights in {}", dir.display()),
+            None if *from_teacher => "starting from its weights".into(),
+            None => "starting from scratch".into(),
+        };
         let mut lines = vec![format!(
             "teacher: {} of {} parameters, {} layers; {start}",
             self.teacher.dir().display(),

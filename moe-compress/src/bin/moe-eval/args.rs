@@ -4,7 +4,7 @@ use anyhow::{Context, Result, ensure};
 use clap::Parser;
 use moe_compress::eval::{Item, Task};
 use moe_models::cli::PrecisionArg;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
 /// Evaluate a model: bits per byte and perplexity of text, and zero-shot tasks scored as lm-eval 0.4.13 does.
 #[derive(Debug, Parser)]
@@ -64,6 +64,17 @@ impl Args {
             Ok((task, task.items(dir, self.limit).context("--task-dir")?))
         };
         self.tasks.iter().map(task).collect()
+    }
+
+    /// Refuses a file for the results that could not be written when they are there.
+    pub(crate) fn check_json(&self) -> Result<()> {
+        let Some(path) = &self.json else { return Ok(()) };
+        ensure!(!path.is_dir(), "--json {} is a folder; name a file", path.display());
+        let folder = path.parent().filter(|folder| !folder.as_os_str().is_empty()).unwrap_or(Path::new("."));
+        let free = format!(".moe-eval-{}", std::process::id());
+        let attempt = folder.join(free);
+        std::fs::write(&attempt, []).with_context(|| format!("--json {}: writing into its folder", path.display()))?;
+        std::fs::remove_file(&attempt).with_context(|| format!("--json {}", path.display()))
     }
 
     /// The longest sequence, for a model that allows `max_seq_len`.

@@ -22,6 +22,7 @@ fn main() -> ExitCode {
 fn run(args: &Args) -> Result<()> {
     // What is wrong with arguments and items shows before the first slow step.
     let tasks = args.tasks()?;
+    args.check_json()?;
     let source = ModelSource::open(&args.model)?;
     let lm = Decoder::from_source(&source, moe_models::Precision::from(args.precision))?;
     let max_length = args.max_length_of(lm.max_seq_len())?;

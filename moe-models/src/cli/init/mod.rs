@@ -4,6 +4,7 @@ mod presets;
 
 use crate::cli::DtypeArg;
 use crate::random::{RandomFolder, write_random};
+use crate::train::tokenizer::Vocabulary;
 use crate::train::{RunText, Silent, TokenizerChoice, tokenizer};
 use crate::{Family, ReadFamily};
 use anyhow::{Context, Result, bail};
@@ -56,16 +57,20 @@ impl InitArgs {
     pub fn run(&self) -> Result<()> {
         let (mut json, path) = self.json()?;
         for (field, value) in &self.settings {
-            if json.insert(field.clone(), value.clone()).is_none() {
+            // Presets leave these to the tokenizer.
+            let is_end = ["bos_token_id", "eos_token_id"].contains(&field.as_str());
+            if json.insert(field.clone(), value.clone()).is_none() && !is_end {
                 bail!("--set {field}: the configuration has no such field");
             }
         }
-        let vocab_size = self.family(&json, &path)?.decoder()?.vocab_size;
-        let tokenizer = self.tokenizer(vocab_size)?;
-        tokenizer::check_fits(&tokenizer, vocab_size)?;
-        let end = tokenizer::eos_id(&tokenizer)?;
+        let decoder = self.family(&json, &path)?.decoder()?;
+        let tokenizer = self.tokenizer(decoder.vocab_size)?;
+        tokenizer::check_fits(&tokenizer, decoder.vocab_size).context("--tokenizer")?;
+        let end = Vocabulary::from(&decoder).end_of_document(&tokenizer).context("--tokenizer")?;
         for field in ["bos_token_id", "eos_token_id"] {
-            json.insert(field.into(), end.into());
+            if !self.settings.iter().any(|(set, _)| set == field) {
+                json.insert(field.into(), end.into());
+            }
         }
         let family = self.family(&json, &path)?;
         let tokenizer = tokenizer::to_json(&tokenizer)?;

@@ -98,6 +98,17 @@ impl ModelArgs {
             || self.own_flags().any(|(_, given)| given)
     }
 
+    /// Whether a preset, a file or a folder says what the model is.
+    pub fn names_a_model(&self) -> bool {
+        self.preset.is_some() || self.model_config.is_some() || self.init_from.is_some()
+    }
+
+    /// Whether a flag says what weights there are: widths, layers, heads, positions, experts, initial values. The others are of routing and
+    /// losses.
+    pub fn describes_weights(&self) -> bool {
+        self.own_flags().any(|(flag, given)| given && !flag.starts_with("--moe-"))
+    }
+
     /// The flags that only this project's own models have, and whether they are given.
     fn own_flags(&self) -> impl Iterator<Item = (&'static str, bool)> {
         [
@@ -143,6 +154,14 @@ impl ModelArgs {
                 bail!("expected a model of this project's own (moe_gpt), got a {}", config.model_type())
             }
         }
+    }
+
+    /// `base` with what flags say otherwise; its longest sequence becomes `seq_length`, if that is given.
+    ///
+    /// # Errors
+    /// If the flags make no model of it.
+    pub fn changed(&self, base: GptConfig, seq_length: Option<usize>) -> Result<GptConfig> {
+        self.overridden(base, seq_length)
     }
 
     fn base(&self) -> Result<AnyFamily> {
@@ -195,7 +214,12 @@ impl ModelArgs {
             ensure!(coef.is_finite(), "--moe-loss-coeff must be a number of 0 or more, got {coef}");
             fields.push((field, coef.into()));
         }
-        fields.extend(self.topk.map(|top_k| ("num_experts_per_tok", top_k.into())));
+        for field in ["num_experts_per_tok", "experts_per_token"] {
+            // gpt-oss says it twice.
+            if field == "num_experts_per_tok" || config.has_field(field) {
+                fields.extend(self.topk.map(|top_k| (field, top_k.into())));
+            }
+        }
         if let Some(tokenizer) = tokenizer {
             tokenizer::check_fits(tokenizer, decoder.vocab_size)?;
             // Weights that are there already know how texts begin and end.

@@ -80,7 +80,10 @@ pub(crate) fn run<R: Recipe>(args: &TrainArgs, recipe: &R, seat: &Seat, begin: B
     match outcome {
         Outcome::Finished => run.export(&trainer),
         Outcome::Stopped => {
-            run.progress.say(&format!("stopped after step {} and saved; continue with --resume", trainer.step()));
+            run.progress.say(&match trainer.last_checkpoint() {
+                Some(_) => format!("stopped after step {} and saved; continue with --resume", trainer.step()),
+                None => "stopped before the first step, with nothing to save; start again".into(),
+            });
             Ok(())
         }
     }

@@ -26,7 +26,7 @@ use moe_core::ParamSpec;
 use moe_kernels::quantized::QuantFormat;
 
 /// Ends of the names of linear maps: those of attention, and the two of a feed-forward network, an expert or not.
-const PRODUCTS: [&str; 3] = ["_proj.weight", "fc_in.weight", "fc_out.weight"];
+const PRODUCTS: [&str; 4] = ["_proj.weight", "kv_a_proj_with_mqa.weight", "fc_in.weight", "fc_out.weight"];
 
 /// Whether a parameter is a matrix that is multiplied with and nothing else: what [`moe_core::WeightUse::Product`] is asked for.
 fn is_product(spec: &ParamSpec) -> bool {

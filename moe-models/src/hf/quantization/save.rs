@@ -68,7 +68,8 @@ pub fn nearest(matrix: &MatrixToQuantize<'_>) -> Result<IntegerMatrix> {
 /// readers choose a size that divides the inputs.
 ///
 /// A model loaded from the new folder has the bits of one loaded from the old with [`moe_kernels::PackedForms`] that ask for the same
-/// format, if `quantize` is [`nearest`].
+/// format, if `quantize` is [`nearest`]. Not so with latent attention, whose `kv_b_proj` is multiplied with in two halves that loading
+/// rounds each by itself, and a folder as the one matrix that it is in files.
 ///
 /// # Errors
 /// [`Error::Argument`] if `to` exists and is not an empty folder; [`Error::Format`] if `from` is damaged, quantized already, or of a
