@@ -103,17 +103,21 @@ def check_pet(text):
     assert pet["kind"] in ("cat", "dog") and 0 <= pet["legs"] <= 9, text
 
 
+def parsed(name, **ask):
+    try:
+        message = client.chat.completions.parse(messages=MESSAGES, max_tokens=120, **ask).choices[0].message
+        done(name, message.tool_calls or message.parsed)
+    except openai.LengthFinishReasonError as error:  # a model that knows nothing may talk on within a string
+        done(name, f"cut off: {error.completion.choices[0].message.content!r:.60}")
+
+
 def schema(model):
     answer = client.chat.completions.create(
         model=model, messages=MESSAGES, seed=1, max_tokens=100,
         response_format={"type": "json_schema", "json_schema": {"name": "pet", "schema": SCHEMA, "strict": True}})
     check_pet(answer.choices[0].message.content)
     done("JSON schema", answer.choices[0].message.content)
-    try:
-        parsed = client.chat.completions.parse(model=model, messages=MESSAGES, seed=2, response_format=Person, max_tokens=120)
-        done("pydantic model", parsed.choices[0].message.parsed)
-    except openai.LengthFinishReasonError as error:  # a model that knows nothing may talk on within a string
-        done("pydantic model", f"cut off: {error.completion.choices[0].message.content!r:.60}")
+    parsed("pydantic model", model=model, seed=2, response_format=Person)
 
 
 def tools(model):
@@ -133,9 +137,7 @@ def tools(model):
     free = client.chat.completions.create(**ask, tool_choice="auto", parallel_tool_calls=False).choices[0]
     done("auto", f"{free.finish_reason}: {free.message.content!r:.50}")
     strict = openai.pydantic_function_tool(Pet, name="pet")
-    parsed = client.chat.completions.parse(
-        model=model, messages=MESSAGES, tools=[strict], response_format=Pet, seed=6, max_tokens=120).choices[0].message
-    done("strict tool or a pydantic model", parsed.tool_calls or parsed.parsed)
+    parsed("strict tool or a pydantic model", model=model, tools=[strict], response_format=Pet, seed=6)
     result = {"role": "tool", "tool_call_id": call.id, "content": "taken"}
     again = client.chat.completions.create(
         model=model, messages=MESSAGES + [choice.message, result], tools=[TOOL], max_tokens=8, seed=1).choices[0]
