@@ -1,6 +1,6 @@
 """First inputs of the `gguf` target: a whole model of each architecture in a few kilobytes, so that an execution takes microseconds.
 
-From this folder, with the `gguf` package: python3 seeds.py corpus/gguf
+From the folder of the crate, with the `gguf` package: python3 fuzz/seeds.py fuzz/corpus/gguf
 """
 
 import sys
@@ -76,10 +76,14 @@ def write(name, arch, layer, more=lambda writer: None, hidden=HIDDEN, width=WIDT
     writer.close()
 
 
-def experts(writer, width=WIDTH):
+def experts(writer):
     writer.add_expert_count(EXPERTS)
     writer.add_expert_used_count(1)
-    writer.add_expert_feed_forward_length(width)
+
+
+def own_width(writer):
+    experts(writer)
+    writer.add_expert_feed_forward_length(WIDTH)
 
 
 def head(writer, size=HIDDEN):
@@ -88,22 +92,25 @@ def head(writer, size=HIDDEN):
 
 
 def qwen2moe(writer):
-    experts(writer)
+    own_width(writer)
     writer.add_expert_shared_feed_forward_length(WIDTH)
 
 
 def qwen3moe(writer):
-    experts(writer)
+    own_width(writer)
     head(writer)
 
 
 def gpt_oss(writer):
     qwen3moe(writer)
     writer.add_sliding_window(4)
+    writer.add_string("gpt-oss.rope.scaling.type", "yarn")
+    writer.add_rope_scaling_factor(32.0)
+    writer.add_rope_scaling_orig_ctx_len(8)
 
 
 def deepseek2(writer):
-    experts(writer)
+    own_width(writer)
     writer.add_leading_dense_block_count(0)
     writer.add_expert_shared_count(1)
     writer.add_expert_weights_scale(1.0)
