@@ -11,7 +11,8 @@ use tempfile::TempDir;
 
 const CONFIG: &[u8] = br#"{"model_type": "llama", "vocab_size": 2, "hidden_size": 2, "intermediate_size": 1,
     "hidden_act": "silu", "num_hidden_layers": 1, "num_attention_heads": 1, "max_position_embeddings": 4, "tie_word_embeddings": true}"#;
-const FILES: [&str; 3] = ["model.safetensors.index.json", "model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors"];
+const FILES: [&str; 3] =
+    ["model.safetensors.index.json", "model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors"];
 
 static DIR: LazyLock<TempDir> = LazyLock::new(|| tempfile::tempdir().expect("a folder"));
 

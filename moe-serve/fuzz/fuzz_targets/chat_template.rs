@@ -12,7 +12,8 @@ fuzz_target!(|source: &[u8]| {
         Err(Error::Template(_) | Error::ModelFile { .. }) => return,
         Err(error) => panic!("{error}"),
     };
-    let arguments: Map<_, _> = [("city".to_owned(), json!("Malmö")), ("days".to_owned(), json!([1.5, null]))].into_iter().collect();
+    let arguments: Map<_, _> =
+        [("city".to_owned(), json!("Malmö")), ("days".to_owned(), json!([1.5, null]))].into_iter().collect();
     let call = ToolCall { id: "call_1".into(), name: "weather".into(), arguments: arguments.clone() };
     let messages = [
         ChatMessage::new("system", "Be brief."),
