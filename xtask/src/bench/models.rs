@@ -126,14 +126,10 @@ impl Report {
         of_form(&row["form"]).or_else(|| of_form(&"bf16".into()))
     }
 
-    /// Tokens per second of one, eight and 32 sequences, a panel for each model.
+    /// Tokens per second of one, eight and 32 sequences, a panel for each model and form.
     pub(super) fn draw(&self, out: &Path) -> Result<()> {
-        let mut panels: Vec<Panel> = Vec::new();
-        for (model, measured) in &self.0 {
-            if panels.last().is_none_or(|panel| panel.title != *model) {
-                panels.push(Panel { title: (*model).to_owned(), curves: Vec::new() });
-            }
-            let Some(panel) = panels.last_mut() else { continue };
+        let panel = |(model, measured): &(&str, Measured)| {
+            let (mut curves, mut form): (Vec<Curve>, _) = (Vec::new(), "");
             for row in measured.ours.iter().chain(&measured.peers) {
                 let sequences = match row["case"].as_str() {
                     Some("decode_b1") => 1.0,
@@ -142,15 +138,16 @@ impl Report {
                     _ => continue,
                 };
                 let Some(rate) = row["tokens_per_second"].as_f64() else { continue };
-                let name =
-                    format!("{}, {}", row["peer"].as_str().unwrap_or("ours"), row["form"].as_str().unwrap_or_default());
-                match panel.curves.iter_mut().find(|curve| curve.name == name) {
+                form = row["form"].as_str().unwrap_or_default();
+                let name = row["peer"].as_str().unwrap_or("ours");
+                match curves.iter_mut().find(|curve| curve.name == name) {
                     Some(curve) => curve.points.push((sequences, rate)),
-                    None => panel.curves.push(Curve { name, points: vec![(sequences, rate)] }),
+                    None => curves.push(Curve { name: name.to_owned(), points: vec![(sequences, rate)] }),
                 }
             }
-        }
-        draw_panels(&panels, ["sequences side by side", "tokens/s"], out)
+            Panel { title: format!("{model}, {form}"), curves }
+        };
+        draw_panels(&self.0.iter().map(panel).collect::<Vec<_>>(), ["sequences side by side", "tokens/s"], out)
     }
 
     /// Every row.
@@ -190,7 +187,8 @@ mod tests {
         assert!(!text.contains("slow") && text.matches("fast, bf16").count() == 2, "{text}");
         let out = std::env::temp_dir().join(format!("models-{}.svg", std::process::id()));
         report.draw(&out).unwrap();
-        assert!(std::fs::read_to_string(&out).unwrap().contains("ours, int4"));
+        let svg = std::fs::read_to_string(&out).unwrap();
+        assert!(["a, bf16", "a, int8", "integers"].iter().all(|part| svg.contains(part)));
         std::fs::remove_file(&out).unwrap();
     }
 }
