@@ -131,6 +131,13 @@ impl<F: Family> TrainModel for Student<F> {
     fn names(&self) -> NameTable {
         self.model.names()
     }
+    fn description(&self) -> moe_models::Result<String> {
+        let of = |of: &Following| {
+            let teacher = of.teacher.decoder().config();
+            format!("{:?} {:?} {} {teacher:?}", of.how, of.schedule, of.train_tokens)
+        };
+        Ok(self.model.description()? + &self.following.as_ref().map(of).unwrap_or_default())
+    }
     fn frozen(&self) -> &[Tensor] {
         self.model.frozen()
     }

@@ -52,6 +52,13 @@ pub trait TrainModel: Sync {
     fn grad_group(&self, _name: &str) -> String {
         DENSE.into()
     }
+    /// What the model is, of which ranks are to be told the same: by default what its weights are called and their shapes.
+    ///
+    /// # Errors
+    /// If it cannot be told.
+    fn description(&self) -> Result<String> {
+        Ok(self.specs().iter().map(|spec| format!("{} {:?}\n", spec.name, spec.shape)).collect())
+    }
     /// What the matrix products of [`TrainModel::loss`] read. The trainer refuses settings that say otherwise.
     ///
     /// By default f32, which is what ordinary tensor operations on f32 parameters compute in.
@@ -114,6 +121,9 @@ impl<F: Family> TrainModel for Model<F> {
     }
     fn names(&self) -> NameTable {
         self.config().names()
+    }
+    fn description(&self) -> Result<String> {
+        self.config().to_json(DType::F32)
     }
     fn frozen(&self) -> &[Tensor] {
         self.frozen()

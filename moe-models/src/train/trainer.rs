@@ -152,7 +152,7 @@ impl<M: TrainModel> Trainer<M> {
             Ok(Start { saving, division, optimizer, store, step: 0, best: None })
         };
         let start = all_well(&*folder.ranks, Phase::Start, prepare())?;
-        alike::check(&*folder.ranks, &config, &corpus)?;
+        alike::check(&*folder.ranks, &config, &corpus, model.description())?;
         Self::assemble(model, config, corpus, folder_files.into(), folder, start)
     }
 
@@ -204,7 +204,7 @@ impl<M: TrainModel> Trainer<M> {
         };
         let start = prepare();
         let start = all_well(&*run.ranks, Phase::Start, start)?;
-        alike::check(&*run.ranks, &config, &corpus)?;
+        alike::check(&*run.ranks, &config, &corpus, model.description())?;
         Self::assemble(model, config, corpus, folder_files.into(), run, start)
     }
 
