@@ -143,12 +143,12 @@ impl Report {
         for form in FORMS {
             let port = free_port()?;
             let server = Start::ours(&folder, form, port).run(port)?;
-            client(&server, 2, 2)?;
+            client(&server, 2, 2, 0)?;
             for clients in CLIENTS {
                 let (mut alone, mut served) = (Vec::new(), Vec::new());
-                for _ in 0..TURNS {
+                for turn in 0..TURNS {
                     alone.push(engine(&folder, form, clients)?);
-                    served.push(load(&server, clients)?);
+                    served.push(load(&server, clients, turn)?);
                 }
                 let alone = alone.into_iter().map(|tokens| (tokens, None)).collect();
                 report.rows.push(Row::mean("engine alone", form, clients, alone));
@@ -170,9 +170,9 @@ impl Report {
 
     /// The client's loads on another server, after one that warms it up.
     fn peer(&mut self, who: &str, form: &'static str, server: &Server) -> Result<()> {
-        client(server, 2, 2)?;
+        client(server, 2, 2, 0)?;
         for clients in CLIENTS {
-            self.rows.push(Row::mean(who, form, clients, vec![load(server, clients)?]));
+            self.rows.push(Row::mean(who, form, clients, vec![load(server, clients, 0)?]));
         }
         Ok(())
     }
@@ -261,8 +261,8 @@ fn engine(folder: &str, form: &str, clients: usize) -> Result<f64> {
 }
 
 /// Tokens of answers per second, and the median time of each but an answer's first in ms.
-fn load(server: &Server, clients: usize) -> Result<(f64, Option<f64>)> {
-    let told = client(server, clients, clients * ROUNDS)?;
+fn load(server: &Server, clients: usize, turn: usize) -> Result<(f64, Option<f64>)> {
+    let told = client(server, clients, clients * ROUNDS, turn)?;
     let tokens = told["output_tokens_per_s"].as_f64().context("the client tells no output_tokens_per_s")?;
     Ok((tokens, told.pointer("/tpot_ms/p50").and_then(Value::as_f64)))
 }
@@ -276,14 +276,14 @@ fn told(command: &mut Command, file: &Path) -> Result<Value> {
 }
 
 /// What the client tells of so many clients' requests.
-fn client(server: &Server, clients: usize, requests: usize) -> Result<Value> {
+fn client(server: &Server, clients: usize, requests: usize, turn: usize) -> Result<Value> {
     let file = std::env::temp_dir().join(format!("moe-bench-online-{}.json", std::process::id()));
     let [input, answer] = LENGTHS.map(|len| len.to_string());
     let mut command = Command::new(program());
     command.args(["bench", "online", "--url", &server.url, "--concurrency", &clients.to_string()]);
     command.args(["--num-requests", &requests.to_string(), "--input-len", &input, "--output-len", &answer]);
     // Prompts that the server has seen would be found again.
-    command.args(["--seed", &(clients * 1000 + requests).to_string(), "--json"]);
+    command.args(["--seed", &((turn * 1000 + clients) * 1000 + requests).to_string(), "--json"]);
     let told = told(command.arg(&file), &file)?;
     let answered = told["requests"]["200"].as_u64().unwrap_or(0);
     ensure!(answered == requests as u64, "{answered} of {requests} requests were answered: {}", told["requests"]);
