@@ -91,8 +91,7 @@ pub(crate) fn header() -> Result<String> {
 const KERNEL_SHAPES: [&str; 4] = ["gpt32", "gpt128", "olmoe", "mixsmall"];
 
 /// A bench without peers: the report's file and text.
-fn plain(args: &Args, package: &str, bench: &str, file: &'static str) -> Result<(&'static str, String)> {
-    anyhow::ensure!(args.peers.is_empty(), "--peers goes with `kernels`, `training`, `models` and `serving`");
+fn plain(package: &str, bench: &str, file: &'static str) -> Result<(&'static str, String)> {
     let table = output(&mut cargo(&["bench", "--quiet", "--package", package, "--bench", bench]))?;
     Ok((file, header()? + &table))
 }
@@ -109,6 +108,11 @@ fn parts<P: clap::ValueEnum>(args: &Args) -> Result<Vec<P>> {
 
 pub(crate) fn run(args: &Args) -> Result<()> {
     anyhow::ensure!(args.shapes.is_empty() || args.what == What::Kernels, "--shapes goes with `kernels`");
+    let has_peers = matches!(args.what, What::Kernels | What::Training | What::Models | What::Serving);
+    anyhow::ensure!(
+        has_peers || args.peers.is_empty(),
+        "--peers goes with `kernels`, `training`, `models` and `serving`"
+    );
     let is_training = args.what == What::Training;
     anyhow::ensure!(is_training || !args.training.is_given(), "--steps and --peer-limit go with `training`");
     let has_parts = is_training || matches!(args.what, What::Parallel | What::Ranks | What::Models);
@@ -116,14 +120,11 @@ pub(crate) fn run(args: &Args) -> Result<()> {
     let out = root().join(&args.out);
     std::fs::create_dir_all(&out)?;
     let (name, report) = match args.what {
-        What::Layers => plain(args, "moe-models", "layers", "bench.txt")?,
-        What::Gating => plain(args, "moe-kernels", "gating", "gating.txt")?,
-        What::Products => plain(args, "moe-kernels", "products", "products.txt")?,
-        What::Operations => plain(args, "moe-kernels", "operations", "operations.txt")?,
-        What::Parallel => {
-            anyhow::ensure!(args.peers.is_empty(), "--peers goes with `kernels`, `training`, `models` and `serving`");
-            return parallel::run(&parts(args)?, &args.parallel, &out);
-        }
+        What::Layers => plain("moe-models", "layers", "bench.txt")?,
+        What::Gating => plain("moe-kernels", "gating", "gating.txt")?,
+        What::Products => plain("moe-kernels", "products", "products.txt")?,
+        What::Operations => plain("moe-kernels", "operations", "operations.txt")?,
+        What::Parallel => return parallel::run(&parts(args)?, &args.parallel, &out),
         What::Decode => {
             let bench = &["bench", "--quiet", "--package", "moe-models", "--bench", "decode", "--", "--json"];
             let report = decode::Report::new(&output(&mut cargo(bench))?)?;
@@ -157,10 +158,7 @@ pub(crate) fn run(args: &Args) -> Result<()> {
             std::fs::write(out.join("kernels.json"), comparison.json()?)?;
             ("kernels.txt", header()? + &comparison.text())
         }
-        What::Ranks => {
-            anyhow::ensure!(args.peers.is_empty(), "--peers goes with `kernels`, `training`, `models` and `serving`");
-            return ranks::run(&parts(args)?, &out);
-        }
+        What::Ranks => return ranks::run(&parts(args)?, &out),
         What::Training => return training::run(&parts(args)?, &args.training, &args.peers, &out),
     };
     keep(&out.join(name), &report)

@@ -101,3 +101,22 @@ impl From<DtypeArg> for DType {
         }
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use moe_core::WeightUse;
+
+    #[test]
+    fn the_output_layer_has_a_form_of_its_own() {
+        let of = |quantize, output| {
+            let forms = packed_forms(PrecisionArg::Bf16, quantize, output);
+            [WeightUse::Product, WeightUse::Table, WeightUse::Output].map(|purpose| forms.of(purpose))
+        };
+        let (plain, int8, int4) = (Precision::Bf16.into(), QuantFormat::Int8.into(), QuantFormat::INT4.into());
+        assert_eq!(of(None, None), [plain, plain, plain]);
+        assert_eq!(of(Some(QuantizeArg::Int4), None), [int4, plain, plain]);
+        assert_eq!(of(Some(QuantizeArg::Int4), Some(QuantizeArg::Int8)), [int4, plain, int8]);
+        assert_eq!(of(None, Some(QuantizeArg::Int8)), [plain, plain, int8]);
+    }
+}

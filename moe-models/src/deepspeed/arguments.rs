@@ -60,23 +60,13 @@ pub(super) const NAMES: [&str; 11] = [
     "moe_loss_coeff",
 ];
 
-/// Those of them that are of experts alone.
-const OF_EXPERTS: [&str; 7] = [
-    "topk",
-    "moe_train_capacity_factor",
-    "moe_eval_capacity_factor",
-    "moe_min_capacity",
-    "moe_token_dropping",
-    "moe_top2_2nd_expert_sampling",
-    "moe_loss_coeff",
-];
-
 /// Refuses options of experts for a model that has none.
 ///
 /// # Errors
 /// [`Error::Argument`] naming one.
 pub(super) fn refuse_for_dense(given: &Map<String, Value>) -> Result<()> {
-    match OF_EXPERTS.iter().find(|name| given.contains_key(**name)) {
+    let is_of_experts = |name: &&&str| **name == "topk" || name.starts_with("moe_");
+    match NAMES.iter().filter(is_of_experts).find(|name| given.contains_key(**name)) {
         Some(name) => {
             let flag = name.replace('_', "-");
             Err(Error::Argument(format!("--{flag} is of experts, and the checkpoint has none; leave the option out")))

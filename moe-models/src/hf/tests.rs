@@ -167,6 +167,20 @@ fn one_file_is_taken_before_an_index_and_neither_outlives_the_other() {
     write::save_sharded(&new, dir.path(), DType::F32, usize::MAX).unwrap();
     assert!(!dir.path().join("model.safetensors.index.json").exists());
     assert!(same(&new, &Gpt::load(dir.path(), &Device::Cpu).unwrap(), false));
+    // Shards that the index before named and the one now does not are gone.
+    let files = || {
+        std::fs::read_dir(dir.path())
+            .unwrap()
+            .filter(|file| file.as_ref().unwrap().file_name().to_string_lossy().starts_with("model-"))
+    };
+    assert_eq!(files().count(), 0);
+    for shard_bytes in [20_000, 40_000] {
+        write::save_sharded(&new, dir.path(), DType::F32, shard_bytes).unwrap();
+    }
+    let first = files().next().unwrap().unwrap().file_name().into_string().unwrap();
+    let count: usize = first.trim_end_matches(".safetensors").rsplit('-').next().unwrap().parse().unwrap();
+    assert_eq!(files().count(), count, "{first}");
+    assert!(same(&new, &Gpt::load(dir.path(), &Device::Cpu).unwrap(), false));
 }
 
 /// More parameters than a number counts, named before anything is added up.

@@ -77,6 +77,19 @@ impl Measured {
 mod tests {
     use super::*;
 
+    #[cfg(unix)]
+    #[test]
+    fn a_peer_that_fails_is_left_out_and_said_so() {
+        use std::os::unix::fs::symlink;
+        let venv = std::env::temp_dir().join(format!("failing-peer-{}", std::process::id()));
+        std::fs::create_dir_all(venv.join("bin")).unwrap();
+        symlink("/bin/false", venv.join("bin/python")).unwrap();
+        let measured = Measured::new("head\n", "peers.py", std::slice::from_ref(&venv), &["int8".into()]);
+        std::fs::remove_dir_all(venv).unwrap();
+        let measured = measured.unwrap();
+        assert!(measured.peers.is_empty() && measured.head().contains("a peer that failed: peers.py int8"));
+    }
+
     #[test]
     fn our_lines_are_taken_from_the_output() {
         let of = |printed: &str| Measured::new(printed, "no peers", &[], &[]);

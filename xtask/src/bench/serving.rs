@@ -137,6 +137,13 @@ pub(super) struct Report {
 impl Report {
     /// Form by form: the engine alone and this server in turns, since the memory's speed drifts on shared machines, then the others.
     pub(super) fn measure(venvs: &[PathBuf]) -> Result<Self> {
+        for venv in venvs {
+            ensure!(
+                ["vllm", "llama-server"].iter().any(|server| venv.join("bin").join(server).exists()),
+                "--peers {}: its bin folder has neither vllm nor llama-server",
+                venv.display()
+            );
+        }
         run(&mut cargo(&["build", "--quiet", "--release", "--package", "moe-serve", "--bin", "moe-serve"]))?;
         let folder = Part::Qwen3.folder()?.display().to_string();
         let mut report = Self { rows: Vec::new(), left_out: Vec::new() };
@@ -157,7 +164,11 @@ impl Report {
             drop(server);
             for venv in venvs {
                 let port = free_port()?;
-                let Some(start) = Start::of_environment(venv, &folder, form, port) else { continue };
+                let Some(start) = Start::of_environment(venv, &folder, form, port) else {
+                    let reason = "vLLM serves bf16 here, llama-server the files MODEL.FORM.gguf beside the model";
+                    report.left_out.push(format!("an environment has nothing of {form}: {reason}"));
+                    continue;
+                };
                 let name = start.name;
                 if let Err(error) = start.run(port).and_then(|server| report.peer(name, form, &server)) {
                     eprintln!("{error:#}");
@@ -316,5 +327,7 @@ mod tests {
         let json: Value = serde_json::from_str(&report.json().unwrap()).unwrap();
         assert_eq!(json["rows"].as_array().unwrap().len(), 4);
         assert!(Start::of_environment(Path::new("no environment"), "folder", "bf16", 1).is_none());
+        let refused = Report::measure(&["no environment".into()]).err().unwrap().to_string();
+        assert!(refused.contains("--peers no environment"), "{refused}");
     }
 }
