@@ -123,7 +123,7 @@ fn rank(args: &Args, phases: &Phases, seat: &Seat) -> Result<String> {
     let ours = Decoder::load_over(&args.model, precision, &mesh)?;
     let mut workload = Workload::new(args, &ours, dims.dense(world.rank()).dp_rank)?;
     ours.run(&workload.next_step()?, &workload.pool)?;
-    let record = RankRecord::new(ours.config(), &mesh.placement(), seat.ranks_of_process)?;
+    let record = RankRecord::new(&ours, &workload.pool, &mesh.placement(), seat.ranks_of_process)?;
     let originals = args.min_capacity.iter().map(|&rows| original(args, &mesh, precision, rows));
     let originals = originals.collect::<Result<Vec<_>>>()?;
     let mut forms = vec![Form {

@@ -3,7 +3,7 @@
 use crate::counted::{Counted, Traffic};
 use crate::phases::{PhaseSeconds, Phases};
 use anyhow::{Context, Result};
-use moe_models::DecoderConfig;
+use moe_models::{Decoder, KvPool};
 use moe_parallel::{Collectives, Communicator, Phase, Placement, Site};
 use serde_json::{Value, json};
 use std::fmt::Write as _;
@@ -23,18 +23,27 @@ pub(crate) struct RankRecord {
     parameters: usize,
     active_parameters: usize,
     held: usize,
+    planned_bytes: usize,
     resident_bytes: u64,
     layers: usize,
     moe_layers: usize,
 }
 
 impl RankRecord {
-    /// Of a rank at this place; memory is what its process has of its own, divided by the ranks in it.
+    /// Of a rank at this place; memory is what its process has of its own, divided by the ranks in it, beside what its weights and
+    /// the pages of its sequences take.
     ///
     /// # Errors
     /// If the system does not tell.
-    pub(crate) fn new(config: &DecoderConfig, placement: &Placement, ranks_of_process: usize) -> Result<Self> {
+    pub(crate) fn new(
+        decoder: &Decoder,
+        pool: &KvPool,
+        placement: &Placement,
+        ranks_of_process: usize,
+    ) -> Result<Self> {
+        let config = decoder.config();
         let count = config.parameter_count();
+        let weights: usize = decoder.weights().iter().map(|weight| weight.bytes()).sum();
         Ok(Self {
             parameters: count.total,
             active_parameters: count.active,
@@ -44,6 +53,7 @@ impl RankRecord {
                 .iter()
                 .map(|spec| placement.local_shape(spec).iter().product::<usize>())
                 .sum(),
+            planned_bytes: weights + pool.bytes(),
             resident_bytes: resident_bytes()? / ranks_of_process as u64,
             layers: config.layers.len(),
             moe_layers: config.moe_layers().len(),
@@ -115,7 +125,7 @@ impl Measured {
         record: &RankRecord,
     ) -> Result<String> {
         const SITE: Site = Site::new(Phase::Serve);
-        let own = [record.held as f64, record.resident_bytes as f64];
+        let own = [record.held as f64, record.resident_bytes as f64, record.planned_bytes as f64];
         let of_ranks = world.all_gather(SITE, &own)?;
         let most = |value: usize| of_ranks.iter().skip(value).step_by(own.len()).copied().fold(0.0, f64::max);
         let mut text = String::new();
@@ -133,6 +143,7 @@ impl Measured {
             row["active_parameters"] = json!(record.active_parameters);
             row["held_parameters"] = json!(most(0));
             row["resident_bytes"] = json!(most(1));
+            row["planned_bytes"] = json!(most(2));
             row["layers"] = json!(record.layers);
             row["moe_layers"] = json!(record.moe_layers);
             // Writing to a string cannot fail.

@@ -1,8 +1,8 @@
 //! [`AnswerReader`]: the text of one choice to pieces of text, thought and calls.
 
 use super::piece::{CallPiece, Piece};
-use super::prepare::Reading;
-use crate::text::{AnswerParser, AnswerPart, ToolFormat};
+use super::prepare::{CallReading, Reading};
+use crate::text::{AnswerParser, AnswerPart, ThoughtParser, ToolFormat};
 use moe_core::CounterRng;
 
 /// Reads one choice.
@@ -10,7 +10,8 @@ use moe_core::CounterRng;
 pub(super) struct AnswerReader {
     choice: usize,
     parser: Box<dyn AnswerParser>,
-    format: ToolFormat,
+    /// Of calls, if there may be any.
+    format: Option<ToolFormat>,
     parallel: bool,
     call_seed: u64,
     /// Calls that have begun.
@@ -21,8 +22,16 @@ pub(super) struct AnswerReader {
 
 impl AnswerReader {
     pub(super) fn new(reading: &Reading, choice: usize, call_seed: u64) -> Self {
-        let Reading { format, ref tools, parallel, or_form } = *reading;
-        let parser = if or_form { format.parser_or_form(tools) } else { format.parser(tools) };
+        let of_calls = |calls: &CallReading| {
+            let CallReading { format, tools, or_form, .. } = calls;
+            if *or_form { format.parser_or_form(tools) } else { format.parser(tools) }
+        };
+        let parser = match reading {
+            Reading::Calls(calls) => of_calls(calls),
+            Reading::Thought { opened, calls } => Box::new(ThoughtParser::new(*opened, calls.as_ref().map(of_calls))),
+        };
+        let format = reading.calls().map(|calls| calls.format);
+        let parallel = reading.calls().is_some_and(|calls| calls.parallel);
         Self { choice, parser, format, parallel, call_seed, calls: 0, in_thought: false }
     }
 
@@ -61,7 +70,7 @@ impl AnswerReader {
             AnswerPart::Call(name) => {
                 self.calls += 1;
                 let index = self.calls - 1;
-                let id = self.format.call_id(CounterRng::mix(self.call_seed, &[self.choice as u64, index as u64]));
+                let id = self.format?.call_id(CounterRng::mix(self.call_seed, &[self.choice as u64, index as u64]));
                 let call = CallPiece { index, opening: Some((id, name)), arguments: String::new() };
                 (!is_dropped(self.calls)).then(|| Piece { calls: vec![call], ..piece })
             }
@@ -80,7 +89,7 @@ mod tests {
     #[test]
     fn thoughts_are_told_from_their_marks() {
         let format = ToolFormat::named("openai").expect("known");
-        let reading = Reading { format, tools: Vec::new(), parallel: false, or_form: false };
+        let reading = Reading::Calls(CallReading { format, tools: Vec::new(), parallel: false, or_form: false });
         let mut reader = AnswerReader::new(&reading, 0, 1);
         let tokens = [
             "<|channel|>",

@@ -30,7 +30,25 @@ pub(super) struct Prepared {
 
 /// How the parts of an answer are told apart.
 #[derive(Debug, Clone)]
-pub(super) struct Reading {
+pub(super) enum Reading {
+    /// Calls from text, and what else their form tells.
+    Calls(CallReading),
+    /// A thought in marks, which the prompt may have `opened`, from what follows.
+    Thought { opened: bool, calls: Option<CallReading> },
+}
+
+impl Reading {
+    pub(super) fn calls(&self) -> Option<&CallReading> {
+        match self {
+            Self::Calls(calls) => Some(calls),
+            Self::Thought { calls, .. } => calls.as_ref(),
+        }
+    }
+}
+
+/// How calls are told from text.
+#[derive(Debug, Clone)]
+pub(super) struct CallReading {
     pub(super) format: ToolFormat,
     pub(super) tools: Vec<Tool>,
     /// Whether calls after the first one are kept.
@@ -67,6 +85,7 @@ pub(super) fn chat(request: ChatRequest, model: &ServedModel, fresh_seed: u64) -
         other => other,
     })?;
     check_bytes(model, messages_field, prompt.len(), 0)?;
+    let opens_thought = model.chat.opens_thought(&prompt);
     let prompts = vec![fitting(model, messages_field, model.encode_chat(&prompt)?, 1)?];
     let ends = ends(model, max_tokens, model.lm.max_seq_len());
     let format = model.chat.tool_format().filter(|format| format.always_reads() || !tools.tools.is_empty());
@@ -80,14 +99,23 @@ pub(super) fn chat(request: ChatRequest, model: &ServedModel, fresh_seed: u64) -
         }
         None => compile_wanted(model, common.grammar.as_ref())?,
     };
+    // What is held to a form or to calls from its first token on has no thought before that.
+    let is_held = has_form || tools.must_call();
+    let thinks = model.chat.thinks() && !is_held;
+    let mut shown_tokens = format.map(|format| format.markers(&model.tokenizer)).unwrap_or_default();
+    if thinks {
+        shown_tokens.extend(model.chat.thought_markers(&model.tokenizer));
+    }
     let text = TextOptions {
         stops: common.stops.iter().cloned().chain(model.chat.stop_strings()).collect(),
         min_tokens: common.min_tokens,
         trim_start: model.chat.trims_start(),
-        shown_tokens: format.map(|format| format.markers(&model.tokenizer)).unwrap_or_default(),
+        shown_tokens,
     };
     let or_form = has_form && tools.choice == ToolChoice::Auto;
-    let reading = format.map(|format| Reading { format, tools: tools.tools, parallel: tools.parallel, or_form });
+    let calls = format.map(|format| CallReading { format, tools: tools.tools, parallel: tools.parallel, or_form });
+    let reading =
+        if thinks { Some(Reading::Thought { opened: opens_thought, calls }) } else { calls.map(Reading::Calls) };
     let stream = common.stream;
     let job = Job { grammar, ..job(common, prompts, ends, logprobs, fresh_seed) };
     check_records(&job, model.lm.moe_layers().len())?;

@@ -19,10 +19,10 @@ pub(super) fn tokenize(body: Map<String, Value>, state: &AppState) -> std::resul
     state.check_model(fields.text("model")?.as_deref())?;
     let model = &state.model;
     let tokens = take_tokens(&mut fields, model)?;
-    // vLLM's defaults, which are what is done.
-    ["add_special_tokens", "add_generation_prompt"].iter().for_each(|name| fields.drop_if(name, true));
+    // vLLM's default, which is what is done.
+    fields.drop_if("add_generation_prompt", true);
     let with_names = fields.boolean("return_token_strs")?.unwrap_or(false);
-    fields.finish(&["add_special_tokens", "add_generation_prompt"])?;
+    fields.finish(&["add_generation_prompt"])?;
     let names = with_names.then(|| tokens.iter().map(|&id| model.tokenizer.shown(id)).collect::<Vec<_>>());
     let max_model_len = model.lm.max_seq_len();
     Ok(json!({"count": tokens.len(), "max_model_len": max_model_len, "tokens": tokens, "token_strs": names}))
@@ -30,10 +30,18 @@ pub(super) fn tokenize(body: Map<String, Value>, state: &AppState) -> std::resul
 
 /// The tokens of either kind of request.
 pub(super) fn take_tokens(fields: &mut Fields, model: &ServedModel) -> Result<Vec<u32>> {
+    let special = fields.boolean("add_special_tokens")?;
     match (fields.text("prompt")?, fields.take("messages")) {
         (Some(text), None) => {
             check_counted_bytes(model, "prompt", text.len())?;
-            model.tokenizer.encode(&text)
+            if special == Some(false) { model.tokenizer.encode_whole(&text) } else { model.tokenizer.encode(&text) }
+        }
+        (None, Some(_)) if special.is_some_and(|special| special == model.chat.says_special_tokens()) => {
+            let text = format!(
+                "`add_special_tokens`: the chat format of this model says whether there are any; leave it out, or give {}",
+                !model.chat.says_special_tokens()
+            );
+            Err(Error::field("add_special_tokens", text))
         }
         (None, Some(messages)) => {
             let tools = ToolUse::take(fields, ToolShape::Nested, model)?.tools;

@@ -53,6 +53,11 @@ impl ToolUse {
         Ok(Self { tools, choice, parallel })
     }
 
+    /// Whether the answer must be calls.
+    pub(super) fn must_call(&self) -> bool {
+        matches!(self.choice, ToolChoice::Required | ToolChoice::Named(_))
+    }
+
     /// What the answer must be: calls, if it must call; calls or `form`, if it may; text in which every call is held to its schema, if
     /// that is wanted of one.
     pub(super) fn grammar(

@@ -5,6 +5,7 @@ mod chat;
 mod detokenize;
 mod grammar;
 mod stop;
+mod thoughts;
 mod tokenizer;
 mod tools;
 
@@ -14,5 +15,6 @@ pub use chat::{ChatMessage, ChatTemplate, Tool, ToolCall};
 pub use detokenize::Detokenizer;
 pub use grammar::{GrammarSource, Grammars};
 pub use stop::StopMatcher;
+pub(crate) use thoughts::ThoughtParser;
 pub use tokenizer::TextTokenizer;
 pub use tools::{AnswerParser, AnswerPart, MAX_CALLS, ToolFormat};

@@ -1,8 +1,9 @@
 //! Keys, origins, and the small routes.
 
-use crate::support::{Reply, ScriptedLm, TestServer, ids, served};
-use moe_serve::api::{Server, ServerConfig};
-use serde_json::json;
+use crate::support::{Reply, ScriptedLm, TestServer, ids, served, tokenizer};
+use moe_serve::api::{Limits, Server, ServerConfig};
+use moe_serve::text::TextTokenizer;
+use serde_json::{Value, json};
 use std::sync::Arc;
 
 fn server(config: ServerConfig) -> TestServer {
@@ -79,7 +80,13 @@ fn tokens_of_a_text_and_back() {
     for (path, body, field) in [
         ("/tokenize", json!({}), "prompt"),
         ("/tokenize", json!({"prompt": "a", "messages": []}), "messages"),
-        ("/tokenize", json!({"prompt": "a", "add_special_tokens": false}), "add_special_tokens"),
+        ("/tokenize", json!({"prompt": "a", "add_special_tokens": 1}), "add_special_tokens"),
+        (
+            "/tokenize",
+            json!({"messages": [{"role": "user", "content": "a"}], "add_special_tokens": false}),
+            "add_special_tokens",
+        ),
+        ("/tokenize", json!({"prompt": "a", "add_generation_prompt": false}), "add_generation_prompt"),
         ("/tokenize", json!({"prompt": "a", "extra": 1}), "extra"),
         ("/tokenize", json!({"prompt": "a ".repeat(1 << 20)}), "prompt"),
         ("/tokenize", json!({"messages": [{"role": "user", "content": "a ".repeat(1 << 20)}]}), "messages"),
@@ -93,6 +100,27 @@ fn tokens_of_a_text_and_back() {
     }
     assert_eq!(server.client.post("/tokenize", &json!({"prompt": "a", "model": "other"})).status, 404);
     assert_eq!(server.client.get("/version").ok()["version"], env!("CARGO_PKG_VERSION"));
+}
+
+#[test]
+fn tokens_of_a_text_with_what_begins_it_or_without() {
+    use tokenizers::processors::template::TemplateProcessing;
+    let mut begins = TemplateProcessing::builder();
+    begins.try_single("<|endoftext|> $A").expect("a template");
+    let begins = begins.special_tokens(vec![("<|endoftext|>", 0)]).build().expect("complete");
+    let mut inner = tokenizer();
+    inner.with_post_processor(Some(begins));
+    let mut model = served(Arc::new(ScriptedLm::new("the cat")));
+    model.tokenizer = Arc::new(TextTokenizer::new(inner, model.lm.vocab_size()).expect("byte-level"));
+    let server = TestServer::start(model, Limits::default());
+    let tokens = |body: Value| server.client.post("/tokenize", &body).ok()["tokens"].clone();
+    let whole = ids("the cat");
+    let begun = [&[0], whole.as_slice()].concat();
+    assert_eq!(tokens(json!({"prompt": "the cat"})), json!(begun));
+    assert_eq!(tokens(json!({"prompt": "the cat", "add_special_tokens": true})), json!(begun));
+    assert_eq!(tokens(json!({"prompt": "the cat", "add_special_tokens": false})), json!(whole));
+    let chat = json!([{"role": "user", "content": "a"}]);
+    assert_eq!(tokens(json!({"messages": chat, "add_special_tokens": true})), tokens(json!({"messages": chat})));
 }
 
 #[test]

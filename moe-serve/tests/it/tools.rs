@@ -247,7 +247,12 @@ fn calls_or_a_form() {
 
 /// The test model with a template of its own.
 fn with_template(template: &str) -> TestServer {
-    let mut model = served(Arc::new(ScriptedLm::new("the cat")));
+    that_says("the cat", template)
+}
+
+/// `script` is prompt and answer.
+fn that_says(script: &str, template: &str) -> TestServer {
+    let mut model = served(Arc::new(ScriptedLm::new(script)));
     model.chat = ChatTemplate::from_files(None, Some(template.as_bytes())).expect("compiles");
     TestServer::start(model, Limits::default())
 }
@@ -264,6 +269,43 @@ fn templates_that_cannot_are_told_so() {
     assert!(unknown.contains("--tool-call-parser") && unknown.contains("hermes"), "{unknown}");
     let server = with_template("{{ messages[0].content }}");
     assert_eq!(server.client.post(PATH, &ask(json!({"tool_choice": "none", "max_tokens": 2}))).status, 200);
+}
+
+#[test]
+fn thoughts_in_marks_are_told_apart() {
+    let body = |fields: Value| {
+        let mut body = json!({"messages": [{"role": "user", "content": "the"}], "max_tokens": 60});
+        body.as_object_mut().expect("an object").extend(fields.as_object().expect("an object").clone());
+        body
+    };
+    let message = |server: &TestServer, fields: Value| {
+        let reply = server.client.post(PATH, &body(fields)).ok();
+        let message = &reply["choices"][0]["message"];
+        let thoughts = reply["usage"]["completion_tokens_details"]["reasoning_tokens"].as_u64().expect("a count");
+        (message["reasoning_content"].clone(), message["content"].clone(), thoughts > 0)
+    };
+    let answer = "A cat is here.</think>\n\nYes, the cat.";
+    let thought = (json!("A cat is here."), json!("Yes, the cat."), true);
+    // The mark is the model's, or the prompt's.
+    let marked = that_says(&format!("the<think>\n{answer}"), "{{ messages[0].content }}{# </think> #}");
+    assert_eq!(message(&marked, json!({})), thought);
+    let opening = "{{ messages[0].content }}{{ '' if thinking is false else '<think>\n' }}{# </think> #}";
+    let opened = that_says(&format!("the<think>\n{answer}"), opening);
+    assert_eq!(message(&opened, json!({})), thought);
+    let streamed = opened.client.post(PATH, &body(json!({"stream": true})));
+    let of = |field: &str| -> String {
+        streamed.events().iter().filter_map(|event| event["choices"][0]["delta"][field].as_str()).collect()
+    };
+    assert_eq!((of("reasoning_content").as_str(), of("content").as_str()), ("A cat is here.", "Yes, the cat."));
+    // What is held to a form has none, and templates without marks tell of none.
+    let held = json!({"structured_outputs": {"choice": ["the cat"]}});
+    assert_eq!(message(&opened, held), (Value::Null, json!("the cat"), false));
+    let unmarked = that_says(&format!("the {answer}"), "{{ messages[0].content }}");
+    let (thoughts, content, counted) = message(&unmarked, json!({}));
+    assert!(
+        thoughts.is_null() && !counted && content.as_str().is_some_and(|text| text.contains("</think>")),
+        "{content}"
+    );
 }
 
 #[test]

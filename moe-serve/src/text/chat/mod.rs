@@ -11,6 +11,8 @@ mod tests;
 
 pub use message::{ChatMessage, Tool, ToolCall};
 
+use super::thoughts;
+use super::tokenizer::TextTokenizer;
 use super::tools::ToolFormat;
 use crate::{Error, Result};
 use message::{ArgumentsAs, ToldAs};
@@ -52,6 +54,8 @@ pub struct ChatTemplate {
     /// The text of a message that has none is null to a template that asks for that, or else empty.
     told: ToldAs,
     format: Option<ToolFormat>,
+    /// Whether answers may begin with a thought in marks.
+    thinks: bool,
     /// Special tokens by their names, such as `bos_token`.
     tokens: Map<String, Value>,
 }
@@ -99,6 +103,7 @@ impl ChatTemplate {
         let mut variables = HashSet::new();
         let mut told = ToldAs { empty: "".into(), thinking: false, one_text_before_calls: false };
         let format = sources.iter().find_map(|(_, source)| ToolFormat::of_template(source));
+        let thinks = sources.iter().any(|(_, source)| thoughts::are_of_template(source));
         for (name, source) in sources {
             // As Jinja2 reads files, whatever system wrote them.
             let source = without_generation_tags(&source.replace("\r\n", "\n"));
@@ -111,7 +116,7 @@ impl ChatTemplate {
             let template = environment.get_template(&name).map_err(|e| Error::Template(e.to_string()))?;
             variables.extend(template.undeclared_variables(false));
         }
-        Ok(Self { environment, is_dialogue: false, variables, told, format, tokens })
+        Ok(Self { environment, is_dialogue: false, variables, told, format, thinks, tokens })
     }
 
     /// Reads and asks for calls of tools in this form, whatever the template looks like.
@@ -122,6 +127,22 @@ impl ChatTemplate {
     /// The form of calls in an answer, as far as it is known.
     pub fn tool_format(&self) -> Option<ToolFormat> {
         self.format
+    }
+
+    /// Whether an answer may begin with a thought, `<think>...</think>`.
+    pub fn thinks(&self) -> bool {
+        self.thinks
+    }
+
+    /// Whether an answer to this prompt of the template begins inside a thought.
+    pub fn opens_thought(&self, prompt: &str) -> bool {
+        self.thinks && thoughts::is_open_after(prompt)
+    }
+
+    /// Special tokens that say where thoughts are.
+    pub fn thought_markers(&self, tokenizer: &TextTokenizer) -> Vec<u32> {
+        let ids = thoughts::MARKERS.iter().filter_map(|name| tokenizer.special_id(name));
+        if self.thinks { ids.collect() } else { Vec::new() }
     }
 
     /// Whether the template can show tools to the model.

@@ -130,6 +130,8 @@ pub(super) struct Step {
     pub(super) held_parameters: f64,
     /// Memory of the rank that has the most, without files.
     pub(super) resident_bytes: f64,
+    /// Weights and pages of the rank that has the most.
+    pub(super) planned_bytes: f64,
     pub(super) layers: usize,
     pub(super) moe_layers: usize,
 }
@@ -232,6 +234,7 @@ pub(super) mod tests {
             active_parameters: 5e6,
             held_parameters: 200e6 / ranks as f64,
             resident_bytes: 1e8,
+            planned_bytes: 9e7,
             layers: 24,
             moe_layers: 12,
         }

@@ -62,14 +62,14 @@ pub(super) fn section(data: &Data) -> String {
          has the others' quality in the paper; nobody has trained these. 8 tokens a rank, {GBITS} Gbit/s; dense layers are replicas, \
          experts are spread over all ranks.\n\n\
          | ranks | model | of the paper | step, ms | tokens/s a rank | tokens/s a core | parameters, M | of a token, M | held by a rank, \
-         M | memory of a rank, MB |\n|---|---|---|---|---|---|---|---|---|---|\n",
+         M | weights and pages of a rank, MB | memory of a rank, MB |\n|---|---|---|---|---|---|---|---|---|---|---|\n",
     );
     for ranks in data.ranks_of(Part::Kinds) {
         for model in ALL {
             let Some(step) = find(data, model, ranks) else { continue };
             let _ = writeln!(
                 text,
-                "| {ranks} | {} | {} | {} | {:.0} | {:.0} | {:.1} | {:.2} | {:.1} | {:.0} |",
+                "| {ranks} | {} | {} | {} | {:.0} | {:.0} | {:.1} | {:.2} | {:.1} | {:.0} | {:.0} |",
                 model.name,
                 model.published,
                 digits(step.step_ms),
@@ -78,6 +78,7 @@ pub(super) fn section(data: &Data) -> String {
                 step.parameters / 1e6,
                 step.active_parameters / 1e6,
                 step.held_parameters / 1e6,
+                step.planned_bytes / 1e6,
                 step.resident_bytes / 1e6,
             );
         }
@@ -205,7 +206,7 @@ mod tests {
         let text = section(&measured([3.0, 3.0, 2.0, 5.0]));
         for part in [
             "| PyTorch-MoE, 52B | 55.3 | 146 |",
-            "| 2 | PR-MoE-64/128 + MoS | 1.3B+PR-MoE+L21+MoS | 2.00 | 4000 | 4000 | 100.0 | 5.00 | 50.0 | 100 |",
+            "| 2 | PR-MoE-64/128 + MoS | 1.3B+PR-MoE+L21+MoS | 2.00 | 4000 | 4000 | 100.0 | 5.00 | 50.0 | 90 | 100 |",
         ] {
             assert!(text.contains(part), "{part}: {text}");
         }
