@@ -43,6 +43,8 @@ enum Task {
     Golden(golden::Args),
     /// Run the MPI engine under `mpirun`, with ranks that stop, die and diverge.
     Mpi(mpi::Args),
+    /// Run a program over MPI on emulated hosts: network namespaces of this machine, as root.
+    Hosts(hosts::Args),
     /// Kill and stop ranks of training runs at random moments, and see that each goes on.
     Kill(kill::Args),
     /// Plot a run's losses from its `metrics.jsonl` as an SVG.
@@ -67,6 +69,7 @@ fn run(task: Task) -> Result<()> {
         Task::Bench(args) => bench::run(&args),
         Task::Repro(args) => repro::run(&args),
         Task::Golden(args) => golden::run(&args),
+        Task::Hosts(args) => hosts::run(&args),
         Task::Kill(args) => kill::run(&args),
         Task::Mpi(args) => mpi::run(&args),
         Task::Plot(args) => plot::run(&args),

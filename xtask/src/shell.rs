@@ -1,8 +1,9 @@
 //! Running commands from the root of the workspace, and saying which.
 
 use anyhow::{Context, Result, ensure};
+use std::io::{BufRead, BufReader};
 use std::path::PathBuf;
-use std::process::{Command, Stdio};
+use std::process::{Child, Command, ExitStatus, Stdio};
 use std::time::{Duration, Instant};
 
 /// The root of the workspace.
@@ -51,19 +52,61 @@ pub(crate) type Outcome = std::result::Result<String, String>;
 /// Runs a command that may fail: its output must fit a pipe. After `limit` it is ended.
 pub(crate) fn output_within(command: &mut Command, limit: Duration) -> Result<Outcome> {
     eprintln!("$ {}", shown(command));
-    let start = Instant::now();
     let mut child =
         command.stdout(Stdio::piped()).spawn().with_context(|| format!("cannot start {}", shown(command)))?;
-    while child.try_wait()?.is_none() {
-        if start.elapsed() > limit {
-            child.kill()?;
-            child.wait()?;
-            return Ok(Err(format!("not done after {} s", limit.as_secs())));
-        }
-        std::thread::sleep(Duration::from_millis(100));
+    if ended_within(&mut child, limit)?.is_none() {
+        child.kill()?;
+        child.wait()?;
+        return Ok(Err(format!("not done after {} s", limit.as_secs())));
     }
     let output = child.wait_with_output()?;
     if output.status.success() { Ok(Ok(String::from_utf8(output.stdout)?)) } else { Ok(Err(output.status.to_string())) }
+}
+
+/// Runs a command for `limit` at most, then asks it to end and sees to it: the lines that it printed, and how it ended if not well.
+pub(crate) fn printed_within(command: &mut Command, limit: Duration) -> Result<(String, Result<(), String>)> {
+    const GRACE: Duration = Duration::from_secs(10);
+    eprintln!("$ {}", shown(command));
+    let spawned = command.stdout(Stdio::piped()).spawn();
+    let mut child = spawned.with_context(|| format!("cannot start {}", shown(command)))?;
+    let (told, lines) = std::sync::mpsc::channel();
+    let stdout = child.stdout.take().context("it has no output")?;
+    std::thread::spawn(move || {
+        BufReader::new(stdout).lines().map_while(|line| told.send(line.ok()?).ok()).for_each(drop);
+    });
+    let status = match ended_within(&mut child, limit)? {
+        Some(status) => Some(status),
+        None => {
+            Command::new("kill").arg(child.id().to_string()).status().context("cannot start kill")?;
+            if ended_within(&mut child, GRACE)?.is_none() {
+                child.kill()?;
+                child.wait()?;
+            }
+            None
+        }
+    };
+    // What it has started may hold the output open.
+    let printed: String =
+        std::iter::from_fn(|| lines.recv_timeout(Duration::from_secs(1)).ok()).map(|l| l + "\n").collect();
+    let ended = match status {
+        Some(status) if status.success() => Ok(()),
+        Some(status) => Err(status.to_string()),
+        None => Err(format!("not done after {} s", limit.as_secs())),
+    };
+    Ok((printed, ended))
+}
+
+fn ended_within(child: &mut Child, limit: Duration) -> Result<Option<ExitStatus>> {
+    let start = Instant::now();
+    loop {
+        if let Some(status) = child.try_wait()? {
+            return Ok(Some(status));
+        }
+        if start.elapsed() > limit {
+            return Ok(None);
+        }
+        std::thread::sleep(Duration::from_millis(100));
+    }
 }
 
 #[cfg(all(test, unix))]
@@ -77,6 +120,15 @@ mod tests {
         assert_eq!(run("exit 3").unwrap(), Err("exit status: 3".into()));
         assert_eq!(run("exec sleep 60").unwrap(), Err("not done after 2 s".into()));
         assert!(output_within(&mut command("no such program", &[]), Duration::ZERO).is_err());
+    }
+
+    #[test]
+    fn what_was_printed_before_the_end_is_kept() {
+        let run = |script: &str| printed_within(&mut command("sh", &["-c", script]), Duration::from_secs(2)).unwrap();
+        assert_eq!(run("echo done"), ("done\n".into(), Ok(())));
+        assert_eq!(run("echo half; exit 3"), ("half\n".into(), Err("exit status: 3".into())));
+        // Its child holds the output open.
+        assert_eq!(run("echo half; sleep 60 & wait"), ("half\n".into(), Err("not done after 2 s".into())));
     }
 }
 

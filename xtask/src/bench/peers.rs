@@ -1,11 +1,15 @@
 //! Rows of a bench beside those of other programs that do the same work in the same run.
 
-use crate::shell::{output, root};
+use crate::shell::{printed_within, root};
 use anyhow::{Context, Result};
 use serde_json::Value;
 use std::fmt::Write as _;
 use std::path::PathBuf;
 use std::process::Command;
+use std::time::Duration;
+
+/// How long one peer may take with one form: some have no kernel for a model and go on for hours.
+const PEER_LIMIT: Duration = Duration::from_secs(900);
 
 /// A bench's rows, from its lines that begin with `json`, and the rest of what it printed.
 pub(crate) fn split_output(printed: &str) -> Result<(Vec<Value>, String)> {
@@ -14,8 +18,8 @@ pub(crate) fn split_output(printed: &str) -> Result<(Vec<Value>, String)> {
     Ok((rows, table.join("\n") + "\n"))
 }
 
-/// Runs `script`, a path in the workspace, in each environment: the rows of the peers, and the set-up of each run. One that fails
-/// is told and left out: the others have taken long.
+/// Runs `script`, a path in the workspace, in each environment: the rows of the peers, and the set-up of each run. Of one that fails or
+/// takes too long what it printed before counts, and it is told: the others have taken long.
 fn run_peers(script: &str, venvs: &[PathBuf], arguments: &[String]) -> Result<(Vec<Value>, Vec<Value>)> {
     let mut lines: Vec<Value> = Vec::new();
     for venv in venvs {
@@ -23,16 +27,12 @@ fn run_peers(script: &str, venvs: &[PathBuf], arguments: &[String]) -> Result<(V
         anyhow::ensure!(python.exists(), "--peers needs a Python environment, but {} is not there", python.display());
         let mut command = Command::new(python);
         command.arg(root().join(script)).args(arguments);
-        let printed = match output(&mut command) {
-            Ok(printed) => printed,
-            Err(error) => {
-                eprintln!("{error:#}");
-                lines.push(
-                    serde_json::json!({ "left out": format!("a peer that failed: {script} {}", arguments.join(" ")) }),
-                );
-                continue;
-            }
-        };
+        let (printed, ended) = printed_within(&mut command, PEER_LIMIT)?;
+        if let Err(reason) = ended {
+            let told = format!("what a peer has not said when it ended, {reason}: {script} {}", arguments.join(" "));
+            eprintln!("left out: {told}");
+            lines.push(serde_json::json!({ "left out": told }));
+        }
         let parsed = printed.lines().map(serde_json::from_str).collect::<Result<Vec<_>, _>>();
         lines.extend(parsed.context("a line of peers.py is not JSON")?);
     }
@@ -87,7 +87,7 @@ mod tests {
         let measured = Measured::new("head\n", "peers.py", std::slice::from_ref(&venv), &["int8".into()]);
         std::fs::remove_dir_all(venv).unwrap();
         let measured = measured.unwrap();
-        assert!(measured.peers.is_empty() && measured.head().contains("a peer that failed: peers.py int8"));
+        assert!(measured.peers.is_empty() && measured.head().contains("when it ended, exit status: 1: peers.py int8"));
     }
 
     #[test]

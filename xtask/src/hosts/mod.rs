@@ -5,9 +5,11 @@
 //! the value is dropped, with the processes that still run there; a program that is killed leaves it behind, and the next one
 //! says so.
 
+mod command;
 mod tun;
 mod wire;
 
+pub(crate) use command::{Args, run};
 pub(crate) use wire::Link;
 
 use crate::shell;
@@ -16,7 +18,7 @@ use std::fs::{self, File};
 use std::io::{self, Read, Write};
 use std::os::unix::fs::PermissionsExt;
 use std::path::{Path, PathBuf};
-use std::process::{Command, Stdio};
+use std::process::{Child, Command, ExitStatus, Stdio};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread::{self, JoinHandle};
@@ -116,6 +118,11 @@ impl Hosts {
         format!("{NETWORK}.1")
     }
 
+    /// What a shell of this machine says to run `command` on the first host.
+    fn on_first(&self, command: &str) -> String {
+        format!("ip netns exec {} {command}", self.names[0])
+    }
+
     /// Open MPI's launcher on the first host, to start `ranks` processes on each. The hosts have names of their own, or Open MPI
     /// would take them for one.
     pub(crate) fn mpirun(&self, ranks: usize) -> Result<Command> {
@@ -152,17 +159,30 @@ impl Hosts {
 
     /// Runs a command and returns what it prints; ends it when this program is told to end.
     pub(crate) fn output(&self, command: &mut Command) -> Result<String> {
-        let interrupted = interruption()?;
-        eprintln!("$ {}", shell::shown(command));
-        let mut child = command.stdin(Stdio::null()).stdout(Stdio::piped()).spawn().context("cannot start it")?;
+        let mut child = start(command.stdout(Stdio::piped()))?;
         let mut stdout = child.stdout.take().context("it has no output")?;
         let reader = thread::spawn(move || {
             let mut text = String::new();
             stdout.read_to_string(&mut text).map(|_| text)
         });
-        let status = loop {
+        let status = self.wait(&mut child)?;
+        let text = reader.join().map_err(|_| anyhow::anyhow!("the reader of the output has panicked"))??;
+        ensure!(status.success(), "it failed: {status}\n{text}");
+        Ok(text)
+    }
+
+    /// Runs a command that prints where this program does; ends it when this program is told to end.
+    fn run(&self, command: &mut Command) -> Result<()> {
+        let status = self.wait(&mut start(command)?)?;
+        ensure!(status.success(), "it failed: {status}");
+        Ok(())
+    }
+
+    fn wait(&self, child: &mut Child) -> Result<ExitStatus> {
+        let interrupted = interruption()?;
+        loop {
             if let Some(status) = child.try_wait()? {
-                break status;
+                return Ok(status);
             }
             if interrupted.load(Ordering::Relaxed) {
                 // The launcher ends its processes when it is asked to; those that stay are ended with their hosts.
@@ -177,10 +197,7 @@ impl Hosts {
                 "the network between the hosts has ended"
             );
             thread::sleep(LOOK);
-        };
-        let text = reader.join().map_err(|_| anyhow::anyhow!("the reader of the output has panicked"))??;
-        ensure!(status.success(), "it failed: {status}\n{text}");
-        Ok(text)
+        }
     }
 }
 
@@ -210,6 +227,11 @@ impl Drop for Hosts {
             }
         }
     }
+}
+
+fn start(command: &mut Command) -> Result<Child> {
+    eprintln!("$ {}", shell::shown(command));
+    command.stdin(Stdio::null()).spawn().context("cannot start it")
 }
 
 fn etc(name: &str) -> PathBuf {
