@@ -90,7 +90,8 @@ enum Part {
     Values,
 }
 
-/// Copies row `i` to row `slots[i]` of a pool.
+/// Copies row `i` to row `slots[i]` of a pool. (By heads on two threads a step of 32 sequences took as long, two Zen 4 cores,
+/// 2026-11-27: what writing need not wait for, reading waits for then.)
 struct WriteRows<'a> {
     slots: &'a [u32],
     /// Of packed pages.
