@@ -31,6 +31,10 @@ impl Fixture {
         Self { folder: fixtures().join(name), expected: read(&format!("{name}/expected/expected.safetensors")) }
     }
 
+    fn name(&self) -> String {
+        self.folder.file_name().unwrap().to_string_lossy().into_owned()
+    }
+
     fn ids(&self, name: &str) -> Vec<u32> {
         self.expected[name].flatten_all().unwrap().to_vec1().unwrap()
     }
@@ -61,12 +65,14 @@ fn logits_and_gradients_equal_transformers(fixture: &Fixture) {
         seq_len: 20,
     };
     let packed = Decoder::load(&fixture.folder, Precision::F32).unwrap();
+    let mut worst_logit = 0f64;
     for sequence in 0..2 {
         let ids = &batch.input_ids[sequence * 20..][..20];
         let want = fixture.expected["logits"].get(sequence).unwrap();
         for decoder in [model.decoder(), &packed] {
             let off = difference(&logits(decoder, ids), &want, "logits");
             assert!(off <= TOLERANCE, "logits of sequence {sequence} are off by {off:e}");
+            worst_logit = worst_logit.max(off);
         }
     }
     // Without auxiliary losses, which transformers adds only where it is asked to.
@@ -111,7 +117,11 @@ fn logits_and_gradients_equal_transformers(fixture: &Fixture) {
     }
     let gradients = fixture.expected.keys().filter(|name| name.starts_with("grad.")).count();
     assert_eq!(compared.len(), gradients, "every tensor of the files has its gradient compared");
-    println!("{} gradients, worst difference {worst:e} of the largest magnitude", compared.len());
+    println!(
+        "{}: worst difference over the largest magnitude {worst_logit:.1e} of logits, {worst:.1e} of {} gradients",
+        fixture.name(),
+        compared.len()
+    );
 }
 
 /// Rounded to integers while it is loaded, from whatever form the files have, it is nearly the same model.
@@ -120,7 +130,7 @@ fn serves_in_integers(fixture: &Fixture) {
     let want = logits(&Decoder::load(&fixture.folder, Precision::F32).unwrap(), ids);
     let forms = PackedForms::from(Precision::F32).with_products(QuantFormat::Int8);
     let off = difference(&logits(&Decoder::load(&fixture.folder, forms).unwrap(), ids), &want, "logits");
-    println!("in 8 bits off by {off:e}");
+    println!("{}: logits in 8 bits off by {off:.1e}", fixture.name());
     // A token whose experts change moves far.
     assert!(off > 0.0 && off < 0.5, "logits are off by {off:e}");
 }
