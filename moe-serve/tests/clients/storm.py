@@ -45,7 +45,7 @@ class Counts(collections.Counter):
 
 
 def request(path, body, content_type="application/json"):
-    head = f"POST {path} HTTP/1.1\r\nhost: storm\r\nconnection: close\r\ncontent-type: {content_type}\r\ncontent-length: {len(body)}\r\n\r\n"
+    head = f"POST {path} HTTP/1.1\r\nhost: localhost\r\nconnection: close\r\ncontent-type: {content_type}\r\ncontent-length: {len(body)}\r\n\r\n"
     return head.encode() + body
 
 
@@ -191,7 +191,7 @@ async def stay_idle(at, counts, rng, until):
         counts["idle now"] += 1
         try:
             if rng.random() < 0.3:
-                writer.write(b"POST /v1/completions HTTP/1.1\r\nhost: sto")
+                writer.write(b"POST /v1/completions HTTP/1.1\r\nhost: loc")
             await asyncio.wait_for(reader.read(1), max(until - time.monotonic(), 0.1))
         except CLOSED:
             pass
@@ -243,7 +243,8 @@ async def send_malformed(at, counts, rng, until):
                 want = want | {None}
         finally:
             writer.transport.abort()
-        if status not in want:
+        # While others have all the memory there is for bodies, a body is refused unread.
+        if status not in want | {429}:
             raise Broken(f"{data[:200]} was answered with {status}, not {want}")
         counts["refused"] += 1
         await asyncio.sleep(0.1 * rng.random())
@@ -295,7 +296,7 @@ async def sample(pid, counts, path, ended):
 
 async def metrics(at):
     reader, writer = await connect(at)
-    writer.write(b"GET /metrics HTTP/1.1\r\nhost: storm\r\nconnection: close\r\n\r\n")
+    writer.write(b"GET /metrics HTTP/1.1\r\nhost: localhost\r\nconnection: close\r\n\r\n")
     text = (await asyncio.wait_for(reader.read(), 60)).decode()
     writer.close()
 
