@@ -4,7 +4,8 @@ some leave before the end. Needs nothing but Python.
     cargo build --release -p moe-serve
     python3 moe-serve/tests/clients/storm.py --server target/release/moe-serve --seconds 180 --idle 3000 --csv storm.csv [-- FLAGS]
 
-What follows `--` goes to the server. Every second it writes the server's memory and what has happened so far into the CSV. It fails
+What follows `--` goes to the server. Every second it writes the server's memory and what has happened so far into the CSV, and draws
+both into an SVG beside it at the end. It fails
 unless each request that was sent was answered whole, refused, or given up, the server's own counts agree with that, and the server
 answers at the end as it did at the beginning.
 """
@@ -307,6 +308,43 @@ async def metrics(at):
     return value
 
 
+def draw(csv, svg):
+    """The server's memory, and what becomes of requests in a second, over time."""
+    with open(csv) as file:
+        names, *rows = [line.split(",") for line in file.read().split()]
+    columns = {name: [float(row[i]) for row in rows] for i, name in enumerate(names)}
+    seconds, step = columns["seconds"], max(len(rows) // 200, 1)
+
+    def rate(name):
+        counts = columns[name]
+        return [(seconds[i], (counts[i] - counts[i - step]) / (seconds[i] - seconds[i - step])) for i in range(step, len(rows), step)]
+
+    panels = [
+        ("memory of the server, MiB", [("#d03050", "resident", list(zip(seconds, columns["rss_mib"])))]),
+        ("requests a second", [(color, name, rate(name)) for color, name in
+                               [("#2070c0", "finished"), ("#909090", "refused"), ("#d09020", "cancelled")]]),
+    ]
+    width, height, left, top = 900, 240, 60, 30
+    out = [f'<svg xmlns="http://www.w3.org/2000/svg" width="{width}" height="{2 * height}" font-family="sans-serif" font-size="12">',
+           f'<rect width="{width}" height="{2 * height}" fill="white"/>']
+    for index, (title, curves) in enumerate(panels):
+        base, tall, wide = (index + 1) * height - 30, height - top - 40, width - left - 20
+        highest = max(y for *_, points in curves for _, y in points) * 1.1 or 1
+        out.append(f'<text x="{left}" y="{base - tall - 8}">{title}</text>')
+        for part in range(5):
+            y = base - tall * part / 4
+            out.append(f'<line x1="{left}" y1="{y:.1f}" x2="{left + wide}" y2="{y:.1f}" stroke="#ddd"/>'
+                       f'<text x="{left - 6}" y="{y + 4:.1f}" text-anchor="end">{highest * part / 4:.0f}</text>')
+            x = left + wide * part / 4
+            out.append(f'<text x="{x:.1f}" y="{base + 16}" text-anchor="middle">{seconds[-1] * part / 4:.0f} s</text>')
+        for place, (color, name, points) in enumerate(curves):
+            line = " ".join(f"{left + wide * x / seconds[-1]:.1f},{base - tall * y / highest:.1f}" for x, y in points)
+            out.append(f'<polyline fill="none" stroke="{color}" stroke-width="1.5" points="{line}"/>'
+                       f'<text x="{left + wide - 90 * place}" y="{base - tall - 8}" text-anchor="end" fill="{color}">{name}</text>')
+    with open(svg, "w") as file:
+        file.write("\n".join(out) + "\n</svg>\n")
+
+
 async def settle(at):
     """Waits until the server has nothing more to do, which it must have soon."""
     for _ in range(300):
@@ -384,6 +422,7 @@ def main():
     try:
         url = re.search(r"http://\S+", server.stdout.readline()).group()
         asyncio.run(storm(At(url), args, server.pid))
+        draw(args.csv, os.path.splitext(args.csv)[0] + ".svg")
         begun = time.monotonic()
         server.send_signal(signal.SIGTERM)
         code = server.wait(60)
