@@ -65,7 +65,6 @@ pub(crate) fn output_within(command: &mut Command, limit: Duration) -> Result<Ou
 
 /// Runs a command for `limit` at most, then asks it to end and sees to it: the lines that it printed, and how it ended if not well.
 pub(crate) fn printed_within(command: &mut Command, limit: Duration) -> Result<(String, Result<(), String>)> {
-    const GRACE: Duration = Duration::from_secs(10);
     eprintln!("$ {}", shown(command));
     let spawned = command.stdout(Stdio::piped()).spawn();
     let mut child = spawned.with_context(|| format!("cannot start {}", shown(command)))?;
@@ -74,17 +73,10 @@ pub(crate) fn printed_within(command: &mut Command, limit: Duration) -> Result<(
     std::thread::spawn(move || {
         BufReader::new(stdout).lines().map_while(|line| told.send(line.ok()?).ok()).for_each(drop);
     });
-    let status = match ended_within(&mut child, limit)? {
-        Some(status) => Some(status),
-        None => {
-            Command::new("kill").arg(child.id().to_string()).status().context("cannot start kill")?;
-            if ended_within(&mut child, GRACE)?.is_none() {
-                child.kill()?;
-                child.wait()?;
-            }
-            None
-        }
-    };
+    let status = ended_within(&mut child, limit)?;
+    if status.is_none() {
+        end(&mut child)?;
+    }
     // What it has started may hold the output open.
     let printed: String =
         std::iter::from_fn(|| lines.recv_timeout(Duration::from_secs(1)).ok()).map(|l| l + "\n").collect();
@@ -94,6 +86,20 @@ pub(crate) fn printed_within(command: &mut Command, limit: Duration) -> Result<(
         None => Err(format!("not done after {} s", limit.as_secs())),
     };
     Ok((printed, ended))
+}
+
+/// Asks a program to end, so that it can end what it has started, and sees to it.
+pub(crate) fn end(child: &mut Child) -> Result<()> {
+    const GRACE: Duration = Duration::from_secs(10);
+    if child.try_wait()?.is_some() {
+        return Ok(());
+    }
+    Command::new("kill").arg(child.id().to_string()).status().context("cannot start kill")?;
+    if ended_within(child, GRACE)?.is_none() {
+        child.kill()?;
+        child.wait()?;
+    }
+    Ok(())
 }
 
 fn ended_within(child: &mut Child, limit: Duration) -> Result<Option<ExitStatus>> {

@@ -4,7 +4,7 @@
 use super::models::Part;
 use crate::kill::free_port;
 use crate::plot::{Curve, Panel, draw_panels};
-use crate::shell::{cargo, output, root, run, shown};
+use crate::shell::{cargo, end, output, root, run, shown};
 use anyhow::{Context, Result, ensure};
 use serde_json::Value;
 use std::fmt::Write as _;
@@ -35,9 +35,9 @@ struct Server {
 
 impl Drop for Server {
     fn drop(&mut self) {
-        // It may have ended by itself.
-        self.child.kill().ok();
-        self.child.wait().ok();
+        if let Err(error) = end(&mut self.child) {
+            eprintln!("warning: {} is left: {error:#}", self.url);
+        }
     }
 }
 
