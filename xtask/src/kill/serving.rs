@@ -244,7 +244,7 @@ fn connect(port: u16) -> std::io::Result<TcpStream> {
 fn is_ready(port: u16) -> bool {
     let status = || -> std::io::Result<String> {
         let mut stream = connect(port)?;
-        stream.write_all(b"GET /ready HTTP/1.1\r\nHost: here\r\nConnection: close\r\n\r\n")?;
+        stream.write_all(b"GET /ready HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n")?;
         let mut text = String::new();
         stream.read_to_string(&mut text)?;
         Ok(text)
@@ -260,7 +260,7 @@ fn ask(port: u16, body: &str) -> Result<End> {
         Err(error) => return Err(error).context("cannot connect"),
     };
     let head = format!(
-        "POST /v1/completions HTTP/1.1\r\nHost: here\r\nConnection: close\r\nContent-Type: application/json\r\nContent-Length: {}\r\n\r\n",
+        "POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\nContent-Type: application/json\r\nContent-Length: {}\r\n\r\n",
         body.len()
     );
     let mut bytes = Vec::new();
