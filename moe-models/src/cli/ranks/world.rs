@@ -147,10 +147,35 @@ impl Process {
     }
 }
 
+/// How long MPI may take to start at least.
+#[cfg(feature = "mpi")]
+const MPI_START: Duration = Duration::from_secs(60);
+
+/// Ends this process, and with it the launcher's job, unless what it returns is dropped within `limit`: the call that starts MPI waits
+/// for all processes of the job, knows no deadline and cannot be left.
+#[cfg(feature = "mpi")]
+fn watch_start(limit: Duration) -> std::sync::mpsc::Sender<()> {
+    use std::sync::mpsc::{RecvTimeoutError, channel};
+    let (starts, ended) = channel();
+    std::thread::spawn(move || {
+        if ended.recv_timeout(limit) == Err(RecvTimeoutError::Timeout) {
+            eprintln!(
+                "error: MPI has not started within {} s: not all processes of the job have come to it; if they need longer, raise \
+                 --comm-timeout",
+                limit.as_secs()
+            );
+            std::process::abort();
+        }
+    });
+    starts
+}
+
 #[cfg(feature = "mpi")]
 fn start_mpi(timeout: Duration, size: usize) -> Result<(Engine, Arc<dyn Communicator>)> {
     use moe_parallel::Collectives;
+    let starts = watch_start(timeout.max(MPI_START));
     let (world, comm) = moe_parallel::comm::mpi::MpiWorld::start(timeout)?;
+    drop(starts);
     ensure!(
         comm.size() == size,
         "MPI knows {} processes where the launcher says {size}: start them with mpirun, or with --engine tcp",
