@@ -208,15 +208,13 @@ unsafe impl Sync for Chunk {}
 
 #[cfg(target_os = "linux")]
 impl Chunk {
-    /// `bytes` zero bytes at the beginning of a cache line, and what they lie in; `None` if the system gives no memory, or they are
-    /// more than a chunk has.
+    /// `bytes` zero bytes, less than a huge page, at the beginning of a cache line, and what they lie in; `None` if the system gives
+    /// no memory.
     fn part(bytes: usize) -> Option<(NonNull<u8>, Arc<Self>)> {
         /// The chunk that was made last, and how many of its bytes are taken.
         static LAST: Mutex<(Weak<Chunk>, usize)> = Mutex::new((Weak::new(), 0));
         let bytes = bytes.next_multiple_of(LINE);
-        if bytes > CHUNK {
-            return None;
-        }
+        assert!(bytes <= HUGE_PAGE, "a larger buffer has a map of its own");
         let mut last = LAST.lock().unwrap_or_else(PoisonError::into_inner);
         let chunk = match last.0.upgrade() {
             Some(chunk) if bytes <= CHUNK - last.1 => chunk,

@@ -2,8 +2,7 @@
 
 use super::{Hosts, Link};
 use crate::shell::root;
-use anyhow::{Result, bail};
-use std::process::Command;
+use anyhow::Result;
 use std::time::Duration;
 
 /// Of the rank at which the others arrive, where they talk over TCP.
@@ -37,13 +36,7 @@ fn positive(text: &str) -> Result<f64, String> {
 }
 
 pub(crate) fn run(args: &Args) -> Result<()> {
-    let mut missing = Hosts::missing();
-    if Command::new("mpirun").arg("--version").output().is_err() {
-        missing.push("`mpirun`, which starts the program (apt-get install openmpi-bin)".into());
-    }
-    if !missing.is_empty() {
-        bail!("emulated hosts need {}", missing.join("; "));
-    }
+    Hosts::check()?;
     let delay = Duration::from_micros(args.delay_us);
     let link = Link { delay, bits_per_second: args.gbits * 1e9, packet: Duration::ZERO };
     let hosts = Hosts::new(args.hosts.into(), link, &root().join("target/hosts"))?;

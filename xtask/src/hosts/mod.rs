@@ -52,7 +52,7 @@ impl Hosts {
     /// What is missing on this machine, each with the package of Debian's that has it.
     pub(crate) fn missing() -> Vec<String> {
         let mut missing = Vec::new();
-        for (program, package) in [("ip", "iproute2"), ("unshare", "util-linux")] {
+        for (program, package) in [("ip", "iproute2"), ("unshare", "util-linux"), ("mpirun", "openmpi-bin")] {
             if Command::new(program).arg("--version").output().is_err() {
                 missing.push(format!("`{program}` (apt-get install {package})"));
             }
@@ -66,6 +66,13 @@ impl Hosts {
                 .push("/dev/net/tun (modprobe tun; a container needs the device and the capability NET_ADMIN)".into());
         }
         missing
+    }
+
+    /// Refuses a machine that lacks something.
+    pub(crate) fn check() -> Result<()> {
+        let missing = Self::missing();
+        ensure!(missing.is_empty(), "emulated hosts need {}", missing.join("; "));
+        Ok(())
     }
 
     /// Makes `count` hosts; `folder` gets some small files.

@@ -34,7 +34,7 @@ const HOSTS: [usize; 3] = [2, 3, 4];
 const RANKS_PER_HOST: usize = 2;
 
 pub(super) fn missing() -> Vec<String> {
-    let programs = missing_programs(&[("mpirun", "openmpi-bin"), ("mpicc", "libopenmpi-dev")]);
+    let programs = missing_programs(&[("mpicc", "libopenmpi-dev")]);
     Hosts::missing().into_iter().chain(programs).chain(missing_libclang()).collect()
 }
 

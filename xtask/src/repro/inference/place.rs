@@ -5,7 +5,7 @@ use super::models::{ALL, Model};
 use crate::bench::split_output;
 use crate::hosts::{Hosts, Link};
 use crate::shell::{self, cargo, root};
-use anyhow::{Context, Result, bail, ensure};
+use anyhow::{Context, Result, ensure};
 use std::fs;
 use std::path::PathBuf;
 use std::process::Command;
@@ -53,13 +53,7 @@ impl Place {
     /// # Errors
     /// If this machine lacks something, which is then named; if a program fails.
     pub(super) fn new(size: Size) -> Result<Self> {
-        let mut missing = Hosts::missing();
-        if Command::new("mpirun").arg("--version").output().is_err() {
-            missing.push("`mpirun`, which starts the ranks (apt-get install openmpi-bin)".into());
-        }
-        if !missing.is_empty() {
-            bail!("emulated hosts need {}", missing.join("; "));
-        }
+        Hosts::check()?;
         let programs = ["--bin", "moe-init", "--bin", "moe-train", "--example", "inference"];
         shell::run(cargo(&["build", "--release", "--package", "moe-models"]).args(programs))?;
         let folder = root().join("target/repro-inference");
