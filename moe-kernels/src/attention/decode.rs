@@ -50,6 +50,7 @@ impl Heads {
                 for first in pages.starts(visible) {
                     for (row, head) in heads.clone().enumerate() {
                         let keys = pages.keys(head, first, visible);
+                        pages.fetch_after_keys(head, first, visible);
                         // SAFETY: `probs` is borrowed here alone.
                         unsafe { products.push(row, keys, Start::Zero, row * visible + first) };
                     }
@@ -64,6 +65,7 @@ impl Heads {
                 for first in pages.starts(visible) {
                     for (row, head) in heads.clone().enumerate() {
                         let values = pages.values(head, first, visible);
+                        pages.fetch_after_values(head, first, visible);
                         // SAFETY: the caller's part.
                         unsafe { products.push(row, values, Start::at(first), to.first + row * self.head_dim) };
                     }

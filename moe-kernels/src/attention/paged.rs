@@ -206,9 +206,10 @@ fn attend_pages(
         let layout = PageLayout::of(pool, heads.precision)?;
         let (keys, values) = (pool.keys.storage_and_layout(), pool.values.storage_and_layout());
         let [keys, values] = [words(&keys)?, words(&values)?];
+        let are_far = layout.are_far(sequences.iter().map(|sequence| sequence.len).sum());
         with_inputs("paged_attention", &[queries], |inputs| {
             attend(heads, (inputs[0].values, sinks), sequences, |blocks| {
-                [Source::Packed(PackedPages { layout, keys, values, blocks }); 2]
+                [Source::Packed(PackedPages { layout, keys, values, blocks, are_far }); 2]
             })
         })?
     };

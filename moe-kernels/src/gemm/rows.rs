@@ -35,6 +35,24 @@ pub(crate) struct Panels<'a> {
     pub(crate) len: usize,
 }
 
+impl Panels<'_> {
+    /// Fetches all of them into the second-level cache, for products that come soon.
+    pub(crate) fn fetch(&self, precision: Precision) {
+        let used = PANEL_COLS * Format::of_b(precision).words(self.len);
+        for panel in self.words.chunks(self.stride.max(1)).take(self.cols.div_ceil(PANEL_COLS)) {
+            for line in panel[..used.min(panel.len())].chunks(16) {
+                #[cfg(target_arch = "x86_64")]
+                // SAFETY: a prefetch reads nothing; it may point anywhere.
+                unsafe {
+                    std::arch::x86_64::_mm_prefetch::<{ std::arch::x86_64::_MM_HINT_T1 }>(line.as_ptr().cast());
+                }
+                #[cfg(not(target_arch = "x86_64"))]
+                let _ = line;
+            }
+        }
+    }
+}
+
 /// Calls `body` with the rows of `operand` packed for `isa`, in tiles as large as they come out even.
 pub(crate) fn with_packed_rows<R>(
     isa: Isa,

@@ -88,22 +88,23 @@ impl Launch<'_> {
 }
 
 impl Job {
-    /// Whether all have ended by themselves in time, but for `stopped`.
+    /// Waits until all have ended by themselves, but for `stopped`; whether each did so well.
     pub(super) fn wait(&mut self, stopped: Option<usize>) -> Result<Vec<Option<bool>>> {
         let begun = Instant::now();
         loop {
-            let ended: Vec<Option<bool>> = self
-                .processes
-                .iter_mut()
-                .map(|process| Ok(process.try_wait()?.map(|status| status.success())))
-                .collect::<Result<_>>()?;
-            let open = ended.iter().enumerate().any(|(rank, ended)| ended.is_none() && Some(rank) != stopped);
-            if !open {
+            let ended = self.ended()?;
+            if are_all(&ended, stopped) {
                 return Ok(ended);
             }
             ensure!(begun.elapsed() < HARD_LIMIT, "it hangs: {ended:?}; see {}", self.out.display());
             sleep(Duration::from_millis(10));
         }
+    }
+
+    /// Whether each has ended well; none that still runs.
+    pub(super) fn ended(&mut self) -> Result<Vec<Option<bool>>> {
+        let ended = |process: &mut Child| Ok(process.try_wait()?.map(|status| status.success()));
+        self.processes.iter_mut().map(ended).collect()
     }
 
     /// The id of the process that is a rank, unless it has ended.
@@ -126,6 +127,16 @@ impl Job {
         Ok(None)
     }
 
+    /// Waits until there is a process that is the rank, which a launcher takes its time for.
+    pub(super) fn wait_until_started(&mut self, rank: usize) -> Result<()> {
+        let begun = Instant::now();
+        while self.rank_id(rank)?.is_none() {
+            ensure!(begun.elapsed() < HARD_LIMIT, "rank {rank} has not started; see {}", self.out.display());
+            sleep(Duration::from_millis(1));
+        }
+        Ok(())
+    }
+
     /// Waits until a rank has ended, however it is told of by its launcher.
     pub(super) fn wait_for(&mut self, rank: usize) -> Result<()> {
         let begun = Instant::now();
@@ -135,6 +146,11 @@ impl Job {
         }
         Ok(())
     }
+}
+
+/// Whether all have ended but for `stopped`.
+pub(super) fn are_all(ended: &[Option<bool>], stopped: Option<usize>) -> bool {
+    ended.iter().enumerate().all(|(rank, ended)| ended.is_some() || Some(rank) == stopped)
 }
 
 impl Drop for Job {

@@ -19,12 +19,18 @@ pub(crate) struct Args {
     /// Servers instead of training runs.
     #[arg(long)]
     serving: bool,
+    /// Servers that may go on once without the ranks that are gone, with `--max-restarts 1`: how many answer again.
+    #[arg(long, requires = "serving")]
+    restarts: bool,
     /// Runs for each signal; of servers, for each signal, moment and kind of rank [default: 50, of servers 20].
     #[arg(long)]
     times: Option<u64>,
     /// What is sent: KILL ends a rank, STOP leaves it there for good.
     #[arg(long, value_enum, value_delimiter = ',', default_values_t = [Signal::Kill, Signal::Stop])]
     signals: Vec<Signal>,
+    /// Of servers: which ranks get it.
+    #[arg(long, requires = "serving", value_enum, value_delimiter = ',', default_values_t = [Victim::Follower, Victim::First])]
+    victims: Vec<Victim>,
     /// Of the first run; the others follow.
     #[arg(long, default_value_t = 1)]
     seed: u64,
@@ -47,6 +53,24 @@ enum Engine {
 enum Signal {
     Kill,
     Stop,
+}
+
+/// Which rank of a server a signal is sent to.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, clap::ValueEnum)]
+enum Victim {
+    /// Any but rank 0.
+    Follower,
+    /// Rank 0, which listens.
+    First,
+}
+
+impl Victim {
+    fn name(self) -> &'static str {
+        match self {
+            Self::Follower => "follower",
+            Self::First => "rank 0",
+        }
+    }
 }
 
 impl Signal {
