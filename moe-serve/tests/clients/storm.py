@@ -1,10 +1,11 @@
 """Storms a server of its own: idle connections, slow readers, malformed bodies, and twice the requests it can take, of whose clients
-some leave before the end. Needs nothing but Python.
+some leave before the end. Needs nothing but Python, and with --tls the program openssl.
 
     cargo build --release -p moe-serve
     python3 moe-serve/tests/clients/storm.py --server target/release/moe-serve --seconds 180 --idle 3000 --csv storm.csv [-- FLAGS]
 
-What follows `--` goes to the server. Every second it writes the server's memory and what has happened so far into the CSV, and draws
+What follows `--` goes to the server. With --tls all of it goes over TLS, with a certificate made for it; of the idle connections half
+never say so much as hello. Every second it writes the server's memory and what has happened so far into the CSV, and draws
 both into an SVG beside it at the end. It fails
 unless each request that was sent was answered whole, refused, or given up, the server's own counts agree with that, and the server
 answers at the end as it did at the beginning.
@@ -22,6 +23,7 @@ import signal
 import ssl
 import subprocess
 import sys
+import tempfile
 import time
 
 PROMPT = "Once upon a time, there was a"
@@ -50,8 +52,9 @@ def request(path, body, content_type="application/json"):
     return head.encode() + body
 
 
-async def connect(at):
-    return await asyncio.wait_for(asyncio.open_connection(at.host, at.port, limit=1 << 16), 120)
+async def connect(at, is_bare=False):
+    tls = None if is_bare else at.tls
+    return await asyncio.wait_for(asyncio.open_connection(at.host, at.port, limit=1 << 16, ssl=tls), 120)
 
 
 async def head_of(reader):
@@ -183,7 +186,7 @@ async def stay_idle(at, counts, rng, until):
     await asyncio.sleep(5 * rng.random())
     while time.monotonic() < until:
         try:
-            reader, writer = await connect(at)
+            reader, writer = await connect(at, is_bare=rng.random() < 0.5)
         except CLOSED + (OSError,):
             counts["idle connections refused"] += 1
             await asyncio.sleep(1)
@@ -399,9 +402,17 @@ async def storm(at, args, pid):
 
 
 class At:
-    def __init__(self, url):
-        self.host, port = re.fullmatch(r"http://([\d.]+):(\d+)", url).groups()
-        self.port = int(port)
+    def __init__(self, url, tls):
+        self.host, port = re.fullmatch(r"https?://([\d.]+):(\d+)", url).groups()
+        self.port, self.tls = int(port), tls
+
+
+def certificate(folder):
+    """Flags of a server with a certificate made here, and what trusts it."""
+    cert, key = os.path.join(folder, "cert.pem"), os.path.join(folder, "key.pem")
+    subprocess.run(["openssl", "req", "-x509", "-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:prime256v1", "-nodes", "-days", "2", "-subj",
+                    "/CN=localhost", "-addext", "subjectAltName=IP:127.0.0.1", "-keyout", key, "-out", cert], check=True, capture_output=True)
+    return ["--tls-cert", cert, "--tls-key", key], ssl.create_default_context(cafile=cert)
 
 
 def main():
@@ -414,14 +425,21 @@ def main():
     parser.add_argument("--leaving", type=float, default=0.1, help="part of the clients that leave before the end")
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--csv", default="storm.csv")
+    parser.add_argument("--tls", action="store_true", help="over TLS")
     parser.add_argument("flags", nargs="*", help="the server's, after --")
     args = parser.parse_args()
     hard = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
     resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
-    server = subprocess.Popen([args.server, "--port", "0", *args.flags], stdout=subprocess.PIPE, text=True)
+    with tempfile.TemporaryDirectory() as folder:
+        flags, tls = certificate(folder) if args.tls else ([], None)
+        serve([*flags, *args.flags], tls, args)
+
+
+def serve(flags, tls, args):
+    server = subprocess.Popen([args.server, "--port", "0", *flags], stdout=subprocess.PIPE, text=True)
     try:
-        url = re.search(r"http://\S+", server.stdout.readline()).group()
-        asyncio.run(storm(At(url), args, server.pid))
+        url = re.search(r"https?://\S+", server.stdout.readline()).group()
+        asyncio.run(storm(At(url, tls), args, server.pid))
         draw(args.csv, os.path.splitext(args.csv)[0] + ".svg")
         begun = time.monotonic()
         server.send_signal(signal.SIGTERM)

@@ -142,7 +142,7 @@ impl<'a> Bench<'a> {
         // What is asked here is answered.
         for moment in [Moment::Prompts, Moment::Tokens] {
             let body = moment.request(0).unwrap_or_default();
-            ensure!(ask(port, &body)? == End::Finished, "a request without a signal has failed");
+            ensure!(ask(port, &body, HARD_LIMIT)? == End::Finished, "a request without a signal has failed");
         }
         bench.end(&mut job)?;
         Ok(bench)
@@ -181,7 +181,8 @@ impl<'a> Bench<'a> {
                 return Ok(false);
             }
             // Whatever is answered after the signal is answered without the rank: each step needs all.
-            if is_ready(port) && ask(port, &body)? == End::Finished {
+            // A rank 0 that is being stopped may still say that it is ready.
+            if is_ready(port) && matches!(ask(port, &body, DEADLINE), Ok(End::Finished)) {
                 return Ok(true);
             }
             ensure!(begun.elapsed() < HARD_LIMIT, "it hangs: {ended:?}; see {}", job.out.display());
@@ -274,25 +275,25 @@ impl<'a> Bench<'a> {
 /// Asks again and again until the signal has come; when and how the last request ended.
 fn keep_asking(port: u16, body: String, over: &AtomicBool) -> Result<(Instant, End)> {
     loop {
-        let end = ask(port, &body)?;
+        let end = ask(port, &body, HARD_LIMIT)?;
         if over.load(Ordering::Relaxed) || end != End::Finished {
             return Ok((Instant::now(), end));
         }
     }
 }
 
-fn connect(port: u16) -> std::io::Result<TcpStream> {
+/// A connection on which nothing is waited for longer than `patience`.
+fn connect(port: u16, patience: Duration) -> std::io::Result<TcpStream> {
     let stream = TcpStream::connect(("127.0.0.1", port))?;
-    stream.set_read_timeout(Some(HARD_LIMIT))?;
+    stream.set_read_timeout(Some(patience))?;
     Ok(stream)
 }
 
 /// Whether requests are taken.
 fn is_ready(port: u16) -> bool {
     let status = || -> std::io::Result<String> {
-        let mut stream = connect(port)?;
         // A process that is stopped takes connections and answers nothing.
-        stream.set_read_timeout(Some(Duration::from_secs(1)))?;
+        let mut stream = connect(port, Duration::from_secs(1))?;
         stream.write_all(b"GET /ready HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n")?;
         let mut text = String::new();
         stream.read_to_string(&mut text)?;
@@ -302,8 +303,8 @@ fn is_ready(port: u16) -> bool {
 }
 
 /// Sends a request for a stream of tokens and reads it to its end.
-fn ask(port: u16, body: &str) -> Result<End> {
-    let mut stream = match connect(port) {
+fn ask(port: u16, body: &str, patience: Duration) -> Result<End> {
+    let mut stream = match connect(port, patience) {
         Ok(stream) => stream,
         Err(error) if error.kind() == ErrorKind::ConnectionRefused => return Ok(End::Refused),
         Err(error) => return Err(error).context("cannot connect"),
@@ -362,12 +363,12 @@ mod tests {
             ("HTTP/1.1 503 Service Unavailable\r\n\r\n{\"error\": {}}", End::Told),
             ("HTTP/1.1 200 OK\r\n\r\ndata: {\"choices\": []}\n\n", End::Closed),
         ] {
-            assert_eq!(ask(answering(text), &body).unwrap(), want, "{text}");
+            assert_eq!(ask(answering(text), &body, HARD_LIMIT).unwrap(), want, "{text}");
         }
         assert!(is_ready(answering("HTTP/1.1 200 OK\r\n\r\n")));
         assert!(!is_ready(answering("HTTP/1.1 503 Service Unavailable\r\n\r\n")));
         let nobody = free_port().unwrap();
         assert!(!is_ready(nobody));
-        assert_eq!(ask(nobody, &body).unwrap(), End::Refused);
+        assert_eq!(ask(nobody, &body, HARD_LIMIT).unwrap(), End::Refused);
     }
 }
