@@ -18,6 +18,7 @@ pub mod families;
 mod fields;
 mod gguf;
 pub mod hf;
+mod integer_part;
 mod layer;
 mod layerwise;
 mod model;

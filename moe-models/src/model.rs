@@ -5,6 +5,7 @@ use crate::batch::{LossOutput, Pass, TokenBatch};
 use crate::families::{Family, ReadFamily};
 use crate::hf::quantization::{QuantizationConfig, read_config};
 use crate::hf::{self, Checkpoint, KeptPath};
+use crate::integer_part::IntegerPart;
 use crate::opened::Opened;
 use crate::params::{ParamSource, ParamTable};
 use crate::{Decoder, DecoderConfig, DropoutConfig, Error, ModelSource, Recompute, Result};
@@ -16,7 +17,7 @@ use std::borrow::Cow;
 use std::collections::HashSet;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
-use tracing::{debug, debug_span};
+use tracing::{debug, debug_span, warn};
 
 /// A model of family `F`, with its weights.
 #[derive(Debug)]
@@ -457,18 +458,11 @@ impl Decoder {
     }
 
     fn packed_over(opened: Opened, mesh: &Mesh) -> Result<Self> {
-        let Opened { family, checkpoint, forms, integers } = opened;
-        let dims = mesh.placement().dims();
-        if let Some(format) = integers.filter(|_| dims.tp > 1 || dims.expert_slices > 1) {
-            return Err(Error::Config(format!(
-                "tp and expert_slices must be 1 for matrices that are quantized ({format}), got {} and {}: a matrix of integers is \
-                 not divided over ranks; whole experts are (ep)",
-                dims.tp, dims.expert_slices
-            )));
-        }
+        let Opened { family, checkpoint, forms, .. } = opened;
         let config = family.decoder()?;
         let table = Arc::new(config.params());
         checkpoint.check(&table)?;
+        tell_of_cut_groups(&table, &checkpoint, mesh.placement());
         let source = ParamSource::checkpoint(table, Arc::new(checkpoint), mesh.placement());
         Self::over(config, source.builder(&Device::Cpu), Arc::new(KernelOps::packing(forms)), mesh)
     }
@@ -499,6 +493,23 @@ impl Decoder {
         let decoder = Self::new(config, source.builder(&Device::Cpu), Arc::new(ops))?;
         debug!(parameters, ?forms, "weights are packed");
         Ok(decoder)
+    }
+}
+
+/// Says how many matrices of integers a rank packs anew, because its part begins inside a group.
+fn tell_of_cut_groups(table: &ParamTable, checkpoint: &Checkpoint, placement: Placement) {
+    let Some(format) = checkpoint.integer_format() else { return };
+    let is_cut = |spec: &&ParamSpec| {
+        let expert = spec.is_stacked().then_some(0);
+        checkpoint.holds_integers(spec, expert) && IntegerPart::of(placement, spec, format).is_none()
+    };
+    let cut: Vec<&str> = table.specs().iter().filter(is_cut).map(|spec| spec.name.as_str()).collect();
+    if let Some(first) = cut.first() {
+        warn!(
+            "{} matrices ({first} is the first) are in {format}, and this rank's parts of them begin inside a group: they are packed anew, of \
+             what the integers stand for; with other numbers of ranks (tp, expert_slices) it may keep the integers",
+            cut.len()
+        );
     }
 }
 

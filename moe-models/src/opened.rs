@@ -16,7 +16,7 @@ pub(crate) struct Opened {
     pub(crate) checkpoint: Checkpoint,
     pub(crate) forms: PackedForms,
     /// Of matrices that are integers in the files, or become such.
-    pub(crate) integers: Option<QuantFormat>,
+    integers: Option<QuantFormat>,
 }
 
 impl Opened {

@@ -2,6 +2,7 @@
 //! candle's `VarBuilder`.
 
 use crate::hf::Checkpoint;
+use crate::integer_part::IntegerPart;
 use crate::{Error, Result};
 use candle_core::{DType, Device, Shape, Tensor, Var};
 use candle_nn::VarBuilder;
@@ -186,7 +187,15 @@ enum Stored {
 /// Where a matrix of integers is.
 enum IntegersAt<'a> {
     Given(&'a IntegerMatrix),
-    Files(&'a Checkpoint, &'a ParamSpec, Option<usize>),
+    Files { of: FileMatrix<'a>, part: IntegerPart },
+}
+
+/// A matrix in files: a parameter, or this expert of it.
+#[derive(Clone, Copy)]
+struct FileMatrix<'a> {
+    files: &'a Checkpoint,
+    spec: &'a ParamSpec,
+    expert: Option<usize>,
 }
 
 impl ParamSource {
@@ -199,51 +208,45 @@ impl ParamSource {
         if let Some(matrix) = self.integers.get(name) {
             return Some((IntegersAt::Given(matrix), stored));
         }
-        let (files, spec, expert) = self.whole_matrix(name)?;
-        files.holds_integers(spec, expert).then_some((IntegersAt::Files(files, spec, expert), stored))
+        let of = self.file_matrix(name)?;
+        let part = IntegerPart::of(self.placement, of.spec, of.files.integer_format()?)?;
+        of.files.holds_integers(of.spec, of.expert).then_some((IntegersAt::Files { of, part }, stored))
     }
 
-    /// The matrix in files that a name stands for, and which expert's it is there: experts are counted among those of this rank. None
-    /// where ranks split matrices: they take their parts of whole ones, in floats.
-    fn whole_matrix(&self, name: &str) -> Option<(&Checkpoint, &ParamSpec, Option<usize>)> {
+    /// The matrix in files that a name stands for: experts are counted among those of this rank.
+    fn file_matrix(&self, name: &str) -> Option<FileMatrix<'_>> {
         let Values::Files(files) = &self.values else { return None };
         let (spec, index) = self.table.find(name)?;
-        let inner = spec.shape.len().saturating_sub(2);
-        if self.placement.local_shape(spec)[inner..] != spec.shape[inner..] {
-            return None;
-        }
         let expert = match index {
             Some(index) => Some(self.placement.experts(spec.shape[0]).nth(index)?),
             None => None,
         };
-        Some((files, spec, expert))
+        Some(FileMatrix { files, spec, expert })
     }
 
-    /// Of which matrix in files a name asks for rows, and for which, if they can be had by themselves.
-    fn rows_of(&self, name: &str) -> Option<(&Checkpoint, &ParamSpec, Option<usize>, Range<usize>)> {
+    /// Of which matrix in files a name asks for rows, and for which, if they can be had by themselves. None where ranks split matrices:
+    /// they take their parts of whole ones.
+    fn rows_of(&self, name: &str) -> Option<(FileMatrix<'_>, Range<usize>)> {
         let (matrix, rows) = StoredRows::parse(name)?;
         if self.integers.contains_key(matrix) {
             return None;
         }
-        let (files, spec, expert) = self.whole_matrix(matrix)?;
-        files.has_rows(spec, expert).then_some((files, spec, expert, rows))
+        let of = self.file_matrix(matrix)?;
+        let inner = of.spec.shape.len().saturating_sub(2);
+        let is_whole = self.placement.local_shape(of.spec)[inner..] == of.spec.shape[inner..];
+        (is_whole && of.files.has_rows(of.spec, of.expert)).then_some((of, rows))
     }
 
     fn fetch_stored(at: &IntegersAt<'_>, stored: Stored, device: &Device) -> Result<Tensor> {
         let shape = match at {
             IntegersAt::Given(matrix) => matrix.shape(),
-            IntegersAt::Files(_, spec, _) => {
-                let &[.., out, inner] = spec.shape.as_slice() else {
-                    return Err(Error::Config(format!("{} is no matrix", spec.name)));
-                };
-                [out, inner]
-            }
+            IntegersAt::Files { part, .. } => part.shape(),
         };
         match stored {
             Stored::Integers => {
                 let integers = match at {
                     IntegersAt::Given(matrix) => matrix.integers().to_vec(),
-                    IntegersAt::Files(files, spec, expert) => files.integers_of(spec, *expert)?,
+                    IntegersAt::Files { of, part } => part.integers(of.files.integers_of(of.spec, of.expert)?),
                 };
                 let bytes = integers.into_iter().map(|q| (q as u8).wrapping_add(StoredIntegers::ZERO)).collect();
                 Ok(Tensor::from_vec(bytes, &shape, device)?)
@@ -251,7 +254,7 @@ impl ParamSource {
             Stored::Scales => {
                 let scales = match at {
                     IntegersAt::Given(matrix) => matrix.scales().to_vec(),
-                    IntegersAt::Files(files, spec, expert) => files.scales_of(spec, *expert)?,
+                    IntegersAt::Files { of, part } => part.scales(of.files.scales_of(of.spec, of.expert)?),
                 };
                 let groups = scales.len() / shape[0].max(1);
                 Ok(Tensor::from_vec(scales, (shape[0], groups), device)?)
@@ -282,8 +285,8 @@ impl SimpleBackend for ParamSource {
     }
 
     fn get_unchecked(&self, name: &str, dtype: DType, device: &Device) -> candle_core::Result<Tensor> {
-        if let Some((files, spec, expert, rows)) = self.rows_of(name) {
-            return files.rows(spec, expert, rows).map_err(candle_core::Error::wrap);
+        if let Some((of, rows)) = self.rows_of(name) {
+            return of.files.rows(of.spec, of.expert, rows).map_err(candle_core::Error::wrap);
         }
         let tensor = match self.stored(name) {
             Some((at, stored)) => Self::fetch_stored(&at, stored, device),

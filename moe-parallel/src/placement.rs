@@ -78,6 +78,14 @@ impl Placement {
         (0..pieces).map(|piece| piece * len + own.start..piece * len + own.end).collect()
     }
 
+    /// The indices along dimension `dim` of a parameter that are held here, in their order: all where no rank splits it.
+    pub fn held(&self, spec: &ParamSpec, dim: usize) -> Vec<Range<usize>> {
+        match spec.splits.iter().find(|split| split.dim == dim) {
+            Some(split) => self.ranges(spec, split),
+            None => std::iter::once(0..spec.shape.get(dim).copied().unwrap_or(0)).collect(),
+        }
+    }
+
     /// The experts of a stack that are held here.
     pub fn experts(&self, num_experts: usize) -> Range<usize> {
         let (index, parts) = self.expert(num_experts);

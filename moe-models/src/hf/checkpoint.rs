@@ -96,6 +96,11 @@ impl Checkpoint {
         self.files.unused(&used).map_or(Ok(()), Err)
     }
 
+    /// How matrices are stored that are there as integers, if some may be.
+    pub(crate) fn integer_format(&self) -> Option<QuantFormat> {
+        self.quantized
+    }
+
     /// Whether a parameter or one expert of it is there as integers, all of it.
     pub(crate) fn holds_integers(&self, spec: &ParamSpec, expert: Option<usize>) -> bool {
         let Some(format) = self.quantized.filter(|_| expert.is_none() || !self.is_whole(spec)) else { return false };
