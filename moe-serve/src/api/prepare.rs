@@ -8,7 +8,7 @@ use super::limits::{MAX_PROMPT_RECORDS, MAX_TOKENIZED_BYTES};
 use super::piece::Echo;
 use super::tool_request::ToolChoice;
 use crate::engine::{Grammar, Job, StopParams};
-use crate::text::{ChatMessage, GrammarSource, TextOptions, Tool, ToolFormat};
+use crate::text::{AfterThought, ChatMessage, GrammarSource, TextOptions, Tool, ToolFormat};
 use crate::{Error, Result, ServedModel};
 use serde_json::Value;
 use std::sync::Arc;
@@ -85,7 +85,7 @@ pub(super) fn chat(request: ChatRequest, model: &ServedModel, fresh_seed: u64) -
         other => other,
     })?;
     check_bytes(model, messages_field, prompt.len(), 0)?;
-    let opens_thought = model.chat.opens_thought(&prompt);
+    let (opens_thought, may_think) = (model.chat.opens_thought(&prompt), model.chat.may_think(&prompt));
     let prompts = vec![fitting(model, messages_field, model.encode_chat(&prompt)?, 1)?];
     let ends = ends(model, max_tokens, model.lm.max_seq_len());
     let format = model.chat.tool_format().filter(|format| format.always_reads() || !tools.tools.is_empty());
@@ -99,9 +99,15 @@ pub(super) fn chat(request: ChatRequest, model: &ServedModel, fresh_seed: u64) -
         }
         None => compile_wanted(model, common.grammar.as_ref())?,
     };
-    // What is held to a form or to calls from its first token on has no thought before that.
+    // An answer that is all form or calls is held to them once its thought is over.
     let is_held = has_form || tools.must_call();
-    let thinks = model.chat.thinks() && !is_held;
+    let thinks = if is_held { may_think } else { model.chat.thinks() };
+    let after_thought =
+        |form| AfterThought::new(form, Arc::clone(&model.tokenizer), &model.defaults.eos_token_ids, opens_thought);
+    let grammar = match grammar {
+        Some(form) if is_held && thinks => Some(Arc::new(after_thought(form)) as Arc<dyn Grammar>),
+        other => other,
+    };
     let mut shown_tokens = format.map(|format| format.markers(&model.tokenizer)).unwrap_or_default();
     if thinks {
         shown_tokens.extend(model.chat.thought_markers(&model.tokenizer));

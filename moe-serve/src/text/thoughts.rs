@@ -2,8 +2,8 @@
 
 use super::tools::{AnswerParser, AnswerPart};
 
-const OPEN: &str = "<think>";
-const CLOSE: &str = "</think>";
+pub(super) const OPEN: &str = "<think>";
+pub(super) const CLOSE: &str = "</think>";
 /// Where they are special tokens of a tokenizer, a text does not show them unasked.
 pub(super) const MARKERS: [&str; 2] = [OPEN, CLOSE];
 
@@ -15,6 +15,11 @@ pub(super) fn are_of_template(template: &str) -> bool {
 /// Whether an answer to this prompt begins inside a thought.
 pub(super) fn is_open_after(prompt: &str) -> bool {
     prompt.trim_end().ends_with(OPEN)
+}
+
+/// Whether a text ends with the end of a thought, but for white space.
+pub(super) fn is_closed_after(text: &[u8]) -> bool {
+    text.trim_ascii_end().ends_with(CLOSE.as_bytes())
 }
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]

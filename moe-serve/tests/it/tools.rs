@@ -297,9 +297,15 @@ fn thoughts_in_marks_are_told_apart() {
         streamed.events().iter().filter_map(|event| event["choices"][0]["delta"][field].as_str()).collect()
     };
     assert_eq!((of("reasoning_content").as_str(), of("content").as_str()), ("A cat is here.", "Yes, the cat."));
-    // What is held to a form has none, and templates without marks tell of none.
-    let held = json!({"structured_outputs": {"choice": ["the cat"]}});
-    assert_eq!(message(&opened, held), (Value::Null, json!("the cat"), false));
+    // What is held to a form is so after the thought that the prompt begins; where it begins none, and where no token does, from the
+    // first token on.
+    let choice = json!({"choice": ["the cat"]});
+    let held = json!({"structured_outputs": choice});
+    assert_eq!(message(&opened, held.clone()), (json!("A cat is here."), json!("the cat"), true));
+    let silent = json!({"structured_outputs": choice, "chat_template_kwargs": {"thinking": false}});
+    assert_eq!(message(&opened, silent), (Value::Null, json!("the cat"), false));
+    assert_eq!(message(&marked, held), (Value::Null, json!("the cat"), false));
+    // Templates without marks tell of none.
     let unmarked = that_says(&format!("the {answer}"), "{{ messages[0].content }}");
     let (thoughts, content, counted) = message(&unmarked, json!({}));
     assert!(

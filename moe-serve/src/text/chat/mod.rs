@@ -139,6 +139,11 @@ impl ChatTemplate {
         self.thinks && thoughts::is_open_after(prompt)
     }
 
+    /// Whether an answer to this prompt of the template may begin with a thought: not after one that is over.
+    pub fn may_think(&self, prompt: &str) -> bool {
+        self.thinks && !thoughts::is_closed_after(prompt.as_bytes())
+    }
+
     /// Special tokens that say where thoughts are.
     pub fn thought_markers(&self, tokenizer: &TextTokenizer) -> Vec<u32> {
         let ids = thoughts::MARKERS.iter().filter_map(|name| tokenizer.special_id(name));

@@ -1,0 +1,195 @@
+//! [`AfterThought`]: an answer that is held to a form, of a model that thinks before it answers.
+
+use super::thoughts;
+use super::tokenizer::TextTokenizer;
+use crate::Result;
+use crate::engine::{Grammar, GrammarState};
+use std::sync::Arc;
+
+/// Tokens of white space between a thought and its answer at most.
+const MOST_GAPS: usize = 2;
+
+/// A form that answers are held to once their thought is over. In the thought everything may be said but the end of the text.
+#[derive(Debug)]
+pub(crate) struct AfterThought {
+    form: Arc<dyn Grammar>,
+    tokens: Arc<Tokens>,
+    /// Whether the prompt has begun the thought.
+    is_open: bool,
+}
+
+/// What a tokenizer has for thoughts. Sets have a bit for each token, as a [`GrammarState`]'s.
+#[derive(Debug)]
+struct Tokens {
+    tokenizer: Arc<TextTokenizer>,
+    /// The token that begins a thought, if one does.
+    open: Option<u32>,
+    /// Those of line breaks alone.
+    gaps: Vec<u32>,
+    /// All but those that end a text.
+    free: Vec<u32>,
+}
+
+fn set(words: &mut [u32], id: u32, value: bool) {
+    if let Some(word) = words.get_mut(id as usize / 32) {
+        *word = *word & !(1 << (id % 32)) | u32::from(value) << (id % 32);
+    }
+}
+
+impl AfterThought {
+    /// `form` after a thought, which the prompt has begun if `is_open`; else the model begins one, or none.
+    pub(crate) fn new(
+        form: Arc<dyn Grammar>,
+        tokenizer: Arc<TextTokenizer>,
+        eos_token_ids: &[u32],
+        is_open: bool,
+    ) -> Self {
+        let num_tokens = tokenizer.num_tokens() as u32;
+        let mut free = vec![0; num_tokens.div_ceil(32) as usize];
+        (0..num_tokens).for_each(|id| set(&mut free, id, true));
+        eos_token_ids.iter().for_each(|&id| set(&mut free, id, false));
+        let is_gap = |id: &u32| matches!(tokenizer.bytes(*id), b"\n" | b"\n\n");
+        let gaps = (0..num_tokens).filter(is_gap).collect();
+        let open = tokenizer.id_of(thoughts::OPEN);
+        Self { form, tokens: Arc::new(Tokens { tokenizer, open, gaps, free }), is_open }
+    }
+}
+
+impl Grammar for AfterThought {
+    fn start(&self) -> Box<dyn GrammarState> {
+        let place = if self.is_open { Place::Thought { end: Vec::new() } } else { Place::Beginning };
+        Box::new(Thinking { form: self.form.start(), tokens: Arc::clone(&self.tokens), place })
+    }
+}
+
+#[derive(Debug)]
+enum Place {
+    /// Before a thought, if there is one.
+    Beginning,
+    /// In it; `end` is as much of its text as a mark may still begin in.
+    Thought {
+        end: Vec<u8>,
+    },
+    /// After it, with so many tokens of white space.
+    Gap(usize),
+    Answer,
+}
+
+/// One answer's way through its thought and form.
+#[derive(Debug)]
+struct Thinking {
+    /// Before its first token until the answer begins.
+    form: Box<dyn GrammarState>,
+    tokens: Arc<Tokens>,
+    place: Place,
+}
+
+impl GrammarState for Thinking {
+    fn allowed(&self) -> Result<Vec<u32>> {
+        let others: &[u32] = match self.place {
+            Place::Thought { .. } => return Ok(self.tokens.free.clone()),
+            Place::Beginning => self.tokens.open.as_slice(),
+            Place::Gap(gaps) if gaps < MOST_GAPS => &self.tokens.gaps,
+            Place::Gap(_) | Place::Answer => &[],
+        };
+        let mut allowed = self.form.allowed()?;
+        others.iter().for_each(|&id| set(&mut allowed, id, true));
+        Ok(allowed)
+    }
+
+    fn push(&mut self, token_id: u32) -> Result<()> {
+        match &mut self.place {
+            Place::Beginning if self.tokens.open == Some(token_id) => {
+                self.place = Place::Thought { end: Vec::new() };
+            }
+            Place::Thought { end } => {
+                end.extend(self.tokens.tokenizer.shown_bytes(token_id));
+                if thoughts::is_closed_after(end) {
+                    self.place = Place::Gap(0);
+                } else {
+                    // White space may follow the mark in its token, and stays beside it here.
+                    end.drain(..end.len().saturating_sub(thoughts::CLOSE.len()));
+                }
+            }
+            Place::Gap(gaps) if *gaps < MOST_GAPS && self.tokens.gaps.contains(&token_id) => *gaps += 1,
+            Place::Beginning | Place::Gap(_) | Place::Answer => {
+                self.place = Place::Answer;
+                return self.form.push(token_id);
+            }
+        }
+        Ok(())
+    }
+
+    fn is_complete(&self) -> bool {
+        matches!(self.place, Place::Answer) && self.form.is_complete()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::text::{GrammarSource, Grammars};
+    use tokenizers::models::TrainerWrapper;
+    use tokenizers::models::bpe::{BPE, BpeTrainer};
+    use tokenizers::pre_tokenizers::byte_level::ByteLevel;
+    use tokenizers::{AddedToken, Tokenizer};
+
+    /// The end of text, token 0, these tokens, and one token per byte.
+    fn tokenizer(marks: &[&str]) -> Arc<TextTokenizer> {
+        let special = ["<end>"].iter().chain(marks).map(|mark| AddedToken::from(*mark, true)).collect::<Vec<_>>();
+        let mut trainer: TrainerWrapper = BpeTrainer::builder()
+            .vocab_size(256 + special.len())
+            .show_progress(false)
+            .initial_alphabet(ByteLevel::alphabet().into_iter().collect())
+            .special_tokens(special)
+            .build()
+            .into();
+        let mut inner = Tokenizer::new(BPE::default());
+        inner.with_pre_tokenizer(Some(ByteLevel::new(false, true, true)));
+        inner.with_decoder(Some(ByteLevel::default()));
+        inner.train(&mut trainer, ["a"].into_iter()).expect("trains on nothing much");
+        Arc::new(TextTokenizer::new(inner, 300).expect("byte-level"))
+    }
+
+    /// How much of a text an answer may say, and whether it is then whole.
+    fn said(marks: &[&str], is_open: bool, text: &str) -> (usize, bool) {
+        let tokenizer = tokenizer(marks);
+        let form = Grammars::new(&tokenizer, &[0]).expect("works").compile(&GrammarSource::Choice(vec!["no".into()]));
+        let grammar = AfterThought::new(form.expect("compiles"), Arc::clone(&tokenizer), &[0], is_open);
+        let (mut state, mut bytes) = (grammar.start(), 0);
+        let may = |state: &dyn GrammarState, id: u32| {
+            state.allowed().expect("goes on").get(id as usize / 32).is_some_and(|word| word >> (id % 32) & 1 == 1)
+        };
+        for id in tokenizer.encode(text).expect("encodes") {
+            if !may(&*state, id) {
+                break;
+            }
+            assert!(!state.is_complete());
+            state.push(id).expect("was allowed");
+            bytes += tokenizer.shown_bytes(id).len();
+        }
+        assert_eq!(may(&*state, 0), state.is_complete(), "an end is an end of the form");
+        (bytes, state.is_complete())
+    }
+
+    #[test]
+    fn answers_are_held_to_their_form_after_a_thought() {
+        let both = ["<think>", "</think>"];
+        for (marks, is_open, text, want) in [
+            // Without a thought; with one, and white space of two tokens after it; a third is too much.
+            (both.as_slice(), false, "no", (2, true)),
+            (&both, false, "<think>Is it? </thin k></think>\n\nno", (35, true)),
+            (&both, false, "<think></think>\n\n\nno", (17, false)),
+            (&both, false, "yes", (0, false)),
+            (&both, false, "<think>yes</think>yes", (18, false)),
+            // One after the other, neither a second thought.
+            (&both, false, "<think>x</think><think>", (16, false)),
+            (&both, true, "Hm.</think>no", (13, true)),
+            // Marks of several tokens: a prompt's thought ends, but none begins.
+            (&[], true, "Hm.</think>\nno", (14, true)),
+            (&[], false, "<think>", (0, false)),
+        ] {
+            assert_eq!(said(marks, is_open, text), want, "{marks:?} {text}");
+        }
+    }
+}
