@@ -52,8 +52,21 @@ fn refuse_parts(dir: &Path) -> Result<()> {
     }
 }
 
+/// Refuses a folder with an adapter, without which the model would not be the one that is meant.
+fn refuse_adapters(dir: &Path) -> Result<()> {
+    let path = dir.join("adapter_config.json");
+    match path.exists() {
+        true => Err(Error::format(
+            path,
+            "adapters (LoRA) are not implemented: merge this one into the model it was made for, or take it out of the folder",
+        )),
+        false => Ok(()),
+    }
+}
+
 /// `model.safetensors`, or, where that is not there, the shards that `model.safetensors.index.json` names: as transformers has it.
 pub(crate) fn weight_files(dir: &Path) -> Result<Vec<PathBuf>> {
+    refuse_adapters(dir)?;
     let (file, index_path) = (dir.join(WEIGHTS_FILE), dir.join(WEIGHTS_INDEX));
     if file.exists() || !index_path.exists() {
         refuse_parts(dir)?;

@@ -122,11 +122,31 @@ fn broken_indexes_are_refused() {
     std::fs::write(&index, &good).unwrap();
     let shard = |f: &std::fs::DirEntry| f.file_name().to_string_lossy().starts_with("model-00002-of");
     let second = std::fs::read_dir(dir.path()).unwrap().map(|f| f.unwrap()).find(shard).unwrap().path();
+    // A shard more, that holds tensors of another.
+    std::fs::copy(&second, dir.path().join("again.safetensors")).unwrap();
+    std::fs::write(
+        &index,
+        good.replacen("\"weight_map\": {", "\"weight_map\": {\"experts.0.w\": \"again.safetensors\",", 1),
+    )
+    .unwrap();
+    let twice = Gpt::load(dir.path(), &Device::Cpu).unwrap_err().to_string();
+    assert!(twice.contains("is in two files"), "{twice}");
+    std::fs::write(&index, &good).unwrap();
     std::fs::remove_file(&second).unwrap();
     assert!(
         Gpt::load(dir.path(), &Device::Cpu).unwrap_err().to_string().contains("model-00002-of"),
         "a shard is missing"
     );
+}
+
+#[test]
+fn an_adapter_in_the_folder_is_refused() {
+    let dir = tempfile::tempdir().unwrap();
+    model().save(dir.path(), DType::F32).unwrap();
+    Gpt::load(dir.path(), &Device::Cpu).unwrap();
+    std::fs::write(dir.path().join("adapter_config.json"), "{}").unwrap();
+    let text = Gpt::load(dir.path(), &Device::Cpu).unwrap_err().to_string();
+    assert!(text.contains("adapter_config.json: adapters (LoRA) are not implemented"), "{text}");
 }
 
 #[test]
