@@ -3,7 +3,7 @@
 use super::load::ModelArgs;
 use crate::ServedModel;
 use crate::engine::{Engine, FinishReason, Job, SamplingParams, StopParams};
-use crate::text::{Event, TextListener, TextOptions};
+use crate::text::{AnswerParser, AnswerPart, Event, TextListener, TextOptions, ThoughtParser};
 use anyhow::{Context, bail, ensure};
 use std::io::Write;
 use std::sync::Arc;
@@ -17,7 +17,7 @@ pub struct GenerateArgs {
     /// Text to continue.
     #[arg(long)]
     prompt: String,
-    /// Treats the prompt as a message and answers it.
+    /// Treats the prompt as a message and answers it; what the model thinks before goes to standard error.
     #[arg(long)]
     chat: bool,
     /// Tokens to generate at most; by default what the model's generation_config.json says, or its context leaves.
@@ -55,19 +55,22 @@ impl GenerateArgs {
         let model = self.model.load(None)?;
         let sampling = self.sampling(&model.defaults.sampling)?;
         let text = self.text_options(&model);
-        let job = self.job(&model, sampling)?;
+        let prompt = if self.chat { model.chat_prompt(&self.prompt)? } else { self.prompt.clone() };
+        let reader = if self.chat { reader(&model, &prompt) } else { None };
+        let mut printer = Printer::new(reader, std::io::stdout(), std::io::stderr());
+        let job = self.job(&model, &prompt, sampling)?;
         let (listener, mut events) = TextListener::new(model.tokenizer.clone(), text);
         let engine = Engine::start(model.lm.clone(), model.engine_config(), Arc::new(()))?;
         engine.submit(job, Box::new(listener), events.cancel_flag())?;
-        let mut out = std::io::stdout().lock();
         if !self.chat {
-            write!(out, "{}", self.prompt)?;
+            printer.print(vec![AnswerPart::Text(prompt)])?;
         }
         loop {
             match events.blocking_next() {
-                Event::Token { token, .. } => write!(out, "{}", token.text)?,
+                Event::Token { token, .. } => printer.read(token.text)?,
                 Event::Finished { text, reason, .. } => {
-                    writeln!(out, "{text}")?;
+                    printer.read(text)?;
+                    printer.finish()?;
                     if reason == FinishReason::Length {
                         tracing::info!("ended by length; --max-tokens or the model's context is reached");
                     }
@@ -75,7 +78,6 @@ impl GenerateArgs {
                 Event::Done(result) => return Ok(result?),
                 Event::Prompt { .. } | Event::Experts { .. } => {}
             }
-            out.flush()?;
         }
     }
 
@@ -112,15 +114,17 @@ impl GenerateArgs {
         let chat_stops = if self.chat { model.chat.stop_strings() } else { Vec::new() };
         let stops = self.stop.iter().chain(&model.defaults.stop_strings).cloned().chain(chat_stops).collect();
         let min_tokens = model.defaults.min_new_tokens;
-        TextOptions { stops, min_tokens, trim_start: self.chat && model.chat.trims_start(), ..TextOptions::default() }
+        // What tells a thought from the answer after it is read here.
+        let format = model.chat.tool_format().filter(|format| self.chat && format.always_reads());
+        let mut shown_tokens = format.map(|format| format.markers(&model.tokenizer)).unwrap_or_default();
+        if self.chat {
+            shown_tokens.extend(model.chat.thought_markers(&model.tokenizer));
+        }
+        TextOptions { stops, min_tokens, trim_start: self.chat && model.chat.trims_start(), shown_tokens }
     }
 
-    fn job(&self, model: &ServedModel, sampling: SamplingParams) -> anyhow::Result<Job> {
-        let mut prompt = if self.chat {
-            model.encode_chat(&model.chat_prompt(&self.prompt)?)?
-        } else {
-            model.tokenizer.encode(&self.prompt)?
-        };
+    fn job(&self, model: &ServedModel, prompt: &str, sampling: SamplingParams) -> anyhow::Result<Job> {
+        let mut prompt = if self.chat { model.encode_chat(prompt)? } else { model.tokenizer.encode(prompt)? };
         if prompt.is_empty() {
             prompt.push(model.first_token().context("--prompt is empty, and this model has no token to begin with")?);
         }
@@ -135,6 +139,86 @@ impl GenerateArgs {
     }
 }
 
+/// What tells a thought from the answer after it, in answers of a model that may think.
+fn reader(model: &ServedModel, prompt: &str) -> Option<Box<dyn AnswerParser>> {
+    let format = model.chat.tool_format().filter(|format| format.always_reads());
+    let answer = format.map(|format| format.parser(&[]));
+    match model.chat.thinks() {
+        true => Some(Box::new(ThoughtParser::new(model.chat.opens_thought(prompt), answer))),
+        false => answer,
+    }
+}
+
+/// Prints an answer as it comes, and what was thought before it elsewhere.
+struct Printer<O, T> {
+    reader: Option<Box<dyn AnswerParser>>,
+    answers: O,
+    thoughts: T,
+    /// Whether a thought was printed last, whose line is not over.
+    in_thought: bool,
+}
+
+impl<O: Write, T: Write> Printer<O, T> {
+    fn new(reader: Option<Box<dyn AnswerParser>>, answers: O, thoughts: T) -> Self {
+        Self { reader, answers, thoughts, in_thought: false }
+    }
+
+    fn read(&mut self, text: String) -> std::io::Result<()> {
+        let parts = match &mut self.reader {
+            Some(reader) => reader.push(&text),
+            None => vec![AnswerPart::Text(text)],
+        };
+        self.print(parts)
+    }
+
+    fn finish(&mut self) -> std::io::Result<()> {
+        let rest = self.reader.as_mut().map(|reader| reader.finish()).unwrap_or_default();
+        self.print(rest)?;
+        self.print(vec![AnswerPart::Text("\n".into())])
+    }
+
+    fn print(&mut self, parts: Vec<AnswerPart>) -> std::io::Result<()> {
+        for part in parts {
+            let is_thought = matches!(part, AnswerPart::Reasoning(_));
+            if self.in_thought && !is_thought {
+                writeln!(self.thoughts)?;
+            }
+            self.in_thought = is_thought;
+            match part {
+                AnswerPart::Reasoning(text) => write!(self.thoughts, "{text}")?,
+                // No tools were offered: a call is text.
+                AnswerPart::Text(text) | AnswerPart::Call(text) | AnswerPart::Arguments(text) => {
+                    write!(self.answers, "{text}")?;
+                }
+            }
+        }
+        self.thoughts.flush()?;
+        self.answers.flush()
+    }
+}
+
 fn clock_seed() -> u64 {
     SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |elapsed| elapsed.as_nanos() as u64)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn thoughts_go_elsewhere_on_a_line_of_their_own() {
+        for (reader, want) in [
+            (Some(Box::new(ThoughtParser::new(false, None)) as Box<dyn AnswerParser>), ("Yes.\n", "Is it? It is.\n")),
+            (None, ("<think>Is it? It is.</think>\n\nYes.\n", "")),
+        ] {
+            let mut printer = Printer::new(reader, Vec::new(), Vec::new());
+            for text in ["<thi", "nk>Is it?", " It is.</think>", "\n\nYes", "."] {
+                printer.read(text.into()).expect("prints");
+            }
+            printer.finish().expect("prints");
+            let printed =
+                [&printer.answers, &printer.thoughts].map(|bytes| String::from_utf8_lossy(bytes).into_owned());
+            assert_eq!([printed[0].as_str(), &printed[1]], [want.0, want.1]);
+        }
+    }
 }
