@@ -53,11 +53,14 @@ struct ReplicaPages {
 }
 
 impl ReplicaPages {
-    /// Whether `count` pages can be had, by giving up what is only kept.
+    /// Whether `count` pages can be had, by giving up what is only kept; nothing of that is given up where it would not do.
     fn has(&mut self, count: usize) -> bool {
-        let available = self.pages.free().saturating_sub(self.promised);
-        if let (Some(prefix), true) = (&mut self.prefix, available < count) {
-            prefix.evict(count - available);
+        let missing = count.saturating_sub(self.pages.free().saturating_sub(self.promised));
+        if let Some(prefix) = &mut self.prefix
+            && missing > 0
+            && prefix.idle_pages() >= missing
+        {
+            prefix.evict(missing);
         }
         self.pages.free() >= count + self.promised
     }

@@ -239,6 +239,23 @@ fn sequences_are_spread_over_replicas() {
 }
 
 #[test]
+fn what_is_kept_stays_where_giving_it_up_would_not_do() {
+    let mut bench = Bench::new(SchedulingConfig { prefix_caching: true, ..config(64, 8) }, &[8, 8]);
+    bench.add(0, 0, prompt(0, 9));
+    bench.add(1, 0, prompt(1, 9));
+    bench.step();
+    bench.scheduler.remove_job(1);
+    bench.add(2, 0, prompt(2, 9));
+    assert_eq!(bench.step(), [(0, 1, 0), (2, 9, 0)]);
+    assert_eq!((bench.pages[0].free(), bench.pages[1].free()), (5, 3), "two pages of the second are only kept");
+    bench.add(3, 0, prompt(3, 25));
+    assert_eq!(bench.step(), [(0, 1, 0), (2, 1, 0)], "seven pages are nowhere to be had");
+    assert_eq!((bench.pages[0].free(), bench.pages[1].free()), (5, 3));
+    bench.scheduler.remove_job(2);
+    assert_eq!(bench.step(), [(0, 1, 0), (3, 25, 0)]);
+}
+
+#[test]
 fn guesses_leave_each_its_token_and_its_pages() {
     let speculation = SpeculationConfig { num_tokens: 5, min_ngram: 1, max_ngram: 2 };
     let mut bench = Bench::new(SchedulingConfig { speculation, ..config(4, 3) }, &[100]);
