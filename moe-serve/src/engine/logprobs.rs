@@ -1,5 +1,7 @@
 //! Log-probabilities as the model gives them, before bias, penalties and temperature.
 
+use moe_kernels::log_sum_exp;
+
 /// A token and the natural logarithm of its probability.
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub struct TokenLogprob {
@@ -28,24 +30,24 @@ impl TokenLogprobs {
     }
 }
 
-fn log_sum_exp(logits: &[f32]) -> f64 {
-    let max = f64::from(logits.iter().copied().fold(f32::NEG_INFINITY, f32::max));
-    max + logits.iter().map(|&x| (f64::from(x) - max).exp()).sum::<f64>().ln()
-}
-
-/// The `count` largest entries' indices, largest first, lower index first among equals.
+/// The `count` largest entries' indices, largest first, lower index first among equals. For a few of many.
 fn top_ids(logits: &[f32], count: usize) -> Vec<usize> {
+    let mut top: Vec<usize> = Vec::with_capacity(count.min(logits.len()) + 1);
     if count == 0 {
-        return Vec::new();
+        return top;
     }
-    let mut ids: Vec<usize> = (0..logits.len()).collect();
-    let by_logit = |a: &usize, b: &usize| logits[*b].total_cmp(&logits[*a]).then(a.cmp(b));
-    if count < ids.len() {
-        ids.select_nth_unstable_by(count - 1, by_logit);
-        ids.truncate(count);
+    let mut least = f32::NEG_INFINITY;
+    for (id, logit) in logits.iter().enumerate() {
+        // An equal one that comes later is no better.
+        if top.len() == count && logit.total_cmp(&least).is_le() {
+            continue;
+        }
+        let place = top.partition_point(|&better| logits[better].total_cmp(logit).is_ge());
+        top.insert(place, id);
+        top.truncate(count);
+        least = top.last().map_or(least, |&id| logits[id]);
     }
-    ids.sort_unstable_by(by_logit);
-    ids
+    top
 }
 
 #[cfg(test)]
@@ -60,6 +62,20 @@ mod tests {
         assert!((got.token.logprob - 0.125f32.ln()).abs() < 1e-6);
         assert_eq!(got.top.iter().map(|t| t.token_id).collect::<Vec<_>>(), [2, 1]);
         assert!((got.top[0].logprob - 0.625f32.ln()).abs() < 1e-6);
+    }
+
+    #[test]
+    fn the_likeliest_are_those_that_sorting_finds() {
+        let mut rng = moe_core::CounterRng::new(5, 0);
+        for len in [1, 7, 300] {
+            // Many are equal.
+            let logits: Vec<f32> = (0..len).map(|_| rng.below(40) as f32 - 20.0).collect();
+            let mut sorted: Vec<usize> = (0..len).collect();
+            sorted.sort_by(|a, b| logits[*b].total_cmp(&logits[*a]));
+            for count in [0, 1, 5, 20] {
+                assert_eq!(top_ids(&logits, count), sorted[..count.min(len)], "{count} of {len}");
+            }
+        }
     }
 
     #[test]
