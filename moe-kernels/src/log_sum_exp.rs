@@ -19,9 +19,14 @@ fn on(isa: Isa, values: &[f32]) -> f64 {
         return f64::NEG_INFINITY;
     }
     let (max, sum) = vectorize!(isa, (values: &[f32]) -> (f32, f64) {
-        let max = row_max(values);
-        let of_run = |run: &[f32]| f64::from(host::sum_by(run.len(), |i| (run[i] - max).exp_()));
-        (max, values.chunks(RUN).map(of_run).sum())
+        let (max, mut exponentials, mut sum) = (row_max(values), [0.0f32; RUN], 0.0);
+        for run in values.chunks(RUN) {
+            for (to, value) in exponentials.iter_mut().zip(run) {
+                *to = (*value - max).exp_();
+            }
+            sum += f64::from(host::sum_by(run.len(), |i| exponentials[i]));
+        }
+        (max, sum)
     });
     f64::from(max) + sum.ln()
 }
