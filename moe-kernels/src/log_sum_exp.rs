@@ -8,8 +8,8 @@ use moe_core::ops::host::{self, Real};
 /// Values whose exponentials are added in f32; the sums of such runs are added in f64.
 const RUN: usize = 1024;
 
-/// The natural logarithm of the sum of the exponentials, with those of the training loss: the same bits on every instruction set. Minus
-/// infinity for no values; NaN if one is NaN, or plus infinity.
+/// The natural logarithm of the sum of the exponentials, those that the training loss is computed with: the same bits on every
+/// instruction set. Minus infinity for no values; NaN if one is NaN or plus infinity, or all are minus infinity.
 pub fn log_sum_exp(values: &[f32]) -> f64 {
     on(select::current(), values)
 }

@@ -81,12 +81,13 @@ mod tests {
     #[test]
     fn parts_stand_for_the_parts_of_the_floats() {
         let weights: Vec<f32> = (0..12 * 200).map(|i| (i * 37 % 101) as f32 - 50.0).collect();
-        // Three equal parts of rows, each split; columns; columns of which the last are no whole group; groups of 64.
+        // Three equal parts of rows, each split; columns, of one and of several parts; the last of which are no whole group.
         let cases = [
             ([12, 200], 0, 3, [1, 2, 4].as_slice()),
             ([12, 192], 1, 1, &[1, 2, 3]),
             ([12, 192], 1, 3, &[2]),
-            ([12, 72], 1, 1, &[1]),
+            ([12, 72], 1, 1, &[1, 2]),
+            ([3, 160], 1, 1, &[2]),
             ([24, 100], 0, 1, &[2, 5]),
         ];
         for (shape, dim, parts, ranks) in cases {
@@ -99,7 +100,11 @@ mod tests {
                     for rank in 0..ranks {
                         let placement = Placement::new(ParallelDims::new(1, ranks, 1, 1), rank).unwrap();
                         let want = placement.local(&spec, floats.clone()).unwrap();
-                        let part = IntegerPart::of(placement, &spec, format).unwrap();
+                        let Some(part) = IntegerPart::of(placement, &spec, format) else {
+                            // The second half of 72 or 160 columns begins inside a group of 32.
+                            assert!(format == INT4 && rank == 1 && dim == 1 && shape[1] % 64 != 0);
+                            continue;
+                        };
                         assert_eq!(part.shape().as_slice(), want.dims());
                         let integers = part.integers(matrix.integers().to_vec());
                         let scales = part.scales(matrix.scales().to_vec());

@@ -10,7 +10,7 @@ use crate::opened::Opened;
 use crate::params::{ParamSource, ParamTable};
 use crate::{Decoder, DecoderConfig, DropoutConfig, Error, ModelSource, Recompute, Result};
 use candle_core::{DType, Device, Tensor, Var};
-use moe_core::{CandleOps, Ops, ParamSpec};
+use moe_core::{CandleOps, Ops, ParamSpec, WeightUse};
 use moe_kernels::{KeptWeights, KernelOps, PackedForms, Precision};
 use moe_parallel::{Mesh, Placement};
 use std::borrow::Cow;
@@ -462,7 +462,7 @@ impl Decoder {
         let config = family.decoder()?;
         let table = Arc::new(config.params());
         checkpoint.check(&table)?;
-        tell_of_cut_groups(&table, &checkpoint, mesh.placement());
+        tell_of_cut_groups(&table, &checkpoint, mesh.placement(), &forms);
         let source = ParamSource::checkpoint(table, Arc::new(checkpoint), mesh.placement());
         Self::over(config, source.builder(&Device::Cpu), Arc::new(KernelOps::packing(forms)), mesh)
     }
@@ -496,8 +496,8 @@ impl Decoder {
     }
 }
 
-/// Says how many matrices of integers a rank packs anew, because its part begins inside a group.
-fn tell_of_cut_groups(table: &ParamTable, checkpoint: &Checkpoint, placement: Placement) {
+/// Says how many matrices of integers a rank has in another form, because its part begins inside a group.
+fn tell_of_cut_groups(table: &ParamTable, checkpoint: &Checkpoint, placement: Placement, forms: &PackedForms) {
     let Some(format) = checkpoint.integer_format() else { return };
     let is_cut = |spec: &&ParamSpec| {
         let expert = spec.is_stacked().then_some(0);
@@ -506,9 +506,10 @@ fn tell_of_cut_groups(table: &ParamTable, checkpoint: &Checkpoint, placement: Pl
     let cut: Vec<&str> = table.specs().iter().filter(is_cut).map(|spec| spec.name.as_str()).collect();
     if let Some(first) = cut.first() {
         warn!(
-            "{} matrices ({first} is the first) are in {format}, and this rank's parts of them begin inside a group: they are packed anew, of \
-             what the integers stand for; with other numbers of ranks (tp, expert_slices) it may keep the integers",
-            cut.len()
+            "{} matrices ({first} is the first) are in {format}, and this rank's parts of them begin inside a group: what the integers \
+             stand for is kept in {} instead; with other numbers of ranks (tp, expert_slices) the integers may be",
+            cut.len(),
+            forms.of(WeightUse::Product)
         );
     }
 }

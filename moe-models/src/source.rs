@@ -2,7 +2,7 @@
 
 use crate::gguf::GgufModel;
 use crate::hf::quantization::{QuantizationConfig, read_config};
-use crate::hf::{Checkpoint, weight_files};
+use crate::hf::{Checkpoint, refuse_adapters, weight_files};
 use crate::train::tokenizer;
 use crate::{Error, Family, ReadFamily, Result};
 use std::path::{Path, PathBuf};
@@ -109,10 +109,13 @@ impl ModelSource {
     /// for.
     ///
     /// # Errors
-    /// [`Error::Io`] or [`Error::Format`].
+    /// [`Error::Io`] or [`Error::Format`]; for a folder with an adapter too.
     pub fn family<F: ReadFamily>(&self) -> Result<(F, Option<QuantizationConfig>)> {
         match &self.0 {
-            Kind::Folder(_) => read_config(&self.required("config.json")?, &self.config_path()),
+            Kind::Folder(dir) => {
+                refuse_adapters(dir)?;
+                read_config(&self.required("config.json")?, &self.config_path())
+            }
             Kind::Gguf(model) => Ok((model.family()?, None)),
         }
     }

@@ -2,7 +2,7 @@
 
 use crate::engine::{EngineConfig, SchedulingConfig};
 use crate::generation_config::GenerationDefaults;
-use crate::text::{ChatMessage, ChatTemplate, Grammars, TextTokenizer};
+use crate::text::{ChatMessage, ChatTemplate, Grammars, TextTokenizer, ThoughtTokens};
 use crate::{Error, Result};
 use moe_models::{CausalLm, Decoder, Kept, ModelSource, PackedForms};
 use moe_parallel::Mesh;
@@ -39,6 +39,8 @@ pub struct ServedModel {
     pub defaults: GenerationDefaults,
     /// Made when the first request asks for a form.
     grammars: OnceLock<Grammars>,
+    /// Made when the first request asks for a form after a thought.
+    thought_tokens: OnceLock<Arc<ThoughtTokens>>,
 }
 
 impl std::fmt::Debug for ServedModel {
@@ -75,8 +77,8 @@ impl ServedModel {
                 format!("or config.json names token {id}, but tokenizer.json has only {num_tokens} tokens"),
             ));
         }
-        let grammars = OnceLock::new();
-        Ok(Self { name: name.into(), lm, tokenizer: Arc::new(tokenizer), chat, defaults, grammars })
+        let (grammars, thought_tokens) = (OnceLock::new(), OnceLock::new());
+        Ok(Self { name: name.into(), lm, tokenizer: Arc::new(tokenizer), chat, defaults, grammars, thought_tokens })
     }
 
     /// Loads `config.json`, `model.safetensors` and `tokenizer.json` of a folder, with weights in `forms` (one [`moe_models::Precision`],
@@ -185,6 +187,12 @@ impl ServedModel {
         }
         let grammars = Grammars::new(&self.tokenizer, &self.defaults.eos_token_ids)?;
         Ok(self.grammars.get_or_init(|| grammars))
+    }
+
+    /// What this model's tokenizer has for thoughts.
+    pub(crate) fn thought_tokens(&self) -> Arc<ThoughtTokens> {
+        let make = || Arc::new(ThoughtTokens::new(Arc::clone(&self.tokenizer), &self.defaults.eos_token_ids));
+        Arc::clone(self.thought_tokens.get_or_init(make))
     }
 
     /// What stands in for an empty prompt: the beginning-of-sequence token, or else the end of the text before.

@@ -140,8 +140,9 @@ pub(super) struct PackedPages<'a> {
 }
 
 /// Bytes of all sequences' keys and values in a layer above which they come from memory: what a second-level cache holds. Tests reach
-/// both. (Two Zen 4 cores, 7 layers of 5 heads of 32 columns, 160 tokens, where every page is fetched before it is needed: reading for
-/// 32 sequences takes 0.67 instead of 1.0 ms of a step of 2.1; a step of one, all in the cache, is 4 % slower. 2026-11-27.)
+/// both. (Two Zen 4 cores, 7 layers of 5 heads of 32 columns, 160 tokens: fetching takes reading for 32 sequences from 1.0 to 0.67 ms of a
+/// step of 2.1; a step of one sequence, whose pages are in the cache, it would slow down by 4 %. `moe-serve bench offline --phases`,
+/// 2026-11-27, b9e856d.)
 const FAR: usize = if cfg!(test) { 16 << 10 } else { 1 << 20 };
 
 impl<'a> PackedPages<'a> {

@@ -72,6 +72,12 @@ impl PrefixCache {
         self.nodes.values().filter(|node| Arc::strong_count(&node.page) == 1).count()
     }
 
+    /// Whether there are so many of them.
+    pub fn has_idle(&self, count: usize) -> bool {
+        let idle = self.nodes.values().filter(|node| Arc::strong_count(&node.page) == 1);
+        count <= self.nodes.len() && idle.take(count).count() == count
+    }
+
     /// A sequence of the longest kept beginning of `token_ids`. `salt` is what keys and values depend on beside the tokens: the
     /// sequence's seed where routers draw, else any one number.
     pub fn lookup(&mut self, token_ids: &[u32], salt: u64) -> CachedSequence {

@@ -202,6 +202,7 @@ fn room_is_made_by_what_was_unused_for_the_longest() {
     }
     let held = cache.lookup(&ids(0..8), 0);
     assert_eq!((pool.free_pages(), cache.idle_pages()), (2, 4));
+    assert!(cache.has_idle(4) && !cache.has_idle(5));
     assert_eq!(cache.evict(1), 1);
     assert_eq!(cache.lookup(&ids(100..108), 0).len(), 4, "the last page of the oldest text went first");
     assert_eq!(cache.lookup(&ids(200..208), 0).len(), 8);

@@ -30,6 +30,6 @@ pub(crate) use kept::KeptPath;
 pub use layout::Layout;
 pub(crate) use map::Bytes;
 pub use names::{FilePart, NameRule, NameTable, StackPlace, StackRule};
-pub(crate) use shards::weight_files;
+pub(crate) use shards::{refuse_adapters, weight_files};
 pub(crate) use tensor_file::{TensorFile, TensorHeader, write_header, write_values};
 pub(crate) use write::{SHARD_BYTES, file_tensors, save, write_config, write_weight_index, write_weights};

@@ -53,7 +53,7 @@ fn refuse_parts(dir: &Path) -> Result<()> {
 }
 
 /// Refuses a folder with an adapter, without which the model would not be the one that is meant.
-fn refuse_adapters(dir: &Path) -> Result<()> {
+pub(crate) fn refuse_adapters(dir: &Path) -> Result<()> {
     let path = dir.join("adapter_config.json");
     match path.exists() {
         true => Err(Error::format(

@@ -147,6 +147,10 @@ fn an_adapter_in_the_folder_is_refused() {
     std::fs::write(dir.path().join("adapter_config.json"), "{}").unwrap();
     let text = Gpt::load(dir.path(), &Device::Cpu).unwrap_err().to_string();
     assert!(text.contains("adapter_config.json: adapters (LoRA) are not implemented"), "{text}");
+    // As most come, without the model.
+    std::fs::remove_file(dir.path().join("config.json")).unwrap();
+    let text = crate::Decoder::load(dir.path(), moe_kernels::Precision::F32).unwrap_err().to_string();
+    assert!(text.contains("adapters (LoRA)"), "{text}");
 }
 
 #[test]

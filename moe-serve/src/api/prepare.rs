@@ -102,8 +102,7 @@ pub(super) fn chat(request: ChatRequest, model: &ServedModel, fresh_seed: u64) -
     // An answer that is all form or calls is held to them once its thought is over.
     let is_held = has_form || tools.must_call();
     let thinks = if is_held { may_think } else { model.chat.thinks() };
-    let after_thought =
-        |form| AfterThought::new(form, Arc::clone(&model.tokenizer), &model.defaults.eos_token_ids, opens_thought);
+    let after_thought = |form| AfterThought::new(form, model.thought_tokens(), opens_thought);
     let grammar = match grammar {
         Some(form) if is_held && thinks => Some(Arc::new(after_thought(form)) as Arc<dyn Grammar>),
         other => other,

@@ -53,16 +53,24 @@ struct ReplicaPages {
 }
 
 impl ReplicaPages {
-    /// Whether `count` pages can be had, by giving up what is only kept; nothing of that is given up where it would not do.
+    /// Whether `count` pages can be had, by giving up what is only kept.
     fn has(&mut self, count: usize) -> bool {
-        let missing = count.saturating_sub(self.pages.free().saturating_sub(self.promised));
-        if let Some(prefix) = &mut self.prefix
-            && missing > 0
-            && prefix.idle_pages() >= missing
-        {
+        let missing = self.missing(count);
+        if let (Some(prefix), true) = (&mut self.prefix, missing > 0) {
             prefix.evict(missing);
         }
         self.pages.free() >= count + self.promised
+    }
+
+    /// The same, which gives up nothing where that would not do.
+    fn has_or_keeps(&mut self, count: usize) -> bool {
+        let missing = self.missing(count);
+        (missing == 0 || self.prefix.as_ref().is_some_and(|prefix| prefix.has_idle(missing))) && self.has(count)
+    }
+
+    /// How many of `count` pages are not free.
+    fn missing(&self, count: usize) -> usize {
+        count.saturating_sub(self.pages.free().saturating_sub(self.promised))
     }
 }
 
@@ -381,7 +389,10 @@ impl Scheduler {
     fn fits(&mut self, sequence: &Sequence) -> bool {
         let replica = sequence.replica;
         let needed = sequence.cached.pages_needed(sequence.pending());
-        self.replicas[replica].has(needed) || self.running.iter().all(|other| other.replica != replica)
+        // Where it may begin on another, nothing is given up in vain; the only one gives up what its next sequence needs anyway.
+        let pages = &mut self.replicas;
+        let has = if pages.len() > 1 { pages[replica].has_or_keeps(needed) } else { pages[replica].has(needed) };
+        has || self.running.iter().all(|other| other.replica != replica)
     }
 
     /// Has a sequence without pages begin with what its replica keeps of its tokens; how many that are, if anything is kept for it.

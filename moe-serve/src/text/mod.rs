@@ -16,7 +16,7 @@ pub use chat::{ChatMessage, ChatTemplate, Tool, ToolCall};
 pub use detokenize::Detokenizer;
 pub use grammar::{GrammarSource, Grammars};
 pub use stop::StopMatcher;
-pub(crate) use thought_grammar::AfterThought;
+pub(crate) use thought_grammar::{AfterThought, ThoughtTokens};
 pub(crate) use thoughts::ThoughtParser;
 pub use tokenizer::TextTokenizer;
 pub use tools::{AnswerParser, AnswerPart, MAX_CALLS, ToolFormat};

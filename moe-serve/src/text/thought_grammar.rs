@@ -6,28 +6,30 @@ use crate::Result;
 use crate::engine::{Grammar, GrammarState};
 use std::sync::Arc;
 
-/// Tokens of white space between a thought and its answer at most.
+/// Tokens of white space between a thought and its answer at most; before the thought it is one.
 const MOST_GAPS: usize = 2;
 
 /// A form that answers are held to once their thought is over. In the thought everything may be said but the end of the text.
 #[derive(Debug)]
 pub(crate) struct AfterThought {
     form: Arc<dyn Grammar>,
-    tokens: Arc<Tokens>,
+    tokens: Arc<ThoughtTokens>,
     /// Whether the prompt has begun the thought.
     is_open: bool,
 }
 
-/// What a tokenizer has for thoughts. Sets have a bit for each token, as a [`GrammarState`]'s.
+/// What a tokenizer has for thoughts.
 #[derive(Debug)]
-struct Tokens {
+pub(crate) struct ThoughtTokens {
     tokenizer: Arc<TextTokenizer>,
     /// The token that begins a thought, if one does.
     open: Option<u32>,
     /// Those of line breaks alone.
     gaps: Vec<u32>,
-    /// All but those that end a text.
+    /// All but those that end a text, a bit for each, as a [`GrammarState`]'s.
     free: Vec<u32>,
+    /// Those that may end a mark and say more, with how much of the mark comes before them.
+    spilling: Vec<(u32, &'static [u8])>,
 }
 
 fn set(words: &mut [u32], id: u32, value: bool) {
@@ -36,42 +38,75 @@ fn set(words: &mut [u32], id: u32, value: bool) {
     }
 }
 
-impl AfterThought {
-    /// `form` after a thought, which the prompt has begun if `is_open`; else the model begins one, or none.
-    pub(crate) fn new(
-        form: Arc<dyn Grammar>,
-        tokenizer: Arc<TextTokenizer>,
-        eos_token_ids: &[u32],
-        is_open: bool,
-    ) -> Self {
+fn is_set(words: &[u32], id: u32) -> bool {
+    words.get(id as usize / 32).is_some_and(|word| word >> (id % 32) & 1 == 1)
+}
+
+impl ThoughtTokens {
+    /// Those of a tokenizer whose texts end with any of `eos_token_ids`.
+    pub(crate) fn new(tokenizer: Arc<TextTokenizer>, eos_token_ids: &[u32]) -> Self {
         let num_tokens = tokenizer.num_tokens() as u32;
         let mut free = vec![0; num_tokens.div_ceil(32) as usize];
         (0..num_tokens).for_each(|id| set(&mut free, id, true));
         eos_token_ids.iter().for_each(|&id| set(&mut free, id, false));
         let is_gap = |id: &u32| matches!(tokenizer.bytes(*id), b"\n" | b"\n\n");
         let gaps = (0..num_tokens).filter(is_gap).collect();
-        let open = tokenizer.id_of(thoughts::OPEN);
-        Self { form, tokens: Arc::new(Tokens { tokenizer, open, gaps, free }), is_open }
+        let spills = |id: u32| Some((id, before_the_rest(tokenizer.shown_bytes(id))?));
+        let (open, spilling) = (tokenizer.id_of(thoughts::OPEN), (0..num_tokens).filter_map(spills).collect());
+        Self { tokenizer, open, gaps, free, spilling }
+    }
+
+    /// What may be said in a thought whose text ends so: nothing that ends both it and more.
+    fn in_thought(&self, end: &[u8]) -> Vec<u32> {
+        let mut allowed = self.free.clone();
+        for (id, before) in &self.spilling {
+            if end.ends_with(before) {
+                set(&mut allowed, *id, false);
+            }
+        }
+        allowed
+    }
+}
+
+/// How much of the closing mark has to come before a token for it to hold the rest, and more than white space after that.
+fn before_the_rest(bytes: &[u8]) -> Option<&'static [u8]> {
+    let mark = thoughts::CLOSE.as_bytes();
+    let says_more = |rest: &[u8]| !rest.trim_ascii().is_empty();
+    if let Some(at) = bytes.windows(mark.len()).position(|window| window == mark) {
+        return says_more(&bytes[at + mark.len()..]).then_some(&[]);
+    }
+    let split = (1..mark.len()).find(|&split| bytes.strip_prefix(&mark[split..]).is_some_and(says_more))?;
+    Some(&mark[..split])
+}
+
+impl AfterThought {
+    /// `form` after a thought, which the prompt has begun if `is_open`; else the model begins one, or none.
+    pub(crate) fn new(form: Arc<dyn Grammar>, tokens: Arc<ThoughtTokens>, is_open: bool) -> Self {
+        Self { form, tokens, is_open }
     }
 }
 
 impl Grammar for AfterThought {
     fn start(&self) -> Box<dyn GrammarState> {
-        let place = if self.is_open { Place::Thought { end: Vec::new() } } else { Place::Beginning };
+        let place = if self.is_open { Place::Thought { end: Vec::new() } } else { Place::Before { gaps: 0 } };
         Box::new(Thinking { form: self.form.start(), tokens: Arc::clone(&self.tokens), place })
     }
 }
 
 #[derive(Debug)]
 enum Place {
-    /// Before a thought, if there is one.
-    Beginning,
+    /// Before a thought, if there is one, after so many tokens of white space.
+    Before {
+        gaps: usize,
+    },
     /// In it; `end` is as much of its text as a mark may still begin in.
     Thought {
         end: Vec<u8>,
     },
-    /// After it, with so many tokens of white space.
-    Gap(usize),
+    /// After it, and so many tokens of white space.
+    After {
+        gaps: usize,
+    },
     Answer,
 }
 
@@ -80,44 +115,55 @@ enum Place {
 struct Thinking {
     /// Before its first token until the answer begins.
     form: Box<dyn GrammarState>,
-    tokens: Arc<Tokens>,
+    tokens: Arc<ThoughtTokens>,
     place: Place,
 }
 
 impl GrammarState for Thinking {
     fn allowed(&self) -> Result<Vec<u32>> {
-        let others: &[u32] = match self.place {
-            Place::Thought { .. } => return Ok(self.tokens.free.clone()),
-            Place::Beginning => self.tokens.open.as_slice(),
-            Place::Gap(gaps) if gaps < MOST_GAPS => &self.tokens.gaps,
-            Place::Gap(_) | Place::Answer => &[],
+        let ThoughtTokens { open, gaps: white, free, .. } = &*self.tokens;
+        let (mut allowed, gaps) = match &self.place {
+            Place::Thought { end } => return Ok(self.tokens.in_thought(end)),
+            Place::Answer => return self.form.allowed(),
+            // White space before a thought is none before an answer.
+            Place::Before { gaps: 1.. } => (vec![0; free.len()], MOST_GAPS),
+            Place::Before { gaps: 0 } => (self.form.allowed()?, if open.is_some() { 0 } else { MOST_GAPS }),
+            Place::After { gaps } => (self.form.allowed()?, *gaps),
         };
-        let mut allowed = self.form.allowed()?;
-        others.iter().for_each(|&id| set(&mut allowed, id, true));
+        if gaps < MOST_GAPS {
+            white.iter().for_each(|&id| set(&mut allowed, id, true));
+        }
+        if let (Place::Before { .. }, Some(open)) = (&self.place, open) {
+            set(&mut allowed, *open, true);
+        }
         Ok(allowed)
     }
 
     fn push(&mut self, token_id: u32) -> Result<()> {
-        match &mut self.place {
-            Place::Beginning if self.tokens.open == Some(token_id) => {
-                self.place = Place::Thought { end: Vec::new() };
+        if let Place::Thought { end } = &mut self.place {
+            end.extend(self.tokens.tokenizer.shown_bytes(token_id));
+            if thoughts::is_closed_after(end) {
+                self.place = Place::After { gaps: 0 };
+            } else {
+                end.drain(..end.len().saturating_sub(thoughts::CLOSE.len()));
             }
-            Place::Thought { end } => {
-                end.extend(self.tokens.tokenizer.shown_bytes(token_id));
-                if thoughts::is_closed_after(end) {
-                    self.place = Place::Gap(0);
-                } else {
-                    // White space may follow the mark in its token, and stays beside it here.
-                    end.drain(..end.len().saturating_sub(thoughts::CLOSE.len()));
-                }
-            }
-            Place::Gap(gaps) if *gaps < MOST_GAPS && self.tokens.gaps.contains(&token_id) => *gaps += 1,
-            Place::Beginning | Place::Gap(_) | Place::Answer => {
-                self.place = Place::Answer;
-                return self.form.push(token_id);
-            }
+            return Ok(());
         }
-        Ok(())
+        match &mut self.place {
+            Place::Before { .. } if self.tokens.open == Some(token_id) => {
+                self.place = Place::Thought { end: Vec::new() };
+                return Ok(());
+            }
+            // What the form may begin with belongs to it.
+            Place::Before { gaps } | Place::After { gaps }
+                if self.tokens.gaps.contains(&token_id) && (*gaps > 0 || !is_set(&self.form.allowed()?, token_id)) =>
+            {
+                *gaps += 1;
+                return Ok(());
+            }
+            _ => self.place = Place::Answer,
+        }
+        self.form.push(token_id)
     }
 
     fn is_complete(&self) -> bool {
@@ -155,11 +201,10 @@ mod tests {
     fn said(marks: &[&str], is_open: bool, text: &str) -> (usize, bool) {
         let tokenizer = tokenizer(marks);
         let form = Grammars::new(&tokenizer, &[0]).expect("works").compile(&GrammarSource::Choice(vec!["no".into()]));
-        let grammar = AfterThought::new(form.expect("compiles"), Arc::clone(&tokenizer), &[0], is_open);
+        let tokens = Arc::new(ThoughtTokens::new(Arc::clone(&tokenizer), &[0]));
+        let grammar = AfterThought::new(form.expect("compiles"), tokens, is_open);
         let (mut state, mut bytes) = (grammar.start(), 0);
-        let may = |state: &dyn GrammarState, id: u32| {
-            state.allowed().expect("goes on").get(id as usize / 32).is_some_and(|word| word >> (id % 32) & 1 == 1)
-        };
+        let may = |state: &dyn GrammarState, id: u32| is_set(&state.allowed().expect("goes on"), id);
         for id in tokenizer.encode(text).expect("encodes") {
             if !may(&*state, id) {
                 break;
@@ -188,6 +233,14 @@ mod tests {
             // Marks of several tokens: a prompt's thought ends, but none begins.
             (&[], true, "Hm.</think>\nno", (14, true)),
             (&[], false, "<think>", (0, false)),
+            // A line break before a thought, and none before an answer.
+            (&both, false, "\n<think></think>no", (18, true)),
+            (&both, false, "\nno", (1, false)),
+            (&[], false, "\nno", (0, false)),
+            // Tokens that would end a mark and say more: of another text they may be part.
+            (&[">x"], true, "Hm. </think>xno", (11, false)),
+            (&[">x"], true, "Hm. <b>x</think>no", (18, true)),
+            (&["</think>x", "</think>"], true, "Hm. </think>xno", (4, false)),
         ] {
             assert_eq!(said(marks, is_open, text), want, "{marks:?} {text}");
         }
