@@ -268,9 +268,9 @@ async def measure_capacity(at, rng, seconds):
 
 
 async def arrive(at, counts, rng, rate, leaving, until, tasks):
-    """Requests at a rate, whether earlier ones were answered or not."""
+    """Requests at a rate, whether earlier ones were answered or not, until the time is over."""
     due = time.monotonic()
-    while due < until:
+    while max(due, time.monotonic()) < until:
         tasks.create_task(ask(at, counts, rng, rng.random() < leaving))
         due += rng.expovariate(rate)
         # A client that is behind makes up for it.
