@@ -166,7 +166,8 @@ impl<'a> Bench<'a> {
 
     /// Within this all has to be over.
     fn limit(&self, signal: Signal, moment: Moment) -> Duration {
-        let starts = self.args.engine == Engine::Mpi && signal == Signal::Stop && moment == Moment::Load;
+        let stays = signal == Signal::Stop || self.args.prefix.is_some();
+        let starts = self.args.engine == Engine::Mpi && moment == Moment::Load && stays;
         let again = if self.args.restarts { self.load + DEADLINE } else { Duration::ZERO };
         MARGIN + again + if starts { MPI_START } else { DEADLINE }
     }
@@ -261,6 +262,9 @@ impl<'a> Bench<'a> {
             // A rank 0 that cannot go on, as where its port is still taken, says so and dismisses those that could.
             let mut others = ended.iter().enumerate().filter(|(rank, _)| *rank != victim);
             let is_told = self.args.restarts && others.any(|(_, ended)| *ended == Some(false));
+            // A launcher that lets others go on says nothing of those that did not.
+            let says_nothing = self.args.engine == Engine::Mpi && self.args.prefix.is_some();
+            let is_told = is_told || says_nothing;
             ensure!(is_told || !ended.contains(&Some(true)), "a process has ended as if all were well: {ended:?}");
             let slowest = tally.slowest_process.max(tally.slowest_request);
             ensure!(
