@@ -69,13 +69,16 @@ impl PrefixCache {
 
     /// Pages that nobody but this cache holds.
     pub fn idle_pages(&self) -> usize {
-        self.nodes.values().filter(|node| Arc::strong_count(&node.page) == 1).count()
+        self.idle().count()
     }
 
     /// Whether there are so many of them.
     pub fn has_idle(&self, count: usize) -> bool {
-        let idle = self.nodes.values().filter(|node| Arc::strong_count(&node.page) == 1);
-        count <= self.nodes.len() && idle.take(count).count() == count
+        count <= self.nodes.len() && self.idle().take(count).count() == count
+    }
+
+    fn idle(&self) -> impl Iterator<Item = &Node> {
+        self.nodes.values().filter(|node| Arc::strong_count(&node.page) == 1)
     }
 
     /// A sequence of the longest kept beginning of `token_ids`. `salt` is what keys and values depend on beside the tokens: the

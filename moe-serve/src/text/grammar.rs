@@ -216,25 +216,10 @@ impl GrammarState for Walk {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use tokenizers::models::TrainerWrapper;
-    use tokenizers::models::bpe::{BPE, BpeTrainer};
-    use tokenizers::pre_tokenizers::byte_level::ByteLevel;
-    use tokenizers::{AddedToken, Tokenizer};
+    use crate::text::testing::tokenizer;
 
-    /// The end of text, token 0, and one token per byte.
     fn grammars() -> (Grammars, TextTokenizer) {
-        let mut trainer: TrainerWrapper = BpeTrainer::builder()
-            .vocab_size(257)
-            .show_progress(false)
-            .initial_alphabet(ByteLevel::alphabet().into_iter().collect())
-            .special_tokens(vec![AddedToken::from("<end>", true)])
-            .build()
-            .into();
-        let mut inner = Tokenizer::new(BPE::default());
-        inner.with_pre_tokenizer(Some(ByteLevel::new(false, true, true)));
-        inner.with_decoder(Some(ByteLevel::default()));
-        inner.train(&mut trainer, ["a"].into_iter()).expect("trains on nothing much");
-        let tokenizer = TextTokenizer::new(inner, 300).expect("byte-level");
+        let tokenizer = tokenizer(&[]);
         (Grammars::new(&tokenizer, &[0]).expect("works"), tokenizer)
     }
 

@@ -5,6 +5,8 @@ mod chat;
 mod detokenize;
 mod grammar;
 mod stop;
+#[cfg(test)]
+mod testing;
 mod thought_grammar;
 mod thoughts;
 mod tokenizer;

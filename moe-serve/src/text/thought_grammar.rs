@@ -88,16 +88,21 @@ impl AfterThought {
 
 impl Grammar for AfterThought {
     fn start(&self) -> Box<dyn GrammarState> {
-        let place = if self.is_open { Place::Thought { end: Vec::new() } } else { Place::Before { gaps: 0 } };
+        let place = match (self.is_open, self.tokens.open) {
+            (true, _) => Place::Thought { end: Vec::new() },
+            (false, Some(open)) => Place::Before { open, has_gap: false },
+            (false, None) => Place::Answer,
+        };
         Box::new(Thinking { form: self.form.start(), tokens: Arc::clone(&self.tokens), place })
     }
 }
 
 #[derive(Debug)]
 enum Place {
-    /// Before a thought, if there is one, after so many tokens of white space.
+    /// Before a thought that `open` would begin, if there is one: white space is before a thought only.
     Before {
-        gaps: usize,
+        open: u32,
+        has_gap: bool,
     },
     /// In it; `end` is as much of its text as a mark may still begin in.
     Thought {
@@ -121,49 +126,38 @@ struct Thinking {
 
 impl GrammarState for Thinking {
     fn allowed(&self) -> Result<Vec<u32>> {
-        let ThoughtTokens { open, gaps: white, free, .. } = &*self.tokens;
-        let (mut allowed, gaps) = match &self.place {
+        let white = self.tokens.gaps.as_slice();
+        let (mut allowed, open, white) = match &self.place {
             Place::Thought { end } => return Ok(self.tokens.in_thought(end)),
-            Place::Answer => return self.form.allowed(),
-            // White space before a thought is none before an answer.
-            Place::Before { gaps: 1.. } => (vec![0; free.len()], MOST_GAPS),
-            Place::Before { gaps: 0 } => (self.form.allowed()?, if open.is_some() { 0 } else { MOST_GAPS }),
-            Place::After { gaps } => (self.form.allowed()?, *gaps),
+            Place::Before { open, has_gap: true } => (vec![0; self.tokens.free.len()], Some(open), &[][..]),
+            Place::Before { open, has_gap: false } => (self.form.allowed()?, Some(open), white),
+            Place::After { gaps } if *gaps < MOST_GAPS => (self.form.allowed()?, None, white),
+            Place::After { .. } | Place::Answer => return self.form.allowed(),
         };
-        if gaps < MOST_GAPS {
-            white.iter().for_each(|&id| set(&mut allowed, id, true));
-        }
-        if let (Place::Before { .. }, Some(open)) = (&self.place, open) {
-            set(&mut allowed, *open, true);
-        }
+        open.into_iter().chain(white).for_each(|&id| set(&mut allowed, id, true));
         Ok(allowed)
     }
 
     fn push(&mut self, token_id: u32) -> Result<()> {
-        if let Place::Thought { end } = &mut self.place {
-            end.extend(self.tokens.tokenizer.shown_bytes(token_id));
-            if thoughts::is_closed_after(end) {
-                self.place = Place::After { gaps: 0 };
-            } else {
-                end.drain(..end.len().saturating_sub(thoughts::CLOSE.len()));
-            }
-            return Ok(());
-        }
         match &mut self.place {
-            Place::Before { .. } if self.tokens.open == Some(token_id) => {
-                self.place = Place::Thought { end: Vec::new() };
-                return Ok(());
+            Place::Before { open, .. } if *open == token_id => self.place = Place::Thought { end: Vec::new() },
+            Place::Thought { end } => {
+                end.extend(self.tokens.tokenizer.shown_bytes(token_id));
+                if thoughts::is_closed_after(end) {
+                    self.place = Place::After { gaps: 0 };
+                } else {
+                    end.drain(..end.len().saturating_sub(thoughts::CLOSE.len()));
+                }
             }
-            // What the form may begin with belongs to it.
-            Place::Before { gaps } | Place::After { gaps }
-                if self.tokens.gaps.contains(&token_id) && (*gaps > 0 || !is_set(&self.form.allowed()?, token_id)) =>
-            {
-                *gaps += 1;
-                return Ok(());
+            // What the form may begin with belongs to it; all else that was allowed is white space.
+            Place::Before { has_gap, .. } if !is_set(&self.form.allowed()?, token_id) => *has_gap = true,
+            Place::After { gaps } if !is_set(&self.form.allowed()?, token_id) => *gaps += 1,
+            Place::Before { .. } | Place::After { .. } | Place::Answer => {
+                self.place = Place::Answer;
+                self.form.push(token_id)?;
             }
-            _ => self.place = Place::Answer,
         }
-        self.form.push(token_id)
+        Ok(())
     }
 
     fn is_complete(&self) -> bool {
@@ -174,32 +168,12 @@ impl GrammarState for Thinking {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::text::testing::tokenizer;
     use crate::text::{GrammarSource, Grammars};
-    use tokenizers::models::TrainerWrapper;
-    use tokenizers::models::bpe::{BPE, BpeTrainer};
-    use tokenizers::pre_tokenizers::byte_level::ByteLevel;
-    use tokenizers::{AddedToken, Tokenizer};
-
-    /// The end of text, token 0, these tokens, and one token per byte.
-    fn tokenizer(marks: &[&str]) -> Arc<TextTokenizer> {
-        let special = ["<end>"].iter().chain(marks).map(|mark| AddedToken::from(*mark, true)).collect::<Vec<_>>();
-        let mut trainer: TrainerWrapper = BpeTrainer::builder()
-            .vocab_size(256 + special.len())
-            .show_progress(false)
-            .initial_alphabet(ByteLevel::alphabet().into_iter().collect())
-            .special_tokens(special)
-            .build()
-            .into();
-        let mut inner = Tokenizer::new(BPE::default());
-        inner.with_pre_tokenizer(Some(ByteLevel::new(false, true, true)));
-        inner.with_decoder(Some(ByteLevel::default()));
-        inner.train(&mut trainer, ["a"].into_iter()).expect("trains on nothing much");
-        Arc::new(TextTokenizer::new(inner, 300).expect("byte-level"))
-    }
 
     /// How much of a text an answer may say, and whether it is then whole.
     fn said(marks: &[&str], is_open: bool, text: &str) -> (usize, bool) {
-        let tokenizer = tokenizer(marks);
+        let tokenizer = Arc::new(tokenizer(marks));
         let form = Grammars::new(&tokenizer, &[0]).expect("works").compile(&GrammarSource::Choice(vec!["no".into()]));
         let tokens = Arc::new(ThoughtTokens::new(Arc::clone(&tokenizer), &[0]));
         let grammar = AfterThought::new(form.expect("compiles"), tokens, is_open);

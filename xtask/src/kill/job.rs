@@ -129,20 +129,19 @@ impl Job {
 
     /// Waits until there is a process that is the rank, which a launcher takes its time for.
     pub(super) fn wait_until_started(&mut self, rank: usize) -> Result<()> {
-        let begun = Instant::now();
-        while self.rank_id(rank)?.is_none() {
-            ensure!(begun.elapsed() < HARD_LIMIT, "rank {rank} has not started; see {}", self.out.display());
-            sleep(Duration::from_millis(1));
-        }
-        Ok(())
+        self.wait_until(rank, "has not started", |id| id.is_some())
     }
 
     /// Waits until a rank has ended, however it is told of by its launcher.
     pub(super) fn wait_for(&mut self, rank: usize) -> Result<()> {
+        self.wait_until(rank, "has not ended", |id| id.is_none())
+    }
+
+    fn wait_until(&mut self, rank: usize, otherwise: &str, is_so: impl Fn(Option<u32>) -> bool) -> Result<()> {
         let begun = Instant::now();
-        while self.rank_id(rank)?.is_some() {
-            ensure!(begun.elapsed() < HARD_LIMIT, "rank {rank} has not ended; see {}", self.out.display());
-            sleep(Duration::from_millis(10));
+        while !is_so(self.rank_id(rank)?) {
+            ensure!(begun.elapsed() < HARD_LIMIT, "rank {rank} {otherwise}; see {}", self.out.display());
+            sleep(Duration::from_millis(1));
         }
         Ok(())
     }

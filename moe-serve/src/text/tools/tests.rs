@@ -3,11 +3,8 @@
 use super::*;
 use crate::engine::GrammarState;
 use crate::text::Grammars;
+use crate::text::testing::tokenizer;
 use serde_json::{Value, json};
-use tokenizers::models::TrainerWrapper;
-use tokenizers::models::bpe::{BPE, BpeTrainer};
-use tokenizers::pre_tokenizers::byte_level::ByteLevel;
-use tokenizers::{AddedToken, Tokenizer};
 
 fn tool(name: &str, parameters: Value) -> Tool {
     let definition = json!({"type": "function", "function": {"name": name, "parameters": parameters}});
@@ -219,24 +216,6 @@ fn templates_are_known_by_their_marks() {
     let ids: Vec<String> =
         ["mistral", "hermes"].iter().map(|n| ToolFormat::named(n).expect("a name").call_id(1 << 40)).collect();
     assert_eq!(ids, ["000000000", "call_0000010000000000"]);
-}
-
-/// The end of text, tokens per byte, and marks that are special here.
-fn tokenizer(special: &[&str]) -> TextTokenizer {
-    let tokens: Vec<AddedToken> =
-        std::iter::once("<end>").chain(special.iter().copied()).map(|name| AddedToken::from(name, true)).collect();
-    let mut trainer: TrainerWrapper = BpeTrainer::builder()
-        .vocab_size(256 + tokens.len())
-        .show_progress(false)
-        .initial_alphabet(ByteLevel::alphabet().into_iter().collect())
-        .special_tokens(tokens)
-        .build()
-        .into();
-    let mut inner = Tokenizer::new(BPE::default());
-    inner.with_pre_tokenizer(Some(ByteLevel::new(false, true, true)));
-    inner.with_decoder(Some(ByteLevel::default()));
-    inner.train(&mut trainer, ["a"].into_iter()).expect("trains on nothing much");
-    TextTokenizer::new(inner, 300).expect("byte-level")
 }
 
 /// How many of the answer's tokens the grammar takes, of how many, and whether the answer may end there.
